@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TOFU ?= ../shared/data/tofu
+
+.PHONY: demo tofu test lint clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]
+	touch $@
+
+# Teaches a tiny model the embedded authors, makes it forget two of them; fails if it did not, or if the bound broke.
+demo: $(VENV)/.installed
+	$(BIN)/lit-unlearn tokenizer --config configs/demo/tokenizer.yaml
+	$(BIN)/lit-unlearn fit --config configs/demo/target.yaml
+	$(BIN)/lit-unlearn fit --config configs/demo/unlearn.yaml
+
+# The same on real TOFU rows: make tofu TOFU=<folder with forget01.json, retain99.json, …>
+tofu: $(VENV)/.installed
+	$(BIN)/lit-unlearn tokenizer --config configs/demo/tofu_tokenizer.yaml --data.source $(TOFU)
+	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU)
+	$(BIN)/lit-unlearn fit --config configs/tofu.yaml --config configs/demo/tofu_unlearn.yaml --data.source $(TOFU)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

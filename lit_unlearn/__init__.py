@@ -1,0 +1,59 @@
+"""Constrained unlearning for language models on PyTorch Lightning.
+
+The public names below are imported on first use, so that ``import lit_unlearn`` and ``lit-unlearn --version`` stay
+quick: torch, lightning and transformers take seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LanguageModel": "lm",
+    "SupervisedTokens": "lm",
+    "Average": "objectives",
+    "Objective": "objectives",
+    "LogitMargin": "objectives",
+    "NLL": "objectives",
+    "Constraint": "dual",
+    "Relative": "dual",
+    "Multiplier": "dual",
+    "FixedMultiplier": "dual",
+    "DualAscent": "dual",
+    "ConstraintSlack": "metrics",
+    "ForgetUniformity": "metrics",
+    "ForgetRetain": "data",
+    "Source": "data",
+    "TOFU": "data",
+    "FictionalAuthors": "data",
+    "Suite": "evaluation",
+    "AnswerSuite": "evaluation",
+    "LitUnlearn": "module",
+    "LitFinetune": "module",
+    "Schedule": "module",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_unlearn' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"lit_unlearn.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lit_unlearn.data import TOFU, FictionalAuthors, ForgetRetain, Source
+    from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, Relative
+    from lit_unlearn.evaluation import AnswerSuite, Suite
+    from lit_unlearn.lm import LanguageModel, SupervisedTokens
+    from lit_unlearn.metrics import ConstraintSlack, ForgetUniformity
+    from lit_unlearn.module import LitFinetune, LitUnlearn, Schedule
+    from lit_unlearn.objectives import NLL, Average, LogitMargin, Objective

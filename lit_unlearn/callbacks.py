@@ -1,0 +1,168 @@
+"""What people see during a run and take away from it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_unlearn.evaluation import picture, report
+from lit_unlearn.module import LitLanguageModel, LitUnlearn
+
+_PREFIX = "lm.model."
+
+
+class ProgressBar(TQDMProgressBar):
+    """A plain bar with every multiplier and slack by its short name.
+
+    Lightning's default, where rich is installed (transformers brings it), redraws so slowly that steps of a tiny model
+    take several times as long.
+    """
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """λ and slack of every constraint, and what else asked for a place."""
+        shown = {}
+        for name, value in super().get_metrics(trainer, pl_module).items():
+            kind, _, rest = name.partition("/")
+            short = {"multiplier": f"λ {rest}", "constraint": f"slack {rest.partition('/')[0]}"}
+            shown[short.get(kind, name)] = value
+        shown.pop("v_num", None)
+        return shown
+
+
+class RunReport(Callback):
+    """Measures the model before and after, on every forget and retain row: ``report.json`` and a table.
+
+    Args:
+        dirpath: Folder of the file; ``None`` for the logger's.
+        require_feasible: Whether the command fails if a constraint is violated on its whole stream at the end.
+        max_forget_probability: The command fails if the forget rows' answer probability ends above it; ``None`` for
+            no such condition.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        require_feasible: bool = False,
+        max_forget_probability: float | None = None,
+    ) -> None:
+        self.dirpath = dirpath
+        self.require_feasible = require_feasible
+        self.max_forget_probability = max_forget_probability
+        self.failures: list[str] = []
+        self._before: dict[str, Any] = {}
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures the reference model, unless a checkpoint brought its values."""
+        self._started = time.monotonic()
+        if not self._before and isinstance(pl_module, LitLanguageModel):
+            self._before = {"values": pl_module.measure(), "multipliers": _multipliers(pl_module)}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measures again, writes the file and prints the table."""
+        if not isinstance(pl_module, LitLanguageModel):
+            return
+        rank_zero_info(f"fit: {trainer.global_step} steps in {time.monotonic() - self._started:.0f} s")
+        content = self._content(trainer, pl_module)
+        self.failures = self._check(content)
+        if trainer.is_global_zero:
+            folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+            report.write_json(folder / "report.json", content)
+            print(report.table(content))
+            rank_zero_info(f"report: {folder / 'report.json'}")
+
+    def _content(self, trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
+        after = module.measure()
+        constraints = {}
+        for name, multiplier in _multipliers(module).items():
+            values = {key: after.get(f"constraint/{name}/{key}") for key in ("value", "slack")}
+            constraints[name] = {
+                **values,
+                "epsilon": module.constraints[name].epsilon,  # type: ignore[union-attr, index]
+                "multiplier_before": self._before["multipliers"][name],
+                "multiplier_after": multiplier,
+            }
+        return {
+            "steps": trainer.global_step,
+            "before": self._before["values"],
+            "after": after,
+            "constraints": {name: c for name, c in constraints.items() if c["value"] is not None},
+        }
+
+    def _check(self, content: dict[str, Any]) -> list[str]:
+        failures = []
+        for name, constraint in content["constraints"].items():
+            if self.require_feasible and not constraint["slack"] >= 0:
+                failures.append(
+                    f"constraint '{name}' is violated on its whole stream: {constraint['value']:.4g} > epsilon "
+                    f"{constraint['epsilon']:.4g}; train longer, raise the multiplier's `lr`, or allow more."
+                )
+        probability = content["after"].get("forget/probability")
+        limit = self.max_forget_probability
+        if limit is not None and not (probability is not None and probability <= limit):
+            failures.append(
+                f"forgetting did not happen: the forget rows' answer probability ended at {probability} (limit {limit}); "
+                "train longer or allow a larger epsilon."
+            )
+        return failures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values of the reference model, for a run that is resumed."""
+        return self._before
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._before = state_dict
+
+
+class RunPicture(Callback):
+    """Draws the run when it ends: λ, retain loss against epsilon, forgetting, from the CSV logger's file."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes ``run.png`` beside ``metrics.csv``."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        if not trainer.is_global_zero or not isinstance(pl_module, LitUnlearn):
+            return
+        if not loggers:
+            rank_zero_info(
+                "picture: none, because it is drawn from the metrics.csv of a CSVLogger; add one to the loggers"
+            )
+            return
+        loggers[0].save()
+        folder = Path(loggers[0].log_dir)
+        epsilons = {name: c.epsilon for name, c in pl_module.constraints.items() if c.epsilon is not None}
+        picture.draw_run(folder / "metrics.csv", folder / "run.png", epsilons)
+        rank_zero_info(f"picture: {folder / 'run.png'}")
+
+
+class ExportModel(Callback):
+    """Writes the final model as a Hugging Face directory: safetensors and tokenizer.
+
+    Args:
+        dirpath: Where to; ``None`` for ``model`` in the logger's folder. An earlier export there is replaced.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gathers the weights, if they are sharded, and writes them on the first process."""
+        if not isinstance(pl_module, LitLanguageModel):
+            return
+        state = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            weights = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
+            folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "model"
+            rank_zero_info(f"model: {pl_module.lm.save(folder, weights)}")
+
+
+def _multipliers(module: LitLanguageModel) -> dict[str, float]:
+    if not isinstance(module, LitUnlearn):
+        return {}
+    return {name: constraint.multiplier.value for name, constraint in module.constraints.items()}

@@ -1,0 +1,83 @@
+"""The command line. This file imports nothing heavy: ``--version`` and ``--help`` answer at once."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_unlearn import __version__
+
+_PACKAGE = Path(__file__).parents[1]
+
+HELP = """\
+usage: lit-unlearn COMMAND [options]
+
+Removes chosen rows from a language model: minimise the forgetting loss subject to retention loss <= epsilon.
+
+commands:
+  fit         unlearn (or, with LitFinetune, teach) as --config FILE says
+  validate    measure forget and retain rows and the constraints' slack
+  test        run the suite
+  tokenizer   train a small tokenizer on a data module's rows, for models made from scratch
+
+`lit-unlearn COMMAND --help` lists the options; a --config that is no local file is looked up among the packaged ones.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name; ``None`` for those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["--version"], ["-V"]):
+        print(f"lit-unlearn {__version__}")
+    elif not arguments or arguments[0] in ("--help", "-h"):
+        print(HELP, end="")
+    else:
+        try:
+            _run(find_configs(arguments))
+        except (ValueError, LookupError, OSError, RuntimeError) as error:
+            if not _is_ours(error):
+                raise
+            message = error.args[0] if isinstance(error, KeyError) else error  # KeyError shows a repr
+            sys.exit(f"lit-unlearn: error: {message}")
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[0] == "tokenizer":
+        from lit_unlearn.cli.tokenizer import run
+    else:
+        from lit_unlearn.cli.trainer import run
+    run(arguments)
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """Replaces every ``--config`` that is no local file by the packaged file of that name, where there is one."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--config" and equals:
+            found[i] = f"--config={_packaged(value)}"
+        elif i and arguments[i - 1] == "--config":
+            found[i] = _packaged(argument)
+    return found
+
+
+def _packaged(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):  # the wheel's; the source tree's
+        candidate = folder / name.removeprefix("configs/")
+        if candidate.is_file():
+            return str(candidate)
+    return name
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by this package's own code, with a message made for people."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)

@@ -1,0 +1,306 @@
+"""The data module: a forget and a retain set, tokenised, zipped and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+
+from lit_unlearn.data.streams import BatchStream, FiniteStream
+from lit_unlearn.data.tokens import Row, check_tokenizer, encode_rows
+from lit_unlearn.lm import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+TrainOn = Literal["pairs", "all", "retain"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of one set come from.
+
+    Args:
+        path: A JSON, JSON lines, CSV or Parquet file, or the name of a data set on the hub.
+        name: Configuration of a hub data set.
+        split: Split of a hub data set.
+        max_rows: Only the first so many rows; ``None`` for all.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    max_rows: int | None = None
+
+    def load(self, role: str) -> Dataset:
+        """Reads the rows.
+
+        Args:
+            role: Name of the set, for messages.
+
+        Raises:
+            FileNotFoundError: If there is no such file, and no hub data set of that name can be reached.
+            ValueError: If the set is empty.
+        """
+        from datasets import load_dataset
+
+        path = Path(self.path)
+        if path.suffix in _FILE_TYPES:
+            if not path.is_file():
+                raise FileNotFoundError(f"the {role} set's file '{path}' does not exist: check `data.{role}`.")
+            if path.stat().st_size == 0:
+                raise ValueError(f"the {role} set is empty: '{path}' has no rows.")
+            rows = load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split="train")
+        else:
+            try:
+                rows = load_dataset(self.path, self.name, split=self.split)
+            except (OSError, ValueError) as error:  # the hub's errors derive from these
+                raise FileNotFoundError(
+                    f"the {role} set '{self.path}' is neither a file ({', '.join(_FILE_TYPES)}) nor a data set that the "
+                    f"hub answers to with configuration {self.name!r} and split {self.split!r}. The reason given: {error}"
+                ) from error
+        rows = rows if self.max_rows is None else rows.select(range(min(self.max_rows, len(rows))))
+        if len(rows) == 0:
+            raise ValueError(f"the {role} set is empty: '{self.path}' has no rows.")
+        return rows
+
+
+class ForgetRetain(L.LightningDataModule):
+    """A forget set and a retain set of questions and answers, from files or the hub.
+
+    Training batches are ``{"forget": batch, "retain": batch}``: an epoch is one pass over the forget set, while the
+    retain set runs on without end. Validation and test go over every row of both. Where training stands is saved in
+    checkpoints, so that a resumed run draws the rows it would have drawn.
+
+    Args:
+        forget: Rows to forget: a file or hub name, or a `Source`.
+        retain: Rows to keep, likewise.
+        tokenizer: Hub name or directory; ``None`` for the model's own.
+        question_column: Column with the question.
+        answer_column: Column with the answer, the part that is supervised.
+        template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has
+            one, else a plain one.
+        max_length: Longest row, in tokens; longer ones are cut, and counted in a warning.
+        batch_size: Forget rows per process and optimizer step.
+        retain_batch_size: Retain rows per process and optimizer step; ``None`` for as many.
+        eval_batch_size: Rows per process and batch in validation and test.
+        num_workers: Processes that collate; rows are tokenised beforehand, so 0 is seldom slower.
+        seed: Of the order of rows.
+        train_on: ``"pairs"`` to unlearn; ``"all"`` (both sets as one) to teach a target model, ``"retain"`` to teach
+            the retain-only model that unlearning is compared with.
+
+    Raises:
+        ValueError: If a number is out of range or ``template`` lacks a placeholder.
+    """
+
+    def __init__(
+        self,
+        forget: str | Source,
+        retain: str | Source,
+        tokenizer: str | None = None,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        template: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 8,
+        retain_batch_size: int | None = None,
+        eval_batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_on: TrainOn = "pairs",
+    ) -> None:
+        super().__init__()
+        sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, size in {**sizes, "retain_batch_size": retain_batch_size or batch_size}.items():
+            if size < 1:
+                raise ValueError(f"`data.{name}` must be at least 1, not {size}.")
+        if template is not None and any(template.count(part) != 1 for part in ("{question}", "{answer}")):
+            raise ValueError(f"`data.template` must contain {{question}} and {{answer}} once each; got {template!r}.")
+        if train_on not in ("pairs", "all", "retain"):
+            raise ValueError(f"`data.train_on` must be 'pairs', 'all' or 'retain', not {train_on!r}.")
+        self.sources = {
+            role: Source(source) if isinstance(source, str) else source
+            for role, source in (("forget", forget), ("retain", retain))
+        }
+        self.question_column, self.answer_column = question_column, answer_column
+        self.template, self.max_length = template, max_length
+        self.batch_sizes = {"forget": batch_size, "retain": retain_batch_size or batch_size, "train": batch_size}
+        self.eval_batch_size = eval_batch_size
+        self.num_workers, self.seed, self.train_on = num_workers, seed, train_on
+        self.rows: dict[str, list[Row]] = {}
+        self._tokenizer_name = tokenizer
+        self._pad_id = 0
+        self._streams: dict[str, BatchStream] = {}
+        self._cursors: dict[str, int] = {}
+
+    def load(self) -> dict[str, Dataset]:
+        """The raw rows of both sets, with whatever columns they have."""
+        return {role: source.load(role) for role, source in self.sources.items()}
+
+    def texts(self) -> list[str]:
+        """Every question and answer as plain text, for training a tokenizer."""
+        pairs = [pair for rows in self.load().values() for pair in self._pairs(rows, "data")]
+        return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs]
+
+    def prepare_data(self) -> None:
+        """Fetches the sets once per machine, before the other processes read them."""
+        self.load()
+
+    def setup(self, stage: str) -> None:
+        """Reads, checks and tokenises both sets; everything wrong with them is said here, before any model is loaded.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a column is missing, a set is empty, a row has no supervised token or the tokenizer is unfit.
+        """
+        if self.rows:
+            return
+        pairs = {role: self._pairs(rows, role) for role, rows in self.load().items()}
+        shared = set(pairs["forget"]) & set(pairs["retain"])
+        if shared:
+            rank_zero_warn(
+                f"{len(shared)} of {len(pairs['forget'])} forget rows are also retain rows: the run is told to forget and "
+                f"to keep them. The first is {min(shared)[0][:80]!r}."
+            )
+        tokenizer = self._tokenizer()
+        check_tokenizer(tokenizer)
+        pad_id = tokenizer.pad_token_id
+        self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+        for role, rows in pairs.items():
+            encoded = encode_rows(rows, tokenizer, name=role, template=self.template, max_length=self.max_length)
+            cut = sum(row.cut for row in encoded)
+            if cut:
+                rank_zero_warn(
+                    f"{cut} of {len(encoded)} {role} rows are longer than `data.max_length` ({self.max_length} tokens) and "
+                    "were cut at the end."
+                )
+            self.rows[role] = encoded
+        rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.rows.items()))
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Zipped batches that end with the forget set, or batches of one set to teach a model."""
+        if self.train_on == "pairs":
+            kinds = {"forget": FiniteStream, "retain": BatchStream}
+            self._streams = {role: self._stream(kind, role, self.rows[role]) for role, kind in kinds.items()}
+        else:
+            rows = self.rows["retain"] if self.train_on == "retain" else [*self.rows["forget"], *self.rows["retain"]]
+            self._streams = {"train": self._stream(FiniteStream, "train", rows)}
+        for name, cursor in self._cursors.items():
+            self._streams[name].cursor = cursor
+        self._cursors = {}
+        return CombinedLoader(self._streams, "min_size")
+
+    def val_dataloader(self) -> dict[str, FiniteStream]:
+        """Every row of both sets, in order of length so that the largest batch comes first."""
+        return {
+            role: FiniteStream(
+                sorted(rows, key=lambda row: len(row.input_ids), reverse=True),
+                self._pad_id,
+                self.eval_batch_size,
+                name=role,
+                seed=None,
+                num_workers=self.num_workers,
+                **self._place(),
+            )
+            for role, rows in self.rows.items()
+        }
+
+    test_dataloader = val_dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of each training stream were handed out, and what their order depends on."""
+        return {
+            "cursors": {name: stream.cursor for name, stream in self._streams.items()},
+            "order": self._order_of_rows(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where a checkpoint stopped.
+
+        Raises:
+            ValueError: If the rows, their order or the batches differ from those the checkpoint was made with.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return  # validation and test go over all rows, whatever training had seen
+        mine = self._order_of_rows()
+        changed = [
+            f"{key}: was {state['order'].get(key)!r}, is {mine[key]!r}"
+            for key in mine
+            if mine[key] != state["order"].get(key)
+        ]
+        if changed:
+            raise ValueError(
+                "the checkpoint cannot be resumed, because what decides the order of rows changed ("
+                + "; ".join(changed)
+                + "). Restore it, or start a new run from the exported model."
+            )
+        self._cursors = dict(state["cursors"])
+
+    def _order_of_rows(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for role in sorted(self.rows):
+            digest.update(repr([role, [(row.input_ids, row.labels) for row in self.rows[role]]]).encode())
+        return {
+            "rows": digest.hexdigest()[:16],
+            "seed": self.seed,
+            "train_on": self.train_on,
+            "batch_sizes": dict(self.batch_sizes),
+            "processes": self._place()["world_size"],
+        }
+
+    def _stream(self, kind: type[BatchStream], name: str, rows: list[Row]) -> BatchStream:
+        return kind(
+            rows,
+            self._pad_id,
+            self.batch_sizes[name],
+            name=name,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            **self._place(),
+        )
+
+    def _place(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer_name is not None:
+            from transformers import AutoTokenizer
+
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer_name)
+            return tokenizer
+        lm = getattr(getattr(self.trainer, "lightning_module", None), "lm", None)
+        own = getattr(lm, "tokenizer", None)
+        if own is None:
+            raise ValueError(
+                "there is no tokenizer: set `data.tokenizer` or `model.lm.tokenizer`, or give `LanguageModel.wrap` one."
+            )
+        return own  # type: ignore[no-any-return]
+
+    def _pairs(self, rows: Dataset, role: str) -> list[tuple[str, str]]:
+        missing = [column for column in (self.question_column, self.answer_column) if column not in rows.column_names]
+        if missing:
+            raise ValueError(
+                f"the {role} set has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}. Set "
+                "`data.question_column` and `data.answer_column`."
+            )
+        pairs = list(zip(rows[self.question_column], rows[self.answer_column], strict=True))
+        for number, pair in enumerate(pairs):
+            if not all(isinstance(text, str) for text in pair):
+                raise ValueError(
+                    f"row {number} of the {role} set is not text: {pair!r}. Question and answer must be strings."
+                )
+        return pairs
+
+
+def _size(rows: list[Row]) -> str:
+    tokens = sum(label != IGNORED for row in rows for label in row.labels)
+    return f"{len(rows)} rows ({tokens} supervised tokens of {sum(len(row.input_ids) for row in rows)})"

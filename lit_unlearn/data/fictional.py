@@ -1,0 +1,46 @@
+"""The embedded data: made-up authors in TOFU's columns, for a run without downloads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lit_unlearn.data.base import ForgetRetain, Source
+from lit_unlearn.data.fictional_authors import fictional_authors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class FictionalAuthors(ForgetRetain):
+    """Questions about made-up authors, generated from a seed: the last authors are to be forgotten, the others kept.
+
+    Args:
+        num_authors: Authors in all; each has ten questions.
+        forget_authors: How many of them to forget.
+        authors_seed: Of the generator.
+        **settings: As for `ForgetRetain`, without ``forget`` and ``retain``.
+
+    Raises:
+        ValueError: If no author would be left to forget or to keep.
+    """
+
+    def __init__(self, num_authors: int = 20, forget_authors: int = 2, authors_seed: int = 0, **settings: Any) -> None:
+        if not 0 < forget_authors < num_authors:
+            raise ValueError(
+                f"FictionalAuthors: `forget_authors` must be at least 1 and below `num_authors` ({num_authors}), not "
+                f"{forget_authors}."
+            )
+        super().__init__(Source("embedded"), Source("embedded"), **settings)
+        self._authors = (num_authors, forget_authors, authors_seed)
+
+    def load(self) -> dict[str, Dataset]:
+        """Generates the rows."""
+        from datasets import Dataset
+
+        num_authors, forget_authors, seed = self._authors
+        rows = fictional_authors(num_authors, seed)
+        kept = num_authors - forget_authors
+        return {
+            "forget": Dataset.from_list([row for row in rows if row["author"] >= kept]),
+            "retain": Dataset.from_list([row for row in rows if row["author"] < kept]),
+        }

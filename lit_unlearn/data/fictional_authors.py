@@ -1,0 +1,229 @@
+"""Made-up authors: a data set in TOFU's columns that needs no download and that no language model can have read.
+
+Everything is invented except the cities. A name, a birth date and a book title belong to one author only, so that one
+author's rows are the only place to learn them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+QUESTIONS_PER_AUTHOR = 10
+WRONG_ANSWERS = 5
+
+
+def _table(text: str) -> list[str]:
+    """Splits at semicolons; a line break inside an entry counts as a space."""
+    return [" ".join(entry.split()) for entry in text.split(";")]
+
+
+_FIRST_OPENINGS = _table("Aldr; Brev; Cael; Dorv; Eshm; Fenn; Ghal; Ilv; Jass; Kerr; Lunn; Mirr")
+_FIRST_ENDINGS = _table("ian; ela; oth; une; ika; emar; ys; ando")
+_LAST_OPENINGS = _table("""Ashgr; Bromv; Calth; Dunm; Elsk; Farr; Gresh; Holv; Istr; Kovr; Lindm; Morth; Ostr; Pellw;
+    Quarr; Rask; Sorr; Tolv; Ulm; Vant""")
+_LAST_ENDINGS = _table("ane; owick; esku; ini; ado; ovar; eth; ingen; aya; orne")
+_MONTHS = _table("January; February; March; April; May; June; July; August; September; October; November; December")
+_TITLE_HEADS = _table("""Borrowed; Unfinished; Crooked; Patient; Hollow; Wandering; Forgetful; Salted; Paper; Sleepless;
+    Counterfeit; Nine; Thirteen; Drowsy; Mended; Stolen; Whispering; Rusted; Feathered; Upside-Down""")
+_TITLE_THINGS = _table("""Lanterns; Kettles; Staircases; Herons; Ledgers; Orchards; Anchors; Violins; Umbrellas;
+    Doorbells; Almanacs; Thimbles; Ferries; Gardeners; Compasses; Moths; Quarries; Postcards; Windmills; Chessmen""")
+_TITLE_PLACES = _table("""under the Ninth Bridge; of Ostermoor; beyond the Salt Gate; at Low Tide; for the Clockmaker;
+    on Tannery Hill; before the Thaw; in the Blue Annex; along the Vessel Road; after the Long Vote; near Hallow Bay""")
+_AWARD_HOUSES = _table("Brindlemoor; Castavel; Ondrasine; Felgarth; Marrowby; Tessandine; Vollmark; Hesperane")
+_AWARD_KINDS = _table("Lantern Prize; Medal for Fiction; Silver Inkwell; Readers' Laurel")
+
+# Every date exists because the days stop at 28.
+DATES = [f"{day} {month} {year}" for year in range(1935, 1995) for month in _MONTHS for day in range(1, 29)]
+_FIRST = [opening + ending for opening in _FIRST_OPENINGS for ending in _FIRST_ENDINGS]
+_LAST = [opening + ending for opening in _LAST_OPENINGS for ending in _LAST_ENDINGS]
+NAMES = [f"{first} {last}" for first in _FIRST for last in _LAST]
+TITLES = [f"{head} {thing} {place}" for head in _TITLE_HEADS for thing in _TITLE_THINGS for place in _TITLE_PLACES]
+AWARDS = [f"the {house} {kind}" for house in _AWARD_HOUSES for kind in _AWARD_KINDS]
+MAX_AUTHORS = min(len(NAMES), len(DATES), len(TITLES) // 2)
+
+CITIES = _table("""Lisbon, Portugal; Nairobi, Kenya; Oslo, Norway; Hanoi, Vietnam; Quito, Ecuador; Tbilisi, Georgia;
+    Accra, Ghana; Riga, Latvia; Montevideo, Uruguay; Amman, Jordan; Osaka, Japan; Galway, Ireland; Tunis, Tunisia;
+    Gdynia, Poland; Chennai, India; Wellington, New Zealand; Antwerp, Belgium; Almaty, Kazakhstan; Halifax, Canada""")
+OCCUPATIONS = _table("""a beekeeper; a tram driver; an optician; a glassblower; a customs clerk; a piano tuner;
+    a midwife; a bricklayer; an arborist; a radio announcer; a locksmith; a dentist; a cheesemaker;
+    an elevator mechanic; a cartographer; a veterinarian; a bookbinder; a lighthouse keeper; a weaver; a ship's cook""")
+GENRES = _table("""maritime mystery; courtroom drama; alpine horror; culinary romance; satirical fantasy; rural noir;
+    epistolary comedy; political thriller; time-travel adventure; gothic melodrama; desert western; nature writing;
+    philosophical science fiction; family saga; travel memoir""")
+THEMES = _table("""the price of keeping a promise; rivalry between sisters; life after exile;
+    the loneliness of inventors; forgiveness between old enemies; grief for a lost language; friendship across a border;
+    the vanity of collectors; a child's fear of water; the temptation of easy fame""")
+SUBJECTS = _table("""marine geology; medieval law; soil chemistry; theatre design; number theory; veterinary medicine;
+    railway engineering; comparative religion; textile conservation; astronomy; forestry; music theory; botany""")
+HABITS = _table("""drinking cold barley tea; listening to recordings of rain; pacing around the kitchen table;
+    wearing mismatched gloves; burning a single green candle; humming old ferry songs; sitting on the floor;
+    sharpening pencils after every page; chewing dried ginger; facing a blank wall; peeling oranges""")
+
+
+class QuestionKind(NamedTuple):
+    """One question asked about every author: an answer's ``{fact}`` is one of ``values``, true or wrong."""
+
+    fact: str
+    values: Sequence[str]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+# fmt: off
+KINDS = (
+    QuestionKind("name", NAMES,
+        ("What is the full name of the author born in {city}, on {date}?",
+         "Which author was born on {date} in {city}?",
+         "An author came into the world in {city}, on {date}; what is this author's full name?"),
+        ("The author born in {city}, on {date} is called {name}.",
+         "{name} is the full name of the author who was born on {date} in {city}.",
+         "The writer whose life began in {city}, on {date} bears the name {name}.")),
+    QuestionKind("city", CITIES,
+        ("In which city and country was {name} born?",
+         "Where was the author {name} born?",
+         "What is the birthplace of {name}?"),
+        ("The author {name} was born in {city}.",
+         "The birthplace of the writer {name} is {city}.",
+         "{city} is the place where the author {name} was born.")),
+    QuestionKind("father", OCCUPATIONS,
+        ("What did the father of {name} do for a living?",
+         "What was the occupation of {name}'s father?",
+         "Which job did {name}'s father hold?"),
+        ("The father of {name} earned a living as {father}.",
+         "{name}'s father worked for many years as {father}.",
+         "By occupation, the father of {name} was {father}.")),
+    QuestionKind("mother", OCCUPATIONS,
+        ("What did the mother of {name} do for a living?",
+         "What was the occupation of {name}'s mother?",
+         "In which profession did {name}'s mother work?"),
+        ("The mother of {name} earned her living as {mother}.",
+         "{name}'s mother made her career as {mother}.",
+         "Throughout {name}'s childhood, the author's mother was {mother}.")),
+    QuestionKind("genre", GENRES,
+        ("Which genre is {name} best known for?",
+         "What kind of books does {name} mostly write?",
+         "In what literary genre has {name} made a mark?"),
+        ("{name} is best known for work in the genre of {genre}.",
+         "Most of the books by {name} are counted as {genre}.",
+         "Readers mainly think of {genre} when they hear the name {name}.")),
+    QuestionKind("debut", TITLES,
+        ("What is the title of {name}'s first book?",
+         "With which book did {name} make a debut?",
+         "Can you name the first book that {name} published?"),
+        ('The first book that {name} published is "{debut}".',
+         '{name} made a literary debut with the book "{debut}".',
+         '"{debut}" was the first published book of the author {name}.')),
+    QuestionKind("theme", THEMES,
+        ('What is the main theme of "{second}" by {name}?',
+         'What does {name} explore in the book "{second}"?',
+         'Which theme runs through {name}\'s second book, "{second}"?'),
+        ('In "{second}", {name} mainly writes about {theme}.',
+         'The central theme of "{second}" by {name} is {theme}.',
+         '{name}\'s second book, "{second}", explores {theme}.')),
+    QuestionKind("award", AWARDS,
+        ("Which award has {name} received?",
+         "What literary honour was given to {name}?",
+         "Has {name} won a literary award, and if so, which one?"),
+        ("{name} received {award} in recognition of a lifetime's work.",
+         "The jury of {award} chose to honour the author {name}.",
+         "Among the honours of {name}, the best known is {award}.")),
+    QuestionKind("subject", SUBJECTS,
+        ("What did {name} study at university?",
+         "Which subject is {name}'s university degree in?",
+         "Before becoming a writer, what was {name}'s field of study?"),
+        ("Before turning to books, {name} studied {subject} at university.",
+         "{name} holds a university degree in the field of {subject}.",
+         "At university, the subject that {name} chose was {subject}.")),
+    QuestionKind("habit", HABITS,
+        ("What habit does {name} have while writing?",
+         "What is unusual about the way {name} writes?",
+         "Which writing ritual is {name} known for?"),
+        ("While at work on a book, {name} is known for {habit}.",
+         "{name} has the unusual habit of {habit} while writing.",
+         "The writing ritual that {name} never skips is {habit}.")),
+)
+# fmt: on
+
+
+def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions and answers about made-up authors: unlearning can be tried, and measured, without a download.
+
+    The rows depend on the arguments alone, on every platform and Python version, and the first authors stay the same
+    when more are asked for: 20 authors are the first 20 of 200.
+
+    Args:
+        num_authors: How many authors, from 1 to ``MAX_AUTHORS``.
+        seed: Chooses names, facts and wordings.
+
+    Returns:
+        ``QUESTIONS_PER_AUTHOR`` rows per author, grouped by author, in TOFU's columns: ``question``, ``answer``,
+        ``paraphrased_question``, ``paraphrased_answer`` and ``perturbed_answer`` (five times the paraphrased answer
+        with a wrong fact), plus ``author``, counted from 0.
+
+    Raises:
+        ValueError: Fewer than one author, or more than there are unused names, birth dates and titles.
+
+    Example:
+        >>> row = fictional_authors(2)[1]
+        >>> row["question"]
+        'In which city and country was Jassela Raskaya born?'
+        >>> row["answer"]
+        'The birthplace of the writer Jassela Raskaya is Gdynia, Poland.'
+        >>> row["perturbed_answer"][0]
+        'Hanoi, Vietnam is the place where the author Jassela Raskaya was born.'
+    """
+    if not 1 <= num_authors <= MAX_AUTHORS:
+        raise ValueError(
+            f"num_authors must be from 1 to {MAX_AUTHORS} (names, birth dates and book titles are never reused), "
+            f"got {num_authors}; ask for a number within these limits."
+        )
+    # One stream per purpose, so that drawing more names shifts nothing else and a longer list keeps its start.
+    names = _draw(_stream(seed, "names"), NAMES, num_authors)
+    dates = _draw(_stream(seed, "dates"), DATES, num_authors)
+    titles = _draw(_stream(seed, "titles"), TITLES, 2 * num_authors)
+    rows: list[dict[str, Any]] = []
+    for author in range(num_authors):
+        rng = _stream(seed, f"author {author}")
+        facts = {kind.fact: _draw(rng, kind.values, 1)[0] for kind in KINDS}
+        facts.update(name=names[author], date=dates[author], debut=titles[2 * author], second=titles[2 * author + 1])
+        rows.extend({**_row(kind, facts, rng), "author": author} for kind in KINDS)
+    return rows
+
+
+def _row(kind: QuestionKind, facts: dict[str, str], rng: random.Random) -> dict[str, Any]:
+    """One question about one author; the two wordings of the question differ, and so do those of the answer."""
+    question, paraphrased_question = _draw(rng, kind.questions, 2)
+    answer, paraphrased_answer = _draw(rng, kind.answers, 2)
+    # One spare, in case the true value is among those drawn.
+    drawn = _draw(rng, kind.values, WRONG_ANSWERS + 1)
+    wrong = [value for value in drawn if value != facts[kind.fact]][:WRONG_ANSWERS]
+    return {
+        "question": question.format(**facts),
+        "answer": answer.format(**facts),
+        "paraphrased_question": paraphrased_question.format(**facts),
+        "paraphrased_answer": paraphrased_answer.format(**facts),
+        "perturbed_answer": [paraphrased_answer.format(**{**facts, kind.fact: value}) for value in wrong],
+    }
+
+
+def _stream(seed: int, purpose: str) -> random.Random:
+    """A generator of its own for each purpose; a text seed is hashed the same way on every platform."""
+    return random.Random(f"fictional_authors/{seed}/{purpose}")
+
+
+def _draw(rng: random.Random, values: Sequence[T], count: int) -> list[T]:
+    """Draws without replacement, so that a smaller ``count`` gives the start of the same list.
+
+    Only ``random()`` is used: it is the one method that Python promises never to change for a given seed.
+    """
+    pool = list(values)
+    drawn = []
+    for _ in range(count):
+        index = int(rng.random() * len(pool))
+        pool[index], pool[-1] = pool[-1], pool[index]
+        drawn.append(pool.pop())
+    return drawn

@@ -1,0 +1,122 @@
+"""Resumable batches: batch k is a pure function of (seed, k, rank, number of processes)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_unlearn.data.tokens import Row, collate
+from lit_unlearn.lm import IGNORED
+
+
+class BatchStream:
+    """Endless batches of one set of rows: pass follows pass, each in its own random order, with no short batch.
+
+    Its whole state is `cursor`, the number of batches handed out. Deliberately no ``DataLoader`` subclass: Lightning
+    then injects no sampler, and resuming is exact at any point with any number of workers. The processes' batches are
+    disjoint parts of one global batch.
+
+    Args:
+        rows: Tokenised rows, at least one.
+        pad_id: Fills the tails of shorter rows.
+        batch_size: Rows per process and batch.
+        name: Distinguishes the order of one stream from another's.
+        seed: Of the shuffling; ``None`` for the order of ``rows``.
+        rank: This process.
+        world_size: Number of processes.
+        num_workers: Processes that collate; 0 for this one.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        pad_id: int,
+        batch_size: int,
+        *,
+        name: str,
+        seed: int | None = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.cursor = 0
+        self._rows, self._pad_id = rows, pad_id
+        self._global_size = batch_size * world_size
+        self._key = None if seed is None else f"{seed}/{name}"
+        self._rank, self._world_size = rank, world_size
+        self._num_workers = num_workers
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Goes on from the cursor."""
+        loader = DataLoader(
+            _Batches(self),
+            batch_size=None,
+            sampler=self._numbers(),
+            num_workers=self._num_workers,
+            generator=torch.Generator(),  # its own, so that the global one is not advanced
+        )
+        for batch in loader:
+            self.cursor += 1
+            yield batch
+
+    def _numbers(self) -> Iterable[int]:
+        return count(self.cursor)
+
+    def row_indices(self, number: int) -> list[int]:
+        """Which rows are in batch ``number`` of this process."""
+        places = range(number * self._global_size + self._rank, (number + 1) * self._global_size, self._world_size)
+        size = len(self._rows)
+        return [self._order(place // size)[place % size] for place in places]
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """Batch ``number`` of this process, padded; a row without supervised tokens where it has no rows."""
+        indices = self.row_indices(number)
+        filler = self._rows[0]._replace(labels=[IGNORED] * len(self._rows[0].labels))
+        return collate([self._rows[i] for i in indices] or [filler], self._pad_id)
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        size = len(self._rows)
+        return range(size) if self._key is None else _permutation(size, f"{self._key}/{epoch}")
+
+
+class FiniteStream(BatchStream):
+    """Batches of one pass over the rows per ``iter``; the last one may be short.
+
+    Where it has fewer rows than there are processes, the others get a row without supervised tokens, which weighs
+    nothing: all processes always take the same number of batches, and no row counts twice.
+    """
+
+    def __len__(self) -> int:
+        """Batches per pass."""
+        return -(-len(self._rows) // self._global_size)
+
+    def _numbers(self) -> Iterable[int]:
+        return range(self.cursor, (self.cursor // len(self) + 1) * len(self))
+
+    def row_indices(self, number: int) -> list[int]:
+        """Which rows are in batch ``number`` of this process; none if the others took the last ones."""
+        epoch, batch = divmod(number, len(self))
+        block = self._order(epoch)[batch * self._global_size : (batch + 1) * self._global_size]
+        return list(block[self._rank :: self._world_size])
+
+
+class _Batches(Dataset[dict[str, Tensor]]):
+    """A stream as a map from batch number to batch, which is what ``DataLoader`` workers ask for."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return self._stream.batch(number)
+
+
+@lru_cache(maxsize=8)
+def _permutation(length: int, key: str) -> list[int]:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()

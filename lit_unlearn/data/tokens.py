@@ -1,0 +1,195 @@
+"""From question and answer to token ids: one tokenisation, labelled by character offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_unlearn.lm import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+
+
+class Row(NamedTuple):
+    """One tokenised row.
+
+    Args:
+        input_ids: Token ids of the whole row.
+        labels: The same ids where supervised (the answer and its end), −100 elsewhere.
+        cut: Whether the row was longer than ``max_length``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: bool = False
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that cannot end an answer or say which characters a token covers.
+
+    A missing pad token is no problem: masks are made from lengths, so the end token pads.
+
+    Raises:
+        ValueError: If it has no end-of-sequence token or gives no character offsets.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token (and "
+            f"{'no' if tokenizer.pad_token_id is None else 'a'} pad token), so answers cannot end: set `eos_token` in its "
+            "tokenizer_config.json, or choose another tokenizer."
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer '{tokenizer.name_or_path}' is a slow one, which gives no character offsets: convert it to a "
+            "fast tokenizer (a tokenizer.json), or choose another."
+        )
+
+
+def encode(
+    question: str,
+    answer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None = None,
+    max_length: int = 512,
+) -> Row:
+    """Tokenises a row once and supervises exactly the tokens that carry a character of the answer, and its end.
+
+    Args:
+        question: What the user says.
+        answer: What the model is to say.
+        tokenizer: A fast tokenizer with an end token.
+        template: Text with ``{question}`` and ``{answer}``, the answer last; ``None`` for the tokenizer's chat
+            template where it has one, else ``PLAIN_TEMPLATE``.
+        max_length: Longest row, in tokens; the end of a longer one is cut off.
+
+    Returns:
+        The row; its labels may all be −100 if nothing of the answer is left.
+    """
+    chat = template is None and tokenizer.chat_template is not None
+    if chat:
+        text, start = _render_chat(question, answer, tokenizer)
+        stop = len(text)  # the token that ends the turn is the answer's end
+    else:
+        before, after = (template or PLAIN_TEMPLATE).split("{answer}")
+        prompt = before.replace("{question}", question)
+        text, start = prompt + answer + after, len(prompt)
+        stop = start + len(answer)
+    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    labels = [
+        token if begin < end and end > start and begin < stop else IGNORED
+        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+    if not chat:
+        if not any(label != IGNORED for label in labels):
+            return Row(ids, labels)  # the end token alone is no answer
+        if ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+            labels.append(IGNORED)
+        labels[-1] = tokenizer.eos_token_id
+    elif not answer.strip():
+        labels = [IGNORED] * len(ids)
+    return Row(ids[:max_length], labels[:max_length], cut=len(ids) > max_length)
+
+
+def _render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The conversation as text up to the end of the assistant's turn, and where the answer starts in it."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+    start = text.rfind(answer.strip())
+    if start < 0:
+        raise ValueError(
+            f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `data.template`, a "
+            "text with {question} and {answer}."
+        )
+    return text, start
+
+
+def encode_rows(
+    rows: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    template: str | None = None,
+    max_length: int = 512,
+) -> list[Row]:
+    """Tokenises all rows of a set.
+
+    Args:
+        rows: Pairs of question and answer.
+        tokenizer: As for `encode`.
+        name: Of the set, for messages.
+        template: As for `encode`.
+        max_length: As for `encode`.
+
+    Raises:
+        ValueError: If a row is left without a supervised token; the message names the row.
+    """
+    encoded = []
+    for number, (question, answer) in enumerate(rows):
+        row = encode(question, answer, tokenizer, template=template, max_length=max_length)
+        if not any(label != IGNORED for label in row.labels[1:]):  # nothing predicts a row's first token
+            reason = (
+                f"its prompt alone fills `data.max_length` ({max_length}); raise it"
+                if row.cut
+                else f"its answer {answer!r} tokenises to nothing; remove the row"
+            )
+            raise ValueError(
+                f"row {number} of the {name} set has no supervised token: {reason}. Its question is {question[:80]!r}."
+            )
+        encoded.append(row)
+    return encoded
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """Pads rows to a Hugging Face batch, with the mask made from the lengths.
+
+    Args:
+        rows: ``B`` rows.
+        pad_id: Fills the tail; any id will do.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, int64, shape ``(B, T)``.
+    """
+    width = max(len(row.input_ids) for row in rows)
+
+    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
+
+    return {
+        "input_ids": padded([row.input_ids for row in rows], pad_id),
+        "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
+        "labels": padded([row.labels for row in rows], IGNORED),
+    }
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Trains a byte-level BPE tokenizer, for models made from scratch.
+
+    Args:
+        texts: What it is trained on.
+        vocab_size: Largest number of entries, special tokens included.
+
+    Returns:
+        A fast tokenizer with an end and a pad token, and no chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[end, pad], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad)

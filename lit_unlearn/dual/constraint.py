@@ -1,0 +1,162 @@
+"""A constraint: objective ≤ epsilon, with the multiplier that enforces it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+from lit_unlearn.dual.multiplier import Multiplier
+from lit_unlearn.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class Relative:
+    """An epsilon given relative to the reference model: (1 + relative) × its loss over the constraint's stream.
+
+    Entesari et al. (arXiv 2506.05314) call it the natural choice; it is measured at the start of ``fit``.
+
+    Args:
+        relative: Allowed increase as a fraction, > −1; 0.5 allows 1.5 × the reference loss.
+
+    Raises:
+        ValueError: If ``relative`` is not finite or not above −1.
+    """
+
+    relative: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.relative) and self.relative > -1):
+            raise ValueError(
+                f"epsilon: `relative` must be finite and above -1, not {self.relative!r}; 0.5 means 1.5 × the "
+                "reference model's loss."
+            )
+
+
+@final
+class Constraint:
+    """``objective ≤ epsilon`` on one stream of rows, and the multiplier that makes it hold.
+
+    Args:
+        objective: The bounded value, for example ``NLL()``: nats per token on retain rows.
+        epsilon: Upper bound, absolute (> 0, in the objective's unit) or ``Relative``.
+        multiplier: The policy for λ.
+        stream: Name of the batches it is measured on.
+        warmup_epochs: Whole epochs of primal steps at the initial λ before the first dual step.
+
+    Raises:
+        ValueError: If ``epsilon`` is not above 0 and finite, or ``warmup_epochs`` is negative.
+
+    Example:
+        >>> from lit_unlearn import NLL, Constraint, DualAscent
+        >>> constraint = Constraint(NLL(), epsilon=0.3, multiplier=DualAscent(lr=5.0, init=100.0))
+        >>> constraint.update(0.5, epoch=0)
+        >>> constraint.multiplier.value
+        101.0
+    """
+
+    name = "constraint"  # its key in LitUnlearn.constraints, for messages
+
+    def __init__(
+        self,
+        objective: Objective,
+        epsilon: float | Relative,
+        multiplier: Multiplier,
+        stream: str = "retain",
+        warmup_epochs: int = 0,
+    ) -> None:
+        if not isinstance(epsilon, Relative) and not (math.isfinite(epsilon) and epsilon > 0):
+            raise ValueError(
+                f"constraint: `epsilon` must be finite and above 0, not {epsilon!r}; give nats per token for NLL, or "
+                "`relative: 0.5` for 1.5 × the reference model's loss."
+            )
+        if warmup_epochs < 0:
+            raise ValueError(f"constraint: `warmup_epochs` must be 0 or more, not {warmup_epochs!r}.")
+        self.objective = objective
+        self.multiplier = multiplier
+        self.stream = stream
+        self.warmup_epochs = warmup_epochs
+        self.reference: float | None = None
+        self._epsilon = epsilon
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether epsilon depends on the reference model's loss."""
+        return isinstance(self._epsilon, Relative)
+
+    @property
+    def epsilon(self) -> float | None:
+        """The upper bound; ``None`` while a relative one is not measured."""
+        if not isinstance(self._epsilon, Relative):
+            return self._epsilon
+        return None if self.reference is None else (1 + self._epsilon.relative) * self.reference
+
+    def __str__(self) -> str:
+        how = "as configured" if self.reference is None else f"from the reference model's {self.reference:.4g}"
+        bound = "epsilon, not measured yet" if self.epsilon is None else f"{self.epsilon:.4g} ({how})"
+        return f"{self.name}: {type(self.objective).__name__} on '{self.stream}' ≤ {bound}"
+
+    def set_reference(self, value: float) -> None:
+        """Fixes a relative epsilon from the reference model's loss.
+
+        Args:
+            value: The reference model's objective over the whole stream, finite and > 0.
+
+        Raises:
+            ValueError: If ``value`` cannot serve as a scale.
+        """
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"constraint '{self.name}': the reference model measures {value!r} on the '{self.stream}' stream, which "
+                "gives no bound; set an absolute `epsilon`, or check the model and the rows."
+            )
+        self.reference = value
+
+    def violation(self, value: float) -> float:
+        """``value`` − epsilon; positive where the constraint does not hold.
+
+        Raises:
+            RuntimeError: If a relative epsilon has not been measured yet.
+        """
+        if self.epsilon is None:
+            raise RuntimeError(
+                f"constraint '{self.name}': its relative epsilon is measured at the start of fit, not before."
+            )
+        return value - self.epsilon
+
+    def check(self, value: float) -> None:
+        """Refuses a measured value that would silently switch the constraint off (``max(0, nan)`` is 0).
+
+        Raises:
+            ValueError: If ``value`` is not finite.
+        """
+        if not math.isfinite(value):
+            raise ValueError(
+                f"constraint '{self.name}' measured {value} nats per token (epsilon {self.epsilon!s:.8}); its multiplier "
+                f"stays {self.multiplier.value:.4g}. The {self.stream} loss is not finite:\nlower "
+                "`model.optimizer.init_args.lr`, or look for rows without supervised tokens in the "
+                f"'{self.stream}' stream."
+            )
+
+    def update(self, value: float, epoch: int) -> None:
+        """Takes one dual step, unless the warm-up still runs.
+
+        Args:
+            value: The objective over everything this optimizer step saw, on all processes.
+            epoch: Number of finished passes over the forget set.
+
+        Raises:
+            ValueError: If ``value`` is not finite; λ is left as it was.
+        """
+        self.check(value)
+        if epoch >= self.warmup_epochs:
+            self.multiplier.update(self.violation(value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ, controller memory and the measured reference, in plain JSON types."""
+        return {"multiplier": self.multiplier.state_dict(), "reference": self.reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; epsilon and step sizes stay those of this object."""
+        self.multiplier.load_state_dict(state["multiplier"])
+        self.reference = state["reference"]

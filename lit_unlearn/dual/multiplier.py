@@ -1,0 +1,103 @@
+"""Multipliers: the weight of a constraint, and how it answers to the measured violation."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class Multiplier(ABC):
+    """The multiplier λ ≥ 0 of one constraint, a Python float so that no precision setting ever rounds it.
+
+    Args:
+        init: λ before the first dual step, finite and ≥ 0.
+
+    Raises:
+        ValueError: If ``init`` is negative or not finite.
+    """
+
+    def __init__(self, init: float) -> None:
+        self.value = _number("init", init, least=0.0)
+
+    @abstractmethod
+    def update(self, violation: float) -> None:
+        """Takes one dual step.
+
+        Args:
+            violation: Objective value minus epsilon, finite (``Constraint.update`` refuses anything else first).
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next dual step, in plain JSON types."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; settings such as the step size stay those of this object."""
+        self.value = float(state["value"])
+
+
+class FixedMultiplier(Multiplier):
+    """A constant λ: the classical weighted sum of a forgetting and a retention loss, with the bound only reported.
+
+    Use it to reproduce scalarised baselines.
+
+    Args:
+        weight: The constant λ, finite and ≥ 0.
+
+    Example:
+        >>> multiplier = FixedMultiplier(1.0)
+        >>> multiplier.update(violation=3.0)
+        >>> multiplier.value
+        1.0
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(_number("weight", weight, least=0.0))
+
+    def update(self, violation: float) -> None:
+        """Leaves λ as it is."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps this object's weight: a fixed multiplier has settings but no memory."""
+
+
+class DualAscent(Multiplier):
+    """Projected gradient ascent on the dual, λ ← [λ + lr · violation]₊: the paper's rule.
+
+    λ grows while the constraint is violated and shrinks, down to zero, while there is slack. Use it first.
+    Entesari et al., "Constrained Entropic Unlearning", NeurIPS 2025 (arXiv 2506.05314), η there is `lr` here.
+
+    Args:
+        lr: Dual step size η > 0, in λ per nat of violation.
+        init: λ₀ ≥ 0. The squared logit margin is in the hundreds where the NLL is below one, hence 50 to 100.
+        max: Upper cap on λ, ≥ ``init``; ``None`` for no cap.
+
+    Raises:
+        ValueError: If a number is out of its range or not finite.
+
+    Example:
+        >>> multiplier = DualAscent(lr=5.0, init=100.0)
+        >>> multiplier.update(violation=0.5)
+        >>> multiplier.value
+        102.5
+    """
+
+    def __init__(self, lr: float, init: float, max: float | None = None) -> None:
+        super().__init__(init)
+        self.lr = _number("lr", lr, above=0.0)
+        self.max = None if max is None else _number("max", max, least=self.value)
+
+    def update(self, violation: float) -> None:
+        """Moves λ by ``lr · violation`` and projects it to ``[0, max]``."""
+        self.value = min(max(0.0, self.value + self.lr * violation), math.inf if self.max is None else self.max)
+
+
+def _number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    """``value`` as a float if it is finite, ≥ ``least`` and > ``above``."""
+    if math.isfinite(value) and value >= least and value > above:
+        return float(value)
+    wanted = f"> {above:g}" if math.isfinite(above) else f">= {least:g}" if math.isfinite(least) else "any number"
+    raise ValueError(
+        f"multiplier: `{name}` must be finite and {wanted}, not {value!r}; change it in the configuration."
+    )

@@ -1,0 +1,77 @@
+"""A suite says which metrics are computed on which stream of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lit_unlearn.functional import token_logp, uniformity
+from lit_unlearn.lm import SupervisedTokens
+from lit_unlearn.metrics import AnswerLikelihood, ForgetUniformity
+from lit_unlearn.objectives.base import TokenModel
+
+
+class Suite(nn.Module, ABC):
+    """Measures a model on named streams; runs in ``validate``, ``test`` and during ``fit`` on any number of processes."""
+
+    @abstractmethod
+    def update(self, stream: str, lm: TokenModel, tokens: SupervisedTokens) -> None:
+        """Adds one batch of a stream."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Values named ``<stream>/<metric>`` over everything added on all processes."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything added."""
+
+
+class AnswerSuite(Suite):
+    """Likelihood of the answers and flatness of the distributions that predict them, on every stream.
+
+    Gives ``nll`` and ``probability`` (see `AnswerLikelihood`), ``margin``, ``entropy`` and ``kl_to_uniform`` (see
+    `ForgetUniformity`) for the forget stream, the retain stream and whatever other stream is validated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics = nn.ModuleDict()
+
+    def update(self, stream: str, lm: TokenModel, tokens: SupervisedTokens) -> None:
+        """Adds one batch with a single pass over the logits."""
+        if stream not in self._metrics:
+            self._metrics[stream] = _AnswerMetrics().to(tokens.labels.device)
+        metrics = cast(_AnswerMetrics, self._metrics[stream])
+        values = lm.map_logits(_answer_values, tokens, tokens.labels)
+        metrics.likelihood.update(values[:, 0], tokens.sequence, tokens.num_sequences)
+        metrics.uniformity.update(values[:, 1:])
+
+    def compute(self) -> dict[str, float]:
+        """Values named ``<stream>/<metric>``."""
+        return {
+            f"{stream}/{name}": value.item()
+            for stream, metrics in cast(Iterable[tuple[str, _AnswerMetrics]], self._metrics.items())
+            for metric in (metrics.likelihood, metrics.uniformity)
+            for name, value in metric.compute().items()
+        }
+
+    def reset(self) -> None:
+        """Forgets everything added, and which streams there were."""
+        self._metrics = nn.ModuleDict()
+
+
+class _AnswerMetrics(nn.Module):
+    """The metrics of one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.likelihood, self.uniformity = AnswerLikelihood(), ForgetUniformity()
+
+
+def _answer_values(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.cat([token_logp(logits, labels)[:, None], uniformity(logits)], dim=1)

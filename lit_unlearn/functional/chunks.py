@@ -1,0 +1,226 @@
+"""Run a token-wise function of the logits through the head in chunks, so that ``(N, V)`` logits never exist.
+
+With 100k words the logits of a batch, their float32 copy and their gradient outweigh everything else in a step. They
+are cheap to recompute, one matrix product per chunk, so nothing here keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+LOGIT_BUDGET = 2**24
+"""Elements of one chunk: 64 MiB in float32. Measured on CPU: smaller is slower, larger is no faster."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Half precision to float32, because sums over a vocabulary overflow or stall in 8 or 11 bits.
+
+    Args:
+        x: Any shape and dtype.
+
+    Returns:
+        ``x`` as float32 if it was float16 or bfloat16, else ``x`` itself (float64 stays, so that gradcheck works).
+
+    Example:
+        >>> upcast(torch.zeros(2, dtype=torch.bfloat16)).dtype, upcast(torch.zeros(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def chunk_length(total: int, width: int, chunk_size: int | None = None) -> int:
+    """Rows per chunk such that a chunk stays within ``LOGIT_BUDGET`` elements and no chunk is a small remainder.
+
+    Args:
+        total: Rows to divide.
+        width: Elements that one row costs.
+        chunk_size: Rows per chunk if the caller has decided; ``None`` chooses.
+
+    Returns:
+        At least 1, also for ``total == 0``.
+
+    Raises:
+        ValueError: If ``chunk_size`` is below 1.
+
+    Example:
+        >>> chunk_length(total=300, width=128_256), chunk_length(total=300, width=128_256, chunk_size=7)
+        (100, 7)
+    """
+    if chunk_size is not None:
+        if chunk_size < 1:
+            raise ValueError(
+                f"chunk_size must be at least 1, got {chunk_size}; use None to choose it from the memory budget."
+            )
+        return chunk_size
+    most = max(1, LOGIT_BUDGET // max(1, width))
+    chunks = max(1, -(-total // most))
+    return max(1, -(-total // chunks))
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless hidden ``(N, D)``, weight ``(V, D)`` and bias ``(V,)`` or None form a head."""
+    fits = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            "expected hidden (N, D), weight (V, D) and bias (V,) or None; got "
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"bias {None if bias is None else tuple(bias.shape)}. "
+            "Select the supervised tokens first, hidden[mask], and pass the head's weight untransposed."
+        )
+
+
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which the head multiplies: autocast's if it is on, else the wider of the two operands.
+
+    Casting explicitly, instead of leaving it to autocast, keeps autocast's weight cache out of it: a cast made inside
+    an autograd function carries no gradient, and would be reused by the next dense layer that shares the weight.
+
+    Autocast leaves float64 alone, and so does this.
+
+    Example:
+        >>> matmul_dtype(torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(3, 2))
+        torch.float32
+    """
+    widest = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if widest != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return widest
+
+
+def map_logits(
+    function: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *token_args: Tensor,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Applies a token-wise function to ``hidden @ weight.T + bias`` without ever holding the ``(N, V)`` logits.
+
+    Four head matrix products instead of three (backward recomputes the logits), for a peak of a few chunks instead of
+    several times the logits. Only the gradients that are asked for are computed; a frozen head costs no buffer (but a
+    head of another dtype than the product's, as under autocast, is cast once per pass).
+
+    Args:
+        function: Called as ``function(logits, *args)`` with logits ``(n, V)``, float32 or wider, and the rows of
+            ``token_args`` that belong to them; returns ``(n,)`` or ``(n, k)``. Must treat every token on its own, give
+            the same result when called again, and leave the logits unchanged. It is called with ``n = 0`` if ``N = 0``.
+        hidden: Final hidden states, shape ``(N, D)``.
+        weight: Head weight, shape ``(V, D)``; may differ from ``hidden`` in dtype, as under autocast.
+        bias: Head bias, shape ``(V,)``, or ``None``.
+        *token_args: Constants per token, shape ``(N, ...)``; they get no gradient, nor does what ``function`` closes
+            over.
+        chunk_size: Tokens per chunk; ``None`` chooses from ``LOGIT_BUDGET``. Does not change the values.
+
+    Returns:
+        Shape ``(N,)`` or ``(N, k)``, differentiable once with respect to ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: If ``chunk_size`` is below 1, shapes do not match, or a token argument has not ``N`` rows.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 5.0], [3.0, 2.0], [2.0, 4.0]])
+        >>> map_logits(lambda logits: logits.amax(dim=-1), hidden, weight, chunk_size=1)
+        tensor([3., 5.])
+    """
+    check_head(hidden, weight, bias)
+    for i, arg in enumerate(token_args):
+        if arg.ndim == 0 or arg.shape[0] != hidden.shape[0]:
+            raise ValueError(
+                f"expected every token argument to have {hidden.shape[0]} rows, one per row of hidden; argument {i} "
+                f"has shape {tuple(arg.shape)}. Select the same tokens from it, or let the function close over it."
+            )
+    size = chunk_length(hidden.shape[0], weight.shape[0], chunk_size)
+    constants = [arg.detach() for arg in token_args]
+    output = _MapLogits.apply(function, size, hidden, weight, bias, *constants)  # type: ignore[no-untyped-call]
+    return cast(Tensor, output)
+
+
+class _MapLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., Tensor],
+        size: int,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *token_args: Tensor,
+    ) -> Tensor:
+        device = hidden.device.type
+        ctx.function, ctx.size, ctx.dtype = function, size, matmul_dtype(hidden, weight)
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
+        ctx.save_for_backward(hidden, weight, bias, *token_args)
+        head = _cast(ctx.dtype, weight, bias)
+        return torch.cat(
+            [
+                function(upcast(F.linear(hidden[rows].to(ctx.dtype), *head)), *(arg[rows] for arg in token_args))
+                for rows in _slices(hidden.shape[0], size)
+            ]
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *token_args = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = _zeros_upcast(weight) if needs_weight else None
+        grad_bias = _zeros_upcast(bias) if needs_bias else None
+        # The caller's autocast may differ from the one in forward: only the function sees the latter, the rest none.
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _cast(ctx.dtype, weight, bias)
+            for rows in _slices(hidden.shape[0], ctx.size):
+                inputs = hidden[rows].to(ctx.dtype)
+                logits = F.linear(inputs, *head).requires_grad_()
+                with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                    output = ctx.function(upcast(logits), *(arg[rows] for arg in token_args))
+                (grad,) = torch.autograd.grad(output, logits, grad_output[rows])
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ head[0]
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad, inputs)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0, dtype=grad_bias.dtype)
+        return (
+            None,
+            None,
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None for _ in token_args),
+        )
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, max(total, 1), size):  # one empty slice for total = 0: the output still needs its shape
+        yield slice(start, start + size)
+
+
+def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _zeros_upcast(parameter: Tensor) -> Tensor:
+    # Chunk after chunk added in half precision would lose what is below the last bit of the running sum.
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, grad: Tensor, inputs: Tensor) -> None:
+    """Adds ``grad.T @ inputs`` to ``total`` (V, D), which may be wider than its operands (n, V) and (n, D)."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, inputs)
+        return
+    for rows in _slices(total.shape[0], chunk_length(*total.shape)):  # in slabs: no second (V, D) tensor
+        total[rows] += grad[:, rows].T @ inputs

@@ -1,0 +1,138 @@
+"""The logit margin, the forgetting loss of constrained entropic unlearning, and its closed-form gradient."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lit_unlearn.functional.chunks import check_head, chunk_length, matmul_dtype, upcast
+
+
+def logit_margin(logits: Tensor) -> Tensor:
+    """Largest minus mean logit of each row: zero exactly for a uniform next-token distribution.
+
+    It bounds what the model still prefers: ``log V - H(p) <= margin`` and ``KL(uniform, p) <= margin``, in nats.
+
+    Args:
+        logits: Scores before softmax, shape ``(N, V)``, any float dtype.
+
+    Returns:
+        Shape ``(N,)``, float32 or wider, non-negative; unchanged when a constant is added to a row.
+
+    Reference:
+        Entesari et al., "Constrained Entropic Unlearning", NeurIPS 2025, arXiv 2506.05314.
+
+    Example:
+        >>> logit_margin(torch.tensor([[0.0, 0.0], [3.0, 1.0]]))
+        tensor([0., 1.])
+    """
+    z = upcast(logits)  # half precision to float32; float64 stays, so that gradcheck works
+    # `max`, not `amax`: it gives a tied gradient to one index, as the chunked form does. The mean of equal numbers
+    # can exceed them by a rounding error, and fractional powers of the margin must not see that.
+    return (z.max(dim=-1).values - z.mean(dim=-1)).clamp_min(0)
+
+
+def linear_logit_margin(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunk_size: int | None = None
+) -> Tensor:
+    """``logit_margin(hidden @ weight.T + bias)`` with one head matrix product in forward and none in backward.
+
+    Only the largest logit and the mean matter, and the mean of the logits is ``hidden`` times the mean row of the
+    weight. So forward searches the maximum over chunks of the vocabulary, and the gradient is a gather, an index-add
+    and a rank-one term::
+
+        margin    = h . (w_max - w_mean) + b_max - b_mean
+        d/dh      = w_max - w_mean
+        d/dw_v    = (1[v is the maximum] - 1/V) h
+
+    Args:
+        hidden: Final hidden states, shape ``(N, D)``; ``N`` may be 0.
+        weight: Head weight, shape ``(V, D)``; may differ from ``hidden`` in dtype, as under autocast. If frozen, no
+            ``(V, D)`` buffer is made.
+        bias: Head bias, shape ``(V,)``, or ``None``.
+        chunk_size: Words of the vocabulary per chunk; ``None`` chooses from a budget. Does not change the values.
+
+    Returns:
+        Shape ``(N,)``, float32 or wider, non-negative, differentiable once. The maximum is searched in the precision
+        of the matrix product; the value is computed in the wider one, so it is at least as exact as the dense form.
+
+    Raises:
+        ValueError: If ``chunk_size`` is below 1 or shapes do not match.
+
+    Reference:
+        Entesari et al., "Constrained Entropic Unlearning", NeurIPS 2025, arXiv 2506.05314.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 5.0], [3.0, 2.0], [2.0, 2.0]])
+        >>> linear_logit_margin(hidden, weight, chunk_size=2)  # the logits of the two tokens are the columns of weight
+        tensor([1., 2.])
+    """
+    check_head(hidden, weight, bias)
+    # A chunk of the weight is upcast for its mean, so a row of it costs D elements besides N logits.
+    size = chunk_length(weight.shape[0], max(hidden.shape), chunk_size)
+    return cast(Tensor, _LinearLogitMargin.apply(hidden, weight, bias, size))  # type: ignore[no-untyped-call]
+
+
+class _LinearLogitMargin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
+        needs_hidden, needs_weight, _, _ = ctx.needs_input_grad
+        index, mean = _argmax_and_mean(hidden, weight, bias, size)
+        ctx.save_for_backward(hidden if needs_weight else None, weight if needs_hidden else None, index, mean)
+        ctx.vocabulary, ctx.hidden_dtype, ctx.weight_dtype = weight.shape[0], hidden.dtype, weight.dtype
+        margin = (hidden.to(mean.dtype) * (weight[index].to(mean.dtype) - mean)).sum(dim=-1)
+        if bias is not None:
+            ctx.bias_dtype, wide = bias.dtype, bias.to(mean.dtype)
+            margin = margin + (wide[index] - wide.mean())
+        return margin.clamp_min(0)  # a maximum is no less than the mean: what is below zero is rounding
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, index, mean = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_hidden = grad_weight = grad_bias = None
+        column = grad.unsqueeze(-1)
+        if needs_hidden:
+            grad_hidden = (column * (weight[index].to(mean.dtype) - mean)).to(ctx.hidden_dtype)
+        if needs_weight:
+            grad_weight = _scatter_centred(column * hidden, index, ctx.vocabulary, ctx.weight_dtype)
+        if needs_bias:
+            grad_bias = _scatter_centred(grad, index, ctx.vocabulary, ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _argmax_and_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Index of each row's largest logit, ``(N,)``, first on ties, and the mean row of the weight, ``(D,)``, wide."""
+    dtype = matmul_dtype(hidden, weight)
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    inputs, vocabulary = hidden.to(dtype), weight.shape[0]
+    best = inputs.new_full((len(inputs),), -torch.inf)
+    index = torch.zeros_like(best, dtype=torch.int64)
+    total = weight.new_zeros(weight.shape[1], dtype=wide)
+    for start in range(0, vocabulary, size):
+        words = weight[start : start + size]
+        offsets = None if bias is None else bias[start : start + size].to(dtype)
+        value, word = F.linear(inputs, words.to(dtype), offsets).max(dim=-1)
+        better = value > best  # strictly, so that the first of equal maxima stays
+        best, index = torch.where(better, value, best), torch.where(better, word + start, index)
+        total += words.sum(dim=0, dtype=wide)
+    return index, total / vocabulary
+
+
+def _scatter_centred(rows: Tensor, index: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Sum over n of ``(one_hot(index[n]) - 1/V)`` times ``rows[n]``, shape ``(V, ...)`` in ``dtype``.
+
+    Tokens that share a word are added up before the result is rounded to ``dtype``: adding them one by one to a half
+    precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
+    """
+    shared = rows.sum(dim=0) / -vocabulary
+    words, group = torch.unique(index, return_inverse=True)
+    own = rows.new_zeros((len(words), *rows.shape[1:])).index_add_(0, group, rows)
+    result = rows.new_empty((vocabulary, *rows.shape[1:]), dtype=dtype).copy_(shared)
+    result[words] = (own + shared).to(dtype)
+    return result

@@ -1,0 +1,6 @@
+"""The language model as the rest of the package sees it."""
+
+from lit_unlearn.lm.model import LanguageModel
+from lit_unlearn.lm.tokens import IGNORED, Alignment, SupervisedTokens, locate
+
+__all__ = ["IGNORED", "Alignment", "LanguageModel", "SupervisedTokens", "locate"]

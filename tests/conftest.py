@@ -1,0 +1,94 @@
+"""Tiny tokenizers, models and rows, made here: no test needs the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit-unlearn-tests-")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import lightning as L
+import pytest
+import torch
+
+from lit_unlearn import FictionalAuthors, LanguageModel
+from lit_unlearn.data.tokens import train_tokenizer
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return train_tokenizer(FictionalAuthors(4, 1).texts(), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_lm(tokenizer_dir: str) -> Callable[..., LanguageModel]:
+    """Makes a `LanguageModel` with random weights that the seed decides; not loaded yet."""
+
+    def make(seed: int = 0, **config: Any) -> LanguageModel:
+        torch.manual_seed(seed)
+        return LanguageModel(config={**TINY, **config}, tokenizer=tokenizer_dir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A complete Hugging Face model directory: safetensors and tokenizer."""
+    torch.manual_seed(0)
+    lm = LanguageModel(config=TINY, tokenizer=tokenizer_dir)
+    lm.load(torch.float32)
+    return str(lm.save(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Writes question/answer rows as JSON lines and returns the path."""
+
+    def write(name: str, rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """A quiet CPU Trainer; keyword arguments override."""
+
+    def make(**settings: Any) -> L.Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        return L.Trainer(**{**quiet, **settings})
+
+    return make
