@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_unlearn import __version__
 
+_CONFIG = ("--config", "-c")
 _PACKAGE = Path(__file__).parents[1]
 
 HELP = """\
@@ -41,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _run(find_configs(arguments))
         except (ValueError, LookupError, OSError, RuntimeError) as error:
-            if not _is_ours(error):
+            from lit_unlearn.cli.errors import is_nested, shorten
+
+            message = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
+            if not (_is_ours(error) or is_nested(message)):
                 raise
-            message = error.args[0] if isinstance(error, KeyError) else error  # KeyError shows a repr
-            sys.exit(f"lit-unlearn: error: {message}")
+            sys.exit(f"lit-unlearn: error: {shorten(message) if is_nested(message) else message}")
 
 
 def _run(arguments: list[str]) -> None:
@@ -60,9 +63,9 @@ def find_configs(arguments: list[str]) -> list[str]:
     found = list(arguments)
     for i, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option == "--config" and equals:
-            found[i] = f"--config={_packaged(value)}"
-        elif i and arguments[i - 1] == "--config":
+        if option in _CONFIG and equals:
+            found[i] = f"{option}={_packaged(value)}"
+        elif i and arguments[i - 1] in _CONFIG:
             found[i] = _packaged(argument)
     return found
 

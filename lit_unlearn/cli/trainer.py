@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-from typing import Any
+import warnings
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
@@ -12,8 +15,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lit_unlearn.data
 import lit_unlearn.module  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.callbacks import ExportModel, ProgressBar, RunPicture, RunReport
+from lit_unlearn.cli.errors import shorten
 
-_USAGE = "lit-unlearn fit --config FILE [--config OVERLAY] [--model.… VALUE] [--data.… VALUE] [--trainer.… VALUE]"
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two, without the list of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the command with the innermost reason; the parsers of nested values raise instead, as they should."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"lit-unlearn: error: {shorten(message)}\n")
 
 
 class UnlearnCLI(LightningCLI):
@@ -62,18 +73,25 @@ class UnlearnCLI(LightningCLI):
 
 def run(arguments: list[str]) -> None:
     """Parses and runs one command."""
+    _quieten()
+    sys.argv[1:] = arguments  # where LightningCLI, and the processes it may start, look for them
     UnlearnCLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs=_parser_settings(),
-        args=arguments,
     )
 
 
-def _parser_settings() -> dict[str, Any]:
-    return {"usage": _USAGE}
+def _quieten() -> None:
+    """Leaves one line per phase: drops Lightning's advertisements and a warning about its own code."""
+    chatter = ("GPU available", "TPU available", "💡 Tip", "Seed set to", "Loading `train_dataloader`", "`Trainer.")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(chatter))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

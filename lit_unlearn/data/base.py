@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,17 +48,23 @@ class Source:
 
         Raises:
             FileNotFoundError: If there is no such file, and no hub data set of that name can be reached.
-            ValueError: If the set is empty.
+            ValueError: If the set is empty, or the file cannot be read.
         """
         from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
         path = Path(self.path)
-        if path.suffix in _FILE_TYPES:
+        file_type = _FILE_TYPES.get(path.suffix.lower())
+        if file_type is not None:
             if not path.is_file():
                 raise FileNotFoundError(f"the {role} set's file '{path}' does not exist: check `data.{role}`.")
-            if path.stat().st_size == 0:
-                raise ValueError(f"the {role} set is empty: '{path}' has no rows.")
-            rows = load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split="train")
+            try:
+                rows = load_dataset(file_type, data_files=str(path), split="train")
+            except (DatasetGenerationError, ValueError) as error:
+                raise ValueError(
+                    f"the {role} set is empty or unreadable: '{path}' has no rows, or is no {file_type} file. The reason "
+                    f"given: {error.__cause__ or error}"
+                ) from error
         else:
             try:
                 rows = load_dataset(self.path, self.name, split=self.split)
@@ -117,12 +124,15 @@ class ForgetRetain(L.LightningDataModule):
         train_on: TrainOn = "pairs",
     ) -> None:
         super().__init__()
+        retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
         sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, size in {**sizes, "retain_batch_size": retain_batch_size or batch_size}.items():
+        for name, size in {**sizes, "retain_batch_size": retain_batch_size}.items():
             if size < 1:
                 raise ValueError(f"`data.{name}` must be at least 1, not {size}.")
-        if template is not None and any(template.count(part) != 1 for part in ("{question}", "{answer}")):
-            raise ValueError(f"`data.template` must contain {{question}} and {{answer}} once each; got {template!r}.")
+        if template is not None and re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
+            raise ValueError(
+                f"`data.template` must contain {{question}} and, after it, {{answer}}, once each; got {template!r}."
+            )
         if train_on not in ("pairs", "all", "retain"):
             raise ValueError(f"`data.train_on` must be 'pairs', 'all' or 'retain', not {train_on!r}.")
         self.sources = {
@@ -131,7 +141,7 @@ class ForgetRetain(L.LightningDataModule):
         }
         self.question_column, self.answer_column = question_column, answer_column
         self.template, self.max_length = template, max_length
-        self.batch_sizes = {"forget": batch_size, "retain": retain_batch_size or batch_size, "train": batch_size}
+        self.batch_sizes = {"forget": batch_size, "retain": retain_batch_size, "train": batch_size}
         self.eval_batch_size = eval_batch_size
         self.num_workers, self.seed, self.train_on = num_workers, seed, train_on
         self.rows: dict[str, list[Row]] = {}
@@ -163,11 +173,12 @@ class ForgetRetain(L.LightningDataModule):
         if self.rows:
             return
         pairs = {role: self._pairs(rows, role) for role, rows in self.load().items()}
-        shared = set(pairs["forget"]) & set(pairs["retain"])
+        kept = set(pairs["retain"])
+        shared = [pair for pair in pairs["forget"] if pair in kept]
         if shared:
             rank_zero_warn(
                 f"{len(shared)} of {len(pairs['forget'])} forget rows are also retain rows: the run is told to forget and "
-                f"to keep them. The first is {min(shared)[0][:80]!r}."
+                f"to keep them. The first is {shared[0][0][:80]!r}."
             )
         tokenizer = self._tokenizer()
         check_tokenizer(tokenizer)

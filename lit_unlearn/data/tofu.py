@@ -46,4 +46,9 @@ def _source(source: str, split: str, max_rows: int | None = None) -> Source:
         if folder.is_absolute() or source.startswith("."):
             raise FileNotFoundError(f"there is no folder '{source}' with TOFU's files: check `data.source`.")
         return Source(source, name=split, max_rows=max_rows)
-    return Source(str(folder / f"{split}.json"), max_rows=max_rows)
+    file = folder / f"{split}.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"the folder '{source}' has no '{file.name}': check `data.source` and `data.forget_split`."
+        )
+    return Source(str(file), max_rows=max_rows)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
+_MARK = "\ue000"  # a private character: stands for the answer when a chat template is asked where it goes
+
 
 class Row(NamedTuple):
     """One tokenised row.
@@ -59,7 +61,7 @@ def encode(
     template: str | None = None,
     max_length: int = 512,
 ) -> Row:
-    """Tokenises a row once and supervises exactly the tokens that carry a character of the answer, and its end.
+    """Tokenises a row once and supervises exactly the tokens that carry the answer, and its end.
 
     Args:
         question: What the user says.
@@ -70,46 +72,58 @@ def encode(
         max_length: Longest row, in tokens; the end of a longer one is cut off.
 
     Returns:
-        The row; its labels may all be −100 if nothing of the answer is left.
+        The row; its labels are all −100 if nothing of the answer is left.
+
+    Raises:
+        ValueError: If the chat template leaves out the answer or changes it.
     """
+    if not answer.strip():
+        ids = list(tokenizer(question)["input_ids"])
+        return Row(ids, [IGNORED] * len(ids))
     chat = template is None and tokenizer.chat_template is not None
     if chat:
-        text, start = _render_chat(question, answer, tokenizer)
-        stop = len(text)  # the token that ends the turn is the answer's end
+        before, said, after = _render_chat(question, answer, tokenizer)
     else:
         before, after = (template or PLAIN_TEMPLATE).split("{answer}")
-        prompt = before.replace("{question}", question)
-        text, start = prompt + answer + after, len(prompt)
-        stop = start + len(answer)
-    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+        before, said = before.replace("{question}", question), answer
+    ends_itself = chat and after != ""  # what ends the assistant's turn is the answer's end
+    start = len(before)
+    stop = start + len(said + after if ends_itself else said)
+    encoded = tokenizer(before + said + after, add_special_tokens=not chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
-    labels = [
-        token if begin < end and end > start and begin < stop else IGNORED
-        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
-    ]
-    if not chat:
-        if not any(label != IGNORED for label in labels):
-            return Row(ids, labels)  # the end token alone is no answer
+    labels = [IGNORED] * len(ids)
+    carry = [i for i, (b, e) in enumerate(encoded["offset_mapping"]) if b < e and e > start and b < stop]
+    if not carry:
+        return Row(ids, labels)  # the end token alone is no answer
+    span = slice(carry[0], carry[-1] + 1)  # also a space in between to which a tokenizer gives no characters
+    labels[span] = ids[span]
+    if not ends_itself:
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
             labels.append(IGNORED)
         labels[-1] = tokenizer.eos_token_id
-    elif not answer.strip():
-        labels = [IGNORED] * len(ids)
     return Row(ids[:max_length], labels[:max_length], cut=len(ids) > max_length)
 
 
-def _render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The conversation as text up to the end of the assistant's turn, and where the answer starts in it."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
-    start = text.rfind(answer.strip())
-    if start < 0:
-        raise ValueError(
-            f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `data.template`, a "
-            "text with {question} and {answer}."
-        )
-    return text, start
+def _render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What the chat template puts before the answer, the answer in its form, and what ends the assistant's turn.
+
+    The answer's place is found with a mark, because the answer itself may occur elsewhere ("end" in ``<|im_end|>``).
+    """
+
+    def rendered(content: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    before, found, after = rendered(_MARK).rpartition(_MARK)
+    text = rendered(answer)
+    for said in (answer, answer.strip()):
+        if found and text == before + said + after:
+            return before, said, after.rstrip()
+    raise ValueError(
+        f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `data.template`, a "
+        "text with {question} and {answer}."
+    )
 
 
 def encode_rows(

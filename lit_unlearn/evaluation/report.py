@@ -20,8 +20,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file; a half-written one never replaces a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-    temporary = Path(file.name)
+        temporary = Path(file.name)
+        try:
+            json.dump(content, file, indent=2)
+        except BaseException:
+            temporary.unlink()
+            raise
     temporary.chmod(0o644)  # temporary files are private
     temporary.replace(path)
 

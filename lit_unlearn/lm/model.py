@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_unlearn import functional
 from lit_unlearn.lm.files import check_model_directory, fresh_directory
+from lit_unlearn.lm.packing import check_packing, is_packed
 from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class LanguageModel(nn.Module):
         self._attn_implementation = attn_implementation
         self.model = None
         self.linear_head = False
+        self._packing_checked = False
 
     @classmethod
     def wrap(
@@ -135,7 +137,7 @@ class LanguageModel(nn.Module):
                 model = AutoModelForCausalLM.from_pretrained(
                     str(self.name),
                     dtype=dtype,
-                    use_safetensors=self._use_safetensors,
+                    use_safetensors=self._use_safetensors or None,  # False would refuse safetensors
                     attn_implementation=self._attn_implementation,
                     **self._hub,
                 )
@@ -184,22 +186,24 @@ class LanguageModel(nn.Module):
         """Whether the logits are exactly the head applied to the trunk's last hidden state (no softcap, no scaling)."""
         model = self._loaded
         head, seen = model.get_output_embeddings(), dict[str, Tensor]()
-        if not isinstance(head, nn.Linear):
+        if type(head) is not nn.Linear:  # a subclass may compute anything from its weight
             return False
         hooks = [
             model.base_model.register_forward_hook(lambda _m, _i, out: seen.update(trunk=out[0])),
-            head.register_forward_hook(lambda _m, args, out: seen.update(into=args[0], out=out)),
+            head.register_forward_hook(lambda _m, args, _out: seen.update(into=args[0])),
         ]
         ids = torch.arange(1, 9, device=head.weight.device).remainder(head.weight.shape[0])[None]
         try:
             logits = model.eval()(input_ids=ids, use_cache=False).logits
+            if "trunk" not in seen:  # OPT calls a part of its trunk, past the hook
+                model.base_model(input_ids=ids, use_cache=False)
         finally:
             model.train()
             for hook in hooks:
                 hook.remove()
-        return (
-            len(seen) == 3 and torch.equal(seen["trunk"], seen["into"]) and torch.equal(logits, seen["out"].to(logits))
-        )
+        if len(seen) < 2 or not torch.equal(seen["trunk"], seen["into"]):
+            return False
+        return torch.equal(logits, nn.functional.linear(seen["into"], head.weight, head.bias).to(logits))
 
     def forward(
         self,
@@ -220,8 +224,15 @@ class LanguageModel(nn.Module):
 
         Returns:
             What ``compute`` returns.
+
+        Raises:
+            KeyError: If the batch lacks ``input_ids`` or ``labels``.
+            ValueError: If rows are packed and the model lets packed sequences see each other.
         """
         located = locate(batch, alignment)
+        if is_packed(batch) and not self._packing_checked:
+            check_packing(self._loaded)
+            self._packing_checked = True
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         if self.linear_head:
             states = self._loaded.base_model(**inputs, use_cache=False).last_hidden_state
@@ -273,7 +284,7 @@ class LanguageModel(nn.Module):
             FileExistsError: If the target holds something that is not a model directory.
         """
         target = Path(directory)
-        if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
+        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
             raise FileExistsError(
                 f"'{target}' is not empty and not a model directory: choose another place to export to."
             )

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_unlearn.lm.packing import is_packed
+
 IGNORED = -100  # transformers' label of a token that is not supervised
 
 Alignment = Literal["next_token", "label"]
@@ -55,7 +57,7 @@ def locate(batch: Mapping[str, Tensor], alignment: Alignment = "next_token") -> 
     supervised = labels != IGNORED
     first = torch.zeros_like(supervised)
     first[:, 0] = True
-    if "position_ids" in batch and "attention_mask" not in batch:  # packed: several sequences in a row
+    if is_packed(batch):
         first |= batch["position_ids"] == 0
         sequence = first.flatten().cumsum(0).view_as(labels)
     if alignment == "next_token":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lit_unlearn.lm import Alignment, SupervisedTokens
 from lit_unlearn.objectives.base import Average, Objective, TokenModel
 
@@ -24,8 +26,8 @@ class LogitMargin(Objective):
 
     def __init__(self, power: float = 2.0, alignment: Alignment = "next_token") -> None:
         super().__init__()
-        if not power > 0:
-            raise ValueError(f"LogitMargin: `power` must be above 0, not {power!r}; the paper uses 2.")
+        if not 0 < power < math.inf:
+            raise ValueError(f"LogitMargin: `power` must be a finite number above 0, not {power!r}; the paper uses 2.")
         if alignment not in ("next_token", "label"):
             raise ValueError(f"LogitMargin: `alignment` must be 'next_token' or 'label', not {alignment!r}.")
         self.power = power
