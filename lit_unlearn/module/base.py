@@ -132,7 +132,7 @@ class LitLanguageModel(L.LightningModule):
             ``[total, count]`` of every term over all processes, float64, shape ``(len(terms), 2)``.
         """
         torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)  # resumes dropout exactly
-        parts = {stream: self._split(_stream(batch, stream)) for stream in {term.stream for term in terms}}
+        parts = {stream: self._split(_stream(batch, stream)) for stream in dict.fromkeys(term.stream for term in terms)}
         passes = [(i, part) for i, term in enumerate(terms) for part in parts[term.stream]]
         sums = torch.zeros(len(terms), 2, dtype=torch.float64, device=self.device)
         for i, part in passes:
