@@ -17,6 +17,7 @@ import lit_unlearn.module  # noqa: F401  (imported, so that short class names re
 from lit_unlearn.callbacks import ExportModel, ProgressBar, RunPicture, RunReport
 from lit_unlearn.cli.errors import shorten
 
+
 class Parser(LightningArgumentParser):
     """Says what is wrong in a line or two, without the list of all options."""
 

@@ -1,0 +1,262 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_unlearn import LitFinetune, LitUnlearn, cli
+from lit_unlearn.cli.errors import shorten
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+UNLEARN = ROOT / "configs" / "demo" / "unlearn.yaml"
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
+    return tmp_path
+
+
+def quick(model_dir: str, *extra: str) -> list[str]:
+    """A fit on the tiny model that takes a few steps."""
+    return [
+        "fit",
+        "--config=demo/unlearn.yaml",
+        f"--model.lm.model={model_dir}",
+        "--data.num_authors=3",
+        "--data.forget_authors=1",
+        "--data.max_length=200",
+        "--trainer.max_epochs=2",
+        "--trainer.logger.save_dir=log",
+        "--trainer.logger.name=run",
+        "--trainer.enable_progress_bar=false",
+        "--export.dirpath=out",
+        "--report.require_feasible=false",
+        "--report.max_forget_probability=null",
+        *extra,
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["-h"], []])
+def test_version_and_help_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from lit_unlearn.cli import main; main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("lit-unlearn 0", "usage: lit-unlearn COMMAND"))
+
+
+def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: str, capsys: Any) -> None:
+    before = AutoModelForCausalLM.from_pretrained(model_dir)
+    cli.main(quick(model_dir, "--model.constraints.nll.epsilon.relative=0.3", "--model.constraints.nll.warmup_epochs=1"))
+    folder = in_tmp / "log" / "run" / "version_0"
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    reference = report["before"]["constraint/nll/value"]
+    assert report["constraints"]["nll"]["epsilon"] == pytest.approx(1.3 * reference)
+    assert report["after"]["forget/margin"] < report["before"]["forget/margin"]
+    assert report["steps"] == 4
+    assert (folder / "run.png").stat().st_size > 10_000
+    assert "multiplier/nll" in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    assert "0.3" in str(saved["model"])
+    after, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    assert (in_tmp / "out" / "model.safetensors").is_file()
+    assert tokenizer.eos_token is not None
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert not any(torch.equal(b, a) for b, a in pairs)  # what was trained is what is exported
+    assert "constraint nll holds" in capsys.readouterr().out
+
+
+def test_a_run_that_misses_what_is_required_fails(in_tmp: Path, model_dir: str) -> None:
+    with pytest.raises(SystemExit, match=r"forgetting did not happen: the forget rows' answer probability ended at"):
+        cli.main(quick(model_dir, "--report.max_forget_probability=1e-9", "--trainer.max_steps=1"))
+    with pytest.raises(SystemExit, match="constraint 'nll' is violated on its whole stream"):
+        cli.main(quick(model_dir, "--report.require_feasible=true", "--model.constraints.nll.epsilon=0.01"))
+
+
+def test_a_killed_run_resumes_from_its_checkpoint(in_tmp: Path, model_dir: str) -> None:
+    constant = "--model.scheduler=null"  # a schedule over the shorter run would have other rates
+    cli.main(quick(model_dir, constant, "--trainer.max_epochs=4"))
+    cli.main(quick(model_dir, constant, "--trainer.max_epochs=2", "--export.dirpath=half"))
+    (checkpoint,) = (in_tmp / "log" / "run" / "version_1" / "checkpoints").glob("*.ckpt")
+    cli.main(quick(model_dir, constant, "--trainer.max_epochs=4", "--export.dirpath=resumed", f"--ckpt_path={checkpoint}"))
+    reports = [json.loads((in_tmp / "log" / "run" / f"version_{n}" / "report.json").read_text()) for n in (0, 2)]
+    assert reports[0] == reports[1]  # "before" too: it is the model before unlearning, not before resuming
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("out", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_measuring_without_training(command: str, in_tmp: Path, model_dir: str, capsys: Any) -> None:
+    arguments = quick(model_dir)[1:]
+    kept = [a for a in arguments if not a.startswith(("--export", "--report"))]
+    shared = yaml.safe_load(UNLEARN.read_text(encoding="utf-8"))  # the demo's own file works for validate as it is
+    assert {"export", "report"} <= shared.keys()
+    cli.main([command, *kept])
+    assert f"{'val' if command == 'validate' else 'test'}/forget/margin" in capsys.readouterr().out
+
+
+def test_tokenizer_command(in_tmp: Path) -> None:
+    cli.main(["tokenizer", "--config", "demo/tokenizer.yaml", "--vocab_size=300", "--output=tok"])
+    assert len(AutoTokenizer.from_pretrained("tok")) == 300
+
+
+def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
+    packaged = cli.find_configs(["fit", "--config", "tofu.yaml", "-c=configs/demo/unlearn.yaml", "--config=nowhere.yaml"])
+    assert packaged == ["fit", "--config", str(ROOT / "configs/tofu.yaml"), f"-c={UNLEARN}", "--config=nowhere.yaml"]
+    (in_tmp / "tofu.yaml").touch()
+    assert cli.find_configs(["fit", "--config", "tofu.yaml"])[2] == "tofu.yaml"
+
+
+def instantiate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Parses and instantiates without running."""
+    from lightning.pytorch.cli import LightningCLI
+
+    made: list[Any] = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
+    cli.main(arguments)
+    return made[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_parses_and_instantiates(
+    config: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str, tokenizer_dir: str
+) -> None:
+    for target in ("runs/demo/target", "runs/tofu/target"):  # what the files before it in the Makefile would have made
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).symlink_to(model_dir)
+    if "tokenizer" in config.stem:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        assert {"data", "vocab_size", "output"} == settings.keys()
+        return  # test_tokenizer_command runs one
+    base = ["--config", str(ROOT / "configs/tofu.yaml")] if config.name == "tofu_unlearn.yaml" else []
+    made = instantiate(["fit", *base, "--config", str(config), "--trainer.accelerator=cpu"], monkeypatch)
+    assert isinstance(made.model, LitFinetune if "target" in config.stem else LitUnlearn)
+    if config.stem in ("tofu", "unlearn"):  # complete files: every key of every class family is written down
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+        nll = settings["constraints"]["nll"]
+        assert settings["forget"]["init_args"].keys() == {"power", "alignment"}
+        assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
+        assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
+
+
+def test_the_papers_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = instantiate(["fit", "--config", "tofu.yaml", "--trainer.accelerator=cpu"], monkeypatch)
+    nll = made.model.constraints["nll"]
+    assert (nll.epsilon, nll.multiplier.value, nll.multiplier.lr, nll.warmup_epochs) == (0.3, 100.0, 5.0, 5)
+    (optimizer,) = [made.model._optimizer([torch.nn.Parameter(torch.zeros(1))])]
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-5, 0.01)
+    assert made.datamodule.sources["forget"].name == "forget10"
+    assert made.datamodule.sources["retain"].name == "retain90"
+
+
+def test_overrides_reach_the_objects(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> None:
+    made = instantiate(
+        quick(
+            model_dir,
+            "--model.constraints.nll.multiplier.lr=7",
+            "--model.forget.power=1",
+            "--model.optimizer.lr=0.5",
+            "--trainer.gradient_clip_val=0.25",
+        ),
+        monkeypatch,
+    )
+    assert made.model.constraints["nll"].multiplier.lr == 7
+    assert made.model.forget.power == 1
+    assert made.model.gradient_clip_val == 0.25  # Lightning refuses its own flag under manual optimisation
+    assert made.trainer.gradient_clip_val is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--model.constraints.nll.epsilon=-0.5", "`epsilon` must be finite and above 0, not -0.5"),
+        ("--model.constraints.nll.epsilon=.nan", "`epsilon` must be finite and above 0, not nan"),
+        ("--model.constraints.nll.multiplier.init=-5", "`init` must be finite and >= 0, not -5"),
+        ("--model.constraints.nll.epsilon.relative=-2", "`relative` must be finite and above -1"),
+        ("--model.forget=LogitMargn", "model.forget: there is no class 'LogitMargn': did you mean 'LogitMargin'?"),
+        ("--model.forget.powr=3", "Option 'powr' is not accepted"),
+        ("--model.constraints.nll.warmup_epoch=3", "warmup_epoch"),
+        ("--data=FictionalAuthorz", "data: there is no class 'FictionalAuthorz': did you mean 'FictionalAuthors'?"),
+        ("--data.batch_size=0", "`data.batch_size` must be at least 1, not 0"),
+        ("--data.forget_authors=3", "`forget_authors` must be at least 1 and below `num_authors`"),
+        ("--model.lm.model=./nowhere", "there is no model directory './nowhere'"),
+        ("--model.lm.model=empty", "'empty' is no complete model directory"),
+        ("--trainer.max_epochs=many", "trainer.max_epochs"),
+        ("--config=missing.yaml", "File does not exist"),
+    ],
+)
+def test_bad_input_is_a_readable_error_before_any_training(
+    extra: str, message: str, in_tmp: Path, model_dir: str, capsys: Any
+) -> None:
+    (in_tmp / "empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        cli.main(quick(model_dir, extra))
+    text = str(end.value.code) + capsys.readouterr().err
+    assert message in text
+    assert len(text) < 600
+    assert not (in_tmp / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra", "message"),
+    [
+        (None, [], "the forget set's file"),
+        ([], [], "the forget set is empty"),
+        ([{"prompt": "q", "answer": "a"}], [], "the forget set has no column 'question'"),
+        ([{"question": "q", "answer": ""}], [], "row 0 of the forget set has no supervised token"),
+        ([{"question": "q " * 300, "answer": "a"}], [], "raise it. Its question is"),
+        ([{"question": "q", "answer": "a"}], ["--model.lm.tokenizer=no-eos"], "has no end-of-sequence token"),
+    ],
+)
+def test_bad_rows_are_refused_before_the_model_is_loaded(
+    rows: Any, extra: list[str], message: str, in_tmp: Path, write_rows: Callable[..., str], model_dir: str, tokenizer: Any, capsys: Any
+) -> None:
+    if "no-eos" in str(extra):
+        bare = AutoTokenizer.from_pretrained(model_dir, eos_token=None, bos_token=None, pad_token=None)
+        bare.save_pretrained("no-eos")
+    if rows is not None:
+        write_rows("forget.jsonl", rows)
+    write_rows("retain.jsonl", [{"question": "What?", "answer": "That."}])
+    arguments = [a for a in quick(model_dir, *extra) if not a.startswith("--data")]
+    files = ["--data=ForgetRetain", "--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.max_length=100"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, *files])
+    assert message in str(end.value.code) + capsys.readouterr().err
+
+
+def test_own_files_end_to_end(in_tmp: Path, write_rows: Callable[..., str], model_dir: str, recwarn: pytest.WarningsRecorder) -> None:
+    write_rows("forget.jsonl", [{"q": f"Who is {n}?", "a": f"Person {n}."} for n in range(3)])
+    write_rows("retain.jsonl", [{"q": f"Who is {n}?", "a": f"Person {n}."} for n in range(2, 9)])
+    arguments = [a for a in quick(model_dir) if not a.startswith("--data")]
+    columns = ["--data.question_column=q", "--data.answer_column=a"]
+    cli.main([*arguments, "--data=ForgetRetain", "--data.forget=forget.jsonl", "--data.retain=retain.jsonl", *columns])
+    assert any("1 of 3 forget rows are also retain rows" in str(warning.message) for warning in recwarn)
+    assert (in_tmp / "out" / "model.safetensors").is_file()
+
+
+def test_our_errors_have_no_traceback_but_others_do(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        int("x")
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(quick(model_dir))
+
+
+def test_shorten_keeps_what_it_does_not_know() -> None:
+    assert shorten("something else") == "something else"
