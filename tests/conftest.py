@@ -20,6 +20,8 @@ import torch
 from lit_unlearn import FictionalAuthors, LanguageModel
 from lit_unlearn.data.tokens import train_tokenizer
 
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when another program wants the cores
+
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
 
         Raises:
             FileNotFoundError: If the model is neither local nor on the hub.
-            ValueError: If the tokenizer has more entries than the model has embeddings.
+            ValueError: If weights are missing, or the tokenizer has more entries than the model has embeddings.
         """
         if self.is_loaded:
             return
@@ -134,11 +134,12 @@ class LanguageModel(nn.Module):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self._attn_implementation)
         else:
             try:
-                model = AutoModelForCausalLM.from_pretrained(
+                model, info = AutoModelForCausalLM.from_pretrained(
                     str(self.name),
                     dtype=dtype,
                     use_safetensors=self._use_safetensors or None,  # False would refuse safetensors
                     attn_implementation=self._attn_implementation,
+                    output_loading_info=True,
                     **self._hub,
                 )
             except OSError as error:
@@ -146,6 +147,11 @@ class LanguageModel(nn.Module):
                     f"no model at '{self.name}': neither a local directory nor a name that the hub answers to with "
                     f"{'safetensors' if self._use_safetensors else 'weights'}. The reason given: {error}"
                 ) from error
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"the model '{self.name}' is incomplete: it has no {', '.join(sorted(info['missing_keys'])[:3])} (of "
+                    f"{len(info['missing_keys'])} missing), which would start at random. Get a whole copy of it."
+                )
         self._adopt(model)
 
     def _tokenizer_fields(self) -> dict[str, Any]:

@@ -47,9 +47,11 @@ FAMILIES = [
     Family("qwen2", {}),
     Family("qwen3", {"head_dim": 8}),
     Family("gemma", {"head_dim": 8}),
-    Family("gemma2", {"head_dim": 8, "sliding_window": 4}, linear_head=False),  # final_logit_softcapping 30
+    # Released with a cap of 30, which the small logits here would hardly feel.
+    Family("gemma2", {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}, linear_head=False),
+    Family("gemma2:default", {"head_dim": 8}, linear_head=False),
     Family("gemma3_text", {"head_dim": 8, "sliding_window": 4}),  # no softcap by default
-    Family("gemma3_text:capped", {"head_dim": 8, "final_logit_softcapping": 30.0}, linear_head=False),
+    Family("gemma3_text:capped", {"head_dim": 8, "final_logit_softcapping": 2.0}, linear_head=False),
     Family("phi", {}),  # a head with bias
     Family("phi3", {}),
     Family("gpt2", NO_DROPOUT),
@@ -68,6 +70,10 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fa
 packing_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f.packs], ids=lambda family: family.name)
 
 
+def family_named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def build(family: Family, tied: bool) -> LanguageModel:
     """A loaded model whose every parameter, biases too, is away from its initial value."""
     torch.manual_seed(0)
@@ -80,15 +86,15 @@ def build(family: Family, tied: bool) -> LanguageModel:
 
 
 def padded_batch() -> dict[str, Tensor]:
-    """Rows of unequal length. The first labels are on positions 0, 1 and 2; row 1 has a gap in its labels."""
+    """Rows of unequal length. Row 1 has a label on its first token, which nothing predicts, and a gap in its labels."""
     draw = torch.Generator().manual_seed(1)
     shape = (len(LENGTHS), max(LENGTHS))
     ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, -100)
-    for row, length in enumerate(LENGTHS):
+    for row, (first, length) in enumerate(zip([1, 0, 2], LENGTHS, strict=True)):
         ids[row, :length] = torch.randint(3, VOCAB, (length,), generator=draw)
         mask[row, :length] = 1
-        labels[row, row:length] = ids[row, row:length]
+        labels[row, first:length] = ids[row, first:length]
     labels[1, 3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -160,15 +166,15 @@ def test_equals_the_models_own_logits(family, tied):
         assert_same(value_and_gradients(lm, through_package(lm, padded_batch(), objective)), wanted)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.linear_head], ids=lambda family: family.name)
-def test_the_fallback_is_needed(family):
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text:capped", "granite:scaled", "cohere"])
+def test_the_fallback_is_needed(name):
     """Taken for linear, such a head would give other losses; and so the comparisons here can fail."""
-    lm = build(family, tied=False)
+    lm = build(family_named(name), tied=False)
     with torch.no_grad():
-        right = {name: through_package(lm, padded_batch(), objective) for name, objective in OBJECTIVES.items()}
+        right = {kind: through_package(lm, padded_batch(), objective) for kind, objective in OBJECTIVES.items()}
         lm.linear_head = True
-        for name, objective in OBJECTIVES.items():
-            assert through_package(lm, padded_batch(), objective) != pytest.approx(right[name].item(), rel=1e-4)
+        for kind, objective in OBJECTIVES.items():
+            assert through_package(lm, padded_batch(), objective) != pytest.approx(right[kind].item(), rel=1e-3)
 
 
 @packing_family
@@ -178,31 +184,16 @@ def test_packed_equals_padded(family):
     for objective in OBJECTIVES.values():
         wanted = value_and_gradients(lm, through_package(lm, padded_batch(), objective))
         assert_same(value_and_gradients(lm, through_package(lm, packed_batch(), objective)), wanted)
-    # The padding's embedding row, too, has the gradient of the padded batch: none from the tail.
     assert_same(value_and_gradients(lm, through_package(lm, packed_batch(tail=4), objective)), wanted)
 
 
 def test_several_packed_rows_equal_one():
-    lm = build(FAMILIES[0], tied=False)
-    one = packed_batch()
-    split = LENGTHS[0]
-    width = sum(LENGTHS[1:])
-    rest = width - split
-    two = {
-        "input_ids": torch.stack(
-            [
-                torch.cat([one["input_ids"][0, :split], torch.zeros(rest, dtype=torch.int64)]),
-                one["input_ids"][0, split:],
-            ]
-        ),
-        "labels": torch.stack(
-            [torch.cat([one["labels"][0, :split], torch.full((rest,), -100)]), one["labels"][0, split:]]
-        ),
-        "position_ids": torch.stack(
-            [torch.cat([one["position_ids"][0, :split], torch.arange(rest)]), one["position_ids"][0, split:]]
-        ),
-    }
+    lm = build(family_named("llama"), tied=False)
+    one, first = packed_batch(tail=3), LENGTHS[0]  # 9 + 5 + 7 + 3 tokens: two rows of 12 would cut a sequence
+    fill = {"input_ids": torch.zeros(6), "labels": torch.full((6,), -100), "position_ids": torch.arange(6)}
+    two = {key: torch.cat([x[0, :first], fill[key].to(x), x[0, first:]]).view(2, -1) for key, x in one.items()}
     wanted = value_and_gradients(lm, through_package(lm, one, OBJECTIVES["nll"]))
+    assert two["labels"].shape == (2, 15)
     assert_same(value_and_gradients(lm, through_package(lm, two, OBJECTIVES["nll"])), wanted)
 
 
@@ -219,7 +210,7 @@ def test_models_that_mix_packed_sequences_are_refused(family):
 
 def test_refusal_is_right():
     """OPT without the check: the packed loss is far from the padded one."""
-    lm = build(next(f for f in FAMILIES if f.name == "opt"), tied=True)
+    lm = build(family_named("opt"), tied=True)
     lm._packing_checked = True
     with torch.no_grad():
         packed, padded = (
