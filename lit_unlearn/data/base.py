@@ -58,6 +58,8 @@ class Source:
         if file_type is not None:
             if not path.is_file():
                 raise FileNotFoundError(f"the {role} set's file '{path}' does not exist: check `data.{role}`.")
+            if path.stat().st_size == 0:
+                raise ValueError(f"the {role} set is empty: '{path}' has no rows.")
             try:
                 rows = load_dataset(file_type, data_files=str(path), split="train")
             except (DatasetGenerationError, ValueError) as error:

@@ -131,8 +131,9 @@ class Constraint:
             ValueError: If ``value`` is not finite.
         """
         if not math.isfinite(value):
+            epsilon = "not measured yet" if self.epsilon is None else f"{self.epsilon:.4g}"
             raise ValueError(
-                f"constraint '{self.name}' measured {value} nats per token (epsilon {self.epsilon!s:.8}); its multiplier "
+                f"constraint '{self.name}' measured {value} nats per token (epsilon {epsilon}); its multiplier "
                 f"stays {self.multiplier.value:.4g}. The {self.stream} loss is not finite:\nlower "
                 "`model.optimizer.init_args.lr`, or look for rows without supervised tokens in the "
                 f"'{self.stream}' stream."

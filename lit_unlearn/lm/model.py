@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self._attn_implementation)
         else:
             try:
-                model, info = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     str(self.name),
                     dtype=dtype,
                     use_safetensors=self._use_safetensors or None,  # False would refuse safetensors
@@ -147,6 +147,7 @@ class LanguageModel(nn.Module):
                     f"no model at '{self.name}': neither a local directory nor a name that the hub answers to with "
                     f"{'safetensors' if self._use_safetensors else 'weights'}. The reason given: {error}"
                 ) from error
+            model, info = loaded
             if info["missing_keys"]:
                 raise ValueError(
                     f"the model '{self.name}' is incomplete: it has no {', '.join(sorted(info['missing_keys'])[:3])} (of "

@@ -62,7 +62,9 @@ def test_version_and_help_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: str, capsys: Any) -> None:
     before = AutoModelForCausalLM.from_pretrained(model_dir)
-    cli.main(quick(model_dir, "--model.constraints.nll.epsilon.relative=0.3", "--model.constraints.nll.warmup_epochs=1"))
+    cli.main(
+        quick(model_dir, "--model.constraints.nll.epsilon.relative=0.3", "--model.constraints.nll.warmup_epochs=1")
+    )
     folder = in_tmp / "log" / "run" / "version_0"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     reference = report["before"]["constraint/nll/value"]
@@ -93,7 +95,9 @@ def test_a_killed_run_resumes_from_its_checkpoint(in_tmp: Path, model_dir: str) 
     cli.main(quick(model_dir, constant, "--trainer.max_epochs=4"))
     cli.main(quick(model_dir, constant, "--trainer.max_epochs=2", "--export.dirpath=half"))
     (checkpoint,) = (in_tmp / "log" / "run" / "version_1" / "checkpoints").glob("*.ckpt")
-    cli.main(quick(model_dir, constant, "--trainer.max_epochs=4", "--export.dirpath=resumed", f"--ckpt_path={checkpoint}"))
+    cli.main(
+        quick(model_dir, constant, "--trainer.max_epochs=4", "--export.dirpath=resumed", f"--ckpt_path={checkpoint}")
+    )
     reports = [json.loads((in_tmp / "log" / "run" / f"version_{n}" / "report.json").read_text()) for n in (0, 2)]
     assert reports[0] == reports[1]  # "before" too: it is the model before unlearning, not before resuming
     whole, resumed = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("out", "resumed"))
@@ -116,7 +120,9 @@ def test_tokenizer_command(in_tmp: Path) -> None:
 
 
 def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
-    packaged = cli.find_configs(["fit", "--config", "tofu.yaml", "-c=configs/demo/unlearn.yaml", "--config=nowhere.yaml"])
+    packaged = cli.find_configs(
+        ["fit", "--config", "tofu.yaml", "-c=configs/demo/unlearn.yaml", "--config=nowhere.yaml"]
+    )
     assert packaged == ["fit", "--config", str(ROOT / "configs/tofu.yaml"), f"-c={UNLEARN}", "--config=nowhere.yaml"]
     (in_tmp / "tofu.yaml").touch()
     assert cli.find_configs(["fit", "--config", "tofu.yaml"])[2] == "tofu.yaml"
@@ -224,7 +230,14 @@ def test_bad_input_is_a_readable_error_before_any_training(
     ],
 )
 def test_bad_rows_are_refused_before_the_model_is_loaded(
-    rows: Any, extra: list[str], message: str, in_tmp: Path, write_rows: Callable[..., str], model_dir: str, tokenizer: Any, capsys: Any
+    rows: Any,
+    extra: list[str],
+    message: str,
+    in_tmp: Path,
+    write_rows: Callable[..., str],
+    model_dir: str,
+    tokenizer: Any,
+    capsys: Any,
 ) -> None:
     if "no-eos" in str(extra):
         bare = AutoTokenizer.from_pretrained(model_dir, eos_token=None, bos_token=None, pad_token=None)
@@ -239,7 +252,9 @@ def test_bad_rows_are_refused_before_the_model_is_loaded(
     assert message in str(end.value.code) + capsys.readouterr().err
 
 
-def test_own_files_end_to_end(in_tmp: Path, write_rows: Callable[..., str], model_dir: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_own_files_end_to_end(
+    in_tmp: Path, write_rows: Callable[..., str], model_dir: str, recwarn: pytest.WarningsRecorder
+) -> None:
     write_rows("forget.jsonl", [{"q": f"Who is {n}?", "a": f"Person {n}."} for n in range(3)])
     write_rows("retain.jsonl", [{"q": f"Who is {n}?", "a": f"Person {n}."} for n in range(2, 9)])
     arguments = [a for a in quick(model_dir) if not a.startswith("--data")]
@@ -249,7 +264,9 @@ def test_own_files_end_to_end(in_tmp: Path, write_rows: Callable[..., str], mode
     assert (in_tmp / "out" / "model.safetensors").is_file()
 
 
-def test_our_errors_have_no_traceback_but_others_do(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_errors_have_no_traceback_but_others_do(
+    in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
         int("x")
 

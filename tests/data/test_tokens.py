@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 
 import pytest
 import torch
@@ -123,7 +124,9 @@ def test_a_template_in_the_question_is_only_text(tokenizer):
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>")])
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>")], ids=["chatml", "llama3"]
+)
 def test_chat_template_supervises_the_answer_and_the_end_of_the_turn(chat, template, end, answer):
     chatty = chat(template)
     row = encode(f"Is it {answer}?", answer, chatty)  # the answer occurs in the question too
@@ -152,7 +155,7 @@ def test_chat_template_without_an_end_gets_the_end_token(chat):
     assert row.input_ids.count(chatty.eos_token_id) == 1
 
 
-@pytest.mark.parametrize("template", [LEAVES_OUT, CHANGES])
+@pytest.mark.parametrize("template", [LEAVES_OUT, CHANGES], ids=["leaves_out", "changes"])
 def test_chat_template_that_does_not_render_the_answer_is_refused(chat, template):
     with pytest.raises(ValueError, match=r"does not render the answer as it is \('Paris'\): give `data\.template`"):
         encode("Is it Paris?", "Paris", chat(template))
@@ -188,6 +191,17 @@ def test_the_end_is_supervised_once_whatever_the_tokenizer_adds(tokenizer, singl
     assert row.input_ids[-2:].count(adding.eos_token_id) == 1
 
 
+def test_a_chat_template_begins_the_row_alone(chat):
+    """Llama 3's template writes the token that begins a text, and its post-processor would add another."""
+    chatty = chat(LLAMA3)
+    begin = chatty.convert_tokens_to_ids("<|begin_of_text|>")
+    chatty.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+    )
+    assert chatty("Bern")["input_ids"][0] == begin
+    assert encode("Who?", "Bern", chatty).input_ids.count(begin) == 1
+
+
 def test_spaces_that_a_tokenizer_gives_no_characters_are_supervised(tokenizer):
     """GPT-NeoX's post-processor trims spaces off the offsets, which leaves none for a token that is only a space."""
     trimming = copy.deepcopy(tokenizer)
@@ -202,11 +216,11 @@ SMALL = train_tokenizer(FictionalAuthors(4, 1).texts(), vocab_size=400)
 SMALL_CHAT = copy.deepcopy(SMALL)
 SMALL_CHAT.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
 SMALL_CHAT.chat_template = CHATML
-PLACES = {
-    None: ("Question: {}\nAnswer: ", "<|endoftext|>"),
-    "{question}{answer}": ("{}", "<|endoftext|>"),
-    "{question} >{answer}": ("{} >", "<|endoftext|>"),
-    "chat": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+PLACES = {  # what stands before the answer, after it, and the end token
+    None: ("Question: {}\nAnswer: ", "", "<|endoftext|>"),
+    "{question}{answer}": ("{}", "", "<|endoftext|>"),
+    "{question} >{answer}or": ("{} >", "or", "<|endoftext|>"),
+    "chat": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>"),
 }
 
 
@@ -215,20 +229,21 @@ PLACES = {
 @example("", "\n\nx", "chat")
 @example("\ue000", "a\ue000", "chat")
 @example("🙂", "🙂", "{question}{answer}")
+@example("Who?", " the auth", "{question} >{answer}or")  # ' author' is one token
 def test_exactly_the_tokens_that_carry_a_byte_of_the_answer_are_supervised(question, answer, template):
     """Counted in bytes, from the tokens alone: in a byte-level vocabulary every character of a token is one byte."""
-    before, end = PLACES[template]
+    before, after, end = PLACES[template]
     tokenizer = SMALL_CHAT if template == "chat" else SMALL
     row = encode(question, answer, tokenizer, template=None if template == "chat" else template)
     tokens = tokenizer.convert_ids_to_tokens(row.input_ids)
     start = len(before.format(question).encode())
-    stop = start + len((answer + end).encode())
-    at = 0
-    for token, label in zip(tokens, row.labels, strict=True):
-        at += len(token)
-        assert (label != IGNORED) == (start < at), (token, at)
-    assert at == stop
-    assert tokens[-1] == end
+    stop = start + len(answer.encode())
+    assert tokens.pop() == end
+    assert row.labels[-1] == row.input_ids[-1]
+    ends = list(accumulate(len(token) for token in tokens))
+    assert ends[-1] == stop + len(after)
+    carry = [at > start and at - len(token) < stop for token, at in zip(tokens, ends, strict=True)]
+    assert [label != IGNORED for label in row.labels[:-1]] == carry
 
 
 def test_max_length_cuts_and_says_so(tokenizer):
@@ -240,7 +255,7 @@ def test_max_length_cuts_and_says_so(tokenizer):
         assert cut == Row(whole.input_ids[:limit], whole.labels[:limit], cut=True)
 
 
-@pytest.mark.parametrize("template", [None, CHATML, LLAMA3, ENDLESS])
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA3, ENDLESS], ids=["plain", "chatml", "llama3", "endless"])
 @pytest.mark.parametrize("answer", ["", " ", "\n \t"])
 def test_a_blank_answer_is_refused_with_its_row(chat, template, answer):
     chatty = chat(template)
