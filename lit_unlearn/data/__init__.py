@@ -1,7 +1,8 @@
 """Forget and retain rows: from files or the hub to zipped, resumable batches."""
 
-from lit_unlearn.data.base import ForgetRetain, Source
+from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.fictional import FictionalAuthors
+from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import TOFU
 
 __all__ = ["TOFU", "FictionalAuthors", "ForgetRetain", "Source"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
+from lit_unlearn.data.source import Source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.tokens import Row, check_tokenizer, encode_rows
 from lit_unlearn.lm import IGNORED
@@ -19,66 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
 TrainOn = Literal["pairs", "all", "retain"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the rows of one set come from.
-
-    Args:
-        path: A JSON, JSON lines, CSV or Parquet file, or the name of a data set on the hub.
-        name: Configuration of a hub data set.
-        split: Split of a hub data set.
-        max_rows: Only the first so many rows; ``None`` for all.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    max_rows: int | None = None
-
-    def load(self, role: str) -> Dataset:
-        """Reads the rows.
-
-        Args:
-            role: Name of the set, for messages.
-
-        Raises:
-            FileNotFoundError: If there is no such file, and no hub data set of that name can be reached.
-            ValueError: If the set is empty, or the file cannot be read.
-        """
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
-
-        path = Path(self.path)
-        file_type = _FILE_TYPES.get(path.suffix.lower())
-        if file_type is not None:
-            if not path.is_file():
-                raise FileNotFoundError(f"the {role} set's file '{path}' does not exist: check `data.{role}`.")
-            if path.stat().st_size == 0:
-                raise ValueError(f"the {role} set is empty: '{path}' has no rows.")
-            try:
-                rows = load_dataset(file_type, data_files=str(path), split="train")
-            except (DatasetGenerationError, ValueError) as error:
-                raise ValueError(
-                    f"the {role} set is empty or unreadable: '{path}' has no rows, or is no {file_type} file. The reason "
-                    f"given: {error.__cause__ or error}"
-                ) from error
-        else:
-            try:
-                rows = load_dataset(self.path, self.name, split=self.split)
-            except (OSError, ValueError) as error:  # the hub's errors derive from these
-                raise FileNotFoundError(
-                    f"the {role} set '{self.path}' is neither a file ({', '.join(_FILE_TYPES)}) nor a data set that the "
-                    f"hub answers to with configuration {self.name!r} and split {self.split!r}. The reason given: {error}"
-                ) from error
-        rows = rows if self.max_rows is None else rows.select(range(min(self.max_rows, len(rows))))
-        if len(rows) == 0:
-            raise ValueError(f"the {role} set is empty: '{self.path}' has no rows.")
-        return rows
 
 
 class ForgetRetain(L.LightningDataModule):
@@ -172,6 +112,7 @@ class ForgetRetain(L.LightningDataModule):
             FileNotFoundError: If a file is missing.
             ValueError: If a column is missing, a set is empty, a row has no supervised token or the tokenizer is unfit.
         """
+        self._streams = {}
         if self.rows:
             return
         pairs = {role: self._pairs(rows, role) for role, rows in self.load().items()}
@@ -199,6 +140,7 @@ class ForgetRetain(L.LightningDataModule):
 
     def train_dataloader(self) -> CombinedLoader:
         """Zipped batches that end with the forget set, or batches of one set to teach a model."""
+        self._cursors = {name: stream.cursor for name, stream in self._streams.items()} | self._cursors  # if reloaded
         if self.train_on == "pairs":
             kinds = {"forget": FiniteStream, "retain": BatchStream}
             self._streams = {role: self._stream(kind, role, self.rows[role]) for role, kind in kinds.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lit_unlearn.data.base import ForgetRetain, Source
+from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.fictional_authors import fictional_authors
+from lit_unlearn.data.source import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset

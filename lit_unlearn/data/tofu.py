@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_unlearn.data.base import ForgetRetain, Source
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.data.source import Source
 
 _RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 

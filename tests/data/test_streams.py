@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import pytest
+import torch
+
+from lit_unlearn.data.streams import BatchStream, FiniteStream
+from lit_unlearn.data.tokens import Row
+from lit_unlearn.lm import IGNORED
+
+KINDS = [BatchStream, FiniteStream]
+PAD = 999
+
+
+def make_rows(count):
+    """Rows that their first token tells apart, of lengths 2 to 4, the last two tokens supervised."""
+    return [Row([i, *[500 + i] * (1 + i % 3)], [IGNORED, *[500 + i] * (1 + i % 3)]) for i in range(count)]
+
+
+def make(kind=BatchStream, count=7, batch_size=2, **settings):
+    return kind(make_rows(count), PAD, batch_size, **{"name": "retain", **settings})
+
+
+def real_rows(batch):
+    """The rows of a batch that have supervised tokens."""
+    supervised = (batch["labels"] != IGNORED).any(dim=1)
+    return batch["input_ids"][supervised, 0].tolist()
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(batches, others, strict=True)
+    )
+
+
+def take(stream, number):
+    """So many batches, over as many passes as it takes."""
+    batches = []
+    while len(batches) < number:
+        batches += islice(stream, number - len(batches))
+    return batches
+
+
+def test_a_batch_is_padded_rows():
+    batch = make(seed=None, batch_size=3).batch(0)
+    assert batch["input_ids"].tolist() == [[0, 500, PAD, PAD], [1, 501, 501, PAD], [2, 502, 502, 502]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [
+        [IGNORED, 500, IGNORED, IGNORED],
+        [IGNORED, 501, 501, IGNORED],
+        [IGNORED, 502, 502, 502],
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
+def test_resume_from_any_cursor_equals_the_uninterrupted_run(kind, rank, world_size):
+    place = {"rank": rank, "world_size": world_size}
+    whole = take(make(kind, **place), 11)
+    assert not equal(whole[:4], whole[4:8])
+    for cursor in range(11):
+        resumed = make(kind, **place)
+        resumed.cursor = cursor
+        assert equal(take(resumed, 11 - cursor), whole[cursor:])
+        assert resumed.cursor == 11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_worker_processes_change_nothing(kind):
+    """They prepare batches ahead of time, which the cursor must not count."""
+    whole = take(make(kind), 7)
+    stream = make(kind, num_workers=2)
+    first = list(islice(stream, 3))
+    assert stream.cursor == 3
+    resumed = make(kind, num_workers=2)
+    resumed.cursor = stream.cursor
+    assert equal(first + take(resumed, 4), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_do_not_depend_on_what_was_asked_before(kind):
+    whole = take(make(kind), 9)
+    stream = make(kind)
+    assert equal([stream.batch(k) for k in reversed(range(9))], whole[::-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_random_state_is_left_alone(kind, num_workers):
+    state = torch.random.get_rng_state()
+    batches = take(make(kind, num_workers=num_workers), 5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert equal(take(make(kind), 5), batches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_depends_on_seed_name_and_pass(kind):
+    def passes(**settings):
+        stream = make(kind, count=20, batch_size=10, **settings)
+        return [[*stream.row_indices(2 * number), *stream.row_indices(2 * number + 1)] for number in range(3)]
+
+    same, other_seed, other_name = passes(seed=3), passes(seed=4), passes(seed=3, name="forget")
+    assert same == passes(seed=3)
+    orders = [*same, *other_seed, *other_name, list(range(20))]
+    assert len({tuple(order) for order in orders}) == 10
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert passes(seed=None) == [list(range(20))] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_batches_of_one(kind, world_size):
+    """6 rows per step, however many processes: disjoint parts of the same rows."""
+    one = make(kind, count=20, batch_size=6)
+    many = [make(kind, count=20, batch_size=6 // world_size, rank=r, world_size=world_size) for r in range(world_size)]
+    for number in range(9):  # over the end of two passes
+        parts = [stream.row_indices(number) for stream in many]
+        together = one.row_indices(number)
+        assert [part == together[rank::world_size] for rank, part in enumerate(parts)] == [True] * world_size
+        assert sorted(chain(*parts)) == sorted(together)
+        assert [real_rows(stream.batch(number)) for stream in many] == parts
+    assert len(set(chain(*(stream.row_indices(0) for stream in many)))) == 6
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("count", "batch_size"), [(7, 2), (20, 3), (3, 4), (1, 2)])
+def test_endless_passes_are_without_replacement(count, batch_size, world_size):
+    """Also where one step takes more rows than there are."""
+    streams = [make(BatchStream, count, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    drawn = []
+    for number in range(4 * count):
+        parts = [stream.row_indices(number) for stream in streams]
+        assert {len(part) for part in parts} == {batch_size}  # never a short batch
+        drawn += [part[place] for place in range(batch_size) for part in parts]
+    for start in range(0, len(drawn) - count + 1, count):
+        assert sorted(drawn[start : start + count]) == list(range(count))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 13])
+def test_a_finite_pass_has_every_row_once_on_any_number_of_processes(count, world_size):
+    streams = [make(FiniteStream, count, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(2):
+        passes = [list(stream) for stream in streams]
+        assert (
+            {len(batches) for batches in passes}
+            == {len(stream) for stream in streams}
+            == {-(-count // (2 * world_size))}
+        )
+        rows = [row for batches in passes for batch in batches for row in real_rows(batch)]
+        assert sorted(rows) == list(range(count))
+
+
+def test_a_process_without_rows_gets_one_that_weighs_nothing():
+    """7 rows, 3 processes, 2 rows each: the second batch has one row in all."""
+    streams = [make(FiniteStream, seed=None, rank=r, world_size=3) for r in range(3)]
+    assert [stream.row_indices(1) for stream in streams] == [[6], [], []]
+    for stream in streams[1:]:
+        batch = stream.batch(1)
+        assert batch["input_ids"].tolist() == [[0, 500]]
+        assert batch["attention_mask"].tolist() == [[1, 1]]
+        assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
+
+
+def test_a_finite_stream_goes_pass_by_pass():
+    stream = make(FiniteStream)
+    first, second = list(stream), list(stream)
+    assert (len(first), len(second), stream.cursor) == (4, 4, 8)
+    assert not equal(first, second)
+    stream.cursor = 6
+    assert equal(list(stream), second[2:])  # the rest of the pass it stands in
+    stream.cursor = 8
+    assert len(list(stream)) == 4  # at the end of one pass the next begins
