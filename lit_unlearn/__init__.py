@@ -23,6 +23,7 @@ _HOME = {
     "Multiplier": "dual",
     "FixedMultiplier": "dual",
     "DualAscent": "dual",
+    "PIMultiplier": "dual",
     "ConstraintSlack": "metrics",
     "ForgetUniformity": "metrics",
     "ForgetRetain": "data",
@@ -51,7 +52,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from lit_unlearn.data import TOFU, FictionalAuthors, ForgetRetain, Source
-    from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, Relative
+    from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, PIMultiplier, Relative
     from lit_unlearn.evaluation import AnswerSuite, Suite
     from lit_unlearn.lm import LanguageModel, SupervisedTokens
     from lit_unlearn.metrics import ConstraintSlack, ForgetUniformity

@@ -24,35 +24,41 @@ TrainOn = Literal["pairs", "all", "retain"]
 class ForgetRetain(L.LightningDataModule):
     """A forget set and a retain set of questions and answers, from files or the hub.
 
-    Training batches are ``{"forget": batch, "retain": batch}``: an epoch is one pass over the forget set, while the
-    retain set runs on without end. Validation and test go over every row of both. Where training stands is saved in
-    checkpoints, so that a resumed run draws the rows it would have drawn.
+    Training batches are ``{"forget": batch, "retain": batch, …}``: an epoch is one pass over the forget set, while the
+    retain set, and every further set, runs on without end. Validation and test go over every row of all. Where training
+    stands is saved in checkpoints, so that a resumed run draws the rows it would have drawn.
+
+    Batch sizes are those of one optimizer step over all processes, which share its rows: the same configuration takes
+    the same steps on any number of devices. What a device holds at a time is ``LitUnlearn``'s ``micro_batch_size``.
 
     Args:
         forget: Rows to forget: a file or hub name, or a `Source`.
         retain: Rows to keep, likewise.
+        streams: Further sets to keep, by name, likewise; for constraints whose ``stream`` is that name.
         tokenizer: Hub name or directory; ``None`` for the model's own.
         question_column: Column with the question.
         answer_column: Column with the answer, the part that is supervised.
         template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has
             one, else a plain one.
         max_length: Longest row, in tokens; longer ones are cut, and counted in a warning.
-        batch_size: Forget rows per process and optimizer step.
-        retain_batch_size: Retain rows per process and optimizer step; ``None`` for as many.
+        batch_size: Forget rows per optimizer step.
+        retain_batch_size: Retain rows per optimizer step, and rows of every further set; ``None`` for as many.
         eval_batch_size: Rows per process and batch in validation and test.
         num_workers: Processes that collate; rows are tokenised beforehand, so 0 is seldom slower.
         seed: Of the order of rows.
-        train_on: ``"pairs"`` to unlearn; ``"all"`` (both sets as one) to teach a target model, ``"retain"`` to teach
-            the retain-only model that unlearning is compared with.
+        train_on: ``"pairs"`` to unlearn; ``"all"`` (all sets as one) to teach a target model, ``"retain"`` (all but
+            the forget set) to teach the retain-only model that unlearning is compared with.
 
     Raises:
-        ValueError: If a number is out of range or ``template`` lacks a placeholder.
+        ValueError: If a number is out of range, ``template`` lacks a placeholder or a further set takes a name that
+            is in use.
     """
 
     def __init__(
         self,
         forget: str | Source,
         retain: str | Source,
+        streams: dict[str, str | Source] | None = None,
         tokenizer: str | None = None,
         question_column: str = "question",
         answer_column: str = "answer",
@@ -77,13 +83,18 @@ class ForgetRetain(L.LightningDataModule):
             )
         if train_on not in ("pairs", "all", "retain"):
             raise ValueError(f"`data.train_on` must be 'pairs', 'all' or 'retain', not {train_on!r}.")
+        further = streams or {}
+        if taken := further.keys() & {"forget", "retain", "train"}:
+            raise ValueError(
+                f"`data.streams` may not use the name {', '.join(map(repr, sorted(taken)))}: choose others."
+            )
         self.sources = {
-            role: Source(source) if isinstance(source, str) else source
-            for role, source in (("forget", forget), ("retain", retain))
+            name: Source(source) if isinstance(source, str) else source
+            for name, source in {"forget": forget, "retain": retain, **further}.items()
         }
         self.question_column, self.answer_column = question_column, answer_column
         self.template, self.max_length = template, max_length
-        self.batch_sizes = {"forget": batch_size, "retain": retain_batch_size, "train": batch_size}
+        self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers, self.seed, self.train_on = num_workers, seed, train_on
         self.rows: dict[str, list[Row]] = {}
@@ -93,8 +104,12 @@ class ForgetRetain(L.LightningDataModule):
         self._cursors: dict[str, int] = {}
 
     def load(self) -> dict[str, Dataset]:
-        """The raw rows of both sets, with whatever columns they have."""
-        return {role: source.load(role) for role, source in self.sources.items()}
+        """The raw rows of all sets by name, with whatever columns they have."""
+        return {name: self.load_set(name) for name in self.sources}
+
+    def load_set(self, name: str) -> Dataset:
+        """The raw rows of one set."""
+        return self.sources[name].load(name)
 
     def texts(self) -> list[str]:
         """Every question and answer as plain text, for training a tokenizer."""
@@ -106,7 +121,7 @@ class ForgetRetain(L.LightningDataModule):
         self.load()
 
     def setup(self, stage: str) -> None:
-        """Reads, checks and tokenises both sets; everything wrong with them is said here, before any model is loaded.
+        """Reads, checks and tokenises all sets; everything wrong with them is said here, before any model is loaded.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -116,13 +131,13 @@ class ForgetRetain(L.LightningDataModule):
         if self.rows:
             return
         pairs = {role: self._pairs(rows, role) for role, rows in self.load().items()}
-        kept = set(pairs["retain"])
-        shared = [pair for pair in pairs["forget"] if pair in kept]
-        if shared:
-            rank_zero_warn(
-                f"{len(shared)} of {len(pairs['forget'])} forget rows are also retain rows: the run is told to forget and "
-                f"to keep them. The first is {shared[0][0][:80]!r}."
-            )
+        for name, rows in pairs.items():
+            kept = set() if name == "forget" else set(rows)
+            if shared := [pair for pair in pairs["forget"] if pair in kept]:
+                rank_zero_warn(
+                    f"{len(shared)} of {len(pairs['forget'])} forget rows are also {name} rows: the run is told to forget "
+                    f"and to keep them. The first is {shared[0][0][:80]!r}."
+                )
         tokenizer = self._tokenizer()
         check_tokenizer(tokenizer)
         pad_id = tokenizer.pad_token_id
@@ -142,29 +157,26 @@ class ForgetRetain(L.LightningDataModule):
         """Zipped batches that end with the forget set, or batches of one set to teach a model."""
         self._cursors = {name: stream.cursor for name, stream in self._streams.items()} | self._cursors  # if reloaded
         if self.train_on == "pairs":
-            kinds = {"forget": FiniteStream, "retain": BatchStream}
-            self._streams = {role: self._stream(kind, role, self.rows[role]) for role, kind in kinds.items()}
+            self._streams = {
+                name: self._finite(name, rows, self.batch_size) if name == "forget" else self._endless(name, rows)
+                for name, rows in self.rows.items()
+            }
         else:
-            rows = self.rows["retain"] if self.train_on == "retain" else [*self.rows["forget"], *self.rows["retain"]]
-            self._streams = {"train": self._stream(FiniteStream, "train", rows)}
+            rows = [
+                row for name, rows in self.rows.items() for row in rows if (name, self.train_on) != ("forget", "retain")
+            ]
+            self._streams = {"train": self._finite("train", rows, self.batch_size)}
         for name, cursor in self._cursors.items():
             self._streams[name].cursor = cursor
         self._cursors = {}
         return CombinedLoader(self._streams, "min_size")
 
     def val_dataloader(self) -> dict[str, FiniteStream]:
-        """Every row of both sets, in order of length so that the largest batch comes first."""
+        """Every row of all sets, in order of length so that the largest batch comes first."""
+        size = self.eval_batch_size * self._place()["world_size"]
         return {
-            role: FiniteStream(
-                sorted(rows, key=lambda row: len(row.input_ids), reverse=True),
-                self._pad_id,
-                self.eval_batch_size,
-                name=role,
-                seed=None,
-                num_workers=self.num_workers,
-                **self._place(),
-            )
-            for role, rows in self.rows.items()
+            name: self._finite(name, sorted(rows, key=lambda row: len(row.input_ids), reverse=True), size, seed=None)
+            for name, rows in self.rows.items()
         }
 
     test_dataloader = val_dataloader
@@ -206,20 +218,19 @@ class ForgetRetain(L.LightningDataModule):
             "rows": digest.hexdigest()[:16],
             "seed": self.seed,
             "train_on": self.train_on,
-            "batch_sizes": dict(self.batch_sizes),
+            "batch_size": self.batch_size,
+            "retain_batch_size": self.retain_batch_size,
             "processes": self._place()["world_size"],
         }
 
-    def _stream(self, kind: type[BatchStream], name: str, rows: list[Row]) -> BatchStream:
-        return kind(
-            rows,
-            self._pad_id,
-            self.batch_sizes[name],
-            name=name,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            **self._place(),
-        )
+    def _finite(self, name: str, rows: list[Row], batch_size: int, **order: Any) -> FiniteStream:
+        return FiniteStream(rows, self._pad_id, batch_size, **self._settings(name) | order)
+
+    def _endless(self, name: str, rows: list[Row]) -> BatchStream:
+        return BatchStream(rows, self._pad_id, self.retain_batch_size, **self._settings(name))
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return {"name": name, "seed": self.seed, "num_workers": self.num_workers, **self._place()}
 
     def _place(self) -> dict[str, int]:
         if self.trainer is None:

@@ -34,14 +34,13 @@ class FictionalAuthors(ForgetRetain):
         super().__init__(Source("embedded"), Source("embedded"), **settings)
         self._authors = (num_authors, forget_authors, authors_seed)
 
-    def load(self) -> dict[str, Dataset]:
-        """Generates the rows."""
+    def load_set(self, name: str) -> Dataset:
+        """Generates the rows to forget or to keep; reads a further set."""
+        if name not in ("forget", "retain"):
+            return super().load_set(name)
         from datasets import Dataset
 
         num_authors, forget_authors, seed = self._authors
-        rows = fictional_authors(num_authors, seed)
         kept = num_authors - forget_authors
-        return {
-            "forget": Dataset.from_list([row for row in rows if row["author"] >= kept]),
-            "retain": Dataset.from_list([row for row in rows if row["author"] < kept]),
-        }
+        rows = fictional_authors(num_authors, seed)
+        return Dataset.from_list([row for row in rows if (row["author"] >= kept) == (name == "forget")])

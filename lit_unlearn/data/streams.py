@@ -20,12 +20,14 @@ class BatchStream:
 
     Its whole state is `cursor`, the number of batches handed out. Deliberately no ``DataLoader`` subclass: Lightning
     then injects no sampler, and resuming is exact at any point with any number of workers. The processes' batches are
-    disjoint parts of one global batch.
+    disjoint parts of one global batch, which does not depend on how many processes there are. Where the parts cannot be
+    equal, the shorter ones end with a row without supervised tokens, which weighs nothing: every process has the same
+    number of rows to pass through the model, as sharded strategies need it.
 
     Args:
         rows: Tokenised rows, at least one.
         pad_id: Fills the tails of shorter rows.
-        batch_size: Rows per process and batch.
+        batch_size: Rows per batch, over all processes.
         name: Distinguishes the order of one stream from another's.
         seed: Of the shuffling; ``None`` for the order of ``rows``.
         rank: This process.
@@ -46,8 +48,7 @@ class BatchStream:
         num_workers: int = 0,
     ) -> None:
         self.cursor = 0
-        self._rows, self._pad_id = rows, pad_id
-        self._global_size = batch_size * world_size
+        self._rows, self._pad_id, self._batch_size = rows, pad_id, batch_size
         self._key = None if seed is None else f"{seed}/{name}"
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
@@ -68,17 +69,21 @@ class BatchStream:
     def _numbers(self) -> Iterable[int]:
         return count(self.cursor)
 
-    def row_indices(self, number: int) -> list[int]:
-        """Which rows are in batch ``number`` of this process."""
-        places = range(number * self._global_size + self._rank, (number + 1) * self._global_size, self._world_size)
+    def _global_indices(self, number: int) -> Sequence[int]:
         size = len(self._rows)
+        places = range(number * self._batch_size, (number + 1) * self._batch_size)
         return [self._order(place // size)[place % size] for place in places]
 
+    def row_indices(self, number: int) -> list[int]:
+        """Which rows are in batch ``number`` of this process; none if the others took the last ones."""
+        return list(self._global_indices(number)[self._rank :: self._world_size])
+
     def batch(self, number: int) -> dict[str, Tensor]:
-        """Batch ``number`` of this process, padded; a row without supervised tokens where it has no rows."""
-        indices = self.row_indices(number)
+        """Batch ``number`` of this process, padded, with as many rows as every other process has."""
+        rows = [self._rows[i] for i in self.row_indices(number)]
         filler = self._rows[0]._replace(labels=[IGNORED] * len(self._rows[0].labels))
-        return collate([self._rows[i] for i in indices] or [filler], self._pad_id)
+        most = -(-len(self._global_indices(number)) // self._world_size)
+        return collate([*rows, *[filler] * (most - len(rows))], self._pad_id)
 
     def _order(self, epoch: int) -> Sequence[int]:
         size = len(self._rows)
@@ -86,24 +91,18 @@ class BatchStream:
 
 
 class FiniteStream(BatchStream):
-    """Batches of one pass over the rows per ``iter``; the last one may be short.
-
-    Where it has fewer rows than there are processes, the others get a row without supervised tokens, which weighs
-    nothing: all processes always take the same number of batches, and no row counts twice.
-    """
+    """Batches of one pass over the rows per ``iter``; the last one may be short, and no row counts twice."""
 
     def __len__(self) -> int:
         """Batches per pass."""
-        return -(-len(self._rows) // self._global_size)
+        return -(-len(self._rows) // self._batch_size)
 
     def _numbers(self) -> Iterable[int]:
         return range(self.cursor, (self.cursor // len(self) + 1) * len(self))
 
-    def row_indices(self, number: int) -> list[int]:
-        """Which rows are in batch ``number`` of this process; none if the others took the last ones."""
+    def _global_indices(self, number: int) -> Sequence[int]:
         epoch, batch = divmod(number, len(self))
-        block = self._order(epoch)[batch * self._global_size : (batch + 1) * self._global_size]
-        return list(block[self._rank :: self._world_size])
+        return self._order(epoch)[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
 class _Batches(Dataset[dict[str, Tensor]]):

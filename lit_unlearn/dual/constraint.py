@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 from lit_unlearn.dual.multiplier import Multiplier
 from lit_unlearn.objectives.base import Objective
@@ -43,9 +43,13 @@ class Constraint:
         multiplier: The policy for λ.
         stream: Name of the batches it is measured on.
         warmup_epochs: Whole epochs of primal steps at the initial λ before the first dual step.
+        update_every: ``"step"``: one dual step per optimizer step, from the rows of that step. ``"epoch"``: one per
+            epoch, from the whole stream; exact where the step's estimate is noisy, at the price of a pass over it.
+        smoothing: The dual step sees β · (what it saw before) + (1 − β) · (what was measured), with this β from 0
+            (none) to below 1. Use it when steps have few rows: λ then follows the trend, later.
 
     Raises:
-        ValueError: If ``epsilon`` is not above 0 and finite, or ``warmup_epochs`` is negative.
+        ValueError: If ``epsilon`` is not above 0 and finite, or another number is out of range.
 
     Example:
         >>> from lit_unlearn import NLL, Constraint, DualAscent
@@ -64,6 +68,8 @@ class Constraint:
         multiplier: Multiplier,
         stream: str = "retain",
         warmup_epochs: int = 0,
+        update_every: Literal["step", "epoch"] = "step",
+        smoothing: float = 0.0,
     ) -> None:
         if not isinstance(epsilon, Relative) and not (math.isfinite(epsilon) and epsilon > 0):
             raise ValueError(
@@ -72,11 +78,18 @@ class Constraint:
             )
         if warmup_epochs < 0:
             raise ValueError(f"constraint: `warmup_epochs` must be 0 or more, not {warmup_epochs!r}.")
+        if update_every not in ("step", "epoch"):
+            raise ValueError(f"constraint: `update_every` must be 'step' or 'epoch', not {update_every!r}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"constraint: `smoothing` must be at least 0 and below 1, not {smoothing!r}.")
         self.objective = objective
         self.multiplier = multiplier
         self.stream = stream
         self.warmup_epochs = warmup_epochs
+        self.update_every = update_every
+        self.smoothing = smoothing
         self.reference: float | None = None
+        self._smoothed: float | None = None
         self._epsilon = epsilon
 
     @property
@@ -143,21 +156,24 @@ class Constraint:
         """Takes one dual step, unless the warm-up still runs.
 
         Args:
-            value: The objective over everything this optimizer step saw, on all processes.
-            epoch: Number of finished passes over the forget set.
+            value: The objective over everything this optimizer step (or epoch) saw, on all processes.
+            epoch: The pass over the forget set it belongs to, from 0.
 
         Raises:
             ValueError: If ``value`` is not finite; λ is left as it was.
         """
         self.check(value)
+        before = value if self._smoothed is None else self._smoothed
+        self._smoothed = self.smoothing * before + (1 - self.smoothing) * value
         if epoch >= self.warmup_epochs:
-            self.multiplier.update(self.violation(value))
+            self.multiplier.update(self.violation(self._smoothed))
 
     def state_dict(self) -> dict[str, Any]:
-        """λ, controller memory and the measured reference, in plain JSON types."""
-        return {"multiplier": self.multiplier.state_dict(), "reference": self.reference}
+        """λ, controller memory, the smoothed value and the measured reference, in plain JSON types."""
+        memory = {"reference": self.reference, "smoothed": self._smoothed}
+        return {"multiplier": self.multiplier.state_dict(), **memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; epsilon and step sizes stay those of this object."""
         self.multiplier.load_state_dict(state["multiplier"])
-        self.reference = state["reference"]
+        self.reference, self._smoothed = state["reference"], state["smoothed"]

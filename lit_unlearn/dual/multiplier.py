@@ -62,7 +62,63 @@ class FixedMultiplier(Multiplier):
         """Keeps this object's weight: a fixed multiplier has settings but no memory."""
 
 
-class DualAscent(Multiplier):
+class PIMultiplier(Multiplier):
+    """A PI controller of the violation: dual ascent that brakes before it overshoots.
+
+    λ ← [λ + lr · (ki · v + kp · (ξ − ξ′))]₊, where v is the violation, ξ ← nu · ξ′ + (1 − nu) · v its smoothed value
+    and ξ′ that of the step before (v itself at the first step). Use it when λ and the retention loss swing around the
+    bound with `DualAscent`: kp > 0 damps the swings, at the same ``lr · ki``. ``kp=0`` is `DualAscent`. Sohrabi et
+    al., "On PI controllers for updating Lagrange multipliers in constrained optimization", ICML 2024 (arXiv 2406.04558).
+
+    Args:
+        lr: Dual step size > 0, in λ per nat of violation.
+        kp: Proportional gain ≥ 0; a few times ``ki`` damps noticeably.
+        ki: Integral gain > 0.
+        nu: Smoothing of the proportional part, from 0 (none) to below 1.
+        init: λ₀ ≥ 0. The squared logit margin is in the hundreds where the NLL is below one, hence 50 to 100.
+        max: Upper cap on λ, ≥ ``init``; ``None`` for no cap.
+
+    Raises:
+        ValueError: If a number is out of its range or not finite.
+
+    Example:
+        >>> multiplier = PIMultiplier(lr=1.0, kp=10.0, init=5.0)
+        >>> for violation in (0.5, 0.4):  # still violated, but less: λ falls already
+        ...     multiplier.update(violation)
+        ...     print(round(multiplier.value, 3))
+        5.5
+        4.9
+    """
+
+    def __init__(
+        self, lr: float, kp: float, ki: float = 1.0, nu: float = 0.0, init: float = 0.0, max: float | None = None
+    ) -> None:
+        super().__init__(init)
+        self.lr = _number("lr", lr, above=0.0)
+        self.kp = _number("kp", kp, least=0.0)
+        self.ki = _number("ki", ki, above=0.0)
+        self.nu = _number("nu", nu, least=0.0, below=1.0)
+        self.max = None if max is None else _number("max", max, least=self.value)
+        self._smoothed: float | None = None
+
+    def update(self, violation: float) -> None:
+        """Moves λ by the controller's output and projects it to ``[0, max]``."""
+        before = violation if self._smoothed is None else self._smoothed
+        self._smoothed = self.nu * before + (1 - self.nu) * violation
+        change = self.ki * violation + self.kp * (self._smoothed - before)
+        self.value = min(max(0.0, self.value + self.lr * change), math.inf if self.max is None else self.max)
+
+    def state_dict(self) -> dict[str, Any]:
+        """λ and the smoothed violation."""
+        return {**super().state_dict(), "smoothed": self._smoothed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; from another kind of multiplier only λ."""
+        super().load_state_dict(state)
+        self._smoothed = state.get("smoothed")
+
+
+class DualAscent(PIMultiplier):
     """Projected gradient ascent on the dual, λ ← [λ + lr · violation]₊: the paper's rule.
 
     λ grows while the constraint is violated and shrinks, down to zero, while there is slack. Use it first.
@@ -84,20 +140,17 @@ class DualAscent(Multiplier):
     """
 
     def __init__(self, lr: float, init: float, max: float | None = None) -> None:
-        super().__init__(init)
-        self.lr = _number("lr", lr, above=0.0)
-        self.max = None if max is None else _number("max", max, least=self.value)
-
-    def update(self, violation: float) -> None:
-        """Moves λ by ``lr · violation`` and projects it to ``[0, max]``."""
-        self.value = min(max(0.0, self.value + self.lr * violation), math.inf if self.max is None else self.max)
+        super().__init__(lr, kp=0.0, init=init, max=max)
 
 
-def _number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> float:
-    """``value`` as a float if it is finite, ≥ ``least`` and > ``above``."""
-    if math.isfinite(value) and value >= least and value > above:
+def _number(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> float:
+    """``value`` as a float if it is finite, ≥ ``least``, > ``above`` and < ``below``."""
+    if math.isfinite(value) and value >= least and above < value < below:
         return float(value)
-    wanted = f"> {above:g}" if math.isfinite(above) else f">= {least:g}" if math.isfinite(least) else "any number"
+    bounds = {">": above, ">=": least, "<": below}
+    wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound))
     raise ValueError(
         f"multiplier: `{name}` must be finite and {wanted}, not {value!r}; change it in the configuration."
     )

@@ -320,11 +320,8 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(make, train_on, taken):
         ({"forget": FORGET[::-1]}, "rows: was '"),
         ({"template": "{question} {answer}"}, "rows: was '"),
         ({"seed": 1}, "seed: was 0, is 1"),
-        ({"batch_size": 3}, "batch_sizes: was {'forget': 2, 'retain': 2, 'train': 2}, is {'forget': 3, "),
-        (
-            {"retain_batch_size": 3},
-            "batch_sizes: was {'forget': 2, 'retain': 2, 'train': 2}, is {'forget': 2, 'retain': 3",
-        ),
+        ({"batch_size": 3, "retain_batch_size": 2}, "batch_size: was 2, is 3"),
+        ({"retain_batch_size": 3}, "retain_batch_size: was 2, is 3"),
         ({"train_on": "all"}, "train_on: was 'pairs', is 'all'"),
     ],
 )

@@ -115,7 +115,7 @@ def test_order_depends_on_seed_name_and_pass(kind):
 def test_processes_share_the_batches_of_one(kind, world_size):
     """6 rows per step, however many processes: disjoint parts of the same rows."""
     one = make(kind, count=20, batch_size=6)
-    many = [make(kind, count=20, batch_size=6 // world_size, rank=r, world_size=world_size) for r in range(world_size)]
+    many = [make(kind, count=20, batch_size=6, rank=r, world_size=world_size) for r in range(world_size)]
     for number in range(9):  # over the end of two passes
         parts = [stream.row_indices(number) for stream in many]
         together = one.row_indices(number)
@@ -133,8 +133,8 @@ def test_endless_passes_are_without_replacement(count, batch_size, world_size):
     drawn = []
     for number in range(4 * count):
         parts = [stream.row_indices(number) for stream in streams]
-        assert {len(part) for part in parts} == {batch_size}  # never a short batch
-        drawn += [part[place] for place in range(batch_size) for part in parts]
+        assert sum(map(len, parts)) == batch_size  # never a short batch
+        drawn += [parts[place % world_size][place // world_size] for place in range(batch_size)]
     for start in range(0, len(drawn) - count + 1, count):
         assert sorted(drawn[start : start + count]) == list(range(count))
 
@@ -145,24 +145,22 @@ def test_a_finite_pass_has_every_row_once_on_any_number_of_processes(count, worl
     streams = [make(FiniteStream, count, rank=r, world_size=world_size) for r in range(world_size)]
     for _ in range(2):
         passes = [list(stream) for stream in streams]
-        assert (
-            {len(batches) for batches in passes}
-            == {len(stream) for stream in streams}
-            == {-(-count // (2 * world_size))}
-        )
+        assert {len(batches) for batches in passes} == {len(stream) for stream in streams} == {-(-count // 2)}
         rows = [row for batches in passes for batch in batches for row in real_rows(batch)]
         assert sorted(rows) == list(range(count))
 
 
-def test_a_process_without_rows_gets_one_that_weighs_nothing():
-    """7 rows, 3 processes, 2 rows each: the second batch has one row in all."""
-    streams = [make(FiniteStream, seed=None, rank=r, world_size=3) for r in range(3)]
-    assert [stream.row_indices(1) for stream in streams] == [[6], [], []]
-    for stream in streams[1:]:
-        batch = stream.batch(1)
-        assert batch["input_ids"].tolist() == [[0, 500]]
-        assert batch["attention_mask"].tolist() == [[1, 1]]
-        assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
+def test_every_process_has_as_many_rows_as_the_others():
+    """7 rows in batches of 5 on 3 processes: 2, 2 and 1 row, then 1, 1 and none; the gaps weigh nothing."""
+    streams = [make(FiniteStream, batch_size=5, seed=None, rank=r, world_size=3) for r in range(3)]
+    assert [stream.row_indices(0) for stream in streams] == [[0, 3], [1, 4], [2]]
+    assert [stream.row_indices(1) for stream in streams] == [[5], [6], []]
+    assert [[len(stream.batch(k)["labels"]) for stream in streams] for k in (0, 1)] == [[2, 2, 2], [1, 1, 1]]
+    assert [real_rows(stream.batch(0)) for stream in streams] == [[0, 3], [1, 4], [2]]
+    batch = streams[2].batch(1)
+    assert batch["input_ids"].tolist() == [[0, 500]]
+    assert batch["attention_mask"].tolist() == [[1, 1]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
 
 
 def test_a_finite_stream_goes_pass_by_pass():
