@@ -56,12 +56,31 @@ def tiny_lm(tokenizer_dir: str) -> Callable[..., LanguageModel]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A complete Hugging Face model directory: safetensors and tokenizer."""
-    torch.manual_seed(0)
-    lm = LanguageModel(config=TINY, tokenizer=tokenizer_dir)
-    lm.load(torch.float32)
-    return str(lm.save(tmp_path_factory.mktemp("models") / "tiny"))
+def models(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Complete Hugging Face model directories, safetensors and tokenizer: the same weights without and with dropout."""
+    folders = {}
+    for name, dropout in {"plain": 0.0, "dropout": 0.2}.items():
+        torch.manual_seed(0)
+        lm = LanguageModel(config={**TINY, "attention_dropout": dropout}, tokenizer=tokenizer_dir)
+        lm.load(torch.float32)
+        folders[name] = str(lm.save(tmp_path_factory.mktemp("models") / name))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def model_dir(models: dict[str, str]) -> str:
+    """The one without dropout."""
+    return models["plain"]
+
+
+@pytest.fixture(scope="session")
+def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """10 forget, 13 retain and 7 general rows with answers of very different lengths."""
+    folder = tmp_path_factory.mktemp("rows")
+    for name, count in {"forget": 10, "retain": 13, "general": 7}.items():
+        rows = [{"question": f"{name} {n}?", "answer": f"{n} is {name} " * (1 + n * n % 5)} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder)
 
 
 @pytest.fixture

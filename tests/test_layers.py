@@ -23,6 +23,7 @@ LAYER = {
     "module": 5,
     "callbacks": 6,
     "cli": 7,
+    "__main__": 8,
 }
 SIDEWAYS = {("dual", "objectives")}  # a constraint holds an objective
 FORBIDDEN_PARTS = {"data": {"objectives"}}  # which lie below it

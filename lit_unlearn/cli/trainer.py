@@ -11,11 +11,21 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
 
 import lit_unlearn.data
 import lit_unlearn.module  # noqa: F401  (imported, so that short class names resolve)
-from lit_unlearn.callbacks import ExportModel, ProgressBar, RunPicture, RunReport
+from lit_unlearn.callbacks import (
+    AtomicCheckpointIO,
+    ExportModel,
+    ProgressBar,
+    ResumeCheckpoint,
+    RunPicture,
+    RunReport,
+)
 from lit_unlearn.cli.errors import shorten
+from lit_unlearn.cli.settings import SaveSettings, check_trainer
+from lit_unlearn.module.strategies import leave_process_group
 
 
 class Parser(LightningArgumentParser):
@@ -50,42 +60,52 @@ class UnlearnCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Moves the Trainer's clipping flag to the module, where manual optimisation needs it."""
+        """Refuses Trainer flags that cannot work; moves the clipping flag to the module, where it can."""
         config = self.config[self.subcommand]
+        check_trainer(config.trainer)
         if config.trainer.gradient_clip_val is not None:
             config.model.init_args.gradient_clip_val = config.trainer.gradient_clip_val
             config.trainer.gradient_clip_val = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds the progress bar, unless there is another one or none is wanted."""
+        """Adds progress bar, resumable checkpoints and whole-or-absent writing, unless there is or shall be none."""
         config = self.config_init[self.subcommand].trainer
-        callbacks = config.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if config.enable_progress_bar is not False and not any(isinstance(c, BaseProgressBar) for c in callbacks):
-            callbacks = [*callbacks, ProgressBar()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
+        if config.enable_progress_bar is not False and not _has(callbacks, BaseProgressBar):
+            callbacks.append(ProgressBar())
+        if config.enable_checkpointing is not False and not _has(callbacks, ResumeCheckpoint):
+            callbacks.append(ResumeCheckpoint())
+        if not _has(plugins, CheckpointIO):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def after_fit(self) -> None:
-        """Fails the command if the run missed what the report was told to require."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunReport) and callback.failures:
-                sys.exit("lit-unlearn: " + "\n".join(callback.failures))
+
+def _listed(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list) else [] if value is None else [value]
+
+
+def _has(objects: list[Any], kind: type) -> bool:
+    return any(isinstance(thing, kind) for thing in objects)
 
 
 def run(arguments: list[str]) -> None:
     """Parses and runs one command."""
     _quieten()
     sys.argv[1:] = arguments  # where LightningCLI, and the processes it may start, look for them
-    UnlearnCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_class=Parser,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    try:
+        UnlearnCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            seed_everything_default=0,
+            save_config_callback=SaveSettings,
+            save_config_kwargs={"overwrite": True},
+        )
+    finally:
+        leave_process_group()
 
 
 def _quieten() -> None:
@@ -93,6 +113,12 @@ def _quieten() -> None:
     chatter = ("GPU available", "TPU available", "💡 Tip", "Seed set to", "Loading `train_dataloader`", "`Trainer.")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(chatter))
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "pre-optimization state was saved",
+        "dataloader is not resum",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on every process
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

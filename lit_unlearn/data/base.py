@@ -166,8 +166,7 @@ class ForgetRetain(L.LightningDataModule):
                 row for name, rows in self.rows.items() for row in rows if (name, self.train_on) != ("forget", "retain")
             ]
             self._streams = {"train": self._finite("train", rows, self.batch_size)}
-        for name, cursor in self._cursors.items():
-            self._streams[name].cursor = cursor
+        self._go_on()
         self._cursors = {}
         return CombinedLoader(self._streams, "min_size")
 
@@ -209,6 +208,12 @@ class ForgetRetain(L.LightningDataModule):
                 + "). Restore it, or start a new run from the exported model."
             )
         self._cursors = dict(state["cursors"])
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Sets the streams, where there are any yet, to where training stands."""
+        for name, stream in self._streams.items():
+            stream.cursor = self._cursors.get(name, stream.cursor)
 
     def _order_of_rows(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from lit_unlearn.dual.multiplier import Multiplier
+from lit_unlearn.dual.multiplier import Multiplier, smooth
 from lit_unlearn.objectives.base import Objective
 
 
@@ -163,8 +163,7 @@ class Constraint:
             ValueError: If ``value`` is not finite; λ is left as it was.
         """
         self.check(value)
-        before = value if self._smoothed is None else self._smoothed
-        self._smoothed = self.smoothing * before + (1 - self.smoothing) * value
+        self._smoothed = smooth(value, self._smoothed, self.smoothing)
         if epoch >= self.warmup_epochs:
             self.multiplier.update(self.violation(self._smoothed))
 

@@ -67,14 +67,15 @@ class PIMultiplier(Multiplier):
 
     λ ← [λ + lr · (ki · v + kp · (ξ − ξ′))]₊, where v is the violation, ξ ← nu · ξ′ + (1 − nu) · v its smoothed value
     and ξ′ that of the step before (v itself at the first step). Use it when λ and the retention loss swing around the
-    bound with `DualAscent`: kp > 0 damps the swings, at the same ``lr · ki``. ``kp=0`` is `DualAscent`. Sohrabi et
+    bound with `DualAscent`: kp > 0 damps the swings, at the same ``lr · ki``, as long as nu is small and lr · kp not so
+    large that it swings by itself. ``kp=0`` is `DualAscent`. Sohrabi et
     al., "On PI controllers for updating Lagrange multipliers in constrained optimization", ICML 2024 (arXiv 2406.04558).
 
     Args:
         lr: Dual step size > 0, in λ per nat of violation.
-        kp: Proportional gain ≥ 0; a few times ``ki`` damps noticeably.
+        kp: Proportional gain ≥ 0; one to four times ``ki`` damps noticeably.
         ki: Integral gain > 0.
-        nu: Smoothing of the proportional part, from 0 (none) to below 1.
+        nu: Smoothing of the proportional part against noise, from 0 (none) to below 1; near 1 it undoes the damping.
         init: λ₀ ≥ 0. The squared logit margin is in the hundreds where the NLL is below one, hence 50 to 100.
         max: Upper cap on λ, ≥ ``init``; ``None`` for no cap.
 
@@ -104,7 +105,7 @@ class PIMultiplier(Multiplier):
     def update(self, violation: float) -> None:
         """Moves λ by the controller's output and projects it to ``[0, max]``."""
         before = violation if self._smoothed is None else self._smoothed
-        self._smoothed = self.nu * before + (1 - self.nu) * violation
+        self._smoothed = smooth(violation, self._smoothed, self.nu)
         change = self.ki * violation + self.kp * (self._smoothed - before)
         self.value = min(max(0.0, self.value + self.lr * change), math.inf if self.max is None else self.max)
 
@@ -113,7 +114,7 @@ class PIMultiplier(Multiplier):
         return {**super().state_dict(), "smoothed": self._smoothed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; from another kind of multiplier only λ."""
+        """Restores what `state_dict` returned; a `FixedMultiplier`'s has no memory of the violation."""
         super().load_state_dict(state)
         self._smoothed = state.get("smoothed")
 
@@ -141,6 +142,11 @@ class DualAscent(PIMultiplier):
 
     def __init__(self, lr: float, init: float, max: float | None = None) -> None:
         super().__init__(lr, kp=0.0, init=init, max=max)
+
+
+def smooth(value: float, before: float | None, factor: float) -> float:
+    """Exponential moving average: ``factor · before + (1 − factor) · value``; ``value`` itself where there is none before."""
+    return value if before is None else factor * before + (1 - factor) * value
 
 
 def _number(

@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 _FORGET, _RETAIN, _BOUND, _DUAL = "#D55E00", "#0072B2", "#000000", "#009E73"  # Okabe–Ito, told apart by everyone
 
 
-def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads a CSV logger's file.
+def read_metrics(files: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads a CSV logger's files.
 
     Args:
-        path: The ``metrics.csv``.
+        files: The ``metrics.csv`` of a run and, before it, of those that it resumed; the later ones count.
 
     Returns:
         For each metric the optimizer steps and the values logged there.
     """
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
-    return series
+    series: dict[str, dict[int, float]] = {}
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        series.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in series.items()}
 
 
-def draw_run(metrics: Path, target: Path, epsilons: dict[str, float]) -> None:
+def draw_run(files: Sequence[Path], target: Path, epsilons: dict[str, float]) -> None:
     """Draws retention against its bound, λ, and forgetting, over the optimizer steps.
 
     Args:
-        metrics: The run's ``metrics.csv``.
+        files: As for `read_metrics`.
         target: Picture to write; the suffix gives the format.
         epsilons: Upper bound of every constraint, by name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    series = read_metrics(metrics)
+    series = read_metrics(files)
     figure = Figure(figsize=(7, 7), layout="constrained")
     FigureCanvasAgg(figure)
     retain, dual, forget = figure.subplots(3, 1, sharex=True)

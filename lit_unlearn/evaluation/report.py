@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _ROWS = {
+    "loss": "forget objective",
     "nll": "NLL, nats per token",
     "probability": "answer probability",
     "margin": "logit margin",
@@ -35,12 +36,13 @@ def table(report: dict[str, Any]) -> str:
 
     Args:
         report: ``before`` and ``after``: values by ``<stream>/<metric>``; ``constraints``: by name ``value``,
-            ``epsilon``, ``slack``, ``multiplier_before`` and ``multiplier_after``; ``steps``.
+            ``epsilon``, ``slack``, ``multiplier_before`` and ``multiplier_after``; ``steps`` and ``kept_step``, the
+            step whose values are ``after``.
     """
     measured = [name.split("/", 1) for name in report["after"] if not name.startswith("constraint/")]
     streams, metrics = dict.fromkeys(s for s, _ in measured), dict.fromkeys(m for _, m in measured)
     columns = [(stream, time) for stream in streams for time in ("before", "after")]
-    lines = [[f"{report['steps']} steps", *(f"{stream} {time}" for stream, time in columns)]]
+    lines = [[f"step {report['kept_step']} of {report['steps']}", *(f"{stream} {time}" for stream, time in columns)]]
     for metric in metrics:
         cells = [_number(report[time].get(f"{stream}/{metric}")) for stream, time in columns]
         lines.append([_ROWS.get(metric, metric), *cells])

@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_model_directory(name: str, use_safetensors: bool) -> None:
@@ -23,6 +27,52 @@ def check_model_directory(name: str, use_safetensors: bool) -> None:
             f"{sorted(p.name for p in path.iterdir()) if path.is_dir() else 'a file'}. Point `model.lm.model` at the "
             "output of `save_pretrained`" + (", or set `use_safetensors: false`." if use_safetensors else ".")
         )
+
+
+def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTrainedModel:
+    """A model from the hub or a directory, with all its weights or not at all.
+
+    Args:
+        name: Hub name or local directory.
+        use_safetensors: Whether to insist on safetensors.
+        settings: For ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            use_safetensors=use_safetensors or None,  # False would refuse safetensors
+            output_loading_info=True,
+            **settings,
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no model at '{name}': neither a local directory nor a name that the hub answers to with "
+            f"{'safetensors' if use_safetensors else 'weights'}. The reason given: {error}"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(
+            f"the model '{name}' is incomplete: it has no {', '.join(sorted(info['missing_keys'])[:3])} (of "
+            f"{len(info['missing_keys'])} missing), which would start at random. Get a whole copy of it."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def check_export_target(target: Path) -> None:
+    """Refuses to replace anything but an empty directory or an earlier export."""
+    if not target.is_dir():
+        taken = target.is_file()
+    else:
+        marks = (target / "config.json", target / "adapter" / "adapter_config.json")
+        taken = any(target.iterdir()) and not any(mark.is_file() for mark in marks)
+    if taken:
+        raise FileExistsError(f"'{target}' is not empty and not a model directory: choose another place to export to.")
 
 
 @contextmanager

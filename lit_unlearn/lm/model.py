@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn import functional
-from lit_unlearn.lm.files import check_model_directory, fresh_directory
+from lit_unlearn.lm import adapters
+from lit_unlearn.lm.files import check_export_target, check_model_directory, fresh_directory, load_pretrained
+from lit_unlearn.lm.head import has_linear_head
 from lit_unlearn.lm.packing import check_packing, is_packed
 from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
 
@@ -38,13 +41,18 @@ class LanguageModel(nn.Module):
         use_safetensors: Whether to insist on safetensors; other weight files can run code when loaded.
         attn_implementation: Passed to transformers; ``None`` for its default.
         chunk_size: Tokens (vocabulary entries for the margin) per chunk of the head; ``None`` for a memory budget.
+        adapter: Fields of a peft config, such as ``r`` and ``lora_alpha``: the adapter is trained in place of the model.
+            ``peft_type`` defaults to LoRA, ``target_modules`` to every linear layer but the head.
+        quantization: Fields of a transformers quantisation config, such as ``load_in_4bit``; needs an ``adapter``.
+        activation_checkpointing: Whether the backward pass computes the activations again, which saves memory.
 
     Raises:
-        ValueError: If not exactly one of ``model`` and ``config`` is given.
+        ValueError: If not exactly one of ``model`` and ``config`` is given, or an adapter or a quantisation is unknown
+            or could not be trained.
         FileNotFoundError: If ``model`` is a local directory without weights.
     """
 
-    model: PreTrainedModel | None
+    model: PreTrainedModel | adapters.PeftModel | None
 
     def __init__(
         self,
@@ -56,6 +64,9 @@ class LanguageModel(nn.Module):
         use_safetensors: bool = True,
         attn_implementation: str | None = None,
         chunk_size: int | None = None,
+        adapter: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if (model is None) == (config is None):
@@ -75,18 +86,24 @@ class LanguageModel(nn.Module):
         self._hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._use_safetensors = use_safetensors
         self._attn_implementation = attn_implementation
+        self._adapter = None if adapter is None else adapters.adapter_config(adapter)
+        self._quantization = {} if quantization is None else adapters.quantization_config(quantization, model, adapter)
+        self._activation_checkpointing = activation_checkpointing
         self.model = None
         self.linear_head = False
         self._packing_checked = False
 
     @classmethod
     def wrap(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, chunk_size: int | None = None
+        cls,
+        model: PreTrainedModel | adapters.PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chunk_size: int | None = None,
     ) -> LanguageModel:
         """A `LanguageModel` around a transformers model that is loaded already; its dtype is left as it is.
 
         Args:
-            model: Any causal LM of transformers.
+            model: Any causal LM of transformers, bare or in a ``peft.PeftModel``.
             tokenizer: Its tokenizer, needed for the package's own data modules and saved with the model.
             chunk_size: As for the class.
         """
@@ -115,6 +132,28 @@ class LanguageModel(nn.Module):
         """Whether the weights are in memory."""
         return self.model is not None
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
+        return adapters.is_adapted(self.model)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the block this is the reference model, bit for bit: no adapter, no dropout, no gradients.
+
+        The reference is the base model. An adapter that was trained before, and is to be a part of it, must be merged first.
+
+        Raises:
+            RuntimeError: If there is no adapter to switch off.
+        """
+        if not self.has_adapter:
+            raise RuntimeError(
+                "the reference model is this model with its adapter switched off, and it has none: set `model.lm.adapter`, or "
+                "choose an objective without a reference model."
+            )
+        with adapters.reference(cast("adapters.PeftModel", self.model)):
+            yield
+
     def load(self, dtype: torch.dtype) -> None:
         """Loads or builds the model in training mode and probes its head; does nothing the second time.
 
@@ -123,37 +162,31 @@ class LanguageModel(nn.Module):
 
         Raises:
             FileNotFoundError: If the model is neither local nor on the hub.
-            ValueError: If weights are missing, or the tokenizer has more entries than the model has embeddings.
+            ValueError: If weights are missing, the tokenizer has more entries than the model has embeddings, or the
+                adapter could not be trained, switched off or exported.
         """
         if self.is_loaded:
             return
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         if self.config is not None:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
             config = AutoConfig.for_model(**{**self._tokenizer_fields(), **self.config})
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self._attn_implementation)
         else:
-            try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    str(self.name),
-                    dtype=dtype,
-                    use_safetensors=self._use_safetensors or None,  # False would refuse safetensors
-                    attn_implementation=self._attn_implementation,
-                    output_loading_info=True,
-                    **self._hub,
-                )
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"no model at '{self.name}': neither a local directory nor a name that the hub answers to with "
-                    f"{'safetensors' if self._use_safetensors else 'weights'}. The reason given: {error}"
-                ) from error
-            model, info = loaded
-            if info["missing_keys"]:
-                raise ValueError(
-                    f"the model '{self.name}' is incomplete: it has no {', '.join(sorted(info['missing_keys'])[:3])} (of "
-                    f"{len(info['missing_keys'])} missing), which would start at random. Get a whole copy of it."
-                )
-        self._adopt(model)
+            model = load_pretrained(
+                str(self.name),
+                self._use_safetensors,
+                dtype=dtype,
+                attn_implementation=self._attn_implementation,
+                **self._hub,
+                **self._quantization,
+            )
+            if getattr(model, "is_quantized", False) and self._adapter is None:
+                raise ValueError(f"LanguageModel: '{self.name}' is quantised, and {adapters.UNTRAINABLE}")
+        adapted = model if self._adapter is None else adapters.attach(model, self._adapter)
+        if self._activation_checkpointing:
+            adapters.checkpoint_activations(model)
+        self._adopt(adapted)
 
     def _tokenizer_fields(self) -> dict[str, Any]:
         if self.tokenizer is None:
@@ -161,15 +194,16 @@ class LanguageModel(nn.Module):
         ids = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         return {"vocab_size": len(self.tokenizer), **ids}
 
-    def _adopt(self, model: PreTrainedModel) -> None:
-        embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    def _adopt(self, model: PreTrainedModel | adapters.PeftModel) -> None:
+        adapters.check_adapter(model)
+        embeddings = adapters.inner_model(model).get_input_embeddings().weight.shape[0]
         if self.tokenizer is not None and len(self.tokenizer) > embeddings:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} entries but the model embeds only {embeddings}: they do not "
                 "belong together; set `model.lm.tokenizer` to the model's own."
             )
         self.model = model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps it there
-        self.linear_head = self._probe_head()
+        self.linear_head = has_linear_head(self._loaded)
 
     @property
     def _head(self) -> nn.Linear:
@@ -186,31 +220,7 @@ class LanguageModel(nn.Module):
             raise RuntimeError(
                 "the model is not loaded: call `load(dtype)` first (Lightning does in `configure_model`)."
             )
-        return self.model
-
-    @torch.no_grad()
-    def _probe_head(self) -> bool:
-        """Whether the logits are exactly the head applied to the trunk's last hidden state (no softcap, no scaling)."""
-        model = self._loaded
-        head, seen = model.get_output_embeddings(), dict[str, Tensor]()
-        if type(head) is not nn.Linear:  # a subclass may compute anything from its weight
-            return False
-        hooks = [
-            model.base_model.register_forward_hook(lambda _m, _i, out: seen.update(trunk=out[0])),
-            head.register_forward_hook(lambda _m, args, _out: seen.update(into=args[0])),
-        ]
-        ids = torch.arange(1, 9, device=head.weight.device).remainder(head.weight.shape[0])[None]
-        try:
-            logits = model.eval()(input_ids=ids, use_cache=False).logits
-            if "trunk" not in seen:  # OPT calls a part of its trunk, past the hook
-                model.base_model(input_ids=ids, use_cache=False)
-        finally:
-            model.train()
-            for hook in hooks:
-                hook.remove()
-        if len(seen) < 2 or not torch.equal(seen["trunk"], seen["into"]):
-            return False
-        return torch.equal(logits, nn.functional.linear(seen["into"], head.weight, head.bias).to(logits))
+        return adapters.inner_model(self.model)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -280,9 +290,12 @@ class LanguageModel(nn.Module):
     def save(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
         """Writes a Hugging Face model directory (safetensors and tokenizer); a half-written one never replaces a whole.
 
+        With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
+        is quantised, only the latter. Merging takes memory of the host for one copy of the adapted layers.
+
         Args:
             directory: Target; an earlier export there is replaced.
-            state_dict: The model's own weights, whole, for strategies that shard them; ``None`` to read the model.
+            state_dict: The state of `model`, whole, for strategies that shard it; ``None`` to read the model.
 
         Returns:
             The target as a path.
@@ -291,12 +304,12 @@ class LanguageModel(nn.Module):
             FileExistsError: If the target holds something that is not a model directory.
         """
         target = Path(directory)
-        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
-            raise FileExistsError(
-                f"'{target}' is not empty and not a model directory: choose another place to export to."
-            )
+        check_export_target(target)
         with fresh_directory(target) as folder:
-            self._loaded.save_pretrained(folder, state_dict=state_dict)
+            if self.has_adapter:
+                adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
+            else:
+                self._loaded.save_pretrained(folder, state_dict=state_dict)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
         return target

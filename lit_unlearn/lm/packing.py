@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lit_unlearn.lm.head import without_dropout
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -17,7 +19,6 @@ def is_packed(batch: Mapping[str, Tensor]) -> bool:
     return "position_ids" in batch and "attention_mask" not in batch
 
 
-@torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Refuses a model in which a sequence sees the one before it in its row: its losses would be silently wrong.
 
@@ -32,12 +33,8 @@ def check_packing(model: PreTrainedModel) -> None:
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
     rows = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 1, 2, 3, 4]], device=embeddings.device)
     positions = torch.arange(4, device=rows.device).repeat(2, 2)
-    training = model.training
-    model.eval()
-    try:
+    with without_dropout(model):
         output = model.base_model(input_ids=rows % embeddings.shape[0], position_ids=positions, use_cache=False)[0]
-    finally:
-        model.train(training)
     one, other = output[:, 4:].float()
     # Measured at random weights: exactly 0 where they are kept apart, 0.2 for OPT and GPT-OSS, 0.006 for BLOOM.
     if (one - other).norm() > max(1e-4, 2 * torch.finfo(output.dtype).eps) * one.norm():

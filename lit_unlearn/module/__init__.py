@@ -2,6 +2,8 @@
 
 from lit_unlearn.module.base import LitLanguageModel, Schedule
 from lit_unlearn.module.finetune import LitFinetune
+from lit_unlearn.module.measured import Measurement
+from lit_unlearn.module.strategies import FSDP2Strategy
 from lit_unlearn.module.unlearn import LitUnlearn
 
-__all__ = ["LitFinetune", "LitLanguageModel", "LitUnlearn", "Schedule"]
+__all__ = ["FSDP2Strategy", "LitFinetune", "LitLanguageModel", "LitUnlearn", "Measurement", "Schedule"]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_unlearn.evaluation import AnswerSuite, Suite
 from lit_unlearn.lm import LanguageModel, locate
+from lit_unlearn.module.measured import Batch, LitMeasured
+from lit_unlearn.module.strategies import check_strategy, shard, total_norm
 from lit_unlearn.objectives import Objective
-
-Batch = Mapping[str, Tensor]
 
 _TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -53,7 +52,7 @@ class Term(NamedTuple):
     weight: float
 
 
-class LitLanguageModel(L.LightningModule):
+class LitLanguageModel(LitMeasured):
     """A language model that is trained by weighted objectives on named streams.
 
     One ``training_step`` is one optimizer step over the whole per-device batch. Gradients are those of the means over
@@ -70,7 +69,7 @@ class LitLanguageModel(L.LightningModule):
         gradient_clip_val: float | None,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(lm, AnswerSuite() if suite is None else suite)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
                 f"`model.micro_batch_size` must be at least 1, or null for one part; got {micro_batch_size}."
@@ -80,35 +79,42 @@ class LitLanguageModel(L.LightningModule):
                 f"`model.gradient_clip_val` must be above 0, or null for no clipping; got {gradient_clip_val}."
             )
         self.automatic_optimization = False
-        self.lm = lm
-        self.suite = AnswerSuite() if suite is None else suite
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_val = gradient_clip_val
         self.seed = seed
         self._optimizer, self._scheduler = optimizer, scheduler
-        self._measured: tuple[int, dict[str, float]] | None = None
+        self._settings: list[dict[str, Any]] = []  # the optimizer's, as configured
+        self._saved_settings: list[dict[str, Any]] = []  # the same in the checkpoint that is resumed
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Loads the model in the dtype that the Trainer's precision calls for."""
-        if self.lm.is_loaded:
-            return
-        precision = "32-true" if self._trainer is None else self.trainer.precision
-        dtype = _TRUE_PRECISION.get(str(precision), torch.float32)  # mixed precision keeps float32 weights
-        self.lm.load(dtype)
-        trainable = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
-        kind = type(self.lm.model).__name__
-        head = "linear head" if self.lm.linear_head else "full logits, because its head is not a plain linear layer"
-        rank_zero_info(f"model: {kind}, {trainable:,} trainable parameters, {str(dtype)[6:]}, {head}")
+    def setup(self, stage: str) -> None:
+        """Refuses strategies that would take wrong steps.
 
-    def on_fit_start(self) -> None:
-        """Forgets what an earlier run measured."""
-        self._measured = None
+        Raises:
+            ValueError: See `check_strategy`.
+        """
+        super().setup(stage)
+        check_strategy(type(self.trainer.strategy).__name__)
+        if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise ValueError(
+                "DDPStrategy(static_graph=True) is refused: a step has several backward passes. Leave it out."
+            )
+
+    def configure_model(self) -> None:
+        """Loads the model in the dtype that the Trainer's precision calls for, and shards it where that is asked for."""
+        if not self.lm.is_loaded:
+            precision = "32-true" if self._trainer is None else self.trainer.precision
+            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32))  # mixed precision keeps float32 weights
+            rank_zero_info(f"model: {_describe(self.lm)}")
+        self.strict_loading = not self.lm.has_adapter
+        if self.device_mesh is not None:
+            shard(self.lm, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule."""
         optimizer = self._optimizer([p for p in self.lm.parameters() if p.requires_grad])
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if self._scheduler is None:
             return optimizer
         if not isinstance(self._scheduler, Schedule):
@@ -118,6 +124,58 @@ class LitLanguageModel(L.LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(self._scheduler.warmup_epochs * self.trainer.num_training_batches)
         return [optimizer], [get_scheduler(self._scheduler.name, optimizer, warmup, total)]
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves what decides the next step beside weights and optimizer, in plain types; of an adapted model the adapter.
+
+        Where every process saves its shard, all weights are saved: they are loaded by name, without exception.
+        """
+        checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings}
+        state = checkpoint["state_dict"]
+        if self.lm.has_adapter and not any(isinstance(value, DTensor) for value in state.values()):
+            names = self._adapter_names()
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that this run can go on from a checkpoint.
+
+        Raises:
+            ValueError: If dropout was seeded otherwise.
+            KeyError: If a part of the adapter is missing.
+        """
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            if checkpoint["run"]["seed"] != self.seed:
+                raise ValueError(
+                    f"the checkpoint cannot be resumed: `model.seed` was {checkpoint['run']['seed']}, is {self.seed}. "
+                    "Restore it, or start a new run from the exported model."
+                )
+            self._saved_settings = checkpoint["run"]["optimizer"]
+        if self.lm.has_adapter and "state_dict" in checkpoint:  # which sharding strategies load by themselves
+            missing = self._adapter_names() - checkpoint["state_dict"].keys()
+            if missing:
+                raise KeyError(
+                    f"the checkpoint lacks {len(missing)} of the adapter's tensors, such as '{min(missing)}': it was made "
+                    "with another `model.lm.adapter`, or without one. Give the same adapter, or start a new run."
+                )
+
+    def _adapter_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_train_start(self) -> None:
+        """Lets changed optimizer settings win over those that came with the checkpoint."""
+        optimizers, schedulers = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        for i, (new, old) in enumerate(zip(self._settings, self._saved_settings, strict=False)):
+            group = optimizers[0].param_groups[i]
+            changed = {key: value for key, value in new.items() if value != old.get(key)}
+            if "lr" in changed and old["lr"] > 0:
+                changed |= {"lr": group["lr"] * new["lr"] / old["lr"], "initial_lr": new["lr"]}  # keeps the schedule
+                for config in schedulers:
+                    if hasattr(config.scheduler, "base_lrs"):
+                        config.scheduler.base_lrs[i] = new["lr"]
+            group.update(changed)
+        self._saved_settings = []
 
     # The primal step -------------------------------------------------------------------------------------------------
 
@@ -146,25 +204,49 @@ class LitLanguageModel(L.LightningModule):
                 )
         for number, (i, part) in enumerate(passes):
             term = terms[i]
-            with self._no_gradient_sync() if number + 1 < len(passes) else nullcontext():
+            with nullcontext() if number + 1 == len(passes) else self._no_gradient_sync():
                 average = self.lm(part, partial(term.objective, self.lm), term.objective.alignment)
                 self.manual_backward(average.total * (term.weight * self.trainer.world_size / counts[i]))
             sums[i, 0] += average.total.detach().double()
         return self._add_over_processes(sums)
 
-    def _step(self) -> None:
-        """Steps the optimizer with the accumulated gradient, then the schedule."""
-        optimizer = self.optimizers()
+    def _step(self) -> bool:
+        """Steps the optimizer with the accumulated gradient, then the schedule.
+
+        Returns:
+            Whether the step was taken: a gradient scaler leaves it out where half precision overflowed.
+        """
+        optimizer, scaler = self.optimizers(), self._scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
+        if scaler is not None and scaler.get_scale() < scale:
+            return False
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
+        return True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips here, where a gradient scaler has unscaled the gradients."""
-        limit = math.inf if self.gradient_clip_val is None else self.gradient_clip_val
-        self.log("grad_norm", nn.utils.clip_grad_norm_(self.lm.parameters(), limit))
+        """Measures and clips here, where a gradient scaler has unscaled the gradients.
+
+        Raises:
+            ValueError: If the gradient is not finite and no scaler will leave the step out.
+        """
+        parameters = [p for p in self.lm.parameters() if p.grad is not None]
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("grad_norm", norm)
+        if self._scaler is None and not norm.isfinite():
+            raise ValueError(
+                f"the gradient's norm is {norm.item()}; the step was not taken and the weights are still good. Lower "
+                "`model.optimizer.init_args.lr` or the multiplier's, or use a wider `trainer.precision`."
+            )
+        if self.gradient_clip_val is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _split(self, batch: Batch) -> list[Batch]:
         if self.micro_batch_size is None:
@@ -173,6 +255,7 @@ class LitLanguageModel(L.LightningModule):
         return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
     def _no_gradient_sync(self) -> AbstractContextManager[Any]:
+        """Saves DDP an all-reduce; FSDP2 scatters every time, lest each process hold the gradient of the whole model."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block is None else block()
 
@@ -181,78 +264,14 @@ class LitLanguageModel(L.LightningModule):
             return sums
         return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")  # works in place
 
-    # Evaluation ------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, stream: str, batch: Batch) -> None:
-        self.lm(batch, partial(self.suite.update, stream, self.lm))
-
-    def _results(self) -> dict[str, float]:
-        """Values over everything evaluated on all processes; starts afresh afterwards."""
-        values = self.suite.compute()
-        self.suite.reset()
-        return values
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds one batch of one stream; the loaders are a dict from stream name to loader."""
-        self._evaluate(self._stream_name(dataloader_idx), batch)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the values over the whole validation set."""
-        values = self._results()
-        if not self.trainer.sanity_checking:
-            self._measured = (self.global_step, values)
-            self._log_results("val", values)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the values over the whole test set."""
-        self._log_results("test", self._results())
-
-    def _log_results(self, stage: str, values: dict[str, float]) -> None:
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Evaluates the current weights on every validation row, outside of Lightning's own validation.
-
-        Returns:
-            The suite's and the constraints' values by name, over all processes; those of a validation that was just
-            made with the same weights are used again.
-        """
-        if self._measured is not None and self._measured[0] == self.global_step:
-            return self._measured[1]
-        training = self.lm.training
-        self.lm.eval()
-        with self.trainer.precision_plugin.val_step_context():
-            for stream, batches in self._evaluation_streams().items():
-                for batch in batches:
-                    self._evaluate(stream, self.trainer.strategy.batch_to_device(batch))
-        self.lm.train(training)
-        values = self._results()
-        self._measured = (self.global_step, values)
-        return values
-
-    def _evaluation_streams(self) -> dict[str, Iterable[Batch]]:
-        """The validation loaders, or else the training loaders that come to an end."""
-        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
-            return dict(self.trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-        loaders = self.trainer.val_dataloaders or self.trainer.train_dataloader
-        if isinstance(loaders, Mapping):
-            return dict(loaders)
-        raise ValueError(
-            "a relative epsilon is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
-            f"(or a dict of finite training loaders), not {type(loaders).__name__}; or set an absolute epsilon."
-        )
-
-    def _stream_name(self, index: int) -> str:
-        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-        if not isinstance(loaders, Mapping):
-            raise ValueError(
-                "validation and test loaders must be a dict from stream name to loader, such as {'forget': …, "
-                f"'retain': …}}, so that results can be named; got {type(loaders).__name__}."
-            )
-        return str(list(loaders)[index])
+def _describe(lm: LanguageModel) -> str:
+    trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
+    dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
+    model: Any = lm.model
+    kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
+    return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}"
 
 
 def _stream(batch: Mapping[str, Batch], stream: str) -> Batch:

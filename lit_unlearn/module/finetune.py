@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_unlearn.evaluation import Suite
 from lit_unlearn.lm import LanguageModel
-from lit_unlearn.module.base import Batch, LitLanguageModel, Schedule, Term
+from lit_unlearn.module.base import LitLanguageModel, Schedule, Term
+from lit_unlearn.module.measured import Batch
 from lit_unlearn.objectives import NLL
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,7 +15,8 @@ from lit_unlearn.dual import Constraint
 from lit_unlearn.evaluation import Suite
 from lit_unlearn.lm import LanguageModel
 from lit_unlearn.metrics import ConstraintSlack
-from lit_unlearn.module.base import Batch, LitLanguageModel, Schedule, Term
+from lit_unlearn.module.base import LitLanguageModel, Schedule, Term
+from lit_unlearn.module.measured import Batch, Measurement
 from lit_unlearn.objectives import Objective
 
 
@@ -26,7 +27,8 @@ class LitUnlearn(LitLanguageModel):
     what the same step measured. Entesari et al., "Constrained Entropic Unlearning", NeurIPS 2025 (arXiv 2506.05314).
 
     Training batches are ``{"forget": batch, "retain": batch, …}`` of ordinary Hugging Face batches, from
-    ``ForgetRetain`` or from any loader; validation loaders are a dict with the same keys.
+    ``ForgetRetain`` or from any loader; validation loaders are a dict with the same keys. On several processes, own
+    loaders must hand each the same number of rows, as a ``DistributedSampler`` does, and take their own state along.
 
     Args:
         lm: The model to unlearn from.
@@ -39,6 +41,9 @@ class LitUnlearn(LitLanguageModel):
         micro_batch_size: Rows per forward pass; smaller saves memory and gives the same gradients. ``None``: all.
         gradient_clip_val: Largest gradient norm; ``None`` for no clipping.
         seed: Of dropout.
+        keep: The model a run ends with. ``"best"``: of those measured on whole streams after a step, the one with the
+            lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as published
+            baselines have it.
 
     Raises:
         ValueError: If there is no constraint or a number is out of range.
@@ -56,6 +61,7 @@ class LitUnlearn(LitLanguageModel):
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
         seed: int = 0,
+        keep: Literal["best", "last"] = "best",
     ) -> None:
         super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed)
         if not constraints:
@@ -65,32 +71,46 @@ class LitUnlearn(LitLanguageModel):
             )
         if not (math.isfinite(forget_weight) and forget_weight > 0):
             raise ValueError(f"LitUnlearn: `forget_weight` must be finite and above 0, not {forget_weight!r}.")
+        if keep not in ("best", "last"):
+            raise ValueError(f"LitUnlearn: `keep` must be 'best' or 'last', not {keep!r}.")
         for name, constraint in constraints.items():
             constraint.name = name
+        self.keep = keep
         self.forget = forget
         self.forget_weight = forget_weight
         self.constraints = constraints
         self._objectives = nn.ModuleDict({name: c.objective for name, c in constraints.items()})
         self._slack = nn.ModuleDict({name: ConstraintSlack(c.epsilon) for name, c in constraints.items()})
+        self._forget_loss = ConstraintSlack(None)
+        self.best: Measurement | None = None
+        self._dual_epochs = 0  # epochs whose dual step was taken
+
+    def setup(self, stage: str) -> None:
+        """As the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
+        super().setup(stage)
+        if stage == "fit":
+            self.best, self._dual_epochs = None, 0
 
     def on_train_start(self) -> None:
         """Measures the reference model's loss for relative epsilons, unless a checkpoint brought it."""
+        super().on_train_start()
         for name, constraint in self.constraints.items():
             if constraint.is_relative and constraint.reference is None:
-                constraint.set_reference(self._reference_value(name, constraint))
+                constraint.set_reference(self._whole_value(name))
             rank_zero_info(f"constraint: {constraint}")
 
-    def _reference_value(self, name: str, constraint: Constraint) -> float:
+    def _whole_value(self, name: str) -> float:
         value = self.measure().get(f"constraint/{name}/value")
         if value is None:
             raise ValueError(
-                f"constraint '{name}' has a relative epsilon, but there are no rows to measure it on: add a '{constraint.stream}' "
-                "validation loader, or set an absolute epsilon."
+                f"constraint '{name}' is measured on its whole stream (for a relative epsilon, or `update_every: epoch`), "
+                f"but there are no such rows: add a '{self.constraints[name].stream}' validation loader, or change that."
             )
         return value
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:
         """One primal step on the model, one dual step on every multiplier."""
+        self._dual_step_of_epoch()
         terms = [Term("forget", "forget", self.forget, self.forget_weight)]
         terms += [Term(n, c.stream, c.objective, c.multiplier.value) for n, c in self.constraints.items()]
         sums = self._backward(batch, terms)
@@ -102,31 +122,34 @@ class LitUnlearn(LitLanguageModel):
                 f"the forget loss is {forget}; the step was not taken. Lower `model.optimizer.init_args.lr`, or look for rows "
                 "without supervised tokens in the 'forget' stream."
             )
-        self._step()
-        self._dual_step(dict(zip(self.constraints, values, strict=True)))
+        stepped = self._step()
         self.log("forget/loss", forget)
-
-    def _dual_step(self, values: dict[str, float]) -> None:
-        """Moves each multiplier once per optimizer step, equally on every process.
-
-        Args:
-            values: Every constraint's objective over the whole step.
-        """
-        for name, value in values.items():
-            constraint = self.constraints[name]
+        for (name, constraint), value in zip(self.constraints.items(), values, strict=True):
             violation = constraint.violation(value)
             self.log_dict({f"constraint/{name}/value": value, f"constraint/{name}/violation": violation})
             self.log(f"constraint/{name}/slack", -violation, prog_bar=True)
             self.log(f"multiplier/{name}", constraint.multiplier.value, prog_bar=True)  # the λ of this primal step
-            constraint.update(value, self.current_epoch)
+            if stepped and constraint.update_every == "step":  # equally on every process
+                constraint.update(value, self.current_epoch)
+
+    def _dual_step_of_epoch(self) -> None:
+        """Dual steps of the epoch that ended before this step, from whole streams.
+
+        Taken here and not when the epoch ends, so that a checkpoint made anywhere in between resumes alike.
+        """
+        if self._dual_epochs < self.current_epoch:
+            for name, constraint in self.constraints.items():
+                if constraint.update_every == "epoch":
+                    constraint.update(self._whole_value(name), self.current_epoch - 1)
+            self._dual_epochs = self.current_epoch
 
     def _evaluate(self, stream: str, batch: Batch) -> None:
         super()._evaluate(stream, batch)
-        for name, constraint in self.constraints.items():
-            if constraint.stream == stream:
-                objective = constraint.objective
-                average = self.lm(batch, partial(objective, self.lm), objective.alignment)
-                cast(ConstraintSlack, self._slack[name]).update(*average)
+        bounded = {n: c.objective for n, c in self.constraints.items() if c.stream == stream}
+        measured = [(cast(ConstraintSlack, self._slack[name]), objective) for name, objective in bounded.items()]
+        measured += [(self._forget_loss, self.forget)] if stream == "forget" else []
+        for metric, objective in measured:
+            metric.update(*self.lm(batch, partial(objective, self.lm), objective.alignment))
 
     def _results(self) -> dict[str, float]:
         values = super()._results()
@@ -135,19 +158,70 @@ class LitUnlearn(LitLanguageModel):
             if slack.update_called:
                 values |= {f"constraint/{name}/{key}": value.item() for key, value in slack.compute().items()}
             slack.reset()
+        if self._forget_loss.update_called:
+            values["forget/loss"] = self._forget_loss.compute()["value"].item()
+        self._forget_loss.reset()
         return values
 
+    def _log_results(self, stage: str, values: dict[str, float]) -> None:
+        """Logs ``feasible_forget`` as well: the forget loss where every constraint holds, infinite elsewhere.
+
+        ``ModelCheckpoint(monitor="val/feasible_forget")`` then keeps the best feasible model.
+        """
+        if "forget/loss" in values and all(c.epsilon is not None for c in self.constraints.values()):
+            feasible = self.excess(values) <= 0
+            values = {**values, "feasible_forget": values["forget/loss"] if feasible else math.inf}
+        super()._log_results(stage, values)
+
+    # Which model to keep ----------------------------------------------------------------------------------------------
+
+    def excess(self, values: dict[str, float]) -> float:
+        """How far the worst constraint is from holding, as a fraction of its epsilon.
+
+        Args:
+            values: What `measure` gave; a constraint that it could not measure is left out.
+
+        Returns:
+            Largest violation / epsilon; 0 or less where all constraints hold, infinite where one is not finite.
+        """
+        ratios = [
+            constraint.violation(values[f"constraint/{name}/value"]) / cast(float, constraint.epsilon)
+            for name, constraint in self.constraints.items()
+            if f"constraint/{name}/value" in values
+        ]
+        return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
+
+    def _keep(self, values: dict[str, float]) -> None:
+        super()._keep(values)
+        better = self.keep == "last" or self.best is None or self._rank(values) <= self._rank(self.best.values)
+        if self.global_step > 0 and better:
+            self.best = Measurement(self.global_step, values)
+
+    def _rank(self, values: dict[str, float]) -> tuple[float, float]:
+        """Feasible models first, the most forgetful in front; then the others by their excess."""
+        forget = values.get("forget/loss", 0.0)
+        return max(0.0, self.excess(values)), math.inf if math.isnan(forget) else forget
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves λ and the measured references as plain numbers, which no precision or sharding setting touches."""
+        """Saves λ, controllers, references and the best measurement, which no precision or sharding setting touches."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["constraints"] = {name: constraint.state_dict() for name, constraint in self.constraints.items()}
+        checkpoint["run"] |= {"best": self.best and self.best._asdict(), "dual_epochs": self._dual_epochs}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `on_save_checkpoint` saved.
 
         Raises:
-            KeyError: If the checkpoint was made with other constraints.
+            KeyError: If the checkpoint was made with other constraints, or of another kind of module.
         """
-        saved = checkpoint["constraints"]
+        if "constraints" not in checkpoint:
+            raise KeyError(
+                "the checkpoint is of no LitUnlearn run: it has no constraints. Start a new run from its exported model."
+            )
+        super().on_load_checkpoint(checkpoint)
+        saved, run = checkpoint["constraints"], checkpoint["run"]
         if saved.keys() != self.constraints.keys():
             raise KeyError(
                 f"the checkpoint has the constraints {sorted(saved)}, this run {sorted(self.constraints)}: give the same names "
@@ -155,3 +229,4 @@ class LitUnlearn(LitLanguageModel):
             )
         for name, constraint in self.constraints.items():
             constraint.load_state_dict(saved[name])
+        self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]

@@ -94,7 +94,7 @@ def test_a_killed_run_resumes_from_its_checkpoint(in_tmp: Path, model_dir: str) 
     constant = "--model.scheduler=null"  # a schedule over the shorter run would have other rates
     cli.main(quick(model_dir, constant, "--trainer.max_epochs=4"))
     cli.main(quick(model_dir, constant, "--trainer.max_epochs=2", "--export.dirpath=half"))
-    (checkpoint,) = (in_tmp / "log" / "run" / "version_1" / "checkpoints").glob("*.ckpt")
+    checkpoint = in_tmp / "log" / "run" / "checkpoints" / "last-step=4.ckpt"
     cli.main(
         quick(model_dir, constant, "--trainer.max_epochs=4", "--export.dirpath=resumed", f"--ckpt_path={checkpoint}")
     )
@@ -149,8 +149,10 @@ def test_every_config_parses_and_instantiates(
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         assert {"data", "vocab_size", "output"} == settings.keys()
         return  # test_tokenizer_command runs one
-    base = ["--config", str(ROOT / "configs/tofu.yaml")] if config.name == "tofu_unlearn.yaml" else []
-    made = instantiate(["fit", *base, "--config", str(config), "--trainer.accelerator=cpu"], monkeypatch)
+    base = "tofu.yaml" if config.name == "tofu_unlearn.yaml" else "demo/unlearn.yaml"  # what the overlays go over
+    overlay = config.name == "tofu_unlearn.yaml" or config.parent.name == "hardware"
+    files = ["--config", str(ROOT / "configs" / base)] * overlay + ["--config", str(config)]
+    made = instantiate(["fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
     assert isinstance(made.model, LitFinetune if "target" in config.stem else LitUnlearn)
     if config.stem in ("tofu", "unlearn"):  # complete files: every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
@@ -216,6 +218,68 @@ def test_bad_input_is_a_readable_error_before_any_training(
     assert message in text
     assert len(text) < 600
     assert not (in_tmp / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--trainer.accumulate_grad_batches=4", "Set `data.batch_size` to the rows of a whole step"),
+        ("--trainer.gradient_clip_algorithm=value", "only clipping by the norm of the whole gradient is exact"),
+        ("--trainer.overfit_batches=1", "Set `max_rows` of the data instead"),
+        ("--trainer.reload_dataloaders_every_n_epochs=1", "every epoch has its own order anyway"),
+        ("--trainer.strategy=fsdp", "the strategy 'fsdp' is refused: FSDP1 fails under manual optimisation"),
+        ("--trainer.strategy=deepspeed_stage_2", "DeepSpeed keeps only the last of a step's backward passes"),
+        ("--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy", "configs/hardware/fsdp2.yaml"),
+        ("--trainer.strategy=lightning.pytorch.strategies.XLAStrategy", "has not been shown to take exact steps"),
+    ],
+)
+def test_trainer_flags_that_cannot_work_are_refused_with_what_to_write_instead(
+    extra: str, message: str, in_tmp: Path, model_dir: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(quick(model_dir, extra))
+    assert message in str(end.value.code) + capsys.readouterr().err
+    assert not (in_tmp / "log").exists()
+
+
+def test_last_goes_on_where_there_is_something_and_says_what_changed(
+    in_tmp: Path, model_dir: str, caplog: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    arguments = quick(model_dir, "--model.scheduler=null", "--ckpt_path=last")
+    with caplog.at_level("INFO"):
+        cli.main([*arguments, "--trainer.max_epochs=1"])
+    assert any("there is no last checkpoint available" in str(warning.message) for warning in recwarn)
+    assert "resumed with changed settings" not in caplog.text
+    with caplog.at_level("INFO"):
+        cli.main([*arguments, "--trainer.max_epochs=3", "--model.constraints.nll.multiplier.lr=7"])
+    said = next(record.getMessage() for record in caplog.records if "changed settings" in record.getMessage())
+    assert "model.init_args.constraints.nll.multiplier.init_args.lr: 100.0 → 7.0" in said
+    assert "trainer.max_epochs: 1 → 3" in said
+    assert said.count("→") == 2
+    report = json.loads((in_tmp / "log/run/version_1/report.json").read_text(encoding="utf-8"))
+    assert report["steps"] == 6
+    steps = (in_tmp / "log/run/version_1/metrics.csv").read_text(encoding="utf-8")
+    assert ",2," in steps
+    assert [path.name for path in (in_tmp / "log/run/checkpoints").iterdir()] == ["last-step=6.ckpt"]
+
+
+def test_several_constraints_are_overridden_by_key(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str, rows_dir: str
+) -> None:
+    (in_tmp / "general.yaml").write_text(
+        "model:\n  constraints:\n    nll: {}\n    general:\n      objective: {class_path: NLL}\n      epsilon: 0.3\n"
+        "      multiplier: {class_path: PIMultiplier, init_args: {lr: 1, kp: 4, init: 10}}\n      stream: general\n"
+        f"data:\n  init_args:\n    streams: {{general: {rows_dir}/general.jsonl}}\n",
+        encoding="utf-8",
+    )
+    extra = ["--config=general.yaml", "--model.constraints.general.epsilon=0.7", "--model.constraints.nll.epsilon=0.4"]
+    arguments = quick(model_dir)
+    made = instantiate([*arguments[:2], *extra, *arguments[2:]], monkeypatch)
+    constraints = made.model.constraints
+    assert {name: constraint.epsilon for name, constraint in constraints.items()} == {"nll": 0.4, "general": 0.7}
+    assert (constraints["general"].multiplier.kp, constraints["general"].stream) == (4, "general")
+    assert constraints["nll"].multiplier.lr == 100
+    assert made.datamodule.sources.keys() == {"forget", "retain", "general"}
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,31 @@ import math
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lit_unlearn import NLL, Constraint, DualAscent, FixedMultiplier, Relative
+from lit_unlearn import NLL, Constraint, DualAscent, FixedMultiplier, PIMultiplier, Relative
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
-def make(epsilon=0.3, init=100.0, name="nll", **settings):
-    constraint = Constraint(NLL(), epsilon, DualAscent(lr=5.0, init=init), **settings)
+def make(epsilon=0.3, init=100.0, name="nll", **options):
+    constraint = Constraint(NLL(), epsilon, DualAscent(lr=5.0, init=init), **options)
     constraint.name = name  # what LitUnlearn does
     return constraint
+
+
+def binary(smoothing, **options):
+    """ε = ¼, λ₀ = 8 and a dual step of 4: hand-computed values come out exact."""
+    return Constraint(NLL(), 0.25, DualAscent(lr=4.0, init=8.0), smoothing=smoothing, **options)
+
+
+def through(constraint, values, epoch=0):
+    seen = []
+    for value in values:
+        constraint.update(value, epoch)
+        seen.append(constraint.multiplier.value)
+    return seen
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.3, *NOT_FINITE])
@@ -140,3 +155,118 @@ def test_state_of_an_unmeasured_constraint():
     fixed = Constraint(NLL(), 0.3, FixedMultiplier(2.0))
     fixed.load_state_dict(json.loads(json.dumps(make().state_dict())))
     assert (fixed.multiplier.value, fixed.reference, fixed.epsilon) == (2.0, None, 0.3)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1, 1.5, *NOT_FINITE])
+def test_a_smoothing_that_forgets_or_keeps_everything_is_refused(smoothing):
+    message = f"constraint: `smoothing` must be at least 0 and below 1, not {smoothing!r}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(smoothing=smoothing)
+    assert make(smoothing=math.nextafter(1.0, 0.0)).smoothing < 1
+
+
+@pytest.mark.parametrize("wrong", ["steps", "Epoch", "", 1, None])
+def test_dual_steps_come_per_step_or_per_epoch(wrong):
+    message = f"constraint: `update_every` must be 'step' or 'epoch', not {wrong!r}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(update_every=wrong)
+    assert make().update_every == "step"
+    assert make(update_every="epoch").update_every == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "values", "wanted"),
+    [
+        (0.0, [0.5, 1.0, 0.25], [9.0, 12.0, 12.0]),
+        (0.5, [0.5, 1.0, 0.25], [9.0, 11.0, 12.0]),  # smoothed: ½, ¾, ½
+        (0.75, [2.0, 0.0, 0.0, 0.0], [15.0, 20.0, 23.5, 25.875]),  # smoothed: 2, 1½, 1⅛, 27/32: no start from 0
+        (0.75, [0.0, 2.0, 0.0], [7.0, 8.0, 8.5]),  # smoothed: 0, ½, ⅜: a first value of 0 counts as one
+    ],
+)
+def test_smoothing_by_hand(smoothing, values, wanted):
+    assert through(binary(smoothing), values) == wanted
+
+
+def test_a_warmup_feeds_the_average_and_moves_nothing():
+    constraint = binary(0.5, warmup_epochs=2)
+    assert through(constraint, [2.0, 1.0], epoch=0) == [8.0, 8.0]  # smoothed: 2, 1½
+    assert through(constraint, [0.5], epoch=1) == [8.0]  # 1
+    assert through(constraint, [0.5, 0.0], epoch=2) == [10.0, 10.5]  # ¾, ⅜
+
+
+def test_a_refused_value_does_not_enter_the_average():
+    constraint = binary(0.5)
+    constraint.update(0.5, epoch=0)
+    for value in NOT_FINITE:
+        with pytest.raises(ValueError, match="measured"):
+            constraint.update(value, epoch=0)
+    assert through(constraint, [1.0]) == [11.0]  # as in the second row by hand
+
+
+def test_the_average_is_of_values_so_that_a_reference_set_later_counts_in_full():
+    """A relative epsilon is measured after a warm-up: the smoothed value does not depend on it."""
+    constraint = Constraint(NLL(), Relative(1.0), DualAscent(lr=4.0, init=8.0), warmup_epochs=1, smoothing=0.5)
+    assert through(constraint, [2.0, 1.0], epoch=0) == [8.0, 8.0]
+    constraint.set_reference(0.125)
+    assert through(constraint, [0.5], epoch=1) == [11.0]  # smoothed 1, epsilon ¼
+
+
+def test_a_controller_behind_a_smoothing_sees_the_smoothed_violation():
+    constraint = Constraint(NLL(), 0.25, PIMultiplier(lr=1.0, kp=2.0, init=8.0), smoothing=0.5)
+    assert through(constraint, [0.5, 1.0, 0.25]) == [8.25, 9.25, 9.0]  # v = ¼, ½, ¼
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=20))
+def test_without_smoothing_the_multiplier_sees_each_violation_bit_for_bit(values):
+    plain, wanted = DualAscent(lr=5.0, init=100.0), []
+    for value in values:
+        plain.update(value - 0.3)
+        wanted.append(plain.value)
+    assert through(make(), values) == wanted
+    assert through(make(smoothing=0.0, update_every="epoch"), values) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.floats(0.0, 1e3)), min_size=1, max_size=20).map(
+        lambda rows: sorted(rows, key=lambda row: row[0])
+    ),
+    st.integers(0, 20),
+    st.floats(0.0, 1.0, exclude_max=True),
+    st.sampled_from(["step", "epoch"]),
+)
+def test_a_constraint_goes_on_from_json_bit_for_bit(rows, cut, smoothing, update_every):
+    """Through the warm-up as well: there the average moves and λ does not."""
+
+    def run(constraint, rows):
+        return [through(constraint, [value], epoch)[0] for epoch, value in rows]
+
+    def fresh(init):
+        controller = PIMultiplier(lr=0.7, kp=3.0, nu=0.3, init=init, max=500.0)
+        options = {"warmup_epochs": 1, "update_every": update_every, "smoothing": smoothing}
+        return Constraint(NLL(), Relative(0.5), controller, **options)
+
+    whole, first, second = fresh(100.0), fresh(100.0), fresh(3.0)
+    whole.set_reference(0.7)
+    first.set_reference(0.7)
+    run(first, rows[:cut])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.epsilon == first.epsilon == 1.5 * 0.7
+    assert run(second, rows[cut:]) == run(whole, rows)[cut:]
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_a_resumed_average_goes_on_with_the_new_settings():
+    first, second = binary(0.5, update_every="epoch"), binary(0.75)
+    first.update(0.5, epoch=0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert (second.smoothing, second.update_every) == (0.75, "step")
+    assert through(second, [1.5]) == [11.0]  # λ 9, smoothed ¾ · ½ + ¼ · 1½ = ¾
+
+
+def test_a_fresh_state_forgets_an_average():
+    constraint = binary(0.5)
+    constraint.update(0.5, epoch=0)
+    constraint.load_state_dict(json.loads(json.dumps(binary(0.5).state_dict())))
+    assert through(constraint, [1.0]) == [11.0]  # λ 8, smoothed 1

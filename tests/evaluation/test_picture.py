@@ -26,7 +26,7 @@ def metrics(tmp_path):
 
 
 def test_read_metrics(metrics):
-    series = read_metrics(metrics)
+    series = read_metrics([metrics])
     steps, values = series.pop("constraint/nll/value")
     assert steps == [0, 1, 2, 3]
     assert values[:3] == [0.2, 0.25, 0.4]
@@ -41,7 +41,7 @@ def test_read_metrics(metrics):
 
 def test_a_png_shows_every_colour(metrics, tmp_path):
     target = tmp_path / "run.png"
-    draw_run(metrics, target, {"nll": 0.3})
+    draw_run([metrics], target, {"nll": 0.3})
     content = target.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1050, 1050)
@@ -52,7 +52,7 @@ def test_a_png_shows_every_colour(metrics, tmp_path):
 
 def test_an_svg_names_what_is_drawn(metrics, tmp_path):
     target = tmp_path / "run.svg"
-    draw_run(metrics, target, {"nll": 0.3, "news": 1.5})
+    draw_run([metrics], target, {"nll": 0.3, "news": 1.5})
     text = target.read_text(encoding="utf-8")
     assert "<svg" in text
     for label in (
@@ -73,7 +73,7 @@ def test_an_svg_names_what_is_drawn(metrics, tmp_path):
 
 def test_metrics_of_another_run_leave_an_empty_frame(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.5\n")
-    draw_run(tmp_path / "metrics.csv", tmp_path / "run.svg", {})
+    draw_run([tmp_path / "metrics.csv"], tmp_path / "run.svg", {})
     text = (tmp_path / "run.svg").read_text()
     assert text.count('id="axes_') == 3
     assert 'id="legend' not in text

@@ -12,6 +12,7 @@ from lit_unlearn.evaluation.report import table, write_json
 def make(slack):
     return {
         "steps": 120,
+        "kept_step": 115,
         "before": {"forget/nll": 0.10001, "forget/margin": 21.5, "retain/nll": 0.2, "constraint/nll/value": 0.2},
         "after": {
             "forget/nll": 7.25,
@@ -38,7 +39,7 @@ def cells(line):
 
 def test_table_has_every_number_in_its_place():
     lines = table(make(0.05)).splitlines()
-    assert cells(lines[1]) == ["120 steps", "forget before", "forget after", "retain before", "retain after"]
+    assert cells(lines[1]) == ["step 115 of 120", "forget before", "forget after", "retain before", "retain after"]
     assert [cells(line) for line in lines[3:6]] == [
         ["NLL, nats per token", "0.1", "7.25", "0.2", "0.25"],
         ["logit margin", "21.5", "0.4", "–", "–"],

@@ -1,7 +1,8 @@
-"""What people see during a run and take away from it."""
+"""What people see of a run: progress, report, picture."""
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.evaluation import picture, report
-from lit_unlearn.module import LitLanguageModel, LitUnlearn
-
-_PREFIX = "lm.model."
+from lit_unlearn.module import LitLanguageModel, LitUnlearn, Measurement
 
 
 class ProgressBar(TQDMProgressBar):
@@ -23,6 +22,10 @@ class ProgressBar(TQDMProgressBar):
     Lightning's default, where rich is installed (transformers brings it), redraws so slowly that steps of a tiny model
     take several times as long.
     """
+
+    def __init__(self, refresh_rate: int | None = None) -> None:
+        """``refresh_rate``: steps per update; ``None`` for every one on a terminal, every hundredth elsewhere."""
+        super().__init__(refresh_rate or (1 if sys.stdout.isatty() else 100))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """λ and slack of every constraint, and what else asked for a place."""
@@ -36,13 +39,15 @@ class ProgressBar(TQDMProgressBar):
 
 
 class RunReport(Callback):
-    """Measures the model before and after, on every forget and retain row: ``report.json`` and a table.
+    """Measures the model before and after, on every row of every stream: ``report.json`` and a table.
+
+    "After" is the model that the run keeps (see ``LitUnlearn``'s ``keep``).
 
     Args:
         dirpath: Folder of the file; ``None`` for the logger's.
-        require_feasible: Whether the command fails if a constraint is violated on its whole stream at the end.
-        max_forget_probability: The command fails if the forget rows' answer probability ends above it; ``None`` for
-            no such condition.
+        require_feasible: Whether the fit fails if the kept model violates a constraint on its whole stream.
+        max_forget_probability: The fit fails if the forget rows' answer probability ends above it; ``None`` for no
+            such condition.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class RunReport(Callback):
         self.dirpath = dirpath
         self.require_feasible = require_feasible
         self.max_forget_probability = max_forget_probability
-        self.failures: list[str] = []
+        self._failures: list[str] = []
         self._before: dict[str, Any] = {}
         self._started = 0.0
 
@@ -70,18 +75,34 @@ class RunReport(Callback):
             return
         rank_zero_info(f"fit: {trainer.global_step} steps in {time.monotonic() - self._started:.0f} s")
         content = self._content(trainer, pl_module)
-        self.failures = self._check(content)
+        self._failures = self._check(content)
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # asks the first process
         if trainer.is_global_zero:
-            folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
             report.write_json(folder / "report.json", content)
             print(report.table(content))
             rank_zero_info(f"report: {folder / 'report.json'}")
+        if isinstance(pl_module, LitUnlearn) and pl_module.excess(content["after"]) > 0:
+            rank_zero_warn(
+                f"no model that was measured holds every constraint: the run keeps the least violating one, of step "
+                f"{content['kept_step']}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger epsilon."
+            )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fails the fit if it missed what was required; everything is written by now.
+
+        Raises:
+            RuntimeError: If the run misses a requirement.
+        """
+        if self._failures:
+            raise RuntimeError("\n".join(self._failures))
 
     def _content(self, trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
-        after = module.measure()
+        kept = Measurement(trainer.global_step, module.measure())
+        if isinstance(module, LitUnlearn):
+            kept = module.best or kept
         constraints = {}
         for name, multiplier in _multipliers(module).items():
-            values = {key: after.get(f"constraint/{name}/{key}") for key in ("value", "slack")}
+            values = {key: kept.values.get(f"constraint/{name}/{key}") for key in ("value", "slack")}
             constraints[name] = {
                 **values,
                 "epsilon": module.constraints[name].epsilon,  # type: ignore[union-attr, index]
@@ -90,8 +111,9 @@ class RunReport(Callback):
             }
         return {
             "steps": trainer.global_step,
+            "kept_step": kept.step,
             "before": self._before["values"],
-            "after": after,
+            "after": kept.values,
             "constraints": {name: c for name, c in constraints.items() if c["value"] is not None},
         }
 
@@ -122,44 +144,41 @@ class RunReport(Callback):
 
 
 class RunPicture(Callback):
-    """Draws the run when it ends: λ, retain loss against epsilon, forgetting, from the CSV logger's file."""
+    """Draws the run when it ends: λ, retain loss against epsilon, forgetting, from the CSV logger's files."""
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def __init__(self) -> None:
+        self._earlier: list[str] = []  # the files of what this run resumed
+        self._current: str | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes where the metrics go."""
+        folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+        self._current = folder and str(Path(folder).absolute() / "metrics.csv")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes ``run.png`` beside ``metrics.csv``."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         if not trainer.is_global_zero or not isinstance(pl_module, LitUnlearn):
             return
-        if not loggers:
+        if self._current is None:
             rank_zero_info(
                 "picture: none, because it is drawn from the metrics.csv of a CSVLogger; add one to the loggers"
             )
             return
-        loggers[0].save()
-        folder = Path(loggers[0].log_dir)
+        for logger in trainer.loggers:
+            logger.save()
+        files = [Path(file) for file in [*self._earlier, self._current]]
+        target = files[-1].with_name("run.png")
         epsilons = {name: c.epsilon for name, c in pl_module.constraints.items() if c.epsilon is not None}
-        picture.draw_run(folder / "metrics.csv", folder / "run.png", epsilons)
-        rank_zero_info(f"picture: {folder / 'run.png'}")
+        picture.draw_run(files, target, epsilons)
+        rank_zero_info(f"picture: {target}")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the metrics up to here are."""
+        return {"files": [*self._earlier, *filter(None, [self._current])]}
 
-class ExportModel(Callback):
-    """Writes the final model as a Hugging Face directory: safetensors and tokenizer.
-
-    Args:
-        dirpath: Where to; ``None`` for ``model`` in the logger's folder. An earlier export there is replaced.
-    """
-
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gathers the weights, if they are sharded, and writes them on the first process."""
-        if not isinstance(pl_module, LitLanguageModel):
-            return
-        state = trainer.strategy.lightning_module_state_dict()
-        if trainer.is_global_zero:
-            weights = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
-            folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "model"
-            rank_zero_info(f"model: {pl_module.lm.save(folder, weights)}")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._earlier = state_dict["files"]
 
 
 def _multipliers(module: LitLanguageModel) -> dict[str, float]:

@@ -1,0 +1,150 @@
+"""What a run leaves on disk: checkpoints to resume from, and the model it keeps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_unlearn.lm.files import check_export_target
+from lit_unlearn.module import LitLanguageModel, LitUnlearn
+from lit_unlearn.module.strategies import whole_state
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final place and moves it there: an interruption never leaves a part of one.
+
+    Lightning's own goes through the machine's temporary folder, from which a move may be a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes one file."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        final = Path(path)
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        unfinished.replace(final)
+
+
+class ResumeCheckpoint(ModelCheckpoint):
+    """Keeps the newest checkpoint of a run, for ``--ckpt_path last`` to go on from after an interruption.
+
+    The old one is removed when the new one is whole. The folder is the same for every start of a run, whereas the
+    logger begins a new version; so the same command with ``--ckpt_path last`` goes on, however often it is stopped.
+
+    Args:
+        every_n_train_steps: Optimizer steps between checkpoints; ``None`` for one per epoch.
+        dirpath: Folder; ``None`` for ``checkpoints`` in the logger's folder of all versions.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
+        super().__init__(
+            dirpath,
+            filename="last-{step}",  # Lightning looks for names that begin so
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=True,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Resolves the folder."""
+        self.dirpath = trainer.strategy.broadcast(self._folder(trainer))
+        super().setup(trainer, pl_module, stage)
+
+    def _folder(self, trainer: L.Trainer) -> str:
+        if self.dirpath is not None:
+            return str(self.dirpath)
+        logger = trainer.loggers[0] if trainer.loggers else None
+        if logger is None or logger.save_dir is None:
+            return str(Path(trainer.default_root_dir) / "checkpoints")
+        return str(Path(logger.save_dir) / str(logger.name) / "checkpoints")
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:  # Lightning's, asked for "last"
+        folder = Path(self._folder(trainer))
+        whole = {path: path for path in folder.glob("last-*.ckpt") if path.is_file()}
+        whole |= {path.parent: path for path in folder.glob("last-*.ckpt/meta.pt")}  # written last
+        return {str(max(whole, key=lambda path: whole[path].stat().st_mtime_ns))} if whole else set()
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        """Also the one that was resumed, which Lightning would leave, so that every stop would leave one."""
+        return previous != current and Path(previous).absolute().parent == Path(str(self.dirpath)).absolute()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Has the loggers write what they hold: a run that resumes does not log again what came before its checkpoint.
+
+        Lightning hands a step's values to the loggers only after the hooks at its end, where checkpoints are made.
+        """
+        if trainer.global_step == self._last_global_step_saved:
+            for logger in trainer.loggers:
+                logger.save()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers which checkpoint to remove next."""
+        if Path(state_dict["dirpath"]).absolute() == Path(str(self.dirpath)).absolute():
+            self.best_model_path = state_dict["best_model_path"]
+
+
+class ExportModel(Callback):
+    """Writes the model that the run keeps as a Hugging Face directory: safetensors and tokenizer.
+
+    Whenever validation finds a better one (see ``LitUnlearn``'s ``keep``), it replaces the export, so that even a run
+    that is stopped has left its best model so far.
+
+    Args:
+        dirpath: Where to; ``None`` for ``model`` in the logger's folder. An earlier export there is replaced.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self._folder: str | None = None
+        self._exported_step: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fixes the folder; what a resumed run had exported elsewhere is copied there.
+
+        Raises:
+            FileExistsError: If the folder holds something that is not a model.
+        """
+        earlier = self._folder
+        self._folder = str(Path(self.dirpath or earlier or Path(trainer.log_dir or trainer.default_root_dir) / "model"))
+        check_export_target(Path(self._folder))
+        if trainer.is_global_zero and earlier and Path(earlier).is_dir() and not Path(self._folder).exists():
+            shutil.copytree(earlier, self._folder)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Exports if validation has just found the best model so far."""
+        if trainer.state.fn == "fit" and isinstance(pl_module, LitUnlearn) and pl_module.keep == "best":
+            self._export(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Exports the last model, unless an earlier one is to be kept."""
+        if isinstance(pl_module, LitLanguageModel):
+            pl_module.measure()
+            self._export(trainer, pl_module)
+            rank_zero_info(f"model: {self._folder}")
+
+    def _export(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
+        kept = module.best.step if isinstance(module, LitUnlearn) and module.best else trainer.global_step
+        if trainer.sanity_checking or kept != trainer.global_step or kept == self._exported_step:
+            return
+        state = whole_state(module.lm)
+        if trainer.is_global_zero:
+            module.lm.save(str(self._folder), state)
+        trainer.strategy.barrier("export")
+        self._exported_step = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the export is."""
+        return {"folder": self._folder}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._folder = state_dict["folder"]

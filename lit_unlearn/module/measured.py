@@ -1,0 +1,122 @@
+"""Measuring a model on whole streams: Lightning's validation and test, and the same at any other time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_unlearn.evaluation import Suite
+from lit_unlearn.lm import LanguageModel
+
+Batch = Mapping[str, Tensor]
+
+
+class Measurement(NamedTuple):
+    """What the model measured on whole streams after one step.
+
+    Args:
+        step: Optimizer steps taken before.
+        values: As `LitMeasured.measure` gives them.
+    """
+
+    step: int
+    values: dict[str, float]
+
+
+class LitMeasured(L.LightningModule):
+    """A language model that a suite measures, on any number of processes.
+
+    Args:
+        lm: The model.
+        suite: What is measured on which stream.
+    """
+
+    def __init__(self, lm: LanguageModel, suite: Suite) -> None:
+        super().__init__()
+        self.lm = lm
+        self.suite = suite
+        self._measured: Measurement | None = None
+
+    def setup(self, stage: str) -> None:
+        """Forgets what an earlier run measured."""
+        self._measured = None
+
+    def _evaluate(self, stream: str, batch: Batch) -> None:
+        self.lm(batch, partial(self.suite.update, stream, self.lm))
+
+    def _results(self) -> dict[str, float]:
+        """Values over everything evaluated on all processes; starts afresh afterwards."""
+        values = self.suite.compute()
+        self.suite.reset()
+        return values
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds one batch of one stream; the loaders are a dict from stream name to loader."""
+        self._evaluate(self._stream_name(dataloader_idx), batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the values over the whole validation set."""
+        values = self._results()
+        if not self.trainer.sanity_checking:
+            if self.trainer.limit_val_batches == 1.0:  # else it is a part that was measured
+                self._keep(values)
+            self._log_results("val", values)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the values over the whole test set."""
+        self._log_results("test", self._results())
+
+    def _log_results(self, stage: str, values: dict[str, float]) -> None:
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Evaluates the current weights on every validation row, outside of Lightning's own validation.
+
+        Returns:
+            The suite's and the constraints' values by name, over all processes; those of a validation that was just
+            made with the same weights are used again.
+        """
+        if self._measured is not None and self._measured.step == self.global_step:
+            return self._measured.values
+        training = self.lm.training
+        self.lm.eval()
+        with self.trainer.precision_plugin.val_step_context():
+            for stream, batches in self._evaluation_streams().items():
+                for batch in batches:
+                    self._evaluate(stream, self.trainer.strategy.batch_to_device(batch))
+        self.lm.train(training)
+        values = self._results()
+        self._keep(values)
+        return values
+
+    def _keep(self, values: dict[str, float]) -> None:
+        self._measured = Measurement(self.global_step, values)
+
+    def _evaluation_streams(self) -> dict[str, Iterable[Batch]]:
+        """The validation loaders, or else the training loaders that come to an end."""
+        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
+            return dict(self.trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        loaders = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        if isinstance(loaders, Mapping):
+            return dict(loaders)
+        raise ValueError(
+            "a relative epsilon is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
+            f"(or a dict of finite training loaders), not {type(loaders).__name__}; or set an absolute epsilon."
+        )
+
+    def _stream_name(self, index: int) -> str:
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        if not isinstance(loaders, Mapping):
+            raise ValueError(
+                "validation and test loaders must be a dict from stream name to loader, such as {'forget': …, "
+                f"'retain': …}}, so that results can be named; got {type(loaders).__name__}."
+            )
+        return str(list(loaders)[index])

@@ -1,0 +1,150 @@
+"""`kill -9` at random points of a two-process run: started again, it ends like the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+STEPS = 90  # 9 epochs of 10
+SETTINGS = {
+    "model": {
+        "forget": {"class_path": "LogitMargin", "init_args": {"power": 2, "alignment": "next_token"}},
+        "constraints": {
+            "nll": {
+                "objective": {"class_path": "NLL"},
+                "epsilon": {"relative": -0.1},
+                "multiplier": {"class_path": "PIMultiplier", "init_args": {"lr": 5, "kp": 2, "nu": 0.5, "init": 5}},
+                "smoothing": 0.5,
+                "warmup_epochs": 2,
+            },
+            "general": {
+                "objective": {"class_path": "NLL"},
+                "epsilon": 4.0,
+                "multiplier": {"class_path": "DualAscent", "init_args": {"lr": 2, "init": 1}},
+                "stream": "general",
+                "update_every": "epoch",
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+        "scheduler": {"name": "linear", "warmup_epochs": 1},
+        "micro_batch_size": 2,
+    },
+    "data": {
+        "class_path": "FictionalAuthors",
+        "init_args": {"num_authors": 8, "forget_authors": 4, "max_length": 200, "batch_size": 4, "num_workers": 2},
+    },
+    "trainer": {
+        "max_epochs": 9,
+        "check_val_every_n_epoch": 3,
+        "accelerator": "cpu",
+        "strategy": "ddp",
+        "devices": 2,
+        "enable_progress_bar": False,
+        "callbacks": [{"class_path": "ResumeCheckpoint", "init_args": {"every_n_train_steps": 2}}],
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "log", "name": "run"},
+        },
+    },
+    "export": {"dirpath": "out"},
+}
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "lit_unlearn", "fit", "--config=run.yaml", "--ckpt_path=last"]
+    log = (folder / "log.txt").open("ab")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def newest_step(folder: Path) -> int:
+    names = [path.name for path in (folder / "log" / "run" / "checkpoints").glob("last-*.ckpt")]
+    return max((int(match[1]) for name in names if (match := re.search(r"step=(\d+)", name))), default=0)
+
+
+def kill_after(folder: Path, step: int, delay: float) -> None:
+    process = start(folder)
+    end = time.monotonic() + 120
+    while newest_step(folder) < step:
+        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    time.sleep(delay)
+    assert process.poll() is None  # it did not end by itself
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.2)  # the system closes the ports
+
+
+def finish(folder: Path) -> None:
+    process = start(folder)
+    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert "Starting with 2 processes" in (folder / "log.txt").read_text()
+
+
+def logged(folder: Path) -> dict[int, dict[str, str]]:
+    """What every step logged, of all starts; a step that two starts took must have logged the same."""
+    steps: dict[int, dict[str, str]] = {}
+    for file in sorted((folder / "log" / "run").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with file.open(newline="", encoding="utf-8") as text:
+            for row in csv.DictReader(text):
+                values = {name: value for name, value in row.items() if value}
+                for name, value in values.items():
+                    assert steps.setdefault(int(row["step"]), {}).setdefault(name, value) == value
+    return steps
+
+
+def check(kills: int, tmp_path: Path, models: dict[str, str], rows_dir: str, seed: int) -> None:
+    rng = random.Random(seed)
+    settings = {**SETTINGS, "model": {**SETTINGS["model"], "lm": {"model": models["dropout"]}}}
+    settings["data"]["init_args"]["streams"] = {"general": f"{rows_dir}/general.jsonl"}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    finish(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    for number in range(kills):
+        first = newest_step(killed)
+        last = STEPS * (number + 1) // (kills + 1)
+        kill_after(killed, rng.randint(min(first + 1, last), last), rng.uniform(0, 0.15))
+    finish(killed)
+    steps, expected = logged(killed), logged(tmp_path / "whole")
+    assert expected.keys() == set(range(STEPS))
+    assert len(expected.keys() - steps.keys()) <= kills  # a kill between a checkpoint and the logger loses one line
+    assert steps == {step: expected[step] for step in steps}
+    states = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "out").state_dict() for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert newest_step(killed) == STEPS
+    last_checkpoints = [
+        torch.load(tmp_path / name / f"log/run/checkpoints/last-step={STEPS}.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    ]
+    for part in ("constraints", "run"):
+        assert last_checkpoints[0][part] == last_checkpoints[1][part]
+    for name, value in last_checkpoints[0]["state_dict"].items():
+        assert torch.equal(value, last_checkpoints[1]["state_dict"][name]), name
+
+
+def test_three_kills(tmp_path: Path, models: dict[str, str], rows_dir: str) -> None:
+    check(3, tmp_path, models, rows_dir, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_twenty_kills(seed: int, tmp_path: Path, models: dict[str, str], rows_dir: str) -> None:
+    """Four runs of five kills each."""
+    check(5, tmp_path, models, rows_dir, seed)
