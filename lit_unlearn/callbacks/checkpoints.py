@@ -40,7 +40,8 @@ class ResumeCheckpoint(ModelCheckpoint):
     logger begins a new version; so the same command with ``--ckpt_path last`` goes on, however often it is stopped.
 
     Args:
-        every_n_train_steps: Optimizer steps between checkpoints; ``None`` for one per epoch.
+        every_n_train_steps: Optimizer steps between checkpoints, beside the one at the end of every epoch; ``None``
+            for that one only.
         dirpath: Folder; ``None`` for ``checkpoints`` in the logger's folder of all versions.
     """
 
@@ -49,7 +50,6 @@ class ResumeCheckpoint(ModelCheckpoint):
             dirpath,
             filename="last-{step}",  # Lightning looks for names that begin so
             every_n_train_steps=every_n_train_steps,
-            save_on_train_epoch_end=True,
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -85,6 +85,18 @@ class ResumeCheckpoint(ModelCheckpoint):
         if trainer.global_step == self._last_global_step_saved:
             for logger in trainer.loggers:
                 logger.save()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves every so many steps; at an epoch's last step only below, lest a resumed run leave out its validation."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves when the epoch and its validation are through."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers which checkpoint to remove next."""

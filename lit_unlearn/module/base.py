@@ -165,6 +165,10 @@ class LitLanguageModel(LitMeasured):
 
     def on_train_start(self) -> None:
         """Lets changed optimizer settings win over those that came with the checkpoint."""
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            loop.reset_restart_stage()  # Lightning forgets to count the epoch that begins after one's last step
         optimizers, schedulers = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         for i, (new, old) in enumerate(zip(self._settings, self._saved_settings, strict=False)):
             group = optimizers[0].param_groups[i]

@@ -63,6 +63,33 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
     assert after == 8 or all(before[name] != end[name] for name in end)  # there was something to get wrong
 
 
+def test_resuming_twice_over_the_end_of_an_epoch(whole: Callable[[str, int], Any], tmp_path: Path) -> None:
+    """Lightning counts epochs wrongly from a checkpoint of an epoch's last step on, which shows at the next resume."""
+    settings, expected, folder = whole("step", 0)
+    first = {**settings, "ckpt_path": str(folder / "steps" / "3.ckpt"), "checkpoints": "steps"}
+    runner.run(first, tmp_path / "first", devices=1)
+    for after in (5, 6, 7):
+        second = {**settings, "ckpt_path": str(tmp_path / "first" / f"{after}.ckpt")}
+        result = runner.run(second, tmp_path, devices=1)
+        assert [step["logged"] for step in result["steps"]] == [step["logged"] for step in expected["steps"][after:]]
+        assert all(torch.equal(result["weights"][name], value) for name, value in expected["weights"].items())
+
+
+def test_the_packages_own_checkpoint_callback(whole: Callable[[str, int], Any], tmp_path: Path) -> None:
+    """It saves an epoch's last step when validation is through, so that the resumed run does not leave that out."""
+    settings, expected, _ = whole("epoch", 0)
+    for after in (2, 3, 4, 6):
+        own = {**settings, "checkpoints": "own", "stop_after": after}
+        stopped = runner.run(own, tmp_path / str(after), devices=1)
+        assert len(stopped["steps"]) == after + 1  # stopped in the midst of the next one
+        (checkpoint,) = (tmp_path / str(after)).glob("last-*.ckpt")
+        assert checkpoint.name == f"last-step={after}.ckpt"
+        result = runner.run({**own, "stop_after": None, "ckpt_path": str(checkpoint)}, tmp_path / str(after), devices=1)
+        assert [step["logged"] for step in result["steps"]] == [step["logged"] for step in expected["steps"][after:]]
+        for key in ("values", "multipliers", "best"):
+            assert result[key] == expected[key], key
+
+
 def test_checkpoints_hold_plain_types(whole: Callable[[str, int], Any]) -> None:
     _, _, folder = whole("step", 0)
     saved = torch.load(folder / "steps" / "4.ckpt", weights_only=True)

@@ -31,6 +31,7 @@ from lit_unlearn import (
     Relative,
     Schedule,
 )
+from lit_unlearn.callbacks import ResumeCheckpoint
 from lit_unlearn.module import FSDP2Strategy
 from lit_unlearn.module.strategies import whole_state
 
@@ -54,6 +55,19 @@ class Recorder(L.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("val/")}
         after = {name: constraint.multiplier.value for name, constraint in pl_module.constraints.items()}
         self.steps[-1] |= {"logged": logged, "multipliers": after}
+
+
+class Stopped(Exception):
+    """Like a power cut."""
+
+
+class Stop(L.Callback):
+    def __init__(self, after: int | None) -> None:
+        self._after = after
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._after:
+            raise Stopped
 
 
 def unpadded(batch: dict[str, Tensor]) -> list[list[int]]:
@@ -148,7 +162,9 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     module._add_over_processes = spy  # type: ignore[method-assign]
     module.constraints["nll"].objective.now = lambda: [module.global_step, module.global_rank]  # type: ignore[attr-defined]
     callbacks: list[L.Callback] = [recorder]
-    if "checkpoints" in settings:
+    if settings.get("checkpoints") == "own":
+        callbacks += [ResumeCheckpoint(every_n_train_steps=1, dirpath=str(folder)), Stop(settings["stop_after"])]
+    elif "checkpoints" in settings:
         every = {"every_n_train_steps": 1} if settings["checkpoints"] == "steps" else {"every_n_epochs": 1}
         callbacks.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, auto_insert_metric_name=False, **every))
     trainer = L.Trainer(
@@ -165,7 +181,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     )
     try:
         trainer.fit(module, datamodule=data, ckpt_path=settings.get("ckpt_path"))
-    except ValueError as error:
+    except (ValueError, Stopped) as error:
         result["error"] = str(error)
     if settings.get("validate"):
         result["validated"] = {
