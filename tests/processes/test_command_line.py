@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-STRATEGIES = {"ddp.yaml": "DDP", "fsdp2.yaml": "FSDP2"}
+OVERLAYS = {"ddp": ["ddp.yaml"], "ddp_spawn": ["ddp.yaml", "--trainer.strategy=ddp_spawn"], "fsdp2": ["fsdp2.yaml"]}
 
 
 def fit(folder: Path, model: str, *extra: str) -> str:
@@ -47,9 +47,10 @@ def alone(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return fit(folder, model_dir), *results(folder)
 
 
-@pytest.mark.parametrize("overlay", STRATEGIES)
-def test_two_devices_give_what_one_gives(overlay: str, alone: Any, model_dir: str, tmp_path: Path) -> None:
-    printed = fit(tmp_path, model_dir, f"--config=configs/hardware/{overlay}", "--trainer.devices=2")
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_two_devices_give_what_one_gives(name: str, alone: Any, model_dir: str, tmp_path: Path) -> None:
+    overlay, *extra = OVERLAYS[name]
+    printed = fit(tmp_path, model_dir, f"--config=configs/hardware/{overlay}", "--trainer.devices=2", *extra)
     assert "Starting with 2 processes" in printed
     expected_print, expected, _, expected_weights = alone
     report, _, weights = results(tmp_path)
