@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.lm.files import check_export_target
+from lit_unlearn.lm.files import check_export_target, fresh_directory
 from lit_unlearn.module import LitLanguageModel, LitUnlearn
 from lit_unlearn.module.strategies import whole_state
 
@@ -127,9 +127,12 @@ class ExportModel(Callback):
         """
         earlier = self._folder
         self._folder = str(Path(self.dirpath or earlier or Path(trainer.log_dir or trainer.default_root_dir) / "model"))
+        self._exported_step = None
         check_export_target(Path(self._folder))
+        trainer.strategy.barrier("export")
         if trainer.is_global_zero and earlier and Path(earlier).is_dir() and not Path(self._folder).exists():
-            shutil.copytree(earlier, self._folder)
+            with fresh_directory(Path(self._folder)) as folder:
+                shutil.copytree(earlier, folder, dirs_exist_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports if validation has just found the best model so far."""

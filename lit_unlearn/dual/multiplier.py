@@ -116,6 +116,7 @@ class PIMultiplier(Multiplier):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; a `FixedMultiplier`'s has no memory of the violation."""
         super().load_state_dict(state)
+        self.value = min(self.value, math.inf if self.max is None else self.max)  # which may be new
         self._smoothed = state.get("smoothed")
 
 
