@@ -1,6 +1,7 @@
 """The language model as the rest of the package sees it."""
 
 from lit_unlearn.lm.model import LanguageModel
-from lit_unlearn.lm.tokens import IGNORED, Alignment, SupervisedTokens, locate
+from lit_unlearn.lm.packing import IGNORED
+from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
 
 __all__ = ["IGNORED", "Alignment", "LanguageModel", "SupervisedTokens", "locate"]

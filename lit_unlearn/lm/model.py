@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
@@ -14,7 +14,7 @@ from lit_unlearn import functional
 from lit_unlearn.lm import adapters
 from lit_unlearn.lm.files import check_export_target, check_model_directory, fresh_directory, load_pretrained
 from lit_unlearn.lm.head import has_linear_head
-from lit_unlearn.lm.packing import check_packing, is_packed
+from lit_unlearn.lm.packing import is_packed, keeps_packed_apart
 from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         self._activation_checkpointing = activation_checkpointing
         self.model = None
         self.linear_head = False
-        self._packing_checked = False
+        self.packs = False
 
     @classmethod
     def wrap(
@@ -204,6 +204,7 @@ class LanguageModel(nn.Module):
             )
         self.model = model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps it there
         self.linear_head = has_linear_head(self._loaded)
+        self.packs = keeps_packed_apart(self._loaded)
 
     @property
     def _head(self) -> nn.Linear:
@@ -225,8 +226,9 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         batch: Mapping[str, Tensor],
-        compute: Callable[[SupervisedTokens], Result],
+        compute: Callable[..., Result],
         alignment: Alignment = "next_token",
+        located: Sequence[SupervisedTokens] | None = None,
     ) -> Result:
         """Runs the trunk and hands the supervised tokens to ``compute``.
 
@@ -236,8 +238,10 @@ class LanguageModel(nn.Module):
         Args:
             batch: ``input_ids``, ``labels`` (−100 where not supervised), shape ``(B, T)``, and either
                 ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row).
-            compute: Closure over the objectives.
+            compute: Closure over the objectives, called with the batch's `SupervisedTokens`.
             alignment: See `LogitMargin`.
+            located: Which tokens to hand to ``compute``, one argument each, where `locate` was called before; ``None``
+                for all of the batch.
 
         Returns:
             What ``compute`` returns.
@@ -246,17 +250,19 @@ class LanguageModel(nn.Module):
             KeyError: If the batch lacks ``input_ids`` or ``labels``.
             ValueError: If rows are packed and the model lets packed sequences see each other.
         """
-        located = locate(batch, alignment)
-        if is_packed(batch) and not self._packing_checked:
-            check_packing(self._loaded)
-            self._packing_checked = True
+        located = [locate(batch, alignment)] if located is None else located
+        if is_packed(batch) and not self.packs:
+            raise ValueError(
+                f"{type(self._loaded).__name__} lets sequences that are packed in one row see each other: give it padded "
+                "rows, `input_ids` with `attention_mask`, and no `position_ids`."
+            )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
         if self.linear_head:
             states = self._loaded.base_model(**inputs, use_cache=False).last_hidden_state
         else:
             states = self._loaded(**inputs, use_cache=False).logits
-        width = states.shape[-1]
-        return compute(located._replace(hidden=states.reshape(-1, width)[located.hidden]))
+        states = states.reshape(-1, states.shape[-1])
+        return compute(*(tokens._replace(hidden=states[tokens.hidden]) for tokens in located))
 
     def logit_margin(self, tokens: SupervisedTokens) -> Tensor:
         """Logit margin of the distribution that predicts each token, shape ``(N,)``."""

@@ -8,9 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_unlearn.lm.packing import is_packed
-
-IGNORED = -100  # transformers' label of a token that is not supervised
+from lit_unlearn.lm.packing import IGNORED, is_packed
 
 Alignment = Literal["next_token", "label"]
 
@@ -46,12 +44,7 @@ def locate(batch: Mapping[str, Tensor], alignment: Alignment = "next_token") -> 
     Raises:
         KeyError: If the batch lacks ``input_ids`` or ``labels``.
     """
-    for key in ("input_ids", "labels"):
-        if key not in batch:
-            raise KeyError(
-                f"a batch needs 'input_ids' and 'labels' (-100 where not supervised), but has {sorted(batch)}: use "
-                "transformers' usual collators, or ForgetRetain."
-            )
+    check_batch(batch)
     labels = batch["labels"]
     sequence = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels)
     supervised = labels != IGNORED
@@ -66,3 +59,13 @@ def locate(batch: Mapping[str, Tensor], alignment: Alignment = "next_token") -> 
     state = row * labels.shape[1] + column - (1 if alignment == "next_token" else 0)
     present, index = torch.unique(sequence[row, column], return_inverse=True)
     return SupervisedTokens(state, labels[row, column], index, column, present.numel())
+
+
+def check_batch(batch: Mapping[str, Tensor]) -> None:
+    """Raises KeyError unless a batch has ``input_ids`` and ``labels``."""
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            raise KeyError(
+                f"a batch needs 'input_ids' and 'labels' (-100 where not supervised), but has {sorted(batch)}: use "
+                "transformers' usual collators, or ForgetRetain."
+            )

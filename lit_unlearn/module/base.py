@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_unlearn.evaluation import AnswerSuite, Suite
-from lit_unlearn.lm import LanguageModel, locate
+from lit_unlearn.lm import LanguageModel, SupervisedTokens
 from lit_unlearn.module.measured import Batch, LitMeasured
+from lit_unlearn.module.passes import Order, Term, plan_passes
 from lit_unlearn.module.strategies import check_strategy, shard, total_norm
-from lit_unlearn.objectives import Objective
+from lit_unlearn.objectives import Average, Objective
 
 _TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -34,22 +35,6 @@ class Schedule:
 
     name: str
     warmup_epochs: float = 0.0
-
-
-class Term(NamedTuple):
-    """One weighted objective on one stream: a part of the Lagrangian.
-
-    Args:
-        name: For logs and messages.
-        stream: Key of its batch.
-        objective: What is averaged over the stream's rows.
-        weight: Its factor in the sum that the primal step descends.
-    """
-
-    name: str
-    stream: str
-    objective: Objective
-    weight: float
 
 
 class LitLanguageModel(LitMeasured):
@@ -68,6 +53,7 @@ class LitLanguageModel(LitMeasured):
         micro_batch_size: int | None,
         gradient_clip_val: float | None,
         seed: int,
+        passes: Order,
     ) -> None:
         super().__init__(lm, AnswerSuite() if suite is None else suite)
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -78,7 +64,10 @@ class LitLanguageModel(LitMeasured):
             raise ValueError(
                 f"`model.gradient_clip_val` must be above 0, or null for no clipping; got {gradient_clip_val}."
             )
+        if passes not in ("joint", "sequential"):
+            raise ValueError(f"`model.passes` must be 'joint' or 'sequential', not {passes!r}.")
         self.automatic_optimization = False
+        self.passes = passes
         self.micro_batch_size = micro_batch_size
         self.gradient_clip_val = gradient_clip_val
         self.seed = seed
@@ -194,11 +183,13 @@ class LitLanguageModel(LitMeasured):
             ``[total, count]`` of every term over all processes, float64, shape ``(len(terms), 2)``.
         """
         torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)  # resumes dropout exactly
-        parts = {stream: self._split(_stream(batch, stream)) for stream in dict.fromkeys(term.stream for term in terms)}
-        passes = [(i, part) for i, term in enumerate(terms) for part in parts[term.stream]]
+        passes = plan_passes(batch, terms, self.lm, self.micro_batch_size, self.passes)
+        counts = [0] * len(terms)
+        for one in passes:
+            for i, tokens in zip(one.terms, one.tokens, strict=True):
+                counts[i] += terms[i].objective.count(tokens)
         sums = torch.zeros(len(terms), 2, dtype=torch.float64, device=self.device)
-        for i, part in passes:
-            sums[i, 1] += terms[i].objective.count(locate(part, terms[i].objective.alignment))
+        sums[:, 1] = torch.tensor(counts)
         counts = self._add_over_processes(sums)[:, 1].tolist()
         for term, count in zip(terms, counts, strict=True):
             if count == 0:
@@ -206,13 +197,19 @@ class LitLanguageModel(LitMeasured):
                     f"no row of the '{term.stream}' batch has a supervised token on any process: `labels` are all -100 (or "
                     "only on a row's first token, which nothing predicts). Drop such rows from the data."
                 )
-        for number, (i, part) in enumerate(passes):
-            term = terms[i]
+        for number, one in enumerate(passes):
+            objectives = [terms[i].objective for i in one.terms]
+            scales = [terms[i].weight * self.trainer.world_size / counts[i] for i in one.terms]
             with nullcontext() if number + 1 == len(passes) else self._no_gradient_sync():
-                average = self.lm(part, partial(term.objective, self.lm), term.objective.alignment)
-                self.manual_backward(average.total * (term.weight * self.trainer.world_size / counts[i]))
-            sums[i, 0] += average.total.detach().double()
+                averages = self.lm(one.batch, partial(self._averages, objectives), located=one.tokens)
+                weighted = [average.total * scale for average, scale in zip(averages, scales, strict=True)]
+                self.manual_backward(torch.stack(weighted).sum())
+            for i, average in zip(one.terms, averages, strict=True):
+                sums[i, 0] += average.total.detach().double()
         return self._add_over_processes(sums)
+
+    def _averages(self, objectives: list[Objective], *tokens: SupervisedTokens) -> list[Average]:
+        return [objective(self.lm, own) for objective, own in zip(objectives, tokens, strict=True)]
 
     def _step(self) -> bool:
         """Steps the optimizer with the accumulated gradient, then the schedule.
@@ -252,12 +249,6 @@ class LitLanguageModel(LitMeasured):
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
-    def _split(self, batch: Batch) -> list[Batch]:
-        if self.micro_batch_size is None:
-            return [batch]
-        split = {key: value.split(self.micro_batch_size) for key, value in batch.items() if isinstance(value, Tensor)}
-        return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
-
     def _no_gradient_sync(self) -> AbstractContextManager[Any]:
         """Saves DDP an all-reduce; FSDP2 scatters every time, lest each process hold the gradient of the whole model."""
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
@@ -276,13 +267,3 @@ def _describe(lm: LanguageModel) -> str:
     model: Any = lm.model
     kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
     return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}"
-
-
-def _stream(batch: Mapping[str, Batch], stream: str) -> Batch:
-    if isinstance(batch, Mapping) and isinstance(batch.get(stream), Mapping):
-        return batch[stream]
-    got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-    raise KeyError(
-        f"a training batch must be a dict with '{stream}' among its keys, whose value is a batch with `input_ids`, "
-        f"`attention_mask` and `labels`; got {got}."
-    )

@@ -8,8 +8,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_unlearn.evaluation import Suite
 from lit_unlearn.lm import LanguageModel
-from lit_unlearn.module.base import LitLanguageModel, Schedule, Term
+from lit_unlearn.module.base import LitLanguageModel, Schedule
 from lit_unlearn.module.measured import Batch
+from lit_unlearn.module.passes import Term
 from lit_unlearn.objectives import NLL
 
 
@@ -38,7 +39,7 @@ class LitFinetune(LitLanguageModel):
         gradient_clip_val: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed)
+        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "sequential")
         self._nll = NLL()
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:

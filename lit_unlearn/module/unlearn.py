@@ -15,8 +15,9 @@ from lit_unlearn.dual import Constraint
 from lit_unlearn.evaluation import Suite
 from lit_unlearn.lm import LanguageModel
 from lit_unlearn.metrics import ConstraintSlack
-from lit_unlearn.module.base import LitLanguageModel, Schedule, Term
+from lit_unlearn.module.base import LitLanguageModel, Schedule
 from lit_unlearn.module.measured import Batch, Measurement
+from lit_unlearn.module.passes import Order, Term
 from lit_unlearn.objectives import Objective
 
 
@@ -38,12 +39,15 @@ class LitUnlearn(LitLanguageModel):
         scheduler: A `Schedule`, or a callable from optimizer to scheduler, stepped once per optimizer step.
         suite: What validation and test measure; ``None`` for an `AnswerSuite`.
         forget_weight: Factor of the forgetting objective, > 0.
-        micro_batch_size: Rows per forward pass; smaller saves memory and gives the same gradients. ``None``: all.
+        micro_batch_size: Rows per pass through the model, on average: the passes have about as many tokens. Smaller
+            saves memory and gives the same gradients. ``None``: all.
         gradient_clip_val: Largest gradient norm; ``None`` for no clipping.
         seed: Of dropout.
         keep: The model a run ends with. ``"best"``: of those measured on whole streams after a step, the one with the
             lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as published
             baselines have it.
+        passes: ``"sequential"``: the streams go through the model one after the other, with the graph of one alive.
+            ``"joint"``: together. The gradients are the same.
 
     Raises:
         ValueError: If there is no constraint or a number is out of range.
@@ -62,8 +66,9 @@ class LitUnlearn(LitLanguageModel):
         gradient_clip_val: float | None = None,
         seed: int = 0,
         keep: Literal["best", "last"] = "best",
+        passes: Order = "sequential",
     ) -> None:
-        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed)
+        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes)
         if not constraints:
             raise ValueError(
                 "LitUnlearn: `constraints` is empty; give at least one, such as {'nll': Constraint(NLL(), 0.3, "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn import NLL, LanguageModel, LogitMargin, Objective
+from lit_unlearn.lm.packing import keeps_packed_apart
 
 VOCAB = 64
 LENGTHS = [9, 5, 7]
@@ -211,7 +212,8 @@ def test_models_that_mix_packed_sequences_are_refused(family):
 def test_refusal_is_right():
     """OPT without the check: the packed loss is far from the padded one."""
     lm = build(family_named("opt"), tied=True)
-    lm._packing_checked = True
+    assert not lm.packs
+    lm.packs = True
     with torch.no_grad():
         packed, padded = (
             through_package(lm, batch, OBJECTIVES["margin"]) for batch in (packed_batch(), padded_batch())
@@ -220,17 +222,10 @@ def test_refusal_is_right():
 
 
 def test_the_packing_check_draws_no_random_numbers_and_keeps_the_mode():
-    """It runs inside the first step: dropout there must be what it is in a run that resumes later."""
-    losses = []
-    for checked in (False, True):
-        lm = build(Family("llama", {"attention_dropout": 0.3}), tied=True)
-        lm._packing_checked = checked
-        torch.manual_seed(5)
-        losses.append(through_package(lm, packed_batch(), OBJECTIVES["nll"]).item())
-        assert lm._packing_checked
-        assert lm.model.training
-    assert losses[0] == losses[1]
-    lm._packing_checked = False
-    lm.eval()
-    through_package(lm, packed_batch(), OBJECTIVES["nll"])
-    assert not lm.model.training
+    lm = build(Family("llama", {"attention_dropout": 0.3}), tied=True)
+    state = torch.random.get_rng_state()
+    for training in (True, False):
+        lm.train(training)
+        assert keeps_packed_apart(lm.model)
+        assert lm.model.training == training
+    assert torch.equal(torch.random.get_rng_state(), state)

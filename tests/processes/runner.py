@@ -126,6 +126,7 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
         Schedule("linear", warmup_epochs=0.5),
         micro_batch_size=settings.get("micro_batch_size"),
         gradient_clip_val=settings.get("gradient_clip_val", 5.0),
+        passes=settings.get("passes", "sequential"),
     )
 
 
@@ -140,6 +141,14 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     L.seed_everything(settings.get("seed", 0), verbose=False)
     module = make_module(settings)
+    if settings.get("padded"):
+        load = module.configure_model
+
+        def load_and_pad() -> None:
+            load()
+            module.lm.packs = False
+
+        module.configure_model = load_and_pad  # type: ignore[method-assign]
     kind = PackedForgetRetain if settings.get("packed") else ForgetRetain
     rows = Path(settings["data"])
     data = kind(

@@ -19,13 +19,19 @@ SAME = {  # every one takes the steps of the plain run
     "micro 1": {"micro_batch_size": 1},
     "micro 2": {"micro_batch_size": 2},
     "micro 3": {"micro_batch_size": 3},
-    "packed": {"packed": True},
+    "packed by the user": {"packed": True},
+    "padded": {"padded": True},
+    "padded, micro 2": {"padded": True, "micro_batch_size": 2},
+    "joint": {"passes": "joint"},
+    "joint, micro 2": {"passes": "joint", "micro_batch_size": 2},
     "ddp": {"strategy": "ddp"},
     "ddp, micro 1": {"strategy": "ddp", "micro_batch_size": 1},
-    "ddp, packed": {"strategy": "ddp", "packed": True},
+    "ddp, padded": {"strategy": "ddp", "padded": True},
+    "ddp, joint": {"strategy": "ddp", "passes": "joint"},
     "fsdp2": {"strategy": "fsdp2"},
     "fsdp2, micro 2": {"strategy": "fsdp2", "micro_batch_size": 2},
-    "fsdp2, packed": {"strategy": "fsdp2", "packed": True},
+    "fsdp2, padded": {"strategy": "fsdp2", "padded": True},
+    "fsdp2, joint, micro 2": {"strategy": "fsdp2", "passes": "joint", "micro_batch_size": 2},
 }
 ADAPTER = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 SAME_ADAPTED = {  # every one takes the steps of the plain run with the adapter
