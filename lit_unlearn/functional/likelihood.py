@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lit_unlearn.functional.chunks import map_logits, upcast
+from lit_unlearn.functional.chunks import (
+    accumulates,
+    check_head,
+    gradient_of,
+    matmul_dtype,
+    upcast,
+    words_per_chunk,
+)
+
+KEEP_BUDGET = 2**24
+"""Elements of the logits that backward need not compute again: 64 MiB in float32, a matrix product less for them."""
 
 _NEVER = torch.iinfo(torch.int64).min
 
@@ -35,29 +48,145 @@ def token_logp(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def linear_token_logp(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, chunk_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """``token_logp(hidden @ weight.T + bias, labels)`` without ever holding the ``(N, V)`` logits.
 
+    The head is cut along the vocabulary, with a running maximum and sum per token. So each row of the weight is read
+    once a pass, and its gradient is one product over all tokens that is written where it belongs. Three head matrix
+    products for the first ``KEEP_BUDGET`` logits, whose exponentials are kept, and four beyond; one without gradients.
+
     Args:
         hidden: Final hidden states that predict the label, shape ``(N, D)``; ``N`` may be 0.
-        weight: Head weight, shape ``(V, D)``; may differ from ``hidden`` in dtype, as under autocast.
+        weight: Head weight, shape ``(V, D)``; may differ from ``hidden`` in dtype, as under autocast. If frozen, no
+            ``(V, D)`` buffer is made.
         labels: Token ids in ``[0, V)``, shape ``(N,)``, int64. Ignored tokens have been dropped.
         bias: Head bias, shape ``(V,)``, or ``None``.
-        chunk_size: Tokens per chunk; ``None`` chooses from a budget. Does not change the values.
+        chunk_size: Words of the vocabulary per chunk; ``None`` chooses from a budget. Does not change the values.
+        accumulate: Whether backward adds the weight's gradient to ``weight.grad`` itself, where ``weight`` is a leaf,
+            which saves a ``(V, D)`` buffer. Autograd then sees no gradient of ``weight``: its hooks do not run and
+            ``torch.autograd.grad`` finds none. Not for DDP or FSDP, which wait for those hooks.
 
     Returns:
         Shape ``(N,)``, float32 or wider, in nats, at most 0; differentiable once.
 
     Raises:
         ValueError: If ``chunk_size`` is below 1, shapes do not match, or a label is outside ``[0, V)`` (the latter on
-            the CPU only, see ``token_logp``).
+            the CPU only, see ``token_logp``; elsewhere the value is nan).
+
+    Reference:
+        Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867.
 
     Example:
         >>> linear_token_logp(torch.zeros(2, 4), torch.zeros(10, 4), torch.tensor([3, 7]))  # uniform: -log 10
         tensor([-2.3026, -2.3026])
     """
-    return map_logits(token_logp, hidden, weight, bias, labels, chunk_size=chunk_size)
+    check_head(hidden, weight, bias)
+    _check_labels(labels, hidden.shape[0], weight.shape[0])
+    size = words_per_chunk(hidden, weight, chunk_size)
+    direct = accumulates(weight, accumulate)
+    keep = KEEP_BUDGET if torch.is_grad_enabled() else 0  # inside an autograd function it never is
+    output = _LinearTokenLogp.apply(hidden, weight, bias, labels, size, keep, direct)  # type: ignore[no-untyped-call]
+    return cast(Tensor, output)
+
+
+class _LinearTokenLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        size: int,
+        keep: int,
+        accumulate: bool,
+    ) -> Tensor:
+        ctx.dtype, ctx.size, ctx.leaf = matmul_dtype(hidden, weight), size, weight if accumulate else None
+        ctx.kept, ctx.tops = {}, {}
+        room = keep if any(ctx.needs_input_grad) else 0
+        inputs = hidden.to(ctx.dtype)
+        chosen = upcast(inputs.new_full(labels.shape, torch.nan))
+        # Not -inf: where a bias of -inf bars a whole chunk, -inf - -inf would be nan.
+        top = torch.full_like(chosen, torch.finfo(chosen.dtype).min)
+        total = torch.zeros_like(chosen)
+        for start in range(0, weight.shape[0], size):
+            scores = _logits(inputs, weight, bias, slice(start, start + size))
+            column, inside = _locate(labels, start, scores.shape[1])
+            chosen = torch.where(inside, scores.gather(1, column).squeeze(1), chosen)
+            before, top = top, torch.maximum(top, scores.amax(dim=1))
+            scores.sub_(top.unsqueeze(1)).exp_()
+            total = total * (before - top).exp() + scores.sum(dim=1)
+            ctx.tops[start] = top
+            room -= scores.numel()
+            if room >= 0:
+                ctx.kept[start] = scores
+            del scores  # or it would live on while the next chunk is made
+        logp = (chosen - top) - total.log()  # this order: the logarithm is at least 0 and the rest at most
+        ctx.save_for_backward(hidden, weight, bias, labels, top + total.log(), logp)
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, normalizer, logp = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = upcast(torch.zeros_like(hidden)) if needs_hidden else None
+        grad_bias = torch.empty_like(bias) if needs_bias else None
+        leaf = weight if ctx.leaf is None else ctx.leaf  # a saved tensor's hooks may have made a copy of it
+        grad_weight, started = gradient_of(leaf, ctx.leaf is not None) if needs_weight else (None, False)
+        at_label = -grad * torch.expm1(logp)  # not p - 1, which has no digits left for a confident token
+        with torch.autocast(hidden.device.type, enabled=False):
+            inputs = hidden.to(ctx.dtype)
+            for start in range(0, weight.shape[0], ctx.size):
+                words = slice(start, start + ctx.size)
+                # Popped, so that memory is given back on the way; a second backward pass computes them again.
+                scores, top = ctx.kept.pop(start, None), ctx.tops[start]
+                if scores is None:  # with the same maximum as before: bit for bit what was kept
+                    scores = _logits(inputs, weight, bias, words).sub_(top.unsqueeze(1)).exp_()
+                scores.mul_((-grad * (top - normalizer).exp()).unsqueeze(1))
+                column, inside = _locate(labels, start, scores.shape[1])
+                value = torch.where(inside, at_label, scores.gather(1, column).squeeze(1))
+                scores.scatter_(1, column, value.unsqueeze(1))
+                if grad_bias is not None:
+                    grad_bias[words] = scores.sum(dim=0)
+                scores = scores.to(ctx.dtype)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden, scores, weight[words].to(ctx.dtype), True)
+                if grad_weight is not None:
+                    _add_product(grad_weight[words], scores.T, inputs, started)
+                del scores
+        if ctx.leaf is not None:
+            ctx.leaf.grad, grad_weight = grad_weight, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *[None] * 4
+
+
+def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, words: slice) -> Tensor:
+    """Logits of some words, ``(N, v)``, float32 or wider, in memory of their own."""
+    offsets = None if bias is None else bias[words].to(inputs.dtype)
+    return upcast(F.linear(inputs, weight[words].to(inputs.dtype), offsets))
+
+
+def _locate(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in a chunk of ``count`` words, ``(N, 1)``, any where it is not ``inside``, ``(N,)``."""
+    column = labels - start
+    return column.clamp(0, count - 1).unsqueeze(1), (column >= 0) & (column < count)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, started: bool) -> None:
+    """Adds ``left @ right`` to ``total``, which may be wider than they are; replaces it unless it is ``started``."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=int(started))
+    elif started:
+        total += left @ right
+    else:
+        total.copy_(left @ right)
 
 
 def _check_labels(labels: Tensor, count: int, vocabulary: int) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lit_unlearn.functional.chunks import check_head, chunk_length, matmul_dtype, upcast
+from lit_unlearn.functional.chunks import (
+    accumulates,
+    check_head,
+    gradient_of,
+    matmul_dtype,
+    upcast,
+    words_per_chunk,
+)
 
 
 def logit_margin(logits: Tensor) -> Tensor:
@@ -37,7 +44,12 @@ def logit_margin(logits: Tensor) -> Tensor:
 
 
 def linear_logit_margin(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunk_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """``logit_margin(hidden @ weight.T + bias)`` with one head matrix product in forward and none in backward.
 
@@ -55,6 +67,8 @@ def linear_logit_margin(
             ``(V, D)`` buffer is made.
         bias: Head bias, shape ``(V,)``, or ``None``.
         chunk_size: Words of the vocabulary per chunk; ``None`` chooses from a budget. Does not change the values.
+        accumulate: Whether backward adds the weight's gradient to ``weight.grad`` itself, which saves a ``(V, D)``
+            buffer; see ``linear_token_logp``.
 
     Returns:
         Shape ``(N,)``, float32 or wider, non-negative, differentiable once. The maximum is searched in the precision
@@ -72,38 +86,40 @@ def linear_logit_margin(
         tensor([1., 2.])
     """
     check_head(hidden, weight, bias)
-    # A chunk of the weight is upcast for its mean, so a row of it costs D elements besides N logits.
-    size = chunk_length(weight.shape[0], max(hidden.shape), chunk_size)
-    return cast(Tensor, _LinearLogitMargin.apply(hidden, weight, bias, size))  # type: ignore[no-untyped-call]
+    size = words_per_chunk(hidden, weight, chunk_size)
+    direct = accumulates(weight, accumulate)
+    return cast(Tensor, _LinearLogitMargin.apply(hidden, weight, bias, size, direct))  # type: ignore[no-untyped-call]
 
 
 class _LinearLogitMargin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
-        needs_hidden, needs_weight, _, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, accumulate: bool) -> Tensor:
         index, mean = _argmax_and_mean(hidden, weight, bias, size)
-        ctx.save_for_backward(hidden if needs_weight else None, weight if needs_hidden else None, index, mean)
-        ctx.vocabulary, ctx.hidden_dtype, ctx.weight_dtype = weight.shape[0], hidden.dtype, weight.dtype
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, bias, index, mean)
+        ctx.hidden_dtype, ctx.leaf = hidden.dtype, weight if accumulate else None
         margin = (hidden.to(mean.dtype) * (weight[index].to(mean.dtype) - mean)).sum(dim=-1)
         if bias is not None:
-            ctx.bias_dtype, wide = bias.dtype, bias.to(mean.dtype)
+            wide = bias.to(mean.dtype)
             margin = margin + (wide[index] - wide.mean())
         return margin.clamp_min(0)  # a maximum is no less than the mean: what is below zero is rounding
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, index, mean = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        hidden, weight, bias, index, mean = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         grad_hidden = grad_weight = grad_bias = None
         column = grad.unsqueeze(-1)
         if needs_hidden:
             grad_hidden = (column * (weight[index].to(mean.dtype) - mean)).to(ctx.hidden_dtype)
         if needs_weight:
-            grad_weight = _scatter_centred(column * hidden, index, ctx.vocabulary, ctx.weight_dtype)
+            leaf = weight if ctx.leaf is None else ctx.leaf  # a saved tensor's hooks may have made a copy of it
+            grad_weight = _scatter_centred(*gradient_of(leaf, ctx.leaf is not None), column * hidden, index)
+            if ctx.leaf is not None:
+                ctx.leaf.grad, grad_weight = grad_weight, None
         if needs_bias:
-            grad_bias = _scatter_centred(grad, index, ctx.vocabulary, ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+            grad_bias = _scatter_centred(*gradient_of(bias, False), grad, index)
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _argmax_and_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
@@ -124,15 +140,19 @@ def _argmax_and_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: 
     return index, total / vocabulary
 
 
-def _scatter_centred(rows: Tensor, index: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Sum over n of ``(one_hot(index[n]) - 1/V)`` times ``rows[n]``, shape ``(V, ...)`` in ``dtype``.
+def _scatter_centred(total: Tensor, started: bool, rows: Tensor, index: Tensor) -> Tensor:
+    """Sum over n of ``(one_hot(index[n]) - 1/V)`` times ``rows[n]``, added to ``total`` (V, ...) if that is ``started``.
 
-    Tokens that share a word are added up before the result is rounded to ``dtype``: adding them one by one to a half
-    precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
+    Tokens that share a word are added up before the result is rounded to ``total``'s dtype: adding them one by one to
+    a half precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
     """
-    shared = rows.sum(dim=0) / -vocabulary
+    shared = rows.sum(dim=0) / -len(total)
     words, group = torch.unique(index, return_inverse=True)
-    own = rows.new_zeros((len(words), *rows.shape[1:])).index_add_(0, group, rows)
-    result = rows.new_empty((vocabulary, *rows.shape[1:]), dtype=dtype).copy_(shared)
-    result[words] = (own + shared).to(dtype)
-    return result
+    own = rows.new_zeros((len(words), *rows.shape[1:])).index_add_(0, group, rows) + shared
+    if started:
+        own += total[words]
+        total += shared
+    else:
+        total.copy_(shared)
+    total[words] = own.to(total.dtype)
+    return total

@@ -40,11 +40,12 @@ class LanguageModel(nn.Module):
         trust_remote_code: Whether code that comes with the model may run.
         use_safetensors: Whether to insist on safetensors; other weight files can run code when loaded.
         attn_implementation: Passed to transformers; ``None`` for its default.
-        chunk_size: Tokens (vocabulary entries for the margin) per chunk of the head; ``None`` for a memory budget.
+        chunk_size: Vocabulary entries (tokens for `map_logits`) per chunk of the head; ``None`` for a memory budget.
         adapter: Fields of a peft config, such as ``r`` and ``lora_alpha``: the adapter is trained in place of the model.
             ``peft_type`` defaults to LoRA, ``target_modules`` to every linear layer but the head.
         quantization: Fields of a transformers quantisation config, such as ``load_in_4bit``; needs an ``adapter``.
         activation_checkpointing: Whether the backward pass computes the activations again, which saves memory.
+        compile: Whether ``torch.compile`` makes kernels of the trunk, which takes a minute or more at the first step.
 
     Raises:
         ValueError: If not exactly one of ``model`` and ``config`` is given, or an adapter or a quantisation is unknown
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
         adapter: dict[str, Any] | None = None,
         quantization: dict[str, Any] | None = None,
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if (model is None) == (config is None):
@@ -89,9 +91,13 @@ class LanguageModel(nn.Module):
         self._adapter = None if adapter is None else adapters.adapter_config(adapter)
         self._quantization = {} if quantization is None else adapters.quantization_config(quantization, model, adapter)
         self._activation_checkpointing = activation_checkpointing
+        self._compile = compile
         self.model = None
         self.linear_head = False
         self.packs = False
+        self.accumulate_head = (
+            False  # whether losses add the head's gradient to its `.grad`, past autograd and its hooks
+        )
 
     @classmethod
     def wrap(
@@ -187,6 +193,8 @@ class LanguageModel(nn.Module):
         if self._activation_checkpointing:
             adapters.checkpoint_activations(model)
         self._adopt(adapted)
+        if self._compile:
+            self._loaded.base_model.compile(dynamic=True)  # packed rows have a new length at every step
 
     def _tokenizer_fields(self) -> dict[str, Any]:
         if self.tokenizer is None:
@@ -269,12 +277,25 @@ class LanguageModel(nn.Module):
         if not self.linear_head:
             return functional.logit_margin(tokens.hidden)
         return functional.linear_logit_margin(
-            tokens.hidden, self._head.weight, self._head.bias, chunk_size=self.chunk_size
+            tokens.hidden,
+            self._head.weight,
+            self._head.bias,
+            chunk_size=self.chunk_size,
+            accumulate=self.accumulate_head,
         )
 
     def token_logp(self, tokens: SupervisedTokens) -> Tensor:
         """Log-probability of each label, shape ``(N,)``, nats."""
-        return self.map_logits(functional.token_logp, tokens, tokens.labels)
+        if not self.linear_head:
+            return functional.token_logp(tokens.hidden, tokens.labels)
+        return functional.linear_token_logp(
+            tokens.hidden,
+            self._head.weight,
+            tokens.labels,
+            self._head.bias,
+            chunk_size=self.chunk_size,
+            accumulate=self.accumulate_head,
+        )
 
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
         """Applies a token-wise function of the logits in chunks.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -153,7 +154,11 @@ class LitLanguageModel(LitMeasured):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_train_start(self) -> None:
-        """Lets changed optimizer settings win over those that came with the checkpoint."""
+        """Lets changed optimizer settings win over those that came with the checkpoint.
+
+        On a single device the losses may add to the head's gradient directly, which saves a buffer of its size.
+        """
+        self.lm.accumulate_head = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         loop = self.trainer.fit_loop
         epochs: Any = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.started:
@@ -169,6 +174,10 @@ class LitLanguageModel(LitMeasured):
                         config.scheduler.base_lrs[i] = new["lr"]
             group.update(changed)
         self._saved_settings = []
+
+    def on_train_end(self) -> None:
+        """Leaves the gradients to autograd again."""
+        self.lm.accumulate_head = False
 
     # The primal step -------------------------------------------------------------------------------------------------
 
@@ -190,8 +199,8 @@ class LitLanguageModel(LitMeasured):
                 counts[i] += terms[i].objective.count(tokens)
         sums = torch.zeros(len(terms), 2, dtype=torch.float64, device=self.device)
         sums[:, 1] = torch.tensor(counts)
-        counts = self._add_over_processes(sums)[:, 1].tolist()
-        for term, count in zip(terms, counts, strict=True):
+        all_counts = self._add_over_processes(sums)[:, 1].tolist() if self.trainer.world_size > 1 else counts
+        for term, count in zip(terms, all_counts, strict=True):
             if count == 0:
                 raise ValueError(
                     f"no row of the '{term.stream}' batch has a supervised token on any process: `labels` are all -100 (or "
@@ -199,7 +208,7 @@ class LitLanguageModel(LitMeasured):
                 )
         for number, one in enumerate(passes):
             objectives = [terms[i].objective for i in one.terms]
-            scales = [terms[i].weight * self.trainer.world_size / counts[i] for i in one.terms]
+            scales = [terms[i].weight * self.trainer.world_size / all_counts[i] for i in one.terms]
             with nullcontext() if number + 1 == len(passes) else self._no_gradient_sync():
                 averages = self.lm(one.batch, partial(self._averages, objectives), located=one.tokens)
                 weighted = [average.total * scale for average, scale in zip(averages, scales, strict=True)]
@@ -263,7 +272,8 @@ class LitLanguageModel(LitMeasured):
 def _describe(lm: LanguageModel) -> str:
     trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
+    rows = "" if lm.packs else ", padded rows, because it lets sequences that share a row see each other"
     dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
     model: Any = lm.model
     kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
-    return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}"
+    return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}{rows}"

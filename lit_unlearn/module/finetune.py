@@ -39,7 +39,7 @@ class LitFinetune(LitLanguageModel):
         gradient_clip_val: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "sequential")
+        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "joint")
         self._nll = NLL()
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:

@@ -72,12 +72,12 @@ def plan_passes(
         return _joint_passes(
             batches, [(term.objective, streams.index(term.stream)) for term in terms], micro_batch_size
         )
-    parts = dict(zip(streams, (_split(part, lm.packs, micro_batch_size) for part in batches), strict=True))
-    return [
-        Pass(part, [i], [locate(part, term.objective.alignment)])
-        for i, term in enumerate(terms)
-        for part in parts[term.stream]
-    ]
+    passes = []
+    for stream, rows in zip(streams, batches, strict=True):
+        own = [i for i, term in enumerate(terms) if term.stream == stream]
+        for part in _split(rows, lm.packs, micro_batch_size):
+            passes.append(Pass(part, own, [locate(part, terms[i].objective.alignment) for i in own]))
+    return passes
 
 
 def _joint_passes(

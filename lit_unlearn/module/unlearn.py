@@ -46,8 +46,9 @@ class LitUnlearn(LitLanguageModel):
         keep: The model a run ends with. ``"best"``: of those measured on whole streams after a step, the one with the
             lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as published
             baselines have it.
-        passes: ``"sequential"``: the streams go through the model one after the other, with the graph of one alive.
-            ``"joint"``: together. The gradients are the same.
+        passes: ``"joint"``: rows of all streams go through the model together, which spares a second gradient of the
+            embeddings; where they cannot be packed, as ``"sequential"``: one stream after the other, with the graph of
+            one alive. The gradients are the same.
 
     Raises:
         ValueError: If there is no constraint or a number is out of range.
@@ -66,7 +67,7 @@ class LitUnlearn(LitLanguageModel):
         gradient_clip_val: float | None = None,
         seed: int = 0,
         keep: Literal["best", "last"] = "best",
-        passes: Order = "sequential",
+        passes: Order = "joint",
     ) -> None:
         super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes)
         if not constraints:

@@ -126,7 +126,7 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
         Schedule("linear", warmup_epochs=0.5),
         micro_batch_size=settings.get("micro_batch_size"),
         gradient_clip_val=settings.get("gradient_clip_val", 5.0),
-        passes=settings.get("passes", "sequential"),
+        passes=settings.get("passes", "joint"),
     )
 
 

@@ -22,16 +22,16 @@ SAME = {  # every one takes the steps of the plain run
     "packed by the user": {"packed": True},
     "padded": {"padded": True},
     "padded, micro 2": {"padded": True, "micro_batch_size": 2},
-    "joint": {"passes": "joint"},
-    "joint, micro 2": {"passes": "joint", "micro_batch_size": 2},
+    "sequential": {"passes": "sequential"},
+    "sequential, micro 2": {"passes": "sequential", "micro_batch_size": 2},
     "ddp": {"strategy": "ddp"},
     "ddp, micro 1": {"strategy": "ddp", "micro_batch_size": 1},
     "ddp, padded": {"strategy": "ddp", "padded": True},
-    "ddp, joint": {"strategy": "ddp", "passes": "joint"},
+    "ddp, sequential": {"strategy": "ddp", "passes": "sequential"},
     "fsdp2": {"strategy": "fsdp2"},
     "fsdp2, micro 2": {"strategy": "fsdp2", "micro_batch_size": 2},
     "fsdp2, padded": {"strategy": "fsdp2", "padded": True},
-    "fsdp2, joint, micro 2": {"strategy": "fsdp2", "passes": "joint", "micro_batch_size": 2},
+    "fsdp2, sequential, micro 2": {"strategy": "fsdp2", "passes": "sequential", "micro_batch_size": 2},
 }
 ADAPTER = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 SAME_ADAPTED = {  # every one takes the steps of the plain run with the adapter

@@ -1,0 +1,64 @@
+"""The benchmarks run, at toy sizes, and compare formulations that do the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+SCRIPT = """
+import sys
+import scaling, step
+step.apart = scaling.apart = lambda function, *arguments: function(*arguments)  # a process each would take long
+step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--output", "step.json"])
+scaling.main(["--small", "--rounds", "1", "--dual-rounds", "1", "--threads", "1", "--no-processes", "--output", "scaling.json"])
+try:
+    step.check_agreement({"plain": {"nll": 1.0}, "joint": {"nll": 1.001}}, 1e-4)
+except RuntimeError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("bench")
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_formulations_start_alike_and_are_measured(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = ran
+    results: dict[str, Any] = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+    toy = results["shapes"]["toy"]
+    assert {"cpu", "threads", "torch"} <= results["machine"].keys()
+    assert toy["variants"].keys() == {"plain", "sequential", "joint", "plain, lora", "sequential, lora"}
+    plain = toy["variants"]["plain"]
+    for name, values in toy["variants"].items():
+        assert values["first_losses"] == pytest.approx(plain["first_losses"], rel=1e-4), name
+        assert min(values[key] for key in ("seconds", "tokens_per_second", "time_over_floor", "time_ratio")) > 0
+        assert values["memory"]["extra_bytes"] > 0
+    assert plain["time_ratio"] == plain["memory_ratio"] == 1
+    assert toy["variants"]["sequential, lora"]["floor_flops"]["head"] < plain["floor_flops"]["head"]
+    assert all(name in done.stdout for name in toy["variants"])
+
+
+def test_a_disagreement_is_an_error(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    assert "the formulations disagree: relative differences" in ran[1].stderr
+
+
+def test_scaling_has_every_sweep(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    results = json.loads((ran[0] / "scaling.json").read_text(encoding="utf-8"))
+    assert results["sweeps"].keys() == {"rows per batch", "length of rows", "vocabulary", "constraints"}
+    points = [point for sweep in results["sweeps"].values() for point in sweep.values()]
+    assert all(order["seconds"] > 0 for point in points for order in point["orders"].values())
+    assert results["dual_step"]["seconds"].keys() == {"DualAscent", "FixedMultiplier"}
