@@ -41,4 +41,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/scaling.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -30,6 +30,11 @@ state: activations, logits, temporaries, also those of clipping and AdamW; how m
 below the table. On a CPU the peak is the kernel's high-water mark of the resident set, reset before the first step, with a
 malloc that keeps no large freed blocks; on a GPU PyTorch's allocator keeps it.
 
+All gradients count, although they never coexist with all activations: what a variant holds before the gradients are there
+is masked up to their size. A small extra therefore says that the step needs hardly more than any step needs, and the ratio
+of two extras can be far from the ratio of the peaks, which the table has too: of the whole process (on a GPU, of the
+allocator), parameters, optimizer state and libraries included.
+
 Floor. Work that nobody can avoid: 6 × trunk parameters × real tokens, and per answer token 2 · D · V for the margin's one
 head product, three times that for the NLL's; divided by the FLOP/s of matrix products of these sizes, measured in the same
 rounds. Attention's own products are left out. With LoRA, the weights that are frozen need no gradient: 4 instead of 6, and
@@ -247,7 +252,7 @@ def _quotient(memory: dict[str, Any], other: dict[str, Any]) -> float | None:
 
 def report(name: str, results: dict[str, Any]) -> str:
     """The table of one shape."""
-    header = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "extra MiB", "memory ratio"]
+    header = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "peak MiB", "extra MiB", "extra ratio"]
     rows = []
     for variant, values in results["variants"].items():
         of_rounds, extra = values["seconds_of_rounds"], values["memory"].get("extra_bytes")
@@ -259,6 +264,7 @@ def report(name: str, results: dict[str, Any]) -> str:
                 f"{values['tokens_per_second']:,.0f}",
                 f"{values['time_ratio']:.2f}",
                 f"{values['time_over_floor']:.2f}",
+                in_mib(values["memory"].get("peak_bytes")),
                 in_mib(extra),
                 "–" if values["memory_ratio"] is None else f"{values['memory_ratio']:.2f}",
             ]
