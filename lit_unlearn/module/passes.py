@@ -11,9 +11,9 @@ from torch import Tensor
 from lit_unlearn.lm import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.lm.packing import IGNORED, is_packed, pack, share_out
 from lit_unlearn.lm.tokens import check_batch
+from lit_unlearn.module.measured import Batch
 from lit_unlearn.objectives import Objective
 
-Batch = Mapping[str, Tensor]
 Order = Literal["joint", "sequential"]
 
 
