@@ -1,7 +1,33 @@
-"""torchmetrics objects: exact sums and counts, at any precision and on any number of processes."""
+"""torchmetrics objects with exact sums at any precision, and the benchmarks' scores as functions of plain arrays."""
 
 from lit_unlearn.metrics.base import ExactMetric
-from lit_unlearn.metrics.scores import AnswerLikelihood
+from lit_unlearn.metrics.memorization import exact_memorization, extraction_strength, rouge
+from lit_unlearn.metrics.privacy import auc, forget_quality, min_k, min_k_plus_plus, privleak, zlib_score
+from lit_unlearn.metrics.scores import (
+    AnswerLikelihood,
+    model_utility,
+    normalized_probability,
+    truth_ratio,
+    truth_ratio_score,
+)
 from lit_unlearn.metrics.training import ConstraintSlack, ForgetUniformity
 
-__all__ = ["AnswerLikelihood", "ConstraintSlack", "ExactMetric", "ForgetUniformity"]
+__all__ = [
+    "AnswerLikelihood",
+    "ConstraintSlack",
+    "ExactMetric",
+    "ForgetUniformity",
+    "auc",
+    "exact_memorization",
+    "extraction_strength",
+    "forget_quality",
+    "min_k",
+    "min_k_plus_plus",
+    "model_utility",
+    "normalized_probability",
+    "privleak",
+    "rouge",
+    "truth_ratio",
+    "truth_ratio_score",
+    "zlib_score",
+]
