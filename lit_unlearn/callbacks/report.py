@@ -73,7 +73,7 @@ class RunReport(Callback):
         """Measures again, writes the file and prints the table."""
         if not isinstance(pl_module, LitLanguageModel):
             return
-        rank_zero_info(f"fit: {trainer.global_step} steps in {time.monotonic() - self._started:.0f} s")
+        rank_zero_info(f"fit: {trainer.global_step} steps in {time.monotonic() - self._started:.1f} s")
         content = self._content(trainer, pl_module)
         self._failures = self._check(content)
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # asks the first process

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
+from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.tokens import Row, check_tokenizer, encode_rows
@@ -38,6 +39,9 @@ class ForgetRetain(L.LightningDataModule):
         tokenizer: Hub name or directory; ``None`` for the model's own.
         question_column: Column with the question.
         answer_column: Column with the answer, the part that is supervised.
+        alternate_column: Column of the forget set with another answer, or a list of them of which one is drawn, for
+            objectives that read one; ``None`` for refusals.
+        refusals: Text file with a refusal per line, to draw from; ``None`` for a hundred and twenty of our own.
         template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has
             one, else a plain one.
         max_length: Longest row, in tokens; longer ones are cut, and counted in a warning.
@@ -62,6 +66,8 @@ class ForgetRetain(L.LightningDataModule):
         tokenizer: str | None = None,
         question_column: str = "question",
         answer_column: str = "answer",
+        alternate_column: str | None = None,
+        refusals: str | None = None,
         template: str | None = None,
         max_length: int = 512,
         batch_size: int = 8,
@@ -93,6 +99,7 @@ class ForgetRetain(L.LightningDataModule):
             for name, source in {"forget": forget, "retain": retain, **further}.items()
         }
         self.question_column, self.answer_column = question_column, answer_column
+        self.alternate_column, self.refusals = alternate_column, refusals
         self.template, self.max_length = template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size = eval_batch_size
@@ -128,9 +135,11 @@ class ForgetRetain(L.LightningDataModule):
             ValueError: If a column is missing, a set is empty, a row has no supervised token or the tokenizer is unfit.
         """
         self._streams = {}
-        if self.rows:
+        alternate = "alternate" in getattr(getattr(self.trainer, "lightning_module", None), "needs", ())
+        if self.rows and not (alternate and self.rows["forget"][0].alternate is None):
             return
-        pairs = {role: self._pairs(rows, role) for role, rows in self.load().items()}
+        sets = self.load()
+        pairs = {role: self._pairs(rows, role) for role, rows in sets.items()}
         for name, rows in pairs.items():
             kept = set() if name == "forget" else set(rows)
             if shared := [pair for pair in pairs["forget"] if pair in kept]:
@@ -143,15 +152,25 @@ class ForgetRetain(L.LightningDataModule):
         pad_id = tokenizer.pad_token_id
         self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
         for role, rows in pairs.items():
-            encoded = encode_rows(rows, tokenizer, name=role, template=self.template, max_length=self.max_length)
-            cut = sum(row.cut for row in encoded)
-            if cut:
-                rank_zero_warn(
-                    f"{cut} of {len(encoded)} {role} rows are longer than `data.max_length` ({self.max_length} tokens) and "
-                    "were cut at the end."
-                )
-            self.rows[role] = encoded
+            self.rows[role] = self._encode(rows, tokenizer, role)
+        if alternate:
+            answers = alternate_answers(sets["forget"], self.alternate_column, self.refusals, self.seed)
+            others = [(question, answer) for (question, _), answer in zip(pairs["forget"], answers, strict=True)]
+            alternates = self._encode(others, tokenizer, "alternate")
+            self.rows["forget"] = [
+                row._replace(alternate=other) for row, other in zip(self.rows["forget"], alternates, strict=True)
+            ]
         rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.rows.items()))
+
+    def _encode(self, pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Row]:
+        rows = encode_rows(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
+        cut = sum(row.cut for row in rows)
+        if cut:
+            rank_zero_warn(
+                f"{cut} of {len(rows)} {name} rows are longer than `data.max_length` ({self.max_length} tokens) and were cut "
+                "at the end."
+            )
+        return rows
 
     def train_dataloader(self) -> CombinedLoader:
         """Zipped batches that end with the forget set, or batches of one set to teach a model."""
@@ -218,7 +237,9 @@ class ForgetRetain(L.LightningDataModule):
     def _order_of_rows(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for role in sorted(self.rows):
-            digest.update(repr([role, [(row.input_ids, row.labels) for row in self.rows[role]]]).encode())
+            contents = [(row.input_ids, row.labels) for row in self.rows[role]]
+            others = [row.alternate.input_ids for row in self.rows[role] if row.alternate is not None]
+            digest.update(repr([role, contents, *([others] if others else [])]).encode())
         return {
             "rows": digest.hexdigest()[:16],
             "seed": self.seed,

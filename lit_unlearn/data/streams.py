@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_unlearn.data.tokens import Row, collate
-from lit_unlearn.lm import IGNORED
 
 
 class BatchStream:
@@ -53,7 +52,7 @@ class BatchStream:
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """Goes on from the cursor."""
         loader = DataLoader(
             _Batches(self),
@@ -78,10 +77,10 @@ class BatchStream:
         """Which rows are in batch ``number`` of this process; none if the others took the last ones."""
         return list(self._global_indices(number)[self._rank :: self._world_size])
 
-    def batch(self, number: int) -> dict[str, Tensor]:
+    def batch(self, number: int) -> dict[str, Any]:
         """Batch ``number`` of this process, padded, with as many rows as every other process has."""
         rows = [self._rows[i] for i in self.row_indices(number)]
-        filler = self._rows[0]._replace(labels=[IGNORED] * len(self._rows[0].labels))
+        filler = self._rows[0].without_labels()
         most = -(-len(self._global_indices(number)) // self._world_size)
         return collate([*rows, *[filler] * (most - len(rows))], self._pad_id)
 
@@ -105,13 +104,13 @@ class FiniteStream(BatchStream):
         return self._order(epoch)[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
-class _Batches(Dataset[dict[str, Tensor]]):
+class _Batches(Dataset[dict[str, Any]]):
     """A stream as a map from batch number to batch, which is what ``DataLoader`` workers ask for."""
 
     def __init__(self, stream: BatchStream) -> None:
         self._stream = stream
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         return self._stream.batch(number)
 
 

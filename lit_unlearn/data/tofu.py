@@ -20,7 +20,8 @@ class TOFU(ForgetRetain):
         forget_split: ``"forget01"``, ``"forget05"`` or ``"forget10"``: 40, 200 or 400 rows; the retain set follows.
         source: Hub name, or a local folder with the files (``forget10.json``, ``retain90.json``, …).
         max_retain_rows: Only the first so many retain rows; ``None`` for all.
-        **settings: As for `ForgetRetain`, without ``forget`` and ``retain``.
+        **settings: As for `ForgetRetain`, without ``forget`` and ``retain``. With an ``alternate_column``, such as
+            ``perturbed_answer`` (plausible, wrong answers), the same forget rows are read from TOFU's perturbed set.
 
     Raises:
         FileNotFoundError: If a local folder lacks a file.
@@ -36,9 +37,8 @@ class TOFU(ForgetRetain):
     ) -> None:
         if forget_split not in _RETAIN:
             raise ValueError(f"TOFU: `forget_split` must be one of {', '.join(_RETAIN)}, not {forget_split!r}.")
-        super().__init__(
-            _source(source, forget_split), _source(source, _RETAIN[forget_split], max_retain_rows), **settings
-        )
+        forget = forget_split if settings.get("alternate_column") is None else f"{forget_split}_perturbed"
+        super().__init__(_source(source, forget), _source(source, _RETAIN[forget_split], max_retain_rows), **settings)
 
 
 def _source(source: str, split: str, max_rows: int | None = None) -> Source:

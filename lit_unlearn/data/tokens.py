@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,18 @@ class Row(NamedTuple):
         input_ids: Token ids of the whole row.
         labels: The same ids where supervised (the answer and its end), −100 elsewhere.
         cut: Whether the row was longer than ``max_length``.
+        alternate: The same question with another answer, for objectives that read one.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: bool = False
+    alternate: Row | None = None
+
+    def without_labels(self) -> Row:
+        """The row with nothing supervised, to fill up a batch: it weighs nothing."""
+        labels = [IGNORED] * len(self.labels)
+        return self._replace(labels=labels, alternate=self.alternate and self.alternate.without_labels())
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,7 +169,7 @@ def encode_rows(
     return encoded
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
     """Pads rows to a Hugging Face batch, with the mask made from the lengths.
 
     Args:
@@ -170,18 +177,21 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         pad_id: Fills the tail; any id will do.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64, shape ``(B, T)``.
+        ``input_ids``, ``attention_mask`` and ``labels``, int64, shape ``(B, T)``; and under ``alternate`` a batch of the
+        rows with their other answers, if they have any.
     """
     width = max(len(row.input_ids) for row in rows)
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
         return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
 
-    return {
+    batch: dict[str, Any] = {
         "input_ids": padded([row.input_ids for row in rows], pad_id),
         "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
         "labels": padded([row.labels for row in rows], IGNORED),
     }
+    alternates = [row.alternate for row in rows if row.alternate is not None]
+    return batch if not alternates else {**batch, "alternate": collate(alternates, pad_id)}
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -17,6 +17,12 @@ _ROWS = {
 }
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file; a half-written one never replaces a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)

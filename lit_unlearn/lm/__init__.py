@@ -2,6 +2,6 @@
 
 from lit_unlearn.lm.model import LanguageModel
 from lit_unlearn.lm.packing import IGNORED
-from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
+from lit_unlearn.lm.tokens import Alignment, Batch, SupervisedTokens, locate
 
-__all__ = ["IGNORED", "Alignment", "LanguageModel", "SupervisedTokens", "locate"]
+__all__ = ["IGNORED", "Alignment", "Batch", "LanguageModel", "SupervisedTokens", "locate"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +67,26 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
             f"{len(info['missing_keys'])} missing), which would start at random. Get a whole copy of it."
         )
     return model  # type: ignore[no-any-return]
+
+
+def fingerprint(model: nn.Module, trainable: bool = True) -> str:
+    """A digest of a model's weights and, where it has one, its config.
+
+    Args:
+        model: Whole, on any device.
+        trainable: Whether weights that are trained count.
+    """
+    digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        fields = {k: v for k, v in config.to_diff_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    skipped = set() if trainable else {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, tensor in model.state_dict().items():
+        if name not in skipped and isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_export_target(target: Path) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_unlearn import functional
 from lit_unlearn.lm import adapters
-from lit_unlearn.lm.files import check_export_target, check_model_directory, fresh_directory, load_pretrained
-from lit_unlearn.lm.head import has_linear_head
+from lit_unlearn.lm.files import (
+    check_export_target,
+    check_model_directory,
+    fingerprint,
+    fresh_directory,
+    load_pretrained,
+)
+from lit_unlearn.lm.head import has_linear_head, without_dropout
 from lit_unlearn.lm.packing import is_packed, keeps_packed_apart
-from lit_unlearn.lm.tokens import Alignment, SupervisedTokens, locate
+from lit_unlearn.lm.tokens import Alignment, Batch, SupervisedTokens, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +62,7 @@ class LanguageModel(nn.Module):
     """
 
     model: PreTrainedModel | adapters.PeftModel | None
+    frozen: PreTrainedModel | None
 
     def __init__(
         self,
@@ -93,6 +102,7 @@ class LanguageModel(nn.Module):
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
         self.model = None
+        self.frozen = None  # the reference model, where it is not the model itself with its adapter off
         self.linear_head = False
         self.packs = False
         self.accumulate_head = (
@@ -143,6 +153,11 @@ class LanguageModel(nn.Module):
         """Whether an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
         return adapters.is_adapted(self.model)
 
+    @property
+    def num_layers(self) -> int:
+        """How many transformer blocks the loaded model has."""
+        return int(self._loaded.config.get_text_config().num_hidden_layers)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Within the block this is the reference model, bit for bit: no adapter, no dropout, no gradients.
@@ -155,10 +170,22 @@ class LanguageModel(nn.Module):
         if not self.has_adapter:
             raise RuntimeError(
                 "the reference model is this model with its adapter switched off, and it has none: set `model.lm.adapter`, or "
-                "choose an objective without a reference model."
+                "call `keep_reference()` after loading, for a frozen copy."
             )
         with adapters.reference(cast("adapters.PeftModel", self.model)):
             yield
+
+    def keep_reference(self) -> None:
+        """Makes a frozen copy of the model as it is now, unless there is one or an adapter that can be switched off."""
+        if self.frozen is None and not self.has_adapter:
+            self.frozen = copy.deepcopy(self._loaded).eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """A digest of the reference model's weights and architecture: the same wherever and however often it is loaded.
+
+        Of an adapted model only the base counts. Call it before the model is sharded.
+        """
+        return fingerprint(cast(nn.Module, self.model), trainable=not self.has_adapter)
 
     def load(self, dtype: torch.dtype) -> None:
         """Loads or builds the model in training mode and probes its head; does nothing the second time.
@@ -233,10 +260,12 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        batch: Mapping[str, Tensor],
+        batch: Batch,
         compute: Callable[..., Result],
         alignment: Alignment = "next_token",
         located: Sequence[SupervisedTokens] | None = None,
+        reference: bool = False,
+        layers: Collection[int] = (),
     ) -> Result:
         """Runs the trunk and hands the supervised tokens to ``compute``.
 
@@ -250,6 +279,8 @@ class LanguageModel(nn.Module):
             alignment: See `LogitMargin`.
             located: Which tokens to hand to ``compute``, one argument each, where `locate` was called before; ``None``
                 for all of the batch.
+            reference: Whether the reference model runs on the batch as well; see ``SupervisedTokens.reference``.
+            layers: The layers whose output is to be kept, from 0; see ``SupervisedTokens.activations``.
 
         Returns:
             What ``compute`` returns.
@@ -257,6 +288,7 @@ class LanguageModel(nn.Module):
         Raises:
             KeyError: If the batch lacks ``input_ids`` or ``labels``.
             ValueError: If rows are packed and the model lets packed sequences see each other.
+            RuntimeError: If there is no reference model; see `keep_reference`.
         """
         located = [locate(batch, alignment)] if located is None else located
         if is_packed(batch) and not self.packs:
@@ -265,12 +297,39 @@ class LanguageModel(nn.Module):
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        if self.linear_head:
-            states = self._loaded.base_model(**inputs, use_cache=False).last_hidden_state
+        gather = self._run(self._loaded, inputs, layers)
+        if not reference:
+            return compute(*(gather(tokens) for tokens in located))
+        with self._reference_model() as model:
+            gather_reference = self._run(model, inputs, layers)
+        return compute(*(gather(tokens)._replace(reference=gather_reference(tokens)) for tokens in located))
+
+    def _run(
+        self, model: PreTrainedModel, inputs: Batch, layers: Collection[int]
+    ) -> Callable[[SupervisedTokens], SupervisedTokens]:
+        """Runs a model; returns what turns indices into states."""
+        trunk: Any = model.base_model if self.linear_head else model
+        output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
+        states = (output.last_hidden_state if self.linear_head else output.logits).flatten(0, 1)
+        kept = {layer: output.hidden_states[layer + 1].flatten(0, 1) for layer in layers}  # [0] is the embeddings
+
+        def gather(tokens: SupervisedTokens) -> SupervisedTokens:
+            return tokens._replace(
+                hidden=states[tokens.hidden],
+                activations={layer: state[tokens.hidden] for layer, state in kept.items()},
+                alternate=None if tokens.alternate is None else gather(tokens.alternate),
+            )
+
+        return gather
+
+    @contextmanager
+    def _reference_model(self) -> Iterator[PreTrainedModel]:
+        if self.frozen is None:
+            with self.reference():
+                yield self._loaded
         else:
-            states = self._loaded(**inputs, use_cache=False).logits
-        states = states.reshape(-1, states.shape[-1])
-        return compute(*(tokens._replace(hidden=states[tokens.hidden]) for tokens in located))
+            with without_dropout(self.frozen):
+                yield self.frozen
 
     def logit_margin(self, tokens: SupervisedTokens) -> Tensor:
         """Logit margin of the distribution that predicts each token, shape ``(N,)``."""
@@ -313,6 +372,35 @@ class LanguageModel(nn.Module):
         return functional.map_logits(
             function, tokens.hidden, self._head.weight, self._head.bias, *token_args, chunk_size=self.chunk_size
         )
+
+    def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
+        """Applies a token-wise function of this model's and the reference model's logits, in chunks of both.
+
+        Args:
+            function: ``(logits (n, V), reference_logits (n, V), *token_args) -> (n,)`` or ``(n, k)``; no gradient flows
+                into the reference model.
+            tokens: The supervised tokens, with ``reference``.
+            token_args: As for `map_logits`.
+
+        Returns:
+            Shape ``(N,)`` or ``(N, k)``.
+
+        Raises:
+            RuntimeError: If the reference model did not run.
+        """
+        if tokens.reference is None:
+            raise RuntimeError('the reference model did not run on these tokens: the objective must need "reference".')
+        states = tokens.reference.hidden
+        if not self.linear_head:
+            return function(functional.upcast(tokens.hidden), functional.upcast(states), *token_args)
+        head = self._head if self.frozen is None else cast(nn.Linear, self.frozen.get_output_embeddings())
+        dtype = functional.matmul_dtype(states, head.weight)
+        weight, bias = head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype)
+
+        def with_reference(logits: Tensor, states: Tensor, *args: Tensor) -> Tensor:
+            return function(logits, functional.upcast(F.linear(states.to(dtype), weight, bias)), *args)
+
+        return self.map_logits(with_reference, tokens, states, *token_args)
 
     def save(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
         """Writes a Hugging Face model directory (safetensors and tokenizer); a half-written one never replaces a whole.

@@ -80,12 +80,25 @@ def pack(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         torch.cat([*(torch.arange(lengths[i]) for i in row), torch.arange(tail) % max(lengths)])
         for row, tail in zip(rows, tails, strict=True)
     ]
-    packed = {
-        key: pad_sequence(
-            [torch.cat([sequences[i][key] for i in row]) for row in rows],
-            batch_first=True,
-            padding_value=IGNORED if key == "labels" else 0,
-        )
-        for key in sequences[0]
-    }
+    packed = _stacked([{key: torch.cat([sequences[i][key] for i in row]) for key in sequences[0]} for row in rows])
     return {**packed, "position_ids": torch.stack(positions).to(packed["input_ids"].device)}
+
+
+def pad(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Puts every sequence into a row of its own, for models that let packed ones see each other.
+
+    Args:
+        sequences: As for `pack`.
+
+    Returns:
+        The same keys and ``attention_mask``, shape ``(B, T)``.
+    """
+    ones = [{**sequence, "attention_mask": torch.ones_like(sequence["input_ids"])} for sequence in sequences]
+    return _stacked(ones)
+
+
+def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        key: pad_sequence([row[key] for row in rows], batch_first=True, padding_value=IGNORED if key == "labels" else 0)
+        for key in rows[0]
+    }

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_unlearn.evaluation import AnswerSuite, Suite
-from lit_unlearn.lm import LanguageModel, SupervisedTokens
-from lit_unlearn.module.measured import Batch, LitMeasured
+from lit_unlearn.lm import Batch, LanguageModel
+from lit_unlearn.module.measured import LitMeasured
 from lit_unlearn.module.passes import Order, Term, plan_passes
 from lit_unlearn.module.strategies import check_strategy, shard, total_norm
-from lit_unlearn.objectives import Average, Objective
 
 _TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -97,9 +95,13 @@ class LitLanguageModel(LitMeasured):
             precision = "32-true" if self._trainer is None else self.trainer.precision
             self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32))  # mixed precision keeps float32 weights
             rank_zero_info(f"model: {_describe(self.lm)}")
-        self.strict_loading = not self.lm.has_adapter
+        self._prepare_reference()
+        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
         if self.device_mesh is not None:
             shard(self.lm, self.device_mesh)
+
+    def _prepare_reference(self) -> None:
+        """Does what must be done with the model as it was loaded, before a checkpoint or a step changes it."""
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule."""
@@ -118,14 +120,15 @@ class LitLanguageModel(LitMeasured):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves what decides the next step beside weights and optimizer, in plain types; of an adapted model the adapter.
+        """Saves what decides the next step beside weights and optimizer, in plain types.
 
-        Where every process saves its shard, all weights are saved: they are loaded by name, without exception.
+        Of an adapted model only the adapter is saved, and no copy of the reference model. Where every process saves its
+        shard, all weights are: they are loaded by name, without exception.
         """
         checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings}
         state = checkpoint["state_dict"]
-        if self.lm.has_adapter and not any(isinstance(value, DTensor) for value in state.values()):
-            names = self._adapter_names()
+        if not self.strict_loading and not any(isinstance(value, DTensor) for value in state.values()):
+            names = self._saved_names()
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -133,7 +136,7 @@ class LitLanguageModel(LitMeasured):
 
         Raises:
             ValueError: If dropout was seeded otherwise.
-            KeyError: If a part of the adapter is missing.
+            KeyError: If weights are missing.
         """
         if self._trainer is not None and self.trainer.state.fn == "fit":
             if checkpoint["run"]["seed"] != self.seed:
@@ -142,16 +145,18 @@ class LitLanguageModel(LitMeasured):
                     "Restore it, or start a new run from the exported model."
                 )
             self._saved_settings = checkpoint["run"]["optimizer"]
-        if self.lm.has_adapter and "state_dict" in checkpoint:  # which sharding strategies load by themselves
-            missing = self._adapter_names() - checkpoint["state_dict"].keys()
+        if not self.strict_loading and "state_dict" in checkpoint:  # which sharding strategies load by themselves
+            missing = self._saved_names() - checkpoint["state_dict"].keys()
             if missing:
                 raise KeyError(
-                    f"the checkpoint lacks {len(missing)} of the adapter's tensors, such as '{min(missing)}': it was made "
-                    "with another `model.lm.adapter`, or without one. Give the same adapter, or start a new run."
+                    f"the checkpoint lacks {len(missing)} of the {'adapter' if self.lm.has_adapter else 'model'}'s tensors, such "
+                    f"as '{min(missing)}': it was made with another `model.lm`. Give the same, or start a new run."
                 )
 
-    def _adapter_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _saved_names(self) -> set[str]:
+        if self.lm.has_adapter:
+            return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name for name in self.state_dict() if not name.startswith("lm.frozen.")}
 
     def on_train_start(self) -> None:
         """Lets changed optimizer settings win over those that came with the checkpoint.
@@ -207,18 +212,24 @@ class LitLanguageModel(LitMeasured):
                     "only on a row's first token, which nothing predicts). Drop such rows from the data."
                 )
         for number, one in enumerate(passes):
-            objectives = [terms[i].objective for i in one.terms]
             scales = [terms[i].weight * self.trainer.world_size / all_counts[i] for i in one.terms]
-            with nullcontext() if number + 1 == len(passes) else self._no_gradient_sync():
-                averages = self.lm(one.batch, partial(self._averages, objectives), located=one.tokens)
+            last = number + 1 == len(passes)
+            with nullcontext() if last else self._no_gradient_sync():
+                averages = self._pass(one, [term.objective for term in terms])
                 weighted = [average.total * scale for average, scale in zip(averages, scales, strict=True)]
-                self.manual_backward(torch.stack(weighted).sum())
+                loss = torch.stack(weighted).sum()
+                if last and any(one.layers for one in passes):
+                    loss = loss + self._touch_all()
+                self.manual_backward(loss)
             for i, average in zip(one.terms, averages, strict=True):
                 sums[i, 0] += average.total.detach().double()
         return self._add_over_processes(sums)
 
-    def _averages(self, objectives: list[Objective], *tokens: SupervisedTokens) -> list[Average]:
-        return [objective(self.lm, own) for objective, own in zip(objectives, tokens, strict=True)]
+    def _touch_all(self) -> Tensor | float:
+        """Zero, with a gradient of zero for every weight where DDP waits for all: layers may be left out of a loss."""
+        if not isinstance(self.trainer.strategy, DDPStrategy):
+            return 0.0
+        return 0.0 * torch.stack([p.sum() for p in self.lm.parameters() if p.requires_grad]).sum()
 
     def _step(self) -> bool:
         """Steps the optimizer with the accumulated gradient, then the schedule.

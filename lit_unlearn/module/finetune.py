@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_unlearn.evaluation import Suite
-from lit_unlearn.lm import LanguageModel
+from lit_unlearn.lm import Batch, LanguageModel
 from lit_unlearn.module.base import LitLanguageModel, Schedule
-from lit_unlearn.module.measured import Batch
 from lit_unlearn.module.passes import Term
 from lit_unlearn.objectives import NLL
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lit_unlearn.evaluation import Suite
-from lit_unlearn.lm import LanguageModel
+from lit_unlearn.lm import Batch, LanguageModel, SupervisedTokens
+from lit_unlearn.module.passes import Pass, Term, plan_passes
+from lit_unlearn.objectives import NLL, Objective
 
-Batch = Mapping[str, Tensor]
+Value = TypeVar("Value")
+Consumer = Callable[[LanguageModel, SupervisedTokens], Value]
 
 
 class Measurement(NamedTuple):
@@ -40,6 +42,7 @@ class LitMeasured(L.LightningModule):
         super().__init__()
         self.lm = lm
         self.suite = suite
+        self._answers = NLL()  # reads what suites read
         self._measured: Measurement | None = None
 
     def setup(self, stage: str) -> None:
@@ -47,7 +50,22 @@ class LitMeasured(L.LightningModule):
         self._measured = None
 
     def _evaluate(self, stream: str, batch: Batch) -> None:
-        self.lm(batch, partial(self.suite.update, stream, self.lm))
+        """Adds one batch of one stream to everything that is measured on it, in as few passes as that takes."""
+        self._consume(stream, batch, self._consumers(stream))
+
+    def _consumers(self, stream: str) -> list[tuple[Objective, Consumer[Any]]]:
+        """What is measured on a stream: an objective that says what it reads, and what is done with it."""
+        return [(self._answers, partial(self.suite.update, stream))]
+
+    def _consume(self, stream: str, batch: Batch, consumers: Sequence[tuple[Objective, Consumer[Any]]]) -> None:
+        terms = [Term(stream, stream, objective, 0.0) for objective, _ in consumers]
+        for one in plan_passes({stream: batch}, terms, self.lm, None, "joint"):
+            self._pass(one, [consume for _, consume in consumers])
+
+    def _pass(self, one: Pass, consumers: Sequence[Consumer[Value]]) -> list[Value]:
+        """Runs the model and hands each term's tokens to its consumer."""
+        compute = partial(_apply, self.lm, [consumers[i] for i in one.terms])
+        return self.lm(one.batch, compute, located=one.tokens, reference=one.reference, layers=one.layers)  # type: ignore[no-any-return]
 
     def _results(self) -> dict[str, float]:
         """Values over everything evaluated on all processes; starts afresh afterwards."""
@@ -86,16 +104,23 @@ class LitMeasured(L.LightningModule):
         """
         if self._measured is not None and self._measured.step == self.global_step:
             return self._measured.values
-        training = self.lm.training
-        self.lm.eval()
-        with self.trainer.precision_plugin.val_step_context():
-            for stream, batches in self._evaluation_streams().items():
-                for batch in batches:
-                    self._evaluate(stream, self.trainer.strategy.batch_to_device(batch))
-        self.lm.train(training)
+        for stream, batch in self._evaluation_batches():
+            self._evaluate(stream, batch)
         values = self._results()
         self._keep(values)
         return values
+
+    def _evaluation_batches(self) -> Iterator[tuple[str, Batch]]:
+        """Every batch of every validation stream, on the device; in between, the model is in evaluation mode."""
+        training = self.lm.training
+        self.lm.eval()
+        try:
+            with self.trainer.precision_plugin.val_step_context():
+                for stream, batches in self._evaluation_streams().items():
+                    for batch in batches:
+                        yield stream, self.trainer.strategy.batch_to_device(batch)
+        finally:
+            self.lm.train(training)
 
     def _keep(self, values: dict[str, float]) -> None:
         self._measured = Measurement(self.global_step, values)
@@ -104,11 +129,12 @@ class LitMeasured(L.LightningModule):
         """The validation loaders, or else the training loaders that come to an end."""
         if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
             return dict(self.trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-        loaders = self.trainer.val_dataloaders or self.trainer.train_dataloader
+        own = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        loaders = own or self.trainer.train_dataloader
         if isinstance(loaders, Mapping):
             return dict(loaders)
         raise ValueError(
-            "a relative epsilon is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
+            "the model before unlearning is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
             f"(or a dict of finite training loaders), not {type(loaders).__name__}; or set an absolute epsilon."
         )
 
@@ -120,3 +146,7 @@ class LitMeasured(L.LightningModule):
                 f"'retain': …}}, so that results can be named; got {type(loaders).__name__}."
             )
         return str(list(loaders)[index])
+
+
+def _apply(lm: LanguageModel, consumers: Sequence[Consumer[Value]], *tokens: SupervisedTokens) -> list[Value]:
+    return [consume(lm, own) for consume, own in zip(consumers, tokens, strict=True)]

@@ -124,7 +124,8 @@ def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(lm, options=options)
-    return {name.removeprefix("model."): cast(Tensor, value) for name, value in state.items()}
+    own = "model."  # not those of a frozen reference model
+    return {name.removeprefix(own): cast(Tensor, value) for name, value in state.items() if name.startswith(own)}
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

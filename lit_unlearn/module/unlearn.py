@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,15 +12,16 @@ from torch import nn
 
 from lit_unlearn.dual import Constraint
 from lit_unlearn.evaluation import Suite
-from lit_unlearn.lm import LanguageModel
+from lit_unlearn.lm import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.metrics import ConstraintSlack
-from lit_unlearn.module.base import LitLanguageModel, Schedule
-from lit_unlearn.module.measured import Batch, Measurement
+from lit_unlearn.module.base import Schedule
+from lit_unlearn.module.measured import Consumer, Measurement
 from lit_unlearn.module.passes import Order, Term
+from lit_unlearn.module.referring import LitReferring
 from lit_unlearn.objectives import Objective
 
 
-class LitUnlearn(LitLanguageModel):
+class LitUnlearn(LitReferring):
     """Minimises a forgetting objective subject to constraints on retention, by primal-dual steps.
 
     Each optimizer step descends ``forget_weight · forget + Σ λ · constraint`` and then moves every multiplier λ once by
@@ -91,6 +91,11 @@ class LitUnlearn(LitLanguageModel):
         self.best: Measurement | None = None
         self._dual_epochs = 0  # epochs whose dual step was taken
 
+    def terms(self) -> list[Term]:
+        """The objectives with their present weights."""
+        bounds = [Term(n, c.stream, c.objective, c.multiplier.value) for n, c in self.constraints.items()]
+        return [Term("forget", "forget", self.forget, self.forget_weight), *bounds]
+
     def setup(self, stage: str) -> None:
         """As the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
         super().setup(stage)
@@ -117,9 +122,7 @@ class LitUnlearn(LitLanguageModel):
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:
         """One primal step on the model, one dual step on every multiplier."""
         self._dual_step_of_epoch()
-        terms = [Term("forget", "forget", self.forget, self.forget_weight)]
-        terms += [Term(n, c.stream, c.objective, c.multiplier.value) for n, c in self.constraints.items()]
-        sums = self._backward(batch, terms)
+        sums = self._backward(self._with_reference_logp(batch), self.terms())
         forget, *values = (sums[:, 0] / sums[:, 1]).tolist()
         for constraint, value in zip(self.constraints.values(), values, strict=True):
             constraint.check(value)  # before the step: the weights are still good
@@ -149,13 +152,12 @@ class LitUnlearn(LitLanguageModel):
                     constraint.update(self._whole_value(name), self.current_epoch - 1)
             self._dual_epochs = self.current_epoch
 
-    def _evaluate(self, stream: str, batch: Batch) -> None:
-        super()._evaluate(stream, batch)
-        bounded = {n: c.objective for n, c in self.constraints.items() if c.stream == stream}
-        measured = [(cast(ConstraintSlack, self._slack[name]), objective) for name, objective in bounded.items()]
-        measured += [(self._forget_loss, self.forget)] if stream == "forget" else []
-        for metric, objective in measured:
-            metric.update(*self.lm(batch, partial(objective, self.lm), objective.alignment))
+    # Measuring --------------------------------------------------------------------------------------------------------
+
+    def _consumers(self, stream: str) -> list[tuple[Objective, Consumer[Any]]]:
+        meters = {"forget": self._forget_loss, **cast(dict[str, ConstraintSlack], dict(self._slack.items()))}
+        metered = [(t.objective, _metered(meters[t.name], t.objective)) for t in self.terms() if t.stream == stream]
+        return [*super()._consumers(stream), *metered]
 
     def _results(self) -> dict[str, float]:
         values = super()._results()
@@ -220,7 +222,8 @@ class LitUnlearn(LitLanguageModel):
         """Restores what `on_save_checkpoint` saved.
 
         Raises:
-            KeyError: If the checkpoint was made with other constraints, or of another kind of module.
+            KeyError: If the checkpoint was made with other constraints, of another kind of module, or with an objective
+                that needed less of the model before unlearning.
         """
         if "constraints" not in checkpoint:
             raise KeyError(
@@ -236,3 +239,10 @@ class LitUnlearn(LitLanguageModel):
         for name, constraint in self.constraints.items():
             constraint.load_state_dict(saved[name])
         self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]
+
+
+def _metered(meter: ConstraintSlack, objective: Objective) -> Consumer[None]:
+    def consume(lm: LanguageModel, tokens: SupervisedTokens) -> None:
+        meter.update(*objective(lm, tokens))
+
+    return consume

@@ -1,7 +1,44 @@
 """Objectives: what is minimised on the forget set and what is bounded on the retain set."""
 
-from lit_unlearn.objectives.base import Average, Need, Objective
-from lit_unlearn.objectives.forget import LogitMargin
-from lit_unlearn.objectives.retain import NLL
+from lit_unlearn.objectives.base import Average, Need, Objective, Reads, SequenceObjective
+from lit_unlearn.objectives.forget import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    IdkNLL,
+    JensUn,
+    KLToUniform,
+    LogitMargin,
+    SatImp,
+    SimNPO,
+)
+from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
 
-__all__ = ["NLL", "Average", "LogitMargin", "Need", "Objective"]
+__all__ = [
+    "CEU",
+    "DPO",
+    "NLL",
+    "NPO",
+    "RMU",
+    "UNDIAL",
+    "WGA",
+    "ActivationMatch",
+    "Average",
+    "GradAscent",
+    "IdkNLL",
+    "JensUn",
+    "JensenShannonToReference",
+    "KLToReference",
+    "KLToUniform",
+    "LogitMargin",
+    "Need",
+    "Objective",
+    "Reads",
+    "SatImp",
+    "SequenceObjective",
+    "SimNPO",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 
 from lit_unlearn.lm import Alignment, SupervisedTokens
 
-Need = Literal["reference", "alternate", "activations"]
+Need = Literal["reference", "reference_logp", "alternate", "activations"]
+"""What must be at hand beside the model.
+
+``reference``: the reference model runs on every batch. ``reference_logp``: its log-probability of every row, measured
+once. ``alternate``: another answer to every question. ``activations``: what the layers named by ``layers`` put out.
+"""
+
+Reads = Literal["answer", "alternate", "pair"]
+"""Which answers an objective is given: the rows' own, the alternate ones in their place, or both."""
 
 
 class TokenModel(Protocol):
@@ -27,6 +36,9 @@ class TokenModel(Protocol):
 
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
         """``function(logits, *token_args)``, applied in chunks; shape ``(N,)`` or ``(N, k)``."""
+
+    def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
+        """``function(logits, reference_logits, *token_args)``, likewise, for an objective that needs ``"reference"``."""
 
 
 class Average(NamedTuple):
@@ -48,13 +60,22 @@ class Average(NamedTuple):
 class Objective(nn.Module, ABC):
     """A loss over the supervised tokens of a batch, averaged over tokens (or sequences: see `count`).
 
-    A subclass holds its hyperparameters, declares in `needs` what must be at hand beside the model, and never sees
-    Lightning. The module computes `count` from the labels alone before any forward pass, so that micro-batches and
-    processes of unequal length weigh every token alike.
+    A subclass holds its hyperparameters, declares in `needs` what must be at hand beside the model and in `reads` which
+    answers it is given, and never sees Lightning. What it declares it finds in the fields of `SupervisedTokens`. The
+    module computes `count` from the labels alone before any forward pass, so that micro-batches and processes of unequal
+    length weigh every token alike.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    reads: ClassVar[Reads] = "answer"
+    formula: ClassVar[str] = ""  # the value in a line, for `lit-unlearn methods`
+    paper: ClassVar[str] = ""
     alignment: Alignment = "next_token"
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers, from 0, whose output it reads; none unless it needs ``"activations"``."""
+        return frozenset()
 
     @abstractmethod
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
@@ -75,3 +96,30 @@ class Objective(nn.Module, ABC):
             tokens: The supervised tokens; ``hidden`` is not read.
         """
         return tokens.labels.numel()
+
+
+class SequenceObjective(Objective):
+    """An objective that is averaged over whole answers, whatever their length."""
+
+    def count(self, tokens: SupervisedTokens) -> int:
+        """How many answers there are."""
+        return tokens.num_sequences
+
+
+def checked(owner: Objective, name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    """``value`` if it is finite, ≥ ``least`` and > ``above``.
+
+    Args:
+        owner: Whose hyperparameter it is, for the message.
+        name: Its name.
+        value: As configured.
+        least: Smallest value allowed.
+        above: Largest value not allowed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if math.isfinite(value) and value >= least and value > above:
+        return value
+    wanted = f"above {above:g}" if math.isfinite(above) else f"{least:g} or more" if math.isfinite(least) else "finite"
+    raise ValueError(f"{type(owner).__name__}: `{name}` must be a finite number {wanted}, not {value!r}.")
