@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit-unlearn-tests-")
+os.environ["LIT_UNLEARN_CACHE"] = tempfile.mkdtemp(prefix="lit-unlearn-cache-")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import lightning as L
@@ -113,3 +115,11 @@ def make_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         return L.Trainer(**{**quiet, **settings})
 
     return make
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for a command that writes where it stands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
+    return tmp_path

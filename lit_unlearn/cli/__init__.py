@@ -11,6 +11,7 @@ from lit_unlearn import __version__
 
 _CONFIG = ("--config", "-c")
 _PACKAGE = Path(__file__).parents[1]
+CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # the wheel's; the source tree's
 
 HELP = """\
 usage: lit-unlearn COMMAND [options]
@@ -21,6 +22,7 @@ commands:
   fit         unlearn (or, with LitFinetune, teach) as --config FILE says
   validate    measure forget and retain rows and the constraints' slack
   test        run the suite
+  methods     list the forgetting methods: formula, needs, paper, configuration file
   tokenizer   train a small tokenizer on a data module's rows, for models made from scratch
 
 `lit-unlearn COMMAND --help` lists the options; a --config that is no local file is looked up among the packaged ones.
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[0] == "methods":
+        from lit_unlearn.cli import methods
+
+        methods.run(arguments[1:], next(folder for folder in CONFIGS if folder.is_dir()))
+        return
     if arguments[0] == "tokenizer":
         from lit_unlearn.cli.tokenizer import run
     else:
@@ -73,7 +80,7 @@ def find_configs(arguments: list[str]) -> list[str]:
 def _packaged(name: str) -> str:
     if Path(name).is_file():
         return name
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):  # the wheel's; the source tree's
+    for folder in CONFIGS:
         candidate = folder / name.removeprefix("configs/")
         if candidate.is_file():
             return str(candidate)

@@ -12,41 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import ROOT, UNLEARN, instantiate, quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_unlearn import LitFinetune, LitUnlearn, cli
 from lit_unlearn.cli.errors import shorten
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-UNLEARN = ROOT / "configs" / "demo" / "unlearn.yaml"
-
-
-@pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
-    return tmp_path
-
-
-def quick(model_dir: str, *extra: str) -> list[str]:
-    """A fit on the tiny model that takes a few steps."""
-    return [
-        "fit",
-        "--config=demo/unlearn.yaml",
-        f"--model.lm.model={model_dir}",
-        "--data.num_authors=3",
-        "--data.forget_authors=1",
-        "--data.max_length=200",
-        "--trainer.max_epochs=2",
-        "--trainer.logger.save_dir=log",
-        "--trainer.logger.name=run",
-        "--trainer.enable_progress_bar=false",
-        "--export.dirpath=out",
-        "--report.require_feasible=false",
-        "--report.max_forget_probability=null",
-        *extra,
-    ]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["-h"], []])
@@ -128,16 +100,6 @@ def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
     assert cli.find_configs(["fit", "--config", "tofu.yaml"])[2] == "tofu.yaml"
 
 
-def instantiate(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Parses and instantiates without running."""
-    from lightning.pytorch.cli import LightningCLI
-
-    made: list[Any] = []
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
-    cli.main(arguments)
-    return made[0]
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_parses_and_instantiates(
     config: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str, tokenizer_dir: str
@@ -150,7 +112,7 @@ def test_every_config_parses_and_instantiates(
         assert {"data", "vocab_size", "output"} == settings.keys()
         return  # test_tokenizer_command runs one
     base = "tofu.yaml" if config.name == "tofu_unlearn.yaml" else "demo/unlearn.yaml"  # what the overlays go over
-    overlay = config.name == "tofu_unlearn.yaml" or config.parent.name == "hardware"
+    overlay = config.name == "tofu_unlearn.yaml" or config.parent.name in ("hardware", "method")
     files = ["--config", str(ROOT / "configs" / base)] * overlay + ["--config", str(config)]
     made = instantiate(["fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
     assert isinstance(made.model, LitFinetune if "target" in config.stem else LitUnlearn)

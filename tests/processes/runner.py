@@ -20,10 +20,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_unlearn import (
+    DPO,
     NLL,
+    NPO,
+    RMU,
+    UNDIAL,
+    ActivationMatch,
     Constraint,
     DualAscent,
     ForgetRetain,
+    KLToReference,
     LanguageModel,
     LitUnlearn,
     LogitMargin,
@@ -36,6 +42,18 @@ from lit_unlearn.module import FSDP2Strategy
 from lit_unlearn.module.strategies import whole_state
 
 torch.set_num_threads(1)
+FORGET: dict[str, Any] = {
+    "margin": LogitMargin,
+    "npo": NPO,
+    "dpo": DPO,
+    "undial": UNDIAL,
+    "rmu": partial(RMU, layer=0),
+}
+GENERAL: dict[str, Any] = {
+    "nll": partial(Constraint, NLL(), 5.5),
+    "kl": partial(Constraint, KLToReference(), 0.01),
+    "activations": partial(Constraint, ActivationMatch(layer=0), 0.01),
+}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.01),  # a rate at which training converges: else rounding would be magnified
     "adamw": partial(torch.optim.AdamW, lr=1e-3),
@@ -116,16 +134,19 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
             smoothing=settings.get("smoothing", 0.0),
             update_every=every,
         ),
-        "general": Constraint(NLL(), 5.5, DualAscent(lr=2.0, init=1.0), stream="general", update_every=every),
+        "general": GENERAL[settings.get("general", "nll")](
+            DualAscent(lr=2.0, init=1.0), stream="general", update_every=every
+        ),
     }
     return LitUnlearn(
         LanguageModel(settings["model"], adapter=settings.get("adapter")),
-        LogitMargin(),
+        FORGET[settings.get("forget", "margin")](),
         constraints,
         OPTIMIZERS[settings.get("optimizer", "sgd")],
         Schedule("linear", warmup_epochs=0.5),
         micro_batch_size=settings.get("micro_batch_size"),
         gradient_clip_val=settings.get("gradient_clip_val", 5.0),
+        forget_weight=settings.get("forget_weight", 1.0),
         passes=settings.get("passes", "joint"),
     )
 
@@ -141,6 +162,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     L.seed_everything(settings.get("seed", 0), verbose=False)
     module = make_module(settings)
+    module._reference_logp.folder = folder / "reference_logp"  # of this run alone
     if settings.get("padded"):
         load = module.configure_model
 
@@ -209,6 +231,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
         "values": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "multipliers": {name: constraint.multiplier.value for name, constraint in module.constraints.items()},
         "best": module.best and module.best._asdict(),
+        "reference_logp": module._reference_logp.values,
     }
 
 

@@ -40,6 +40,22 @@ SAME_ADAPTED = {  # every one takes the steps of the plain run with the adapter
     "lora, fsdp2": {"strategy": "fsdp2"},
 }
 SAME |= {name: {**plan, "adapter": ADAPTER} for name, plan in SAME_ADAPTED.items()}
+METHODS: dict[str, Result] = {  # whose objectives need the reference model, alternate answers or activations
+    "npo": {"forget": "npo", "forget_weight": 0.1},
+    "dpo, kl": {"forget": "dpo", "forget_weight": 0.1, "general": "kl"},
+    "undial": {"forget": "undial"},
+    "rmu": {"forget": "rmu", "general": "activations"},
+}
+SAME_METHOD: dict[str, Result] = {
+    "micro 2": {"micro_batch_size": 2},
+    "padded": {"padded": True},
+    "ddp": {"strategy": "ddp"},
+    "fsdp2, micro 2": {"strategy": "fsdp2", "micro_batch_size": 2},
+    "ddp, sequential": {"strategy": "ddp", "passes": "sequential"},
+}
+SAME |= {f"{m}, {name}": {**plan, **method} for m, method in METHODS.items() for name, plan in SAME_METHOD.items()}
+SAME |= {f"{m}, lora, ddp": {"strategy": "ddp", "adapter": ADAPTER, **METHODS[m]} for m in ("npo", "dpo, kl", "rmu")}
+OF_THE_RUN = ("adapter", "forget", "forget_weight", "general")  # what is not the way it is run
 NOISY = {"model": "dropout", "optimizer": "adamw", "update_every": "step"}
 ADAPTED = {"adapter": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}
 RESUMED_AFTER = [2, 3, 5, 6, 7]  # 3 steps an epoch: in its midst and at its end
@@ -50,6 +66,9 @@ RESUME: dict[str, Result] = {
     "ddp, lora": {"strategy": "ddp", **ADAPTED},
     "fsdp2, lora": {"strategy": "fsdp2", **ADAPTED},
     "fsdp2-file, lora": {"strategy": "fsdp2-file", **ADAPTED},
+    "ddp, dpo, kl": {"strategy": "ddp", **METHODS["dpo, kl"]},
+    "fsdp2, dpo, kl": {"strategy": "fsdp2", **METHODS["dpo, kl"]},
+    "fsdp2-file, dpo, kl": {"strategy": "fsdp2-file", **METHODS["dpo, kl"]},
 }
 OTHERS = {
     "no reduction": {"strategy": "ddp", "no_reduction": True},
@@ -112,9 +131,11 @@ def difference(result: Result, other: Result) -> float:
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_trajectory(name: str, alone: Any, pairs: dict[str, list[Result]], record_property: Any) -> None:
-    plain = alone(adapter=ADAPTER) if "adapter" in SAME[name] else alone()
+    plain = alone(**{key: value for key, value in SAME[name].items() if key in OF_THE_RUN})
     result = pairs[name][0] if name in pairs else alone(**SAME[name])
     assert result["trained"] == plain["trained"]
+    assert result["reference_logp"] == pytest.approx(plain["reference_logp"], rel=1e-6)
+    assert len(plain["reference_logp"]) == {"npo": 10, "dpo": 20}.get(SAME[name].get("forget", ""), 0)
     assert len(plain["steps"]) == len(result["steps"]) == 9
     weights = difference(result, plain)
     multipliers = max(
