@@ -122,4 +122,5 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own for a command that writes where it stands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds the folder it stands in
     return tmp_path

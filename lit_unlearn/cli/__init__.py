@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments after the program's name; ``None`` for those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for classes of one's own, named by their import path
     if arguments in (["--version"], ["-V"]):
         print(f"lit-unlearn {__version__}")
     elif not arguments or arguments[0] in ("--help", "-h"):

@@ -53,6 +53,11 @@ class LitReferring(LitLanguageModel):
         self._measure_reference_logp()
         return super().measure()
 
+    def on_train_start(self) -> None:
+        """As the base class does; the reference model is measured before the first step, if it was not before."""
+        super().on_train_start()
+        self._measure_reference_logp()
+
     def on_validation_epoch_start(self) -> None:
         """Measures the reference model's log-probabilities, unless they are known."""
         self._measure_reference_logp()

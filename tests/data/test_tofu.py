@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_unlearn import TOFU
+from lit_unlearn.data.alternates import alternate_answers
 
 FOLDER = Path(os.environ.get("LIT_UNLEARN_TOFU", Path(__file__).parents[3] / "shared/data/tofu"))
 SIZES = {"forget01": (40, 3960), "forget05": (200, 3800), "forget10": (400, 3600)}
@@ -77,3 +78,14 @@ def test_the_hub_is_asked_for_the_split_by_name():
     assert {role: (s.path, s.name, s.split, s.max_rows) for role, s in data.sources.items()} == wanted
     with pytest.raises(FileNotFoundError, match=r"'locuslab/TOFU' is neither a file .* configuration 'forget05'"):
         data.load()
+
+
+@needs_tofu
+def test_wrong_answers_come_with_the_same_rows() -> None:
+    plain = TOFU("forget01", str(FOLDER), max_retain_rows=5)
+    wrong = TOFU("forget01", str(FOLDER), max_retain_rows=5, alternate_column="perturbed_answer")
+    rows = wrong.load_set("forget")
+    for column in ("question", "answer"):
+        assert plain.load_set("forget")[column][:] == rows[column][:]
+    answers = alternate_answers(rows, wrong.alternate_column, None, seed=0)
+    assert all(answer in others for answer, others in zip(answers, rows["perturbed_answer"], strict=True))

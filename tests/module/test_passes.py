@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_unlearn import NLL, LanguageModel, LogitMargin
+from lit_unlearn import DPO, NLL, RMU, UNDIAL, ActivationMatch, IdkNLL, KLToReference, LanguageModel, LogitMargin
 from lit_unlearn.module.passes import Pass, Term, plan_passes
 
 
@@ -123,3 +123,67 @@ def test_a_stream_that_is_missing_is_named(lm: LanguageModel) -> None:
         plan_passes({"forget": STEP["forget"]}, terms(), lm, None, "joint")
     with pytest.raises(KeyError, match="a batch needs 'input_ids' and 'labels'"):
         plan_passes({"forget": {"input_ids": STEP["forget"]["input_ids"]}}, terms()[:1], lm, None, "sequential")
+
+
+# Pairs, needs and values of rows ---------------------------------------------------------------------------------------
+
+PAIRS = {
+    "forget": {**STEP["forget"], "alternate": batch([8, 3, 4, 5, 3], 400), "reference_logp": -torch.arange(5.0)},
+    "retain": STEP["retain"],
+}
+PAIRS["forget"]["alternate"]["reference_logp"] = -10 - torch.arange(5.0)
+
+
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 99])
+@pytest.mark.parametrize("packs", [True, False])
+def test_pairs_stay_together_with_their_values(
+    order: Any, micro_batch_size: int | None, packs: bool, lm: LanguageModel
+) -> None:
+    lm.packs = packs
+    mixed = [Term("forget", "forget", DPO(), 1.0), Term("idk", "forget", IdkNLL(), 1.0), *terms()[1:]]
+    passes = plan_passes(PAIRS, mixed, lm, micro_batch_size, order)
+    found = {}
+    for one in passes:
+        ids = one.batch["input_ids"].flatten()
+        for term, tokens in zip(one.terms, one.tokens, strict=True):
+            if term > 1:
+                continue
+            for kind, part in (("answer", tokens), ("alternate", tokens.alternate)):
+                for place in range(0 if part is None else part.num_sequences):
+                    states = ids[part.hidden[part.sequence == place]]
+                    row = int(states[0] - (10 if kind == "answer" and term == 0 else 400)) // 20
+                    assert int(part.rows[place]) == row  # rows are told apart by their ids
+                    assert part.reference_logp[place] == (-row if kind == "answer" and term == 0 else -10 - row)
+                    found[term, kind, row] = len(states)
+    wanted = {(0, "answer", row): n - n // 3 for row, n in enumerate([3, 9, 6, 4, 9])}
+    wanted |= {(0, "alternate", row): n - n // 3 for row, n in enumerate([8, 3, 4, 5, 3])}
+    wanted |= {(1, "answer", row): n - n // 3 for row, n in enumerate([8, 3, 4, 5, 3])}
+    assert found == wanted
+
+
+def test_only_what_is_read_goes_through_the_model(lm: LanguageModel) -> None:
+    (one,) = plan_passes(PAIRS, [Term("forget", "forget", IdkNLL(), 1.0)], lm, None, "joint")
+    assert one.batch["input_ids"].max() >= 400
+    assert not ((one.batch["input_ids"] >= 10) & (one.batch["input_ids"] < 200)).any()
+
+
+def test_streams_that_need_the_reference_model_have_passes_of_their_own(lm: LanguageModel) -> None:
+    plan = [Term("forget", "forget", UNDIAL(), 1.0), Term("nll", "retain", NLL(), 1.0)]
+    passes = plan_passes(STEP, plan, lm, None, "joint")
+    assert [(one.terms, one.reference) for one in passes] == [([1], False), ([0], True)]
+    both = [plan[0], Term("kl", "retain", KLToReference(), 1.0)]
+    assert [(one.terms, one.reference) for one in plan_passes(STEP, both, lm, None, "joint")] == [([0, 1], True)]
+    deep = [Term("forget", "forget", RMU(layer=1), 1.0), Term("match", "retain", ActivationMatch(layer=0), 1.0)]
+    assert [one.layers for one in plan_passes(STEP, deep, lm, None, "joint")] == [{1}, {0}]
+
+
+def test_a_pair_with_half_an_answer_is_refused(lm: LanguageModel) -> None:
+    labels = PAIRS["forget"]["alternate"]["labels"].clone()
+    labels[2] = -100
+    half = {**PAIRS["forget"], "alternate": {**PAIRS["forget"]["alternate"], "labels": labels}}
+    with pytest.raises(ValueError, match="some row has supervised tokens in only one of them"):
+        plan_passes({"forget": half}, [Term("forget", "forget", DPO(), 1.0)], lm, None, "joint")
+    short = {key: value[:3] for key, value in PAIRS["forget"]["alternate"].items()}
+    with pytest.raises(KeyError, match="reads alternate answers of the 'forget' rows, but the batch has none"):
+        plan_passes({"forget": {**half, "alternate": short}}, [Term("f", "forget", DPO(), 1.0)], lm, None, "joint")
