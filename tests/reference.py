@@ -6,6 +6,7 @@ comparisons share are below the formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,95 @@ def kl_uniform_to_model(z: Tensor) -> Tensor:
 
 def kl_model_to_uniform(z: Tensor) -> Tensor:
     return kl(log_softmax(z), log_uniform(z))
+
+
+def kl_of_probabilities(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) of one token, shape (V,), where words that p rules out add nothing."""
+    seen = p > 0
+    return (p[seen] * (p[seen] / q[seen]).log()).sum()
+
+
+def jensen_shannon(z: Tensor, w: Tensor) -> Tensor:
+    rows = []
+    for p, q in zip(log_softmax(z).exp(), log_softmax(w).exp(), strict=True):
+        mixture = (p + q) / 2
+        rows.append((kl_of_probabilities(p, mixture) + kl_of_probabilities(q, mixture)) / 2)
+    return torch.stack(rows)
+
+
+def jensen_shannon_to_label(z: Tensor, labels: Tensor) -> Tensor:
+    one_hot = torch.full_like(z, -torch.inf, dtype=torch.float64)
+    for row, label in enumerate(labels):
+        one_hot[row, int(label)] = 0.0
+    return jensen_shannon(z, one_hot)
+
+
+def cross_entropy(target: Tensor, z: Tensor) -> Tensor:
+    """Of p under a distribution that is not differentiated."""
+    return -(target.detach() * log_softmax(z)).sum(dim=1)
+
+
+def undial(z: Tensor, z_ref: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """The teacher is the reference model with the label's logit lowered by beta."""
+    lowered = z_ref.double().clone()
+    for row, label in enumerate(labels):
+        lowered[row, int(label)] -= beta
+    return cross_entropy(log_softmax(lowered).exp(), z)
+
+
+def ceu(z: Tensor, labels: Tensor) -> Tensor:
+    """The teacher is the model itself, with the label's probability shared out to the other words in proportion."""
+    rows = []
+    for row, label in zip(z, labels, strict=True):
+        others = [word for word in range(len(row)) if word != int(label)]
+        target = torch.zeros(len(row), dtype=torch.float64)
+        target[others] = log_softmax(row[others][None].detach())[0].exp()
+        rows.append(cross_entropy(target[None], row[None])[0])
+    return torch.stack(rows)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -(-x.double()).exp().log1p()  # of 1 / (1 + exp(-x))
+
+
+def npo(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
+    """Of whole answers: log-probabilities are summed over their tokens."""
+    pairs = zip(logp, reference_logp, strict=True)
+    return torch.stack([-2 / beta * log_sigmoid(-beta * (s - s_ref)) for s, s_ref in pairs])
+
+
+def simnpo(logp: Tensor, lengths: Tensor, beta: float, delta: float) -> Tensor:
+    pairs = zip(logp, lengths, strict=True)
+    return torch.stack([-2 / beta * log_sigmoid(-beta * s / int(length) - beta * delta) for s, length in pairs])
+
+
+def dpo(alternate_gain: Tensor, forget_gain: Tensor, beta: float) -> Tensor:
+    """Gain: how far an answer's log-probability is above that under the reference model."""
+    pairs = zip(alternate_gain, forget_gain, strict=True)
+    return torch.stack([-2 / beta * log_sigmoid(beta * (gain - loss)) for gain, loss in pairs])
+
+
+def wga_weight(logp: Tensor, beta: float) -> Tensor:
+    """Numbers, through which nothing is differentiated."""
+    return torch.tensor([math.exp(x) ** beta for x in logp.tolist()], dtype=torch.float64)
+
+
+def satimp_weight(logp: Tensor, beta1: float, beta2: float) -> Tensor:
+    p = [math.exp(x) for x in logp.tolist()]
+    return torch.tensor([x**beta1 * (1 - x) ** beta2 for x in p], dtype=torch.float64)
+
+
+def activation_distance(states: Tensor, target: Tensor) -> Tensor:
+    """Mean over the components of the squared difference from a row of ``target``, or from the one row that it is."""
+    targets = target.double().expand_as(states)
+    pairs = zip(states.double(), targets, strict=True)
+    return torch.stack([sum((a - b) ** 2 for a, b in zip(*pair, strict=True)) / len(pair[0]) for pair in pairs])
+
+
+def rmu_direction(width: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1), scaled to length 1, in float32 as published code has them."""
+    u = torch.rand(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return u / u.square().sum().sqrt()
 
 
 def make_head(

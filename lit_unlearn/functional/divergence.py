@@ -133,6 +133,7 @@ def jensen_shannon_to_label(logp: Tensor) -> Tensor:
         >>> jensen_shannon_to_label(torch.tensor([1.0, 0.5, 1e-9]).log())
         tensor([0.0000, 0.2158, 0.6931])
     """
+    logp = logp.clamp_min(torch.finfo(logp.dtype).min)  # 0 · −∞ is not a number
     p = logp.exp()
     return math.log(2) - ((1 + p) * p.log1p() - p * logp) / 2
 

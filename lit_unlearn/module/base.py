@@ -208,8 +208,9 @@ class LitLanguageModel(LitMeasured):
         for term, count in zip(terms, all_counts, strict=True):
             if count == 0:
                 raise ValueError(
-                    f"no row of the '{term.stream}' batch has a supervised token on any process: `labels` are all -100 (or "
-                    "only on a row's first token, which nothing predicts). Drop such rows from the data."
+                    f"no row of the '{term.stream}' batch has a supervised token that {type(term.objective).__name__} reads, on any "
+                    "process: `labels` are all -100 (or only on a row's first token, which nothing predicts), or answers are "
+                    "too short. Drop such rows from the data."
                 )
         for number, one in enumerate(passes):
             scales = [terms[i].weight * self.trainer.world_size / all_counts[i] for i in one.terms]

@@ -37,9 +37,10 @@ def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:
 def _unmet(term: Term, lm: LanguageModel, data: object) -> list[str]:
     who, lines = f"{term.name} ({type(term.objective).__name__})", []
     for layer in sorted(term.objective.layers):
-        if layer >= lm.num_layers:
+        if layer >= lm.num_layers - 1:
             lines.append(
-                f"{who} reads the output of layer {layer}, but the model's layers are 0 to {lm.num_layers - 1}: set its `layer`."
+                f"{who} reads the output of layer {layer}, but those of this model's layers that can be read are 0 to "
+                f"{lm.num_layers - 2} (the last one's ends in the final norm): set its `layer`."
             )
     rows = data.rows.get(term.stream, []) if isinstance(data, ForgetRetain) else []
     if term.objective.reads != "answer" and rows and rows[0].alternate is None:

@@ -123,3 +123,14 @@ def checked(owner: Objective, name: str, value: float, *, least: float = -math.i
         return value
     wanted = f"above {above:g}" if math.isfinite(above) else f"{least:g} or more" if math.isfinite(least) else "finite"
     raise ValueError(f"{type(owner).__name__}: `{name}` must be a finite number {wanted}, not {value!r}.")
+
+
+def whole(owner: Objective, name: str, value: int) -> int:
+    """``value`` if it is a whole number, 0 or more; as for `checked`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if checked(owner, name, value, least=0) != int(value):
+        raise ValueError(f"{type(owner).__name__}: `{name}` must be a whole number, not {value!r}.")
+    return int(value)

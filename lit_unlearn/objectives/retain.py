@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lit_unlearn.functional import activation_distance, jensen_shannon, kl
 from lit_unlearn.lm import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked
+from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, whole
 
 
 class NLL(Objective):
@@ -55,7 +55,7 @@ class ActivationMatch(Objective):
     activations' own unit.
 
     Args:
-        layer: Which transformer block's output, from 0.
+        layer: Which transformer block's output, from 0; not the last one's, which ends in the final norm.
 
     Raises:
         ValueError: If ``layer`` is negative.
@@ -66,7 +66,7 @@ class ActivationMatch(Objective):
 
     def __init__(self, layer: int = 7) -> None:
         super().__init__()
-        self.layer = int(checked(self, "layer", layer, least=0))
+        self.layer = whole(self, "layer", layer)
 
     @property
     def layers(self) -> frozenset[int]:

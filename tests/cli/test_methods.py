@@ -134,5 +134,7 @@ def test_unmet_needs_are_said_together(in_tmp: Path, model_dir: str, capsys: Any
         cli.main([command, *deep])
     said = str(end.value.code)
     assert "the objectives need what is not there" in said
-    assert "forget (RMU) reads the output of layer 7, but the model's layers are 0 to 1: set its `layer`" in said
+    assert (
+        "forget (RMU) reads the output of layer 7, but those of this model's layers that can be read are 0 to 0" in said
+    )
     assert "activations (ActivationMatch) reads the output of layer 7" in said

@@ -269,4 +269,6 @@ def test_unmet_needs_are_listed_together(fit: Any, model_dir: str, rows_dir: str
     assert first.startswith(
         "- bound (IdkNLL) reads alternate answers, which the data module has for its forget set alone"
     )
-    assert second.startswith("- deep (ActivationMatch) reads the output of layer 9, but the model's layers are 0 to 1")
+    assert second.startswith(
+        "- deep (ActivationMatch) reads the output of layer 9, but those of this model's layers that can be read are 0 to 0"
+    )

@@ -2,150 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import pytest
 import reference
 import torch
-from torch import Tensor
+from objectives.forms import (
+    CASES,
+    LABELS,
+    ROUNDING,
+    ROWS,
+    B,
+    Dense,
+    FakeModel,
+    Form,
+    T,
+    V,
+    draw,
+    fill,
+    located,
+    supervised,
+)
 
-from lit_unlearn import NLL, Average, LogitMargin, Objective
-from lit_unlearn.functional import logit_margin, token_logp
-from lit_unlearn.lm import Alignment, SupervisedTokens, locate
+from lit_unlearn import Average, LogitMargin, Objective, objectives
+from lit_unlearn.lm import SupervisedTokens, locate
+from lit_unlearn.objectives import CEU, SequenceObjective
 from lit_unlearn.objectives.base import TokenModel
 
-B, T, V = 3, 6, 11
+every_case = pytest.mark.parametrize("case", CASES)
 
 
-class FakeModel:
-    """`TokenModel` whose hidden states are the logits themselves."""
-
-    def __init__(self) -> None:
-        draw = torch.Generator().manual_seed(0)
-        self.logits = (3 * torch.randn(B, T, V, generator=draw, dtype=torch.float64)).requires_grad_()
-
-    def __call__(self, batch: dict[str, Tensor], alignment: Alignment = "next_token") -> SupervisedTokens:
-        located = locate(batch, alignment)
-        return located._replace(hidden=self.logits.view(-1, V)[located.hidden])
-
-    def logit_margin(self, tokens: SupervisedTokens) -> Tensor:
-        return logit_margin(tokens.hidden)
-
-    def token_logp(self, tokens: SupervisedTokens) -> Tensor:
-        return token_logp(tokens.hidden, tokens.labels)
-
-    def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        return function(tokens.hidden, *token_args)
-
-
-def batch(rows: slice = slice(None)) -> dict[str, Tensor]:
-    """Row 0 has four labels, the first on its first token; row 1 has none; row 2 has two with a gap between."""
-    labels = torch.tensor([[1, 2, 3, 4, -100, -100], [-100] * 6, [-100, -100, 5, -100, 7, -100]])
-    return {"input_ids": torch.zeros(B, T, dtype=torch.int64)[rows], "labels": labels[rows]}
-
-
-def states(alignment: Alignment) -> list[tuple[int, int, int]]:
-    """(row, position of the state, label) of every supervised token, spelt out."""
-    if alignment == "label":
-        return [(0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (2, 2, 5), (2, 4, 7)]
-    return [(0, 0, 2), (0, 1, 3), (0, 2, 4), (2, 1, 5), (2, 3, 7)]
-
-
-def evaluate(objective: Objective) -> tuple[Average, Tensor]:
-    """The objective on the whole batch and the gradient of its mean with respect to the logits."""
-    lm = FakeModel()
-    average = objective(lm, lm(batch(), objective.alignment))
+def evaluate(objective: Objective) -> tuple[Average, Dense]:
+    """The objective on all rows, and the gradients of its mean."""
+    dense = draw()
+    average = objective(FakeModel(), fill(located(objective), dense))
     average.mean().backward()
-    return average, lm.logits.grad
+    return average, gradients(dense)
 
 
-def dense(loss: Callable[[Tensor, Tensor], Tensor], alignment: Alignment) -> tuple[Tensor, Tensor]:
-    logits = FakeModel().logits
-    values = [loss(logits[row, state][None], torch.tensor([label])) for row, state, label in states(alignment)]
-    mean = torch.cat(values).mean()
-    mean.backward()
-    return mean, logits.grad
+def evaluate_slowly(form: Form) -> tuple[Average, Dense]:
+    dense = draw()
+    values = form(dense)
+    values.mean().backward()
+    return Average(values.sum(), len(values)), gradients(dense)
 
 
-@pytest.mark.parametrize("alignment", ["next_token", "label"])
-@pytest.mark.parametrize("power", [1, 2, 2.5])
-def test_logit_margin_is_the_dense_margin(power, alignment):
-    objective = LogitMargin(power, alignment)
-    average, gradient = evaluate(objective)
-    wanted, wanted_gradient = dense(lambda z, _: reference.logit_margin(z) ** power, alignment)
-    assert average.count == len(states(alignment))
-    torch.testing.assert_close(average.mean(), wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
+def gradients(dense: Dense) -> Dense:
+    assert dense.reference.grad is dense.reference_states.grad is None
+    return Dense(*(torch.zeros_like(x) if x.grad is None else x.grad for x in dense))
+
+
+def assert_same(actual: tuple[Average, Dense], wanted: tuple[Average, Dense], rtol: float = 1e-12) -> None:
+    """Positions without a supervised token have a gradient of exactly zero on both sides."""
+    (average, gradient), (wanted_average, wanted_gradient) = actual, wanted
+    assert average.count == wanted_average.count
+    torch.testing.assert_close(average.mean(), wanted_average.mean(), rtol=rtol, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=10 * rtol, atol=1e-3 * rtol)
+    for x, wanted_x in zip(gradient, wanted_gradient, strict=True):
+        assert torch.equal(x.any(dim=-1), wanted_x.any(dim=-1))
+
+
+def test_every_objective_has_a_slow_form():
+    public = {getattr(objectives, name) for name in objectives.__all__}
+    classes = {x for x in public if isinstance(x, type) and issubclass(x, Objective)}
+    assert {type(objective) for objective, _ in CASES.values()} == classes - {Objective, SequenceObjective}
+
+
+def test_supervised_tokens_spelt_out():
+    assert supervised(range(B)) == [(0, 0, 2), (0, 1, 3), (0, 2, 4), (2, 1, 5), (2, 3, 7)]
+    assert supervised(range(B), "label") == [(0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (2, 2, 5), (2, 4, 7)]
+    assert supervised(range(B, 2 * B)) == [(3, 0, 6), (3, 1, 2), (5, 2, 8), (5, 3, 9), (5, 4, 3)]
+
+
+@every_case
+def test_value_and_gradient_are_those_of_the_slow_form(case):
+    objective, form = CASES[case]
+    actual = evaluate(objective)
+    assert any(gradient.any() for gradient in actual[1])
+    assert_same(actual, evaluate_slowly(form), ROUNDING.get(case, 1e-12))
+
+
+@every_case
+def test_averages_add_over_micro_batches(case):
+    """Totals and counts of unequal parts, one without tokens, give the mean of the whole and its gradient."""
+    objective, _ = CASES[case]
+    whole, dense = evaluate(objective), draw()
+    parts = [objective(FakeModel(), fill(located(objective, [row]), dense)) for row in range(B)]
+    added = Average(torch.stack([part.total for part in parts]).sum(), sum(part.count for part in parts))
+    assert (parts[1].total.item(), parts[1].count) == (0, 0)
+    added.mean().backward()
+    assert_same((added, gradients(dense)), whole)
+    if not isinstance(objective, SequenceObjective) and parts[2].count:
+        means = torch.stack([part.mean() for part in parts if part.count])
+        assert means.mean().item() != pytest.approx(whole[0].mean().item(), rel=1e-3)  # weighs short answers more
+
+
+@every_case
+def test_count_comes_from_the_labels_alone(case):
+    """The module asks for it before any forward pass, when `hidden` holds indices and nothing else is there."""
+    objective, form = CASES[case]
+    tokens = located(objective)._replace(hidden=None, reference_logp=None, alternate=None)
+    assert objective.count(tokens) == len(form(draw()))
+
+
+def test_counts():
+    """Two answers, of three and of two tokens, beside a row without any; their alternates have two and three."""
+    answers = {"NPO", "SimNPO", "DPO"}
+    fewer = {"CEU": 3, "CEU, skip 2": 1}
+    for case, (objective, _) in CASES.items():
+        wanted = len(ROWS) if case in answers else 6 if case.endswith("label") else fewer.get(case, 5)
+        assert objective.count(located(objective)) == wanted, case
+
+
+@pytest.mark.parametrize(("skip", "left"), [(0, 5), (1, 3), (2, 1), (3, 0), (99, 0)])
+def test_ceu_skips_the_start_of_every_answer_however_short(skip, left):
+    dense = draw()
+    average = CEU(skip)(FakeModel(), fill(located(CEU()), dense))
+    average.total.backward()
+    assert average.count == left
+    assert dense.logits.grad.any(dim=-1).sum() == left
+    assert (average.total != 0) == (left > 0)
+
+
+def test_ceu_tells_packed_answers_apart():
+    """Three sequences in a row, of which the first has a gap in its labels and the second has none."""
+    labels = torch.tensor([[-100, 1, -100, 2, 3, -100, -100, 4, 5, 6]])
+    packed = {"input_ids": labels, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3]])}
+    tokens = locate(packed)
+    seen = []
+
+    class Watched(FakeModel):
+        def map_logits(self, function, tokens, *token_args):
+            seen.extend(tokens.labels.tolist())
+            return super().map_logits(function, tokens, *token_args)
+
+    average = CEU(1)(Watched(), tokens._replace(hidden=torch.zeros(6, V)))
+    assert seen == [2, 3, 5, 6]
+    assert average.count == 4
 
 
 def test_label_alignment_is_every_label_unshifted():
     """As in the authors' public code: the mask `labels != -100` laid over the logits as it is."""
-    rows, lm = batch(), FakeModel()
-    average = LogitMargin(alignment="label")(lm, lm(rows, "label"))
-    picked = lm.logits[rows["labels"] != -100]
+    average, _ = evaluate(LogitMargin(alignment="label"))
+    picked = draw().logits[:B][LABELS[:B] != -100]
     torch.testing.assert_close(average.mean(), (reference.logit_margin(picked) ** 2).mean(), rtol=1e-12, atol=0)
 
 
-def test_nll_is_the_dense_nll():
-    average, gradient = evaluate(NLL())
-    wanted, wanted_gradient = dense(lambda z, label: -reference.token_logp(z, label), "next_token")
-    assert average.count == 5
-    torch.testing.assert_close(average.mean(), wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
-
-
-def test_defaults_are_the_papers():
-    assert LogitMargin().power == 2
-    assert LogitMargin().alignment == NLL().alignment == "next_token"
-    assert LogitMargin.needs == NLL.needs == frozenset()
-
-
-def test_uniform_logits_have_no_margin():
-    lm = FakeModel()
-    lm.logits = torch.full((B, T, V), 3.0, requires_grad=True)
-    average = LogitMargin()(lm, lm(batch()))
-    average.mean().backward()
-    assert average.total.item() == 0
-    assert not lm.logits.grad.any()
-
-
-@pytest.mark.parametrize("power", [0, -1, -0.5, float("nan"), float("inf")])
-def test_bad_power_is_refused(power):
-    with pytest.raises(ValueError, match=rf"`power` must be a finite number above 0, not {power!r}"):
-        LogitMargin(power)
-
-
-@pytest.mark.parametrize("alignment", ["labels", "", None])
-def test_bad_alignment_is_refused(alignment: Any):
-    with pytest.raises(ValueError, match=rf"must be 'next_token' or 'label', not {alignment!r}"):
-        LogitMargin(alignment=alignment)
-
-
-@pytest.mark.parametrize("objective", [LogitMargin(), LogitMargin(1, "label"), NLL()])
-def test_averages_add_exactly_over_micro_batches(objective):
-    """Totals and counts of unequal parts, one without tokens, give the token mean of the whole and its gradient."""
-    whole, gradient = evaluate(objective)
-    lm = FakeModel()
-    parts = []
-    for row in range(B):
-        located = locate(batch(slice(row, row + 1)), objective.alignment)
-        parts.append(objective(lm, located._replace(hidden=lm.logits[row][located.hidden])))
-    added = Average(torch.stack([part.total for part in parts]).sum(), sum(part.count for part in parts))
-    assert parts[1].count == 0
-    assert parts[1].total.item() == 0
-    assert added.count == whole.count
-    torch.testing.assert_close(added.mean(), whole.mean(), rtol=1e-14, atol=0)
-    added.mean().backward()
-    torch.testing.assert_close(lm.logits.grad, gradient, rtol=1e-14, atol=1e-16)
-    means = torch.stack([part.mean() for part in parts if part.count])
-    assert means.mean().item() != pytest.approx(whole.mean().item(), rel=1e-3)  # which weighs short answers more
-
-
-def test_count_comes_from_the_labels_alone():
-    """The module asks for it before any forward pass, when `hidden` holds indices."""
-    for alignment in ("next_token", "label"):
-        assert LogitMargin(alignment=alignment).count(locate(batch(), alignment)) == len(states(alignment))
+def test_uniform_logits():
+    """Nothing is left to flatten: no margin, no divergence from uniform, and no gradient."""
+    flat = draw()._replace(logits=torch.full((2 * B, T, V), 3.0, requires_grad=True))
+    for case in ("LogitMargin", "KLToUniform", "KLToUniform, other"):
+        objective, _ = CASES[case]
+        average = objective(FakeModel(), fill(located(objective), flat))
+        (gradient,) = torch.autograd.grad(average.mean(), flat.logits)
+        assert abs(average.mean().item()) < 1e-6
+        assert gradient.abs().max() < 1e-7
+    ascent, _ = CASES["GradAscent"]
+    assert ascent(FakeModel(), fill(located(ascent), flat)).mean().item() == pytest.approx(-math.log(V), rel=1e-6)
 
 
 def test_average_is_total_over_count():
@@ -160,10 +173,10 @@ def test_a_users_objective_sees_the_model_by_the_protocol_only():
         def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
             return Average(lm.map_logits(reference.entropy, tokens).sum(), self.count(tokens))
 
-    average, gradient = evaluate(Entropy())
-    wanted, wanted_gradient = dense(lambda z, _: reference.entropy(z), "next_token")
-    torch.testing.assert_close(average.mean(), wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
+    def slowly(dense: Dense) -> torch.Tensor:
+        return torch.cat([reference.entropy(dense.logits[row, state][None]) for row, state, _ in supervised(range(B))])
+
+    assert_same(evaluate(Entropy()), evaluate_slowly(slowly))
 
 
 def test_objective_without_forward_cannot_be_made():

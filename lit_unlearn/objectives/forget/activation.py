@@ -6,7 +6,7 @@ import torch
 
 from lit_unlearn.functional import activation_distance
 from lit_unlearn.lm import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked
+from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked, whole
 from lit_unlearn.objectives.retain import layer_output
 
 
@@ -17,7 +17,7 @@ class RMU(Objective):
 
     Args:
         coefficient: Length c > 0 of the vector that the output is drawn to.
-        layer: Which transformer block's output, from 0.
+        layer: Which transformer block's output, from 0; not the last one's, which ends in the final norm.
         seed: Of the direction, which is uniform on the positive side, as in the authors' code.
 
     Raises:
@@ -31,7 +31,7 @@ class RMU(Objective):
     def __init__(self, coefficient: float = 2.0, layer: int = 7, seed: int = 0) -> None:
         super().__init__()
         self.coefficient = checked(self, "coefficient", coefficient, above=0)
-        self.layer = int(checked(self, "layer", layer, least=0))
+        self.layer = whole(self, "layer", layer)
         self.seed = seed
 
     @property
@@ -43,6 +43,6 @@ class RMU(Objective):
         """Sum of the distance over the ``N`` tokens."""
         states = layer_output(tokens, self.layer)
         draw = torch.Generator().manual_seed(self.seed)  # the same on every process and after every resume
-        direction = torch.rand(states.shape[-1], generator=draw)
+        direction = torch.rand(states.shape[-1], generator=draw, dtype=torch.float32)
         target = self.coefficient * direction / direction.norm()
         return Average(activation_distance(states, target.to(states)).sum(), self.count(tokens))

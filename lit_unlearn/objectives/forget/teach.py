@@ -8,7 +8,7 @@ import torch
 
 from lit_unlearn.functional import ceu, undial
 from lit_unlearn.lm import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked
+from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked, whole
 
 
 class UNDIAL(Objective):
@@ -55,7 +55,7 @@ class CEU(Objective):
 
     def __init__(self, skip: int = 1) -> None:
         super().__init__()
-        self.skip = int(checked(self, "skip", skip, least=0))
+        self.skip = whole(self, "skip", skip)
 
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
         """Sum of the cross-entropy over the tokens that are not skipped, nats."""

@@ -1,0 +1,252 @@
+"""What published objectives become in their limits, what settings they refuse, and what they say is missing."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from objectives.forms import CASES, LAYER, B, Dense, FakeModel, draw, fill, located
+
+from lit_unlearn.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    ActivationMatch,
+    Average,
+    GradAscent,
+    IdkNLL,
+    JensenShannonToReference,
+    JensUn,
+    KLToReference,
+    KLToUniform,
+    LogitMargin,
+    Objective,
+    SatImp,
+    SimNPO,
+)
+
+
+def evaluate(objective: Objective, dense: Dense | None = None) -> tuple[Average, torch.Tensor]:
+    """The objective and the gradient of its total with respect to the logits."""
+    dense = draw() if dense is None else dense
+    average = objective(FakeModel(), fill(located(objective), dense))
+    (gradient,) = torch.autograd.grad(average.total, dense.logits)
+    return average, gradient
+
+
+def unchanged() -> Dense:
+    """The model is the reference model still."""
+    dense = draw()
+    return dense._replace(reference=dense.logits.detach(), reference_states=dense.states.detach())
+
+
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [WGA(0), SatImp(0, 0)], ids=["WGA", "SatImp"])
+def test_without_weights_it_is_ascent(objective):
+    (average, gradient), (wanted, wanted_gradient) = evaluate(objective), evaluate(GradAscent())
+    assert torch.equal(average.total, wanted.total)
+    assert torch.equal(gradient, wanted_gradient)
+
+
+def test_npo_becomes_ascent_for_small_beta():
+    """In the gradient of the sum over answers; its value is a large constant by then."""
+    _, wanted = evaluate(GradAscent())
+    for beta in (1e-3, 1e-6):
+        _, gradient = evaluate(NPO(beta))
+        torch.testing.assert_close(gradient, wanted, rtol=20 * beta, atol=1e-15)
+
+
+def test_simnpo_becomes_ascent_on_means_for_small_beta():
+    _, ascent = evaluate(GradAscent())
+    _, gradient = evaluate(SimNPO(1e-6))
+    for row, length in ((0, 3), (2, 2)):
+        torch.testing.assert_close(gradient[row], ascent[row] / length, rtol=2e-5, atol=1e-15)
+
+
+def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small_beta():
+    _, ascent = evaluate(GradAscent())
+    _, descent = evaluate(IdkNLL())
+    _, gradient = evaluate(DPO(1e-6))
+    assert not ascent[B:].any()
+    assert not descent[:B].any()
+    torch.testing.assert_close(gradient, ascent + descent, rtol=2e-5, atol=1e-15)
+
+
+@pytest.mark.parametrize("objective", [KLToReference(), JensenShannonToReference(), ActivationMatch(LAYER)], ids=type)
+def test_nothing_is_lost_where_the_model_is_the_reference_model(objective):
+    """Otherwise an epsilon would mean nothing."""
+    dense = unchanged()
+    average = objective(FakeModel(), fill(located(objective), dense))
+    average.mean().backward()
+    assert abs(average.mean().item()) < 1e-15
+    for x in (dense.logits, dense.states):
+        assert x.grad is None or x.grad.abs().max() < 1e-15
+    assert objective(FakeModel(), fill(located(objective), draw())).mean().item() > 0.1
+
+
+def test_undial_that_lowers_nothing_keeps_the_reference_model():
+    average, gradient = evaluate(UNDIAL(0), unchanged())
+    assert gradient.abs().max() < 1e-15
+    assert average.mean().item() > 0  # the entropy
+    _, gradient = evaluate(UNDIAL(0))
+    assert gradient.abs().max() > 0.01
+
+
+def test_undial_at_the_reference_model_is_ceu_for_large_beta():
+    (average, gradient), (wanted, wanted_gradient) = evaluate(UNDIAL(1e6), unchanged()), evaluate(CEU(0))
+    torch.testing.assert_close(average.total, wanted.total, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_jensen_shannon_is_bounded():
+    for case in ("JensenShannonToReference", "JensUn"):
+        dense = draw()
+        dense.logits.data *= 1e3
+        average, gradient = evaluate(CASES[case][0], dense)
+        assert 0 < average.mean().item() <= math.log(2)
+        assert gradient.isfinite().all()
+
+
+def test_rmu_draws_to_a_vector_that_the_seed_decides_alone():
+    """Read off at a layer that puts out zeros: the gradient is −2 c u / D there."""
+
+    def direction(seed: int, width: int = 64) -> torch.Tensor:
+        states = torch.zeros(B * 2, 6, width, dtype=torch.float64, requires_grad=True)
+        objective = RMU(4.0, LAYER, seed)
+        dense = draw()._replace(states=states, reference_states=states.detach())
+        average = objective(FakeModel(), fill(located(objective), dense))
+        assert average.mean().item() == pytest.approx(4.0**2 / width, rel=1e-6)
+        average.total.backward()
+        return states.grad[0, 0] * width / (-2 * 4.0)
+
+    torch.manual_seed(1)
+    u, state = direction(0), torch.random.get_rng_state()
+    assert torch.equal(direction(0), u)
+    assert torch.equal(
+        torch.random.get_rng_state(), state
+    )  # on every process the same, and the run's numbers left alone
+    assert u.norm().item() == pytest.approx(1.0, rel=1e-6)
+    assert (u >= 0).all()
+    assert torch.nn.functional.cosine_similarity(direction(1), u, dim=0) < 0.9
+    assert RMU(layer=3).layers == ActivationMatch(3).layers == {3}
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers():
+    assert (LogitMargin().power, LogitMargin().alignment) == (2, "next_token")
+    assert KLToUniform().direction == "uniform_to_model"
+    assert (NPO().beta, DPO().beta, UNDIAL().beta, WGA().beta, CEU().skip) == (0.1, 0.1, 10, 1, 1)
+    assert (SimNPO().beta, SimNPO().delta, SatImp().beta1, SatImp().beta2) == (4.5, 0, 5, 1)
+    assert (RMU().coefficient, RMU().layer, ActivationMatch().layer) == (2, 7, 7)
+
+
+ABOVE_ZERO = [(LogitMargin, "power"), (NPO, "beta"), (SimNPO, "beta"), (DPO, "beta"), (RMU, "coefficient")]
+FROM_ZERO = [
+    *[(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2"), (UNDIAL, "beta")],
+    *[(CEU, "skip"), (RMU, "layer"), (ActivationMatch, "layer")],
+]
+NOT_A_NUMBER = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        *[(*one, value, "above 0") for one in ABOVE_ZERO for value in [0, -0.5, *NOT_A_NUMBER]],
+        *[(*one, value, "0 or more") for one in FROM_ZERO for value in [-1, *NOT_A_NUMBER]],
+        *[(SimNPO, "delta", value, "finite") for value in NOT_A_NUMBER],
+    ],
+)
+def test_bad_number_is_refused(kind, name, value, wanted):
+    said = f"{kind.__name__}: `{name}` must be a finite number {wanted}, not {value!r}."
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), [*FROM_ZERO, (SimNPO, "delta")])
+def test_zero_is_a_setting(kind, name):
+    assert getattr(kind(**{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize("word", ["labels", "", None])
+def test_bad_word_is_refused(word):
+    with pytest.raises(ValueError, match=rf"LogitMargin: `alignment` must be 'next_token' or 'label', not {word!r}"):
+        LogitMargin(alignment=word)
+    with pytest.raises(ValueError, match=rf"`direction` must be one of \('uniform_to_model', .*\), not {word!r}"):
+        KLToUniform(word)
+
+
+# What is missing -----------------------------------------------------------------------------------------------------
+
+NO_LOGP = r'must need "reference_logp", and own loops must give batches a `reference_logp` of shape \(B,\)'
+NO_LAYER = rf'the output of layer {LAYER} was not kept: the objective must need "activations" and name it in `layers`'
+
+
+@pytest.mark.parametrize(
+    ("case", "missing", "message"),
+    [
+        ("NPO", {"reference_logp": None}, NO_LOGP),
+        ("DPO", {"reference_logp": None}, NO_LOGP),
+        (
+            "DPO",
+            {"alternate": None},
+            r'DPO: the alternate answers are missing; own loops must give .* "alternate" batch',
+        ),
+        ("RMU", {"activations": None}, NO_LAYER),
+        ("RMU", {"activations": {LAYER + 1: torch.zeros(5, 4)}}, NO_LAYER),
+        ("ActivationMatch", {"activations": {}}, NO_LAYER),
+        ("ActivationMatch", {"reference": None}, r"ActivationMatch: the reference model did not run on these tokens"),
+    ],
+)
+def test_what_is_missing_is_named(case, missing, message):
+    objective, _ = CASES[case]
+    tokens = fill(located(objective), draw())._replace(**missing)
+    with pytest.raises(ValueError, match=message):
+        objective(FakeModel(), tokens)
+
+
+def test_what_only_one_of_a_pair_has_is_missing():
+    tokens = fill(located(DPO()), draw())
+    with pytest.raises(ValueError, match=NO_LOGP):
+        DPO()(FakeModel(), tokens._replace(alternate=tokens.alternate._replace(reference_logp=None)))
+    match = ActivationMatch(LAYER)
+    with pytest.raises(ValueError, match=NO_LAYER):
+        match(FakeModel(), tokens._replace(reference=tokens.reference._replace(activations={})))
+
+
+def test_jensun_reads_no_logits_but_the_labels():
+    """So that it needs no more of the head than NLL does."""
+
+    class OnlyLogp:
+        token_logp = FakeModel.token_logp
+
+    assert JensUn()(OnlyLogp(), fill(located(JensUn()), draw())).count == 5
+
+
+@pytest.mark.parametrize(("make", "name"), [(lambda: CEU(1.9), "skip"), (lambda: RMU(layer=1.5), "layer")])  # type: ignore[arg-type]
+def test_whole_numbers_are_not_cut(make, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number"):
+        make()
+
+
+def test_the_direction_does_not_depend_on_the_default_dtype():
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            states = torch.zeros(1, 7, dtype=torch.float64, requires_grad=True)
+            tokens = located(RMU(layer=0), [0])
+            tokens = tokens._replace(activations={0: states.expand(len(tokens.labels), 7)})
+            RMU(layer=0)(None, tokens).total.backward()
+            values.append(states.grad)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*values, rtol=1e-6, atol=0)

@@ -1,0 +1,136 @@
+"""Every objective reads what it declares in `needs`, `reads` and `layers`, all of it, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from objectives.forms import CASES, LAYER, FakeModel, draw, fill, located
+
+from lit_unlearn.lm import SupervisedTokens
+from lit_unlearn.objectives import WGA, Average, Objective
+from lit_unlearn.objectives.base import TokenModel
+
+every_case = pytest.mark.parametrize("case", CASES)
+ALWAYS = {"logit_margin", "token_logp", "map_logits"}
+
+
+class UndeclaredError(Exception):
+    """Not an AttributeError, which `getattr` with a default would swallow."""
+
+
+def undeclared(objective: Objective) -> set[str]:
+    """Fields of `SupervisedTokens`, and methods of the model, that an objective must not touch."""
+    fields = objective.needs & {"reference", "reference_logp", "activations"}
+    if "reference" in objective.needs:
+        fields |= {"map_logit_pairs"}
+    if objective.reads == "pair":
+        fields |= {"alternate"}
+    return {"reference", "reference_logp", "activations", "alternate", "map_logit_pairs"} - fields
+
+
+def guarded(tokens: SupervisedTokens, closed: set[str], layers: frozenset[int]) -> SupervisedTokens:
+    """Tokens that raise where a closed field, or the output of another layer than these, is read."""
+
+    class Layers(dict):
+        def __missing__(self, layer: int) -> Any:
+            raise UndeclaredError(f"layer {layer}")
+
+    class Guarded(SupervisedTokens):
+        def __getattribute__(self, name: str) -> Any:
+            if name in closed:
+                raise UndeclaredError(name)
+            return super().__getattribute__(name)
+
+        def __getitem__(self, index: Any) -> Any:
+            raise UndeclaredError(f"field {index}, not by its name")
+
+    def guard(tokens: SupervisedTokens) -> SupervisedTokens:
+        nested = {"reference": tokens.reference, "alternate": tokens.alternate}
+        kept = Layers({layer: states for layer, states in tokens.activations.items() if layer in layers})
+        inner = {name: None if value is None else guard(value) for name, value in nested.items()}
+        return Guarded._make(tokens._replace(activations=kept, **inner))
+
+    return guard(tokens)
+
+
+class GuardedModel:
+    """A `FakeModel` of which only the methods of the protocol exist, and of those only some are open."""
+
+    def __init__(self, closed: set[str]) -> None:
+        self._open = (ALWAYS | {"map_logit_pairs"}) - closed
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._open:
+            raise UndeclaredError(name)
+        return getattr(FakeModel(), name)
+
+
+def run(objective: Objective, closed: set[str]) -> Average:
+    tokens = guarded(fill(located(objective), draw()), closed, objective.layers)
+    return objective(GuardedModel(closed), tokens)
+
+
+@every_case
+def test_nothing_undeclared_is_read(case):
+    objective, form = CASES[case]
+    average = run(objective, undeclared(objective))
+    average.total.backward()
+    assert average.count == len(form(draw()))
+
+
+@every_case
+def test_everything_declared_is_read(case):
+    """Each need costs a run something: a second model, a measurement, other answers, states that are kept."""
+    objective, _ = CASES[case]
+    read = {"reference", "reference_logp", "activations", "alternate"} - undeclared(objective)
+    for field in read:
+        closed = {field, "map_logit_pairs"} if field == "reference" else {field}
+        with pytest.raises(UndeclaredError):
+            run(objective, undeclared(objective) | closed)
+
+
+@every_case
+def test_declarations_agree(case):
+    objective, _ = CASES[case]
+    assert ("alternate" in objective.needs) == (objective.reads != "answer")
+    assert ("activations" in objective.needs) == bool(objective.layers)
+
+
+@every_case
+def test_count_reads_labels_alone(case):
+    objective, form = CASES[case]
+    closed = undeclared(Objective) | {"hidden"}
+    assert objective.count(guarded(fill(located(objective), draw()), closed, frozenset())) == len(form(draw()))
+
+
+@pytest.mark.parametrize("name", ["reference", "reference_logp", "alternate", "activations", "lm", "map_logit_pairs"])
+def test_the_guard_sees_a_weighted_ascent_that_reads_too_much(name):
+    class Greedy(WGA):
+        def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+            if name == "lm":
+                getattr(lm, "model", None)
+            else:
+                getattr(lm if name == "map_logit_pairs" else tokens, name, None)
+            return super().forward(lm, tokens)
+
+    run(WGA(), undeclared(WGA()))
+    with pytest.raises(UndeclaredError):
+        run(Greedy(), undeclared(Greedy()))
+
+
+def test_the_guard_sees_another_layer_and_a_field_by_number():
+    class Other(Objective):
+        needs = frozenset({"activations"})
+        layers = frozenset({LAYER + 1})
+
+        def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+            return Average(tokens.activations[LAYER].sum(), 1)
+
+    class ByNumber(Objective):
+        def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+            return Average(tokens[6].sum(), 1)
+
+    for kind in (Other, ByNumber):
+        with pytest.raises(UndeclaredError):
+            run(kind(), undeclared(kind()))
