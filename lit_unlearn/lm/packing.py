@@ -84,6 +84,17 @@ def pack(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {**packed, "position_ids": torch.stack(positions).to(packed["input_ids"].device)}
 
 
+def lay_out(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict[str, Tensor]:
+    """Puts sequences into a batch without padding where that can be, and where there is any to spare.
+
+    Args:
+        sequences: As for `pack`.
+        packs: Whether the model keeps packed sequences apart.
+    """
+    even = len({len(sequence["input_ids"]) for sequence in sequences}) == 1
+    return pack(sequences) if packs and not even else pad(sequences)
+
+
 def pad(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Puts every sequence into a row of its own, for models that let packed ones see each other.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.lm import Alignment, Batch, LanguageModel, SupervisedTokens, locate
-from lit_unlearn.lm.packing import IGNORED, is_packed, pack, pad, share_out
+from lit_unlearn.lm.packing import IGNORED, is_packed, lay_out, share_out
 from lit_unlearn.lm.tokens import check_batch
 from lit_unlearn.objectives import Objective, Reads
 
@@ -139,8 +139,7 @@ class _LaidOut:
             {**row, "source": torch.full_like(row["labels"], m), "sequence": torch.full_like(row["labels"], i)}
             for m, i, row in rows
         ]
-        even = len({len(row["labels"]) for row in marked}) == 1  # then there is no padding to spare
-        self.batch = pack(marked) if packs and not even else pad(marked)
+        self.batch = lay_out(marked, packs)
         self._source, self._sequence = self.batch.pop("source"), self.batch.pop("sequence")
 
     def tokens(self, source: int, origin: Batch, alignment: Alignment) -> SupervisedTokens:
