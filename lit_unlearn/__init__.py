@@ -44,12 +44,17 @@ _HOME = {
     "ForgetUniformity": "metrics",
     "ForgetRetain": "data",
     "Source": "data",
+    "MUSE": "data",
     "TOFU": "data",
     "FictionalAuthors": "data",
     "Suite": "evaluation",
     "AnswerSuite": "evaluation",
+    "BenchmarkSuite": "evaluation",
+    "TOFUSuite": "evaluation",
+    "QASuite": "evaluation",
     "LitUnlearn": "module",
     "LitFinetune": "module",
+    "LitEvaluate": "module",
     "Schedule": "module",
 }
 
@@ -67,12 +72,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from lit_unlearn.data import TOFU, FictionalAuthors, ForgetRetain, Source
+    from lit_unlearn.data import MUSE, TOFU, FictionalAuthors, ForgetRetain, Source
     from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, PIMultiplier, Relative
-    from lit_unlearn.evaluation import AnswerSuite, Suite
+    from lit_unlearn.evaluation import AnswerSuite, BenchmarkSuite, QASuite, Suite, TOFUSuite
     from lit_unlearn.lm import LanguageModel, SupervisedTokens
     from lit_unlearn.metrics import ConstraintSlack, ForgetUniformity
-    from lit_unlearn.module import LitFinetune, LitUnlearn, Schedule
+    from lit_unlearn.module import LitEvaluate, LitFinetune, LitUnlearn, Schedule
     from lit_unlearn.objectives import (
         CEU,
         DPO,

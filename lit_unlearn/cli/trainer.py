@@ -63,6 +63,14 @@ class UnlearnCLI(LightningCLI):
         """Refuses Trainer flags that cannot work; moves the clipping flag to the module, where it can."""
         config = self.config[self.subcommand]
         check_trainer(config.trainer)
+        benchmark_only = config.model.class_path.endswith("LitEvaluate")
+        if benchmark_only and "verbose" in config:
+            config.verbose = False  # the benchmark prints its own table
+        if config.get("data") is None and not benchmark_only:
+            raise ValueError(
+                "there are no rows: set `data`, such as `{class_path: ForgetRetain, init_args: {forget: …, retain: …}}`. Only "
+                "LitEvaluate, which runs a benchmark, needs none."
+            )
         if config.trainer.gradient_clip_val is not None:
             config.model.init_args.gradient_clip_val = config.trainer.gradient_clip_val
             config.trainer.gradient_clip_val = None
@@ -95,9 +103,7 @@ def run(arguments: list[str]) -> None:
     try:
         UnlearnCLI(
             L.LightningModule,
-            L.LightningDataModule,
             subclass_mode_model=True,
-            subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
             seed_everything_default=0,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 
-_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
 class TOFU(ForgetRetain):
@@ -35,13 +35,20 @@ class TOFU(ForgetRetain):
         max_retain_rows: int | None = None,
         **settings: Any,
     ) -> None:
-        if forget_split not in _RETAIN:
-            raise ValueError(f"TOFU: `forget_split` must be one of {', '.join(_RETAIN)}, not {forget_split!r}.")
+        if forget_split not in RETAIN:
+            raise ValueError(f"TOFU: `forget_split` must be one of {', '.join(RETAIN)}, not {forget_split!r}.")
         forget = forget_split if settings.get("alternate_column") is None else f"{forget_split}_perturbed"
-        super().__init__(_source(source, forget), _source(source, _RETAIN[forget_split], max_retain_rows), **settings)
+        super().__init__(
+            tofu_source(source, forget), tofu_source(source, RETAIN[forget_split], max_retain_rows), **settings
+        )
 
 
-def _source(source: str, split: str, max_rows: int | None = None) -> Source:
+def tofu_source(source: str, split: str, max_rows: int | None = None) -> Source:
+    """Where a split is: in a local folder, or on the hub.
+
+    Raises:
+        FileNotFoundError: If a local folder, or its file of the split, is missing.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if folder.is_absolute() or source.startswith("."):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,8 +18,6 @@ from lit_unlearn.lm import Batch, LanguageModel
 from lit_unlearn.module.measured import LitMeasured
 from lit_unlearn.module.passes import Order, Term, plan_passes
 from lit_unlearn.module.strategies import check_strategy, shard, total_norm
-
-_TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,9 @@ class LitLanguageModel(LitMeasured):
         gradient_clip_val: float | None,
         seed: int,
         passes: Order,
+        suite_every_n_epochs: int | None,
     ) -> None:
-        super().__init__(lm, AnswerSuite() if suite is None else suite)
+        super().__init__(lm, AnswerSuite() if suite is None else suite, suite_every_n_epochs)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
                 f"`model.micro_batch_size` must be at least 1, or null for one part; got {micro_batch_size}."
@@ -90,18 +88,10 @@ class LitLanguageModel(LitMeasured):
             )
 
     def configure_model(self) -> None:
-        """Loads the model in the dtype that the Trainer's precision calls for, and shards it where that is asked for."""
-        if not self.lm.is_loaded:
-            precision = "32-true" if self._trainer is None else self.trainer.precision
-            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32))  # mixed precision keeps float32 weights
-            rank_zero_info(f"model: {_describe(self.lm)}")
-        self._prepare_reference()
-        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
+        """Loads the model, and shards it where that is asked for."""
+        super().configure_model()
         if self.device_mesh is not None:
             shard(self.lm, self.device_mesh)
-
-    def _prepare_reference(self) -> None:
-        """Does what must be done with the model as it was loaded, before a checkpoint or a step changes it."""
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trainable parameters, and its schedule."""
@@ -145,18 +135,7 @@ class LitLanguageModel(LitMeasured):
                     "Restore it, or start a new run from the exported model."
                 )
             self._saved_settings = checkpoint["run"]["optimizer"]
-        if not self.strict_loading and "state_dict" in checkpoint:  # which sharding strategies load by themselves
-            missing = self._saved_names() - checkpoint["state_dict"].keys()
-            if missing:
-                raise KeyError(
-                    f"the checkpoint lacks {len(missing)} of the {'adapter' if self.lm.has_adapter else 'model'}'s tensors, such "
-                    f"as '{min(missing)}': it was made with another `model.lm`. Give the same, or start a new run."
-                )
-
-    def _saved_names(self) -> set[str]:
-        if self.lm.has_adapter:
-            return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name for name in self.state_dict() if not name.startswith("lm.frozen.")}
+        super().on_load_checkpoint(checkpoint)
 
     def on_train_start(self) -> None:
         """Lets changed optimizer settings win over those that came with the checkpoint.
@@ -279,13 +258,3 @@ class LitLanguageModel(LitMeasured):
         if self.trainer.world_size == 1:
             return sums
         return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")  # works in place
-
-
-def _describe(lm: LanguageModel) -> str:
-    trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
-    rows = "" if lm.packs else ", padded rows, because it lets sequences that share a row see each other"
-    dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
-    model: Any = lm.model
-    kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
-    return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}{rows}"

@@ -26,6 +26,7 @@ class LitFinetune(LitLanguageModel):
         micro_batch_size: As for `LitUnlearn`.
         gradient_clip_val: As for `LitUnlearn`.
         seed: Of dropout.
+        suite_every_n_epochs: As for `LitUnlearn`.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class LitFinetune(LitLanguageModel):
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
         seed: int = 0,
+        suite_every_n_epochs: int | None = None,
     ) -> None:
-        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "joint")
+        super().__init__(
+            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "joint", suite_every_n_epochs
+        )
         self._nll = NLL()
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:

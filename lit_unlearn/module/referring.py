@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_unlearn.evaluation.processes import gather
 from lit_unlearn.lm import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.module.base import LitLanguageModel
 from lit_unlearn.module.passes import Term
 from lit_unlearn.module.reference import ReferenceLogp, answers_to_measure, check_needs, row_keys
 from lit_unlearn.objectives import NLL, Need
-
-Gathered = TypeVar("Gathered")
 
 
 class LitReferring(LitLanguageModel):
@@ -71,7 +70,7 @@ class LitReferring(LitLanguageModel):
         if reference.is_measured or "reference_logp" not in self.needs:
             return
         own = {key for _, part in self._rows_to_measure() for key in row_keys(part) if key is not None}
-        keys = set[str]().union(*self._gather(own))
+        keys = set[str]().union(*gather(own))
         known = self.trainer.strategy.broadcast(reference.read(str(self._reference_name)))
         if keys <= known.keys():
             reference.values = {key: known[key] for key in keys}
@@ -80,7 +79,7 @@ class LitReferring(LitLanguageModel):
                 measured = dict(
                     item for stream, part in self._rows_to_measure() for item in self._row_logp(stream, part)
                 )
-            reference.values = {key: value for part in self._gather(measured) for key, value in part.items()}
+            reference.values = {key: value for part in gather(measured) for key, value in part.items()}
             if self.trainer.is_global_zero:
                 reference.write(str(self._reference_name))
         reference.is_measured = True
@@ -105,13 +104,6 @@ class LitReferring(LitLanguageModel):
 
         self._consume(stream, batch, [(NLL(), collect)])
         return found
-
-    def _gather(self, mine: Gathered) -> list[Gathered]:
-        """What every process has."""
-        gathered: list[Any] = [mine] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(gathered, mine)
-        return gathered
 
     def _with_reference_logp(self, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
         if "reference_logp" not in self.needs or not isinstance(batch, Mapping):

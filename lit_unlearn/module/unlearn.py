@@ -37,7 +37,8 @@ class LitUnlearn(LitReferring):
         constraints: The bounds, by name; logs call them ``constraint/<name>`` and ``multiplier/<name>``.
         optimizer: Builds the primal optimizer from the trainable parameters.
         scheduler: A `Schedule`, or a callable from optimizer to scheduler, stepped once per optimizer step.
-        suite: What validation and test measure; ``None`` for an `AnswerSuite`.
+        suite: What validation and test measure; ``None`` for an `AnswerSuite`. One with a benchmark, such as
+            `TOFUSuite`, runs it at a test.
         forget_weight: Factor of the forgetting objective, > 0.
         micro_batch_size: Rows per pass through the model, on average: the passes have about as many tokens. Smaller
             saves memory and gives the same gradients. ``None``: all.
@@ -49,6 +50,8 @@ class LitUnlearn(LitReferring):
         passes: ``"joint"``: rows of all streams go through the model together, which spares a second gradient of the
             embeddings; where they cannot be packed, as ``"sequential"``: one stream after the other, with the graph of
             one alive. The gradients are the same.
+        suite_every_n_epochs: Epochs between two runs of the suite's benchmark, with the validation at their end; its
+            values are logged as ``val/<suite>/<value>``. ``None`` for none before the test.
 
     Raises:
         ValueError: If there is no constraint or a number is out of range.
@@ -68,8 +71,11 @@ class LitUnlearn(LitReferring):
         seed: int = 0,
         keep: Literal["best", "last"] = "best",
         passes: Order = "joint",
+        suite_every_n_epochs: int | None = None,
     ) -> None:
-        super().__init__(lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes)
+        super().__init__(
+            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes, suite_every_n_epochs
+        )
         if not constraints:
             raise ValueError(
                 "LitUnlearn: `constraints` is empty; give at least one, such as {'nll': Constraint(NLL(), 0.3, "
