@@ -51,6 +51,7 @@ _HOME = {
     "AnswerSuite": "evaluation",
     "BenchmarkSuite": "evaluation",
     "TOFUSuite": "evaluation",
+    "MUSESuite": "evaluation",
     "QASuite": "evaluation",
     "LitUnlearn": "module",
     "LitFinetune": "module",
@@ -74,7 +75,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from lit_unlearn.data import MUSE, TOFU, FictionalAuthors, ForgetRetain, Source
     from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, PIMultiplier, Relative
-    from lit_unlearn.evaluation import AnswerSuite, BenchmarkSuite, QASuite, Suite, TOFUSuite
+    from lit_unlearn.evaluation import AnswerSuite, BenchmarkSuite, MUSESuite, QASuite, Suite, TOFUSuite
     from lit_unlearn.lm import LanguageModel, SupervisedTokens
     from lit_unlearn.metrics import ConstraintSlack, ForgetUniformity
     from lit_unlearn.module import LitEvaluate, LitFinetune, LitUnlearn, Schedule

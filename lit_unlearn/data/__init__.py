@@ -2,7 +2,8 @@
 
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.fictional import FictionalAuthors
+from lit_unlearn.data.muse import MUSE
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import TOFU
 
-__all__ = ["TOFU", "FictionalAuthors", "ForgetRetain", "Source"]
+__all__ = ["MUSE", "TOFU", "FictionalAuthors", "ForgetRetain", "Source"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["pairs", "all", "retain"]
+Contents = list[tuple[str, ...]]  # what the rows of a set say: question and answer, or whatever a subclass reads
 
 
 class ForgetRetain(L.LightningDataModule):
@@ -102,9 +103,9 @@ class ForgetRetain(L.LightningDataModule):
         self.alternate_column, self.refusals = alternate_column, refusals
         self.template, self.max_length = template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers, self.seed, self.train_on = num_workers, seed, train_on
+        self.eval_batch_size, self.num_workers, self.seed, self.train_on = eval_batch_size, num_workers, seed, train_on
         self.rows: dict[str, list[Row]] = {}
+        self._columns = {"question_column": question_column, "answer_column": answer_column}
         self._tokenizer_name = tokenizer
         self._pad_id = 0
         self._streams: dict[str, BatchStream] = {}
@@ -120,7 +121,7 @@ class ForgetRetain(L.LightningDataModule):
 
     def texts(self) -> list[str]:
         """Every question and answer as plain text, for training a tokenizer."""
-        pairs = [pair for rows in self.load().values() for pair in self._pairs(rows, "data")]
+        pairs = [pair for rows in self.load().values() for pair in self._contents(rows, "data")]
         return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs]
 
     def prepare_data(self) -> None:
@@ -139,30 +140,27 @@ class ForgetRetain(L.LightningDataModule):
         if self.rows and not (alternate and self.rows["forget"][0].alternate is None):
             return
         sets = self.load()
-        pairs = {role: self._pairs(rows, role) for role, rows in sets.items()}
-        for name, rows in pairs.items():
+        contents = {role: self._contents(rows, role) for role, rows in sets.items()}
+        for name, rows in contents.items():
             kept = set() if name == "forget" else set(rows)
-            if shared := [pair for pair in pairs["forget"] if pair in kept]:
+            if shared := [row for row in contents["forget"] if row in kept]:
                 rank_zero_warn(
-                    f"{len(shared)} of {len(pairs['forget'])} forget rows are also {name} rows: the run is told to forget "
+                    f"{len(shared)} of {len(contents['forget'])} forget rows are also {name} rows: the run is told to forget "
                     f"and to keep them. The first is {shared[0][0][:80]!r}."
                 )
         tokenizer = self._tokenizer()
         check_tokenizer(tokenizer)
-        pad_id = tokenizer.pad_token_id
-        self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
-        for role, rows in pairs.items():
+        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for role, rows in contents.items():
             self.rows[role] = self._encode(rows, tokenizer, role)
         if alternate:
-            answers = alternate_answers(sets["forget"], self.alternate_column, self.refusals, self.seed)
-            others = [(question, answer) for (question, _), answer in zip(pairs["forget"], answers, strict=True)]
-            alternates = self._encode(others, tokenizer, "alternate")
-            self.rows["forget"] = [
-                row._replace(alternate=other) for row, other in zip(self.rows["forget"], alternates, strict=True)
-            ]
+            alternates = self._encode(self._alternates(sets["forget"], contents["forget"]), tokenizer, "alternate")
+            pairs = zip(self.rows["forget"], alternates, strict=True)
+            self.rows["forget"] = [row._replace(alternate=other) for row, other in pairs]
         rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.rows.items()))
 
-    def _encode(self, pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Row]:
+    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Row]:
+        pairs = [(question, answer) for question, answer in contents]
         rows = encode_rows(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
         cut = sum(row.cut for row in rows)
         if cut:
@@ -277,20 +275,24 @@ class ForgetRetain(L.LightningDataModule):
             )
         return own  # type: ignore[no-any-return]
 
-    def _pairs(self, rows: Dataset, role: str) -> list[tuple[str, str]]:
-        missing = [column for column in (self.question_column, self.answer_column) if column not in rows.column_names]
-        if missing:
+    def _contents(self, rows: Dataset, role: str) -> Contents:
+        columns = self._columns.values()
+        if missing := [column for column in columns if column not in rows.column_names]:
             raise ValueError(
                 f"the {role} set has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}. Set "
-                "`data.question_column` and `data.answer_column`."
+                f"{' and '.join(f'`data.{setting}`' for setting in self._columns)}."
             )
-        pairs = list(zip(rows[self.question_column], rows[self.answer_column], strict=True))
-        for number, pair in enumerate(pairs):
-            if not all(isinstance(text, str) for text in pair):
+        contents = list(zip(*(rows[column] for column in columns), strict=True))
+        for number, content in enumerate(contents):
+            if not all(isinstance(text, str) for text in content):
                 raise ValueError(
-                    f"row {number} of the {role} set is not text: {pair!r}. Question and answer must be strings."
+                    f"row {number} of the {role} set is not text: {content!r}. {' and '.join(columns)} must be strings."
                 )
-        return pairs
+        return contents
+
+    def _alternates(self, rows: Dataset, contents: Contents) -> Contents:
+        answers = alternate_answers(rows, self.alternate_column, self.refusals, self.seed)
+        return [(question, answer) for (question, _), answer in zip(contents, answers, strict=True)]
 
 
 def _size(rows: list[Row]) -> str:

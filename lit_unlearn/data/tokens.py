@@ -1,4 +1,4 @@
-"""From question and answer to token ids: one tokenisation, labelled by character offsets."""
+"""From text to token ids: question and answer in one tokenisation, labelled by character offsets; raw text in chunks."""
 
 from __future__ import annotations
 
@@ -167,6 +167,35 @@ def encode_rows(
             )
         encoded.append(row)
     return encoded
+
+
+def encode_chunks(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int = 2048
+) -> list[Row]:
+    """Joins raw texts and cuts them into rows of equal length, with every token supervised.
+
+    As published baselines do it: texts are joined by empty lines and tokenised as one, and a row goes on over the end of
+    a text. Every row begins with the start token, if the tokenizer begins rows with one; it is no part of the text, and
+    not supervised. If it does not, nothing predicts a row's first token, which is then only read. The last row is what is
+    left, however short: no token is left out or counts twice.
+
+    Args:
+        texts: Raw texts, in order.
+        tokenizer: A fast tokenizer; its chat template is not used.
+        name: Of the set, for messages.
+        max_length: Tokens of a row, the start token among them; at least 2.
+
+    Raises:
+        ValueError: If there is no token that another one predicts.
+    """
+    start = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    whole = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)  # no warning that it is long
+    ids, step = list(whole["input_ids"]), max_length - len(start)
+    chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
+    rows = [Row(start + chunk, [IGNORED] * len(start) + chunk) for chunk in chunks]
+    if not rows or len(rows[0].input_ids) < 2:
+        raise ValueError(f"the {name} set has no text to predict: it has {len(ids)} tokens in {len(texts)} texts.")
+    return rows
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:

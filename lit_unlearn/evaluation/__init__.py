@@ -1,7 +1,18 @@
 """Suites: which metrics are computed on which stream, and how the result is reported."""
 
 from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream
+from lit_unlearn.evaluation.muse import MUSESuite
 from lit_unlearn.evaluation.questions import QASuite, QuestionSuite, TOFUSuite
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 
-__all__ = ["AnswerSuite", "BenchmarkSuite", "Example", "QASuite", "QuestionSuite", "Stream", "Suite", "TOFUSuite"]
+__all__ = [
+    "AnswerSuite",
+    "BenchmarkSuite",
+    "Example",
+    "MUSESuite",
+    "QASuite",
+    "QuestionSuite",
+    "Stream",
+    "Suite",
+    "TOFUSuite",
+]

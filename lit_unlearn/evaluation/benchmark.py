@@ -69,6 +69,7 @@ class BenchmarkSuite(AnswerSuite):
     """
 
     name: ClassVar[str]
+    compared: ClassVar[str] = "forget"  # the stream on which it is compared with the retain-only model
 
     def __init__(self, token_budget: int = 8192, retain_results: str | None = None) -> None:
         super().__init__()
@@ -122,9 +123,9 @@ class BenchmarkSuite(AnswerSuite):
             if tokenizer is None:
                 raise ValueError(f"{type(self).__name__} needs the model's tokenizer: set `model.lm.tokenizer`.")
             self._streams = self.load(tokenizer)
-            if self._retain is not None:
-                mine = {"suite": self.name, "data": _describe(self._streams["forget"])}
-                files.check_same_rows(mine, self._retain, "forget", str(self.retain_results))
+            if self._retain is not None and self.compared in self._streams:
+                mine = {"suite": self.name, "data": _describe(self._streams[self.compared])}
+                files.check_same_rows(mine, self._retain, self.compared, str(self.retain_results))
         return self._streams
 
     def run(self, lm: LanguageModel, partial: Path | None = None) -> Results:

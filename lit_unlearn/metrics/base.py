@@ -14,7 +14,8 @@ class ExactMetric(Metric):
     """A metric whose states are float64 sums, added over processes and kept in float64.
 
     A Lightning module that is cast to bfloat16 casts the metrics inside it too; counts would then stop at 256. A
-    non-finite value is kept, not dropped, so that it shows in the result.
+    non-finite value is kept, not dropped, so that it shows in the result. Subclasses replace their states instead of
+    changing them in place, which is forbidden for those that were reset in a validation and are updated in a fit.
 
     Args:
         **sums: Names of the states and their shapes.

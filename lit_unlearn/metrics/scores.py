@@ -48,10 +48,10 @@ class AnswerLikelihood(ExactMetric):
         logp = logp.double()
         sums = logp.new_zeros(num_sequences).index_add_(0, sequence, logp)
         lengths = torch.bincount(sequence, minlength=num_sequences)
-        self.nll -= logp.sum()
-        self.tokens += logp.numel()
-        self.probability += (sums / lengths).exp().sum()
-        self.answers += num_sequences
+        self.nll = self.nll - logp.sum()
+        self.tokens = self.tokens + logp.numel()
+        self.probability = self.probability + (sums / lengths).exp().sum()
+        self.answers = self.answers + num_sequences
 
     def compute(self) -> dict[str, Tensor]:
         """``nll`` in nats per token and ``probability`` per answer, float64 scalars."""

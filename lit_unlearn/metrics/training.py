@@ -36,8 +36,8 @@ class ConstraintSlack(ExactMetric):
             total: Sum of the objective, a scalar.
             count: Number of values summed.
         """
-        self.total += total.double()
-        self.count += count
+        self.total = self.total + total.double()
+        self.count = self.count + count
 
     def compute(self) -> dict[str, Tensor]:
         """``value``, and where epsilon is known ``violation`` and ``slack``: float64 scalars."""
@@ -74,8 +74,8 @@ class ForgetUniformity(ExactMetric):
         Args:
             uniformity: What ``functional.uniformity`` gives, shape ``(N, 3)``.
         """
-        self.total += uniformity.double().sum(0)
-        self.count += len(uniformity)
+        self.total = self.total + uniformity.double().sum(0)
+        self.count = self.count + len(uniformity)
 
     def compute(self) -> dict[str, Tensor]:
         """Token means as float64 scalars."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from lit_unlearn.evaluation import BenchmarkSuite
 from lit_unlearn.lm import LanguageModel
 from lit_unlearn.module.measured import LitMeasured
@@ -28,9 +26,9 @@ class LitEvaluate(LitMeasured):
         super().__init__(lm, suite)
         self.results = results
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """One item, because a test loop needs a loader."""
-        return DataLoader([0])  # type: ignore[arg-type]
+    def test_dataloader(self) -> list[int]:
+        """One item, because a test loop needs something to go through; no DataLoader, which would be sampled."""
+        return [0]
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Nothing: the benchmark is run when the loop ends."""

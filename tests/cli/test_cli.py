@@ -15,7 +15,7 @@ import yaml
 from command_line import ROOT, UNLEARN, instantiate, quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_unlearn import LitFinetune, LitUnlearn, cli
+from lit_unlearn import LitEvaluate, LitFinetune, LitUnlearn, cli
 from lit_unlearn.cli.errors import shorten
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -111,12 +111,20 @@ def test_every_config_parses_and_instantiates(
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         assert {"data", "vocab_size", "output"} == settings.keys()
         return  # test_tokenizer_command runs one
-    base = "tofu.yaml" if config.name == "tofu_unlearn.yaml" else "demo/unlearn.yaml"  # what the overlays go over
-    overlay = config.name == "tofu_unlearn.yaml" or config.parent.name in ("hardware", "method")
-    files = ["--config", str(ROOT / "configs" / base)] * overlay + ["--config", str(config)]
-    made = instantiate(["fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
-    assert isinstance(made.model, LitFinetune if "target" in config.stem else LitUnlearn)
-    if config.stem in ("tofu", "unlearn"):  # complete files: every key of every class family is written down
+    bases = {"tofu_unlearn.yaml": "tofu.yaml", "tofu_eval.yaml": "eval/tofu.yaml"}  # what the overlays go over
+    families = {
+        "hardware": "demo/unlearn.yaml",
+        "method": "demo/unlearn.yaml",
+        "paper": f"{config.stem.split('_')[0]}.yaml",
+    }
+    base = bases.get(config.name) or families.get(config.parent.name)
+    files = (["--config", str(ROOT / "configs" / base)] if base else []) + ["--config", str(config)]
+    evaluates = "eval" in (config.parent.name, config.stem.rpartition("_")[2])
+    made = instantiate(["test" if evaluates else "fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
+    kind = LitEvaluate if evaluates else LitFinetune if "target" in config.stem else LitUnlearn
+    assert isinstance(made.model, kind)
+    complete = config.stem in ("tofu", "muse", "unlearn") and not evaluates
+    if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]
         assert settings["forget"]["init_args"].keys() == {"power", "alignment"}

@@ -312,3 +312,12 @@ def test_settings_out_of_range_are_refused(tiny_lm: Callable[..., LanguageModel]
             unlearner(tiny_lm(), **settings)
     with pytest.raises(ValueError, match="`constraints` is empty"):
         LitUnlearn(tiny_lm(), LogitMargin(), {}, sgd)
+
+
+def test_a_fit_after_a_validation_of_the_same_module(model_dir: str, make_trainer: Callable[..., L.Trainer]) -> None:
+    """Lightning validates in inference mode, where metrics are reset."""
+    bound = Constraint(NLL(), 5.0, DualAscent(lr=1.0, init=1.0))
+    module = LitUnlearn(LanguageModel(model_dir), LogitMargin(), {"nll": bound}, lambda p: torch.optim.SGD(p, lr=0.01))
+    data = FictionalAuthors(3, 1, max_length=200)
+    make_trainer().validate(module, datamodule=data, verbose=False)
+    make_trainer(max_epochs=1).fit(module, datamodule=data)
