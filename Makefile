@@ -21,11 +21,20 @@ demo: $(VENV)/.installed
 	$(BIN)/lit-unlearn fit --config configs/demo/target.yaml
 	$(BIN)/lit-unlearn fit --config configs/demo/unlearn.yaml
 
-# The same on real TOFU rows: make tofu TOFU=<folder with forget01.json, retain99.json, …>
+# The same on real TOFU rows, beside a retain-only model, and TOFU's benchmark on all three:
+# make tofu TOFU=<folder with forget01.json, forget01_perturbed.json, retain99.json, …>
+TOFU_TEST = $(BIN)/lit-unlearn test --config configs/eval/tofu.yaml --config configs/demo/tofu_eval.yaml --model.suite.source $(TOFU)
 tofu: $(VENV)/.installed
 	$(BIN)/lit-unlearn tokenizer --config configs/demo/tofu_tokenizer.yaml --data.source $(TOFU)
 	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU)
+	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU) --data.train_on=retain \
+	  --trainer.logger.name=teach_retain_only --export.dirpath=runs/tofu/retain_only
 	$(BIN)/lit-unlearn fit --config configs/tofu.yaml --config configs/demo/tofu_unlearn.yaml --data.source $(TOFU)
+	$(TOFU_TEST) --model.lm.model runs/tofu/retain_only --model.results runs/tofu/retain_only.json
+	$(TOFU_TEST) --model.lm.model runs/tofu/target --model.results runs/tofu/target.json
+	$(TOFU_TEST) --model.lm.model runs/tofu/unlearned --model.results runs/tofu/unlearned.json
+	$(BIN)/lit-unlearn compare runs/tofu/target.json runs/tofu/retain_only.json runs/tofu/unlearned.json \
+	  --retain runs/tofu/retain_only.json --figure runs/tofu/compare.png
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ Removes chosen rows from a language model: minimise the forgetting loss subject 
 commands:
   fit         unlearn (or, with LitFinetune, teach) as --config FILE says
   validate    measure forget and retain rows and the constraints' slack
-  test        run the suite
+  test        run the suite, or with LitEvaluate a benchmark on any model
+  compare     print results of benchmarks side by side, and draw them
+  judge       have a language model judge the answers in a results file
   methods     list the forgetting methods: formula, needs, paper, configuration file
   tokenizer   train a small tokenizer on a data module's rows, for models made from scratch
 
@@ -55,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments[0] == "methods":
+    command = arguments[0]
+    if command == "methods":
         from lit_unlearn.cli import methods
 
         methods.run(arguments[1:], next(folder for folder in CONFIGS if folder.is_dir()))
-        return
-    if arguments[0] == "tokenizer":
-        from lit_unlearn.cli.tokenizer import run
+    elif command in ("compare", "judge"):
+        importlib.import_module(f"lit_unlearn.cli.{command}").run(arguments[1:])
     else:
-        from lit_unlearn.cli.trainer import run
-    run(arguments)
+        module = "tokenizer" if command == "tokenizer" else "trainer"
+        importlib.import_module(f"lit_unlearn.cli.{module}").run(arguments)
 
 
 def find_configs(arguments: list[str]) -> list[str]:

@@ -192,26 +192,10 @@ class QuestionSuite(BenchmarkSuite):
             if all("truth_ratio" in row for row in rows):
                 kind: Literal["forget", "utility"] = "forget" if name == "forget" else "utility"
                 values[f"{name}/truth_ratio"] = truth_ratio_score(_column(rows, "truth_ratio"), kind)
-        values["forget_quality"] = self._forget_quality(examples["forget"], retain)
         if "holdout" in examples:
-            values |= self._privacy(examples, retain)
-        return values
-
-    def _forget_quality(self, forget: Sequence[Values], retain: Results | None) -> float | str:
-        if not all("truth_ratio" in row for row in forget):
-            return f"the forget rows have no '{self.wrong_column}'"
-        if retain is None:
-            return "no `retain_results` were given"
-        return forget_quality(_column(forget, "truth_ratio"), _column(retain["examples"]["forget"], "truth_ratio"))
-
-    def _privacy(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
-        """How well each attack tells forget rows from rows never seen, and that beside the retain-only model."""
-        values: Values = {f"auc/{name}": _attack(examples, name) for name in ATTACKS}
-        if retain is None or "holdout" not in retain["examples"]:
-            values["privleak"] = "no `retain_results` with a holdout set were given"
-        else:
-            values["privleak"] = privleak(1 - values["auc/min_k"], 1 - _attack(retain["examples"], "min_k"))
-        return values
+            values |= {f"auc/{name}": _attack(examples, name) for name in ATTACKS}
+        without = f"the forget rows have no '{self.wrong_column}'"
+        return {**values, "forget_quality": without, **against_retain(examples, retain)}
 
     def run(self, lm: LanguageModel, partial: Path | None = None) -> Results:
         """As the base class does; then judges the generated forget answers by another model, where one is given."""
@@ -320,6 +304,37 @@ class QASuite(QuestionSuite):
             if source is not None:
                 where = Source(source) if isinstance(source, str) else source
                 self.sets[name] = Questions(where, right=self.answer_column, generates=name != "holdout")
+
+
+def against_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
+    """What only a comparison with the retain-only model tells: forget quality and, with a holdout set, PrivLeak.
+
+    Args:
+        examples: The values of every row, by stream, of the same rows as the retain-only model's.
+        retain: Results of the retain-only model; ``None`` if there are none.
+
+    Returns:
+        ``forget_quality``, if the forget rows have truth ratios, and ``privleak``, if forget and holdout rows have Min-K:
+        a number, or the reason why it is missing.
+    """
+    values: Values = {}
+    if _all_have("truth_ratio", examples, "forget"):
+        values["forget_quality"] = "no `retain_results` were given"
+        if retain is not None:
+            mine, theirs = (_column(one["forget"], "truth_ratio") for one in (examples, retain["examples"]))
+            values["forget_quality"] = forget_quality(mine, theirs)
+    if _all_have("min_k", examples, "forget", "holdout"):
+        values["privleak"] = "no `retain_results` with a holdout set were given"
+        if retain is not None and "holdout" in retain["examples"]:
+            areas = [1 - _attack(one, "min_k") for one in (examples, retain["examples"])]
+            values["privleak"] = (
+                privleak(*areas) if areas[1] else "it divides by 1 − AUC of the retain-only model, 0 here"
+            )
+    return values
+
+
+def _all_have(key: str, examples: Mapping[str, Sequence[Values]], *streams: str) -> bool:
+    return all(key in row for stream in streams for row in examples.get(stream, [{}]))
 
 
 def _column(rows: Sequence[Values], key: str) -> list[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file; a half-written one never replaces a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        temporary = Path(file.name)
-        try:
-            json.dump(content, file, indent=2)
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o644)  # temporary files are private
-    temporary.replace(path)
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A file that takes the target's place once it is written, and is gone if that fails.
+
+    Args:
+        target: Final place; its folder is made. The suffix is that of the unfinished file, too.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(target)
+    except OSError as error:
+        raise OSError(f"'{target}' cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def table(report: dict[str, Any]) -> str:

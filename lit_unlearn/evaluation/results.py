@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -56,14 +58,17 @@ def read_results(path: str | Path) -> Results:
     return results
 
 
-def check_same_rows(mine: Mapping[str, Any], other: Results, stream: str, path: str) -> None:
+def check_same_rows(
+    mine: Mapping[str, Any], other: Results, stream: str, path: str, whose: str = "the retain-only model"
+) -> None:
     """Refuses to compare with results of another suite, of other rows or of other tokens.
 
     Args:
         mine: ``suite``, and the ``data`` of the stream.
-        other: Results of the retain-only model.
+        other: Results of the retain-only model, or of another one.
         stream: On which they are compared.
         path: Of the other results, for the message.
+        whose: Results the other ones are, likewise.
 
     Raises:
         ValueError: With what differs.
@@ -76,10 +81,23 @@ def check_same_rows(mine: Mapping[str, Any], other: Results, stream: str, path: 
     differ = [f"{words[key]}: {own!r} here, {its!r} there" for key, (own, its) in what.items() if own != its]
     if differ:
         raise ValueError(
-            f"the results of the retain-only model in '{path}' cannot be compared with: on the '{stream}' rows they differ in "
+            f"the results of {whose} in '{path}' cannot be compared with these: on the '{stream}' rows they differ in "
             + "; ".join(differ)
-            + ". Evaluate the retain-only model with the same configuration."
+            + f". Evaluate {whose} with the same configuration."
         )
+
+
+def differences(results: Sequence[Results]) -> list[str]:
+    """What else makes values incomparable, where `check_same_rows` has no objection: other streams' rows, and settings."""
+    found: dict[str, set[str]] = {}
+    for one in results:
+        contents = {name: [data.get(key) for key in ("rows", "texts", "tokens")] for name, data in one["data"].items()}
+        parts = {f"the '{name}' rows": content for name, content in contents.items()}
+        parts |= {f"the setting '{name}'": value for name, value in one.get("settings", {}).items()}
+        parts.pop("the setting 'token_budget'", None)  # which changes nothing but rounding
+        for part, content in parts.items():
+            found.setdefault(part, set()).add(digest(content))
+    return [part for part, contents in found.items() if len(contents) > 1]
 
 
 def table(results: Sequence[Results], names: Sequence[str], style: str = "text") -> str:
@@ -101,10 +119,12 @@ def table(results: Sequence[Results], names: Sequence[str], style: str = "text")
     rows = [[key, *(_number(one["aggregate"].get(key)) for one in results)] for key in keys]
     lines = [["", *names], *rows]
     if style == "csv":
-        return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) for line in lines)
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(lines)
+        return file.getvalue().rstrip("\n")
     if style == "markdown":
         rule = ["|---" * len(lines[0]) + "|"]
-        text = ["| " + " | ".join(line) + " |" for line in lines]
+        text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
         return "\n".join([text[0], *rule, *text[1:]])
     if style != "text":
         raise ValueError(f"a table is 'text', 'markdown' or 'csv', not {style!r}.")
