@@ -53,6 +53,8 @@ _HOME = {
     "TOFUSuite": "evaluation",
     "MUSESuite": "evaluation",
     "QASuite": "evaluation",
+    "StressSuite": "evaluation",
+    "Relearn": "evaluation",
     "LitUnlearn": "module",
     "LitFinetune": "module",
     "LitEvaluate": "module",
@@ -75,7 +77,16 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from lit_unlearn.data import MUSE, TOFU, FictionalAuthors, ForgetRetain, Source
     from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, PIMultiplier, Relative
-    from lit_unlearn.evaluation import AnswerSuite, BenchmarkSuite, MUSESuite, QASuite, Suite, TOFUSuite
+    from lit_unlearn.evaluation import (
+        AnswerSuite,
+        BenchmarkSuite,
+        MUSESuite,
+        QASuite,
+        Relearn,
+        StressSuite,
+        Suite,
+        TOFUSuite,
+    )
     from lit_unlearn.lm import LanguageModel, SupervisedTokens
     from lit_unlearn.metrics import ConstraintSlack, ForgetUniformity
     from lit_unlearn.module import LitEvaluate, LitFinetune, LitUnlearn, Schedule

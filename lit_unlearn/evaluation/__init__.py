@@ -3,7 +3,9 @@
 from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream
 from lit_unlearn.evaluation.muse import MUSESuite
 from lit_unlearn.evaluation.questions import QASuite, QuestionSuite, TOFUSuite
+from lit_unlearn.evaluation.stress import StressSuite
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
+from lit_unlearn.evaluation.weights import Relearn
 
 __all__ = [
     "AnswerSuite",
@@ -12,7 +14,9 @@ __all__ = [
     "MUSESuite",
     "QASuite",
     "QuestionSuite",
+    "Relearn",
     "Stream",
+    "StressSuite",
     "Suite",
     "TOFUSuite",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -171,6 +172,7 @@ class LitMeasured(L.LightningModule):
         file = self._results_file(
             f"{suite.name}.json" if stage == "test" else f"{suite.name}-step={self.global_step}.json"
         )
+        started = time.monotonic()
         with self.trainer.precision_plugin.val_step_context():
             found = suite.run(self.lm, file.with_suffix(".partial") if stage == "test" else None)
         if self.trainer.is_global_zero:
@@ -180,7 +182,7 @@ class LitMeasured(L.LightningModule):
                 print(table([found], [str(self.lm.name)]))
         for name, reason in found["missing"].items() if stage == "test" else ():
             rank_zero_info(f"{name} is missing: {reason}")
-        rank_zero_info(f"results: {file}")
+        rank_zero_info(f"results: {file} ({suite.name}, {time.monotonic() - started:.0f} s)")
         values = {name: value for name, value in found["aggregate"].items() if value is not None}
         self.log_dict({f"{stage}/{suite.name}/{name}": value for name, value in values.items()}, rank_zero_only=False)
 

@@ -1,0 +1,125 @@
+"""What is wrong with the files or the settings of a question suite is said before anything is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation.rows import FORGET, RETAIN, Row, loaded, taught, write, write_qa
+
+from lit_unlearn import LanguageModel, QASuite, Source
+
+
+def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **settings: Any) -> QASuite:
+    files = {"forget": write(folder / "forget.jsonl", forget), "retain": write(folder / "retain.jsonl", retain)}
+    return QASuite(**files, **{"max_new_tokens": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"prompt": "Who?", "answer": "Ada."}, {}, r"row 1 of the forget set has no text in 'question': .* got None"),
+        ({"question": "Who?", "reply": "Ada."}, {}, r"row 1 of the forget set has no text in 'answer': .* got None"),
+        ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got None"),
+        ({"question": "Who?", "answer": "Ada."}, {"question_column": "q"}, r"row 0 of the forget set .* in 'q'"),
+        ({"question": "Who?", "answer": "Ada."}, {"answer_column": "a"}, r"row 0 of the forget set .* in 'a'"),
+        ({"question": "Who?", "answer": " "}, {}, r"of the forget set has no supervised token: its answer ' '"),
+        ({"question": "Who? " * 200, "answer": "Ada."}, {}, r"its prompt alone fills `data.max_length` \(512\)"),
+    ],
+)
+def test_a_row_without_its_texts(row, settings, message, tmp_path, tokenizer):
+    suite = suite_of(tmp_path, [{"question": "Where?", "answer": "Here."}, row], **settings)
+    with pytest.raises(ValueError, match=message) as error:
+        suite.prepare(tokenizer)
+    if "has no text in" in str(error.value):
+        assert "Set `question_column`, `answer_column` and `wrong_column` of the suite." in str(error.value)
+        assert str(sorted({"question", "answer"} | row.keys())) in str(error.value)  # the columns that there are
+
+
+def test_a_number_is_no_text(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"row 0 of the retain set has no text in 'answer': .* got 1920"):
+        suite_of(tmp_path, FORGET, [{"question": "When?", "answer": 1920}]).prepare(tokenizer)
+
+
+def test_a_wrong_answer_without_a_token(tmp_path, tokenizer):
+    rows = [{"question": "Who?", "answer": "Ada.", "perturbed_answer": ["Bob.", ""]}]
+    with pytest.raises(ValueError, match=r"of the forget set has no supervised token: its answer ''"):
+        suite_of(tmp_path, rows).prepare(tokenizer)
+
+
+def test_other_columns_give_the_same_values(tmp_path, tokenizer_dir):
+    lm = loaded(taught(tokenizer_dir, 20))
+    wanted = suite_of(tmp_path, FORGET).run(lm)
+    names = {"question": "q", "answer": "a", "perturbed_answer": "w"}
+    sets = ([{names[key]: value for key, value in row.items()} for row in rows] for rows in (FORGET, RETAIN))
+    columns = {"question_column": "q", "answer_column": "a", "wrong_column": "w"}
+    found = suite_of(tmp_path, *sets, **columns).run(lm)
+    assert found["aggregate"] == wanted["aggregate"]
+    assert found["examples"] == wanted["examples"]
+    assert found["data"] == wanted["data"]
+
+
+@pytest.mark.parametrize("wrong_column", ["perturbed_answers", "paraphrased_answer"])
+def test_a_misnamed_column_of_wrong_answers_is_reported_as_missing(wrong_column, tmp_path, tokenizer_dir):
+    results = suite_of(tmp_path, FORGET, wrong_column=wrong_column).run(loaded(taught(tokenizer_dir, 20)))
+    assert results["missing"] == {"forget_quality": f"the forget rows have no '{wrong_column}'"}
+    assert not any("truth_ratio" in name for name in results["aggregate"])
+    assert not any("truth_ratio" in row for row in results["examples"]["forget"])
+
+
+def test_sources_may_be_limited(tmp_path, tokenizer_dir):
+    files = write_qa(tmp_path)
+    suite = QASuite(Source(files["forget"], max_rows=2), Source(files["retain"], max_rows=1), max_new_tokens=4)
+    results = suite.run(loaded(taught(tokenizer_dir, 20)))
+    assert {name: len(rows) for name, rows in results["examples"].items()} == {"forget": 2, "retain": 1}
+    assert {name: data["rows"] for name, data in results["data"].items()} == {"forget": 2, "retain": 1}
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_other_kinds_of_files(kind, tmp_path, tokenizer_dir):
+    """A CSV file has one wrong answer at most, as text."""
+    from datasets import Dataset
+
+    rows = [{**row, "perturbed_answer": row["perturbed_answer"][0]} for row in FORGET]
+    lm = loaded(taught(tokenizer_dir, 20))
+    wanted = suite_of(tmp_path, rows).run(lm)["examples"]["forget"]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        getattr(Dataset.from_list(rows), f"to_{kind}")(path)
+    suite = QASuite(str(path), write(tmp_path / "retain.jsonl", RETAIN), max_new_tokens=4)
+    assert suite.run(lm)["examples"]["forget"] == wanted
+
+
+def test_missing_and_empty_files(tmp_path, tokenizer):
+    files = write_qa(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"the retain set's file '.*nowhere.jsonl' does not exist"):
+        QASuite(files["forget"], str(tmp_path / "nowhere.jsonl")).prepare(tokenizer)
+    with pytest.raises(ValueError, match=r"the holdout set is empty"):
+        QASuite(files["forget"], files["retain"], write(tmp_path / "empty.jsonl", [])).prepare(tokenizer)
+
+
+def test_settings_out_of_range(tmp_path):
+    files = write_qa(tmp_path)
+    with pytest.raises(ValueError, match=r"QASuite: `token_budget` must be at least 1, not 0"):
+        QASuite(**files, token_budget=0)
+
+
+def test_a_model_without_a_tokenizer(tmp_path, tiny_lm):
+    lm = tiny_lm()
+    lm.load(torch.float32)
+    with pytest.raises(ValueError, match=r"QASuite needs the model's tokenizer: set `model.lm.tokenizer`"):
+        QASuite(**write_qa(tmp_path)).run(LanguageModel.wrap(lm.model))
+
+
+def test_rows_are_read_once(tmp_path, tokenizer, monkeypatch):
+    suite = QASuite(**write_qa(tmp_path))
+    streams = suite.prepare(tokenizer)
+    monkeypatch.setattr(Source, "load", lambda *_: 1 / 0)
+    assert suite.prepare(tokenizer) is streams
+    assert {name: len(stream.examples) for name, stream in streams.items()} == {"forget": 5, "retain": 3, "holdout": 4}
+    assert [example.prompt is None for example in streams["holdout"].examples] == [True] * 4  # nothing is generated

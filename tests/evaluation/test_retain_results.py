@@ -1,0 +1,169 @@
+"""Beside the results of the retain-only model: forget quality, PrivLeak, and whose results are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation.rows import FORGET, HOLDOUT, Row, area, ks_p_value, loaded, taught, write, write_qa, write_tofu
+
+from lit_unlearn import LanguageModel, QASuite, TOFUSuite
+from lit_unlearn.evaluation.report import write_json
+
+Results = dict[str, Any]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    return write_qa(tmp_path)
+
+
+def run(lm: LanguageModel, files: dict[str, str], **settings: Any) -> Results:
+    return QASuite(**files, **{"max_new_tokens": 2, **settings}).run(lm)
+
+
+def save(folder: Path, results: Results) -> str:
+    write_json(folder / "retain_only.json", results)
+    return str(folder / "retain_only.json")
+
+
+def column(results: Results, stream: str, key: str) -> list[float]:
+    return [row[key] for row in results["examples"][stream]]
+
+
+def leaked(results: Results) -> float:
+    """MUSE's area: how often a holdout row has the higher Min-K."""
+    return area(column(results, "holdout", "min_k"), column(results, "forget", "min_k"))
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_a_model_cannot_be_told_from_itself(steps, files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, steps))
+    first = run(lm, files)
+    path = save(tmp_path, first)
+    again = run(lm, files, retain_results=path)
+    assert again["aggregate"]["forget_quality"] == 1.0
+    assert again["retain_results"] == path
+    same = {name: value for name, value in again["aggregate"].items() if name not in ("forget_quality", "privleak")}
+    assert same == first["aggregate"]
+    if steps == 0:
+        assert again["aggregate"]["privleak"] == 0.0
+        assert again["missing"] == {}
+
+
+def test_another_model_can(files, tokenizer_dir, tmp_path):
+    """Both numbers are neither nothing nor everything here."""
+    retain_only, unlearned = (loaded(taught(tokenizer_dir, 0, seed)) for seed in (2, 1))
+    theirs = run(retain_only, files)
+    mine = run(unlearned, files, retain_results=save(tmp_path, theirs))
+    p_value = ks_p_value(*(column(one, "forget", "truth_ratio") for one in (mine, theirs)))
+    assert mine["aggregate"]["forget_quality"] == pytest.approx(p_value, rel=1e-12)
+    wanted = (leaked(mine) - leaked(theirs)) / leaked(theirs) * 100
+    assert mine["aggregate"]["privleak"] == pytest.approx(wanted, rel=1e-12)
+    assert 0 < p_value < 1
+    assert 0 < abs(wanted) < 100
+
+
+def test_a_model_that_remembers_everything(files, tokenizer_dir, tmp_path):
+    theirs = run(loaded(taught(tokenizer_dir, 0)), files)
+    mine = run(loaded(taught(tokenizer_dir, 100)), files, retain_results=save(tmp_path, theirs))
+    assert mine["aggregate"]["forget_quality"] == pytest.approx(2 / 252, rel=1e-12)  # 5 below 5: the least there is
+    assert mine["aggregate"]["privleak"] == -100.0
+
+
+def test_without_them_both_scores_are_missing_with_the_reason(files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 20))
+    results = run(lm, files)
+    assert results["missing"] == {
+        "forget_quality": "no `retain_results` were given",
+        "privleak": "no `retain_results` with a holdout set were given",
+    }
+    assert not {"forget_quality", "privleak"} & results["aggregate"].keys()
+    assert results["retain_results"] is None
+    without = run(lm, {name: path for name, path in files.items() if name != "holdout"})
+    found = run(lm, files, retain_results=save(tmp_path, without))
+    assert found["missing"] == {"privleak": "no `retain_results` with a holdout set were given"}
+    assert found["aggregate"]["forget_quality"] == 1.0
+
+
+def test_of_other_retain_rows_they_may_be(files, tokenizer_dir, tmp_path):
+    """Only forget rows are compared; TOFU's `max_rows`, say, may differ."""
+    lm = loaded(taught(tokenizer_dir, 20))
+    path = save(tmp_path, run(lm, files))
+    files["retain"] = write(tmp_path / "other.jsonl", HOLDOUT)
+    assert run(lm, files, retain_results=path, token_budget=99, max_new_tokens=1)["aggregate"]["forget_quality"] == 1
+
+
+# Refused --------------------------------------------------------------------------------------------------------------
+
+
+def refusal(message: str, files: dict[str, str], lm: LanguageModel, path: str, **settings: Any) -> None:
+    suite = QASuite(**files, retain_results=path, **settings)
+    with pytest.raises(ValueError, match=message) as error:
+        suite.prepare(lm.tokenizer)
+    assert f"the results of the retain-only model in '{path}' cannot be compared with" in str(error.value)
+    assert "Evaluate the retain-only model with the same configuration." in str(error.value)
+
+
+def changed(row: Row, **change: Any) -> list[Row]:
+    return [*FORGET[:-1], {**row, **change}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (FORGET[:4], r"number of rows: 4 here, 5 there; questions and answers \(another split\?\): '\w{16}' here, "),
+        (FORGET[::-1], r"differ in questions and answers \(another split\?\): '\w{16}' here, '\w{16}' there; tokens"),
+        (changed(FORGET[-1], question="When was it built?"), r"questions and answers"),
+        (changed(FORGET[-1], answer="In 1921."), r"questions and answers"),
+        (changed(FORGET[-1], perturbed_answer=["In 1931.", "In 1820."]), r"rows they differ in tokens"),
+        (changed(FORGET[-1], perturbed_answer=["In 1930."]), r"rows they differ in tokens"),
+    ],
+)
+def test_of_other_forget_rows(rows, message, files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 0))
+    path = save(tmp_path, run(lm, files))
+    files["forget"] = write(tmp_path / "other.jsonl", rows)
+    refusal(message, files, lm, path)
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 50}, {"template": "{question} {answer}"}])
+def test_of_other_tokens(settings, files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 0))
+    path = save(tmp_path, run(lm, files))
+    words = r"they differ in tokens \(another tokenizer, template or max_length\): '\w{16}' here, '\w{16}' there\."
+    refusal(words, files, lm, path, **settings)
+
+
+def test_of_another_tokenizer(files, tokenizer_dir, tmp_path, tiny_lm):
+    from lit_unlearn.data.tokens import train_tokenizer
+
+    path = save(tmp_path, run(loaded(taught(tokenizer_dir, 0)), files))
+    other = tiny_lm()
+    other._tokenizer = train_tokenizer(["Who wrote the letter? Ada wrote it in May."], vocab_size=300)
+    refusal(r"rows they differ in tokens", files, other, path)
+
+
+def test_of_another_suite(files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 0))
+    path = save(tmp_path, TOFUSuite("forget01", source=write_tofu(tmp_path), max_new_tokens=2).run(lm))
+    refusal(r"rows they differ in suite: 'qa' here, 'tofu' there", files, lm, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"there is no results file '.*': `lit-unlearn test` writes one"),
+        ("{", r"'.*' is no JSON file"),
+        ("[]", r"'.*' is no results file of `lit-unlearn test`: it has no suite"),
+        (json.dumps({"before": {}, "after": {}}), r"is no results file of `lit-unlearn test`"),
+    ],
+)
+def test_a_file_that_is_none(content, message, files, tmp_path):
+    path = tmp_path / "retain_only.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        QASuite(**files, retain_results=str(path))
