@@ -43,7 +43,8 @@ def test_the_command_finds_modules_where_it_is_run(in_tmp: Path, monkeypatch: py
     assert sys.path[-1] == str(in_tmp)  # the last, lest a file there take the place of an installed package
 
 
-def test_the_commands_name_files_that_there_are() -> None:
-    named = re.findall(r"configs/[\w/]+\.yaml", METHODS)
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "docs/evaluation.md"])
+def test_the_commands_name_files_that_there_are(page: str) -> None:
+    named = re.findall(r"configs/[\w/]+\.yaml", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert all((ROOT / name).is_file() for name in named)

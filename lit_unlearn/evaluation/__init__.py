@@ -2,9 +2,10 @@
 
 from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream
 from lit_unlearn.evaluation.muse import MUSESuite
-from lit_unlearn.evaluation.questions import QASuite, QuestionSuite, TOFUSuite
+from lit_unlearn.evaluation.questions import QASuite, QuestionSuite
 from lit_unlearn.evaluation.stress import StressSuite
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
+from lit_unlearn.evaluation.tofu import TOFUSuite
 from lit_unlearn.evaluation.weights import Relearn
 
 __all__ = [
