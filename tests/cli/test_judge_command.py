@@ -8,7 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_judge import GRADES, KEPT, KEY, Answer, Server, cells, fail, graded, judge, mean, quoted, say, write
+from fake_judge import (
+    GRADES,
+    KEPT,
+    KEY,
+    Answer,
+    Server,
+    cells,
+    fail,
+    graded,
+    judge,
+    mean,
+    quoted,
+    results,
+    say,
+    server,
+    write,
+)
 
 from lit_unlearn.evaluation.judge import scores_of
 

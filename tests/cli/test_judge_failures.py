@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_judge import GRADES, KEPT, Answer, Server, cells, fail, graded, judge, mean, say, write
+from fake_judge import GRADES, KEPT, Answer, Server, cells, fail, graded, judge, mean, results, say, server, write
 
 from lit_unlearn import cli
 from lit_unlearn.cli import _is_ours
