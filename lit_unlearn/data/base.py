@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
-from lit_unlearn.data.tokens import Row, check_tokenizer, encode_rows
+from lit_unlearn.data.tokens import Row, check_template, check_tokenizer, encode_rows
 from lit_unlearn.lm import IGNORED
 
 if TYPE_CHECKING:
@@ -84,10 +83,7 @@ class ForgetRetain(L.LightningDataModule):
         for name, size in {**sizes, "retain_batch_size": retain_batch_size}.items():
             if size < 1:
                 raise ValueError(f"`data.{name}` must be at least 1, not {size}.")
-        if template is not None and re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
-            raise ValueError(
-                f"`data.template` must contain {{question}} and, after it, {{answer}}, once each; got {template!r}."
-            )
+        check_template(template, "`data.template`")
         if train_on not in ("pairs", "all", "retain"):
             raise ValueError(f"`data.train_on` must be 'pairs', 'all' or 'retain', not {train_on!r}.")
         further = streams or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,6 +134,12 @@ def _render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase)
     )
 
 
+def check_template(template: str | None, where: str) -> None:
+    """Raises ValueError unless a template has its question and, after it, its answer; ``where`` it is set."""
+    if template is not None and re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
+        raise ValueError(f"{where} must contain {{question}} and, after it, {{answer}}, once each; got {template!r}.")
+
+
 def encode_rows(
     rows: Sequence[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -140,6 +147,7 @@ def encode_rows(
     name: str,
     template: str | None = None,
     max_length: int = 512,
+    number: int | None = None,
 ) -> list[Row]:
     """Tokenises all rows of a set.
 
@@ -149,21 +157,22 @@ def encode_rows(
         name: Of the set, for messages.
         template: As for `encode`.
         max_length: As for `encode`.
+        number: Of the row that all these belong to, for messages; ``None`` if they are rows 0, 1, ….
 
     Raises:
         ValueError: If a row is left without a supervised token; the message names the row.
     """
     encoded = []
-    for number, (question, answer) in enumerate(rows):
+    for place, (question, answer) in enumerate(rows):
         row = encode(question, answer, tokenizer, template=template, max_length=max_length)
         if not any(label != IGNORED for label in row.labels[1:]):  # nothing predicts a row's first token
             reason = (
-                f"its prompt alone fills `data.max_length` ({max_length}); raise it"
+                f"its prompt alone fills `max_length` ({max_length}); raise it"
                 if row.cut
                 else f"its answer {answer!r} tokenises to nothing; remove the row"
             )
             raise ValueError(
-                f"row {number} of the {name} set has no supervised token: {reason}. Its question is {question[:80]!r}."
+                f"row {place if number is None else number} of the {name} set has no supervised token: {reason}. Its question is {question[:80]!r}."
             )
         encoded.append(row)
     return encoded

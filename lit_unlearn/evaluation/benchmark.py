@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 
 from lit_unlearn.data.tokens import Row
 from lit_unlearn.evaluation import results as files
-from lit_unlearn.evaluation.generation import generate
+from lit_unlearn.evaluation.generation import check_prompts, generate
 from lit_unlearn.evaluation.likelihood import Scored, score_rows
 from lit_unlearn.evaluation.processes import gather, place
 from lit_unlearn.evaluation.report import read_json, write_json
@@ -69,7 +71,8 @@ class BenchmarkSuite(AnswerSuite):
     """
 
     name: ClassVar[str]
-    compared: ClassVar[str] = "forget"  # the stream on which it is compared with the retain-only model
+    compared: ClassVar[tuple[str, ...]] = ("forget", "holdout")  # with the retain-only model: these rows,
+    decisive: ClassVar[tuple[str, ...]] = ()  # which must have been measured with the same settings
 
     def __init__(self, token_budget: int = 8192, retain_results: str | None = None) -> None:
         super().__init__()
@@ -123,10 +126,25 @@ class BenchmarkSuite(AnswerSuite):
             if tokenizer is None:
                 raise ValueError(f"{type(self).__name__} needs the model's tokenizer: set `model.lm.tokenizer`.")
             self._streams = self.load(tokenizer)
-            if self._retain is not None and self.compared in self._streams:
-                mine = {"suite": self.name, "data": _describe(self._streams[self.compared])}
-                files.check_same_rows(mine, self._retain, self.compared, str(self.retain_results))
+            if self._retain is not None:
+                self._check_retain(self._streams, self._retain)
         return self._streams
+
+    def _check_retain(self, streams: Mapping[str, Stream], retain: Results) -> None:
+        path = str(self.retain_results)
+        for name in (self.compared[0], *(name for name in self.compared[1:] if name in retain["data"])):
+            if name in streams:
+                files.check_same_rows({"suite": self.name, "data": _describe(streams[name])}, retain, name, path)
+        mine, theirs = self.settings(), retain.get("settings", {})
+        if differ := [
+            f"{key}: {mine[key]!r} here, {theirs.get(key)!r} there"
+            for key in self.decisive
+            if mine[key] != theirs.get(key)
+        ]:
+            raise ValueError(
+                f"the results of the retain-only model in '{path}' were measured with other settings ({'; '.join(differ)}): "
+                "evaluate the retain-only model with the same configuration."
+            )
 
     def run(self, lm: LanguageModel, partial: Path | None = None) -> Results:
         """Measures a model; a collective call.
@@ -142,7 +160,10 @@ class BenchmarkSuite(AnswerSuite):
         streams = self.prepare(lm.tokenizer)
         weights = fingerprint(lm.model) if lm.model is not None else ""
         data = {name: _describe(stream) for name, stream in streams.items()}
-        key = digest([self.name, self.settings(), weights, data, files.versions()])
+        key = digest([self.name, self.settings(), weights, data, files.versions(), _precision(lm)])
+        for stream in streams.values():  # before anything is measured
+            prompts = [one.prompt for one in stream.examples if one.prompt is not None]
+            check_prompts(lm, prompts, stream.max_new_tokens, stream.stop)
         examples = {}
         with tqdm(total=_work(streams), desc=self.name, unit="row", disable=place()[0] > 0, leave=False) as bar:
             for name, stream in streams.items():
@@ -208,13 +229,19 @@ def _counter(bar: Any) -> Any:
 
 def _kept(file: Path | None, key: str) -> list[Values] | None:
     """What an interrupted evaluation of the same model on the same rows left; the first process decides for all."""
-    kept: Values = {}
+    kept: Any = None
     if file is not None and file.is_file():
-        try:
+        with suppress(ValueError):
             kept = read_json(file)
-        except ValueError:
-            kept = {}
-    return gather(kept["examples"] if kept.get("key") == key else None)[0]
+    same = isinstance(kept, dict) and kept.get("key") == key
+    return gather(kept["examples"] if same else None)[0]
+
+
+def _precision(lm: LanguageModel) -> list[str]:
+    """What the model computes in."""
+    first = next(lm.parameters())
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return [str(first.dtype), str(torch.get_autocast_dtype(first.device.type)) if autocast else "no autocast"]
 
 
 def _describe(stream: Stream) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -44,10 +44,8 @@ def generate(
     Raises:
         ValueError: If there is no tokenizer, no token to generate, an empty stop string, or an empty or too long prompt.
     """
-    model, tokenizer = inner_model(lm.model), lm.tokenizer
-    if tokenizer is None:
-        raise ValueError("generation makes text of tokens, but the model has no tokenizer: set `model.lm.tokenizer`.")
-    _check(model, prompts, max_new_tokens, stop)
+    check_prompts(lm, prompts, max_new_tokens, stop)
+    model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
     answers = dict[int, str]()
     with without_dropout(model), _likeliest_tokens(model, tokenizer):
         for batch in _batches(model, [len(prompt) for prompt in prompts], max_new_tokens, token_budget):
@@ -56,12 +54,17 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> None:
+def check_prompts(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
+) -> None:
+    """Raises the ValueError of `generate` where it would."""
+    if lm.tokenizer is None:
+        raise ValueError("generation makes text of tokens, but the model has no tokenizer: set `model.lm.tokenizer`.")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` is {max_new_tokens}: give at least 1, the longest answer in tokens.")
     if "" in stop:  # which is also in every string
         raise ValueError(f"`stop` must be a list of strings that are not empty, but is {stop!r}.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(inner_model(lm.model).config.get_text_config(), "max_position_embeddings", None)
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty, but an answer follows at least one token: leave it out.")

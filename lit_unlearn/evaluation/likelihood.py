@@ -102,11 +102,9 @@ def _score_batch(lm: LanguageModel, rows: Sequence[Row]) -> list[Scored]:
 def _token_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of the label, likeliest token, mean and standard deviation of log p, shape ``(n, 4)``."""
     logp = logits.log_softmax(dim=-1)
-    finite = logp.clamp_min(
-        torch.finfo(logp.dtype).min / 2
-    )  # a word that is ruled out counts nothing, and 0 · −∞ is nan
+    finite = logp.clamp_min(torch.finfo(logp.dtype).min / 2)  # −∞ has no mean, and 0 · −∞ is nan
     p = logp.exp()
     mean = (p * finite).sum(dim=-1)
     variance = (p * (finite - mean[:, None]).square().nan_to_num(posinf=0.0)).sum(dim=-1)
-    chosen = logp.gather(1, labels[:, None]).squeeze(1)
+    chosen = finite.gather(1, labels[:, None]).squeeze(1)
     return torch.stack([chosen, logits.argmax(dim=-1).to(logp.dtype), mean, variance.sqrt()], dim=1)

@@ -56,7 +56,8 @@ class MUSESuite(BenchmarkSuite):
     """
 
     name: ClassVar[str] = "muse"
-    compared: ClassVar[str] = "members"
+    compared: ClassVar[tuple[str, ...]] = ("members", "holdout")
+    decisive: ClassVar[tuple[str, ...]] = ("corpus", "k", "max_length")
 
     def __init__(
         self,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from lit_unlearn.data.source import Source
-from lit_unlearn.data.tokens import Row, check_tokenizer, encode_rows
+from lit_unlearn.data.tokens import Row, check_template, check_tokenizer, encode_rows
 from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream, Values, prompt_of
 from lit_unlearn.evaluation.likelihood import Scored, score_rows
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.lm import LanguageModel
+from lit_unlearn.lm.files import check_model_directory
 from lit_unlearn.metrics import (
     auc,
     exact_memorization,
@@ -72,6 +73,8 @@ class QuestionSuite(BenchmarkSuite):
             fluent); ``None`` leaves that out. The target model is a natural choice.
     """
 
+    decisive: ClassVar[tuple[str, ...]] = ("ratio", "k")
+
     def __init__(
         self,
         token_budget: int = 8192,
@@ -87,6 +90,14 @@ class QuestionSuite(BenchmarkSuite):
         fluency_model: str | None = None,
     ) -> None:
         super().__init__(token_budget, retain_results)
+        check_template(template, "the suite's `template`")
+        if not 0 < k <= 1 or max_new_tokens < 1 or ratio not in get_args(Form):
+            raise ValueError(
+                f"{type(self).__name__}: `k` must be above 0 and at most 1, `max_new_tokens` at least 1 and `ratio` one of "
+                f"{', '.join(get_args(Form))}; got {k!r}, {max_new_tokens!r} and {ratio!r}."
+            )
+        if fluency_model is not None:
+            check_model_directory(fluency_model, use_safetensors=True)
         self.question_column, self.answer_column, self.wrong_column = question_column, answer_column, wrong_column
         self.template, self.max_length, self.max_new_tokens = template, max_length, max_new_tokens
         self.ratio: Form = ratio
@@ -130,7 +141,8 @@ class QuestionSuite(BenchmarkSuite):
 
         def encoded(answers: Sequence[str]) -> list[Row]:
             pairs = [(question, answer) for answer in answers]
-            return encode_rows(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
+            settings: Any = {"template": self.template, "max_length": self.max_length}
+            return encode_rows(pairs, tokenizer, name=name, number=number, **settings)
 
         texts = {"question": question, "answer": row[self.answer_column]}
         kinds = {"answer": encoded([texts["answer"]])}

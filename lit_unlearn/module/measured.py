@@ -101,7 +101,7 @@ class LitMeasured(L.LightningModule):
         Raises:
             KeyError: If some are missing.
         """
-        if not self.strict_loading and "state_dict" in checkpoint:  # which sharding strategies load by themselves
+        if "state_dict" in checkpoint:  # which sharding strategies load by themselves
             missing = self._saved_names() - checkpoint["state_dict"].keys()
             if missing:
                 raise KeyError(

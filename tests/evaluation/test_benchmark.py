@@ -191,7 +191,7 @@ def test_partial_files_of_other_settings_do_not_count(settings, files, tokenizer
     assert len(measured.rows) == sum(map(len, ROWS.values()))
 
 
-@pytest.mark.parametrize("what", ["weights", "forget", "holdout", "versions", "half a file", "empty"])
+@pytest.mark.parametrize("what", ["weights", "forget", "holdout", "versions", "half a file", "empty", "a list"])
 def test_partial_files_of_other_weights_or_rows_do_not_count(
     what, files, tokenizer_dir, evaluate, monkeypatch, tmp_path
 ):
@@ -204,8 +204,8 @@ def test_partial_files_of_other_weights_or_rows_do_not_count(
         monkeypatch.setattr("lit_unlearn.evaluation.results.versions", lambda: {"torch": "0.0"})
     elif what == "half a file":
         partial.write_text(partial.read_text(encoding="utf-8")[:100], encoding="utf-8")
-    elif what == "empty":
-        partial.write_text("{}", encoding="utf-8")
+    elif what in ("empty", "a list"):
+        partial.write_text("{}" if what == "empty" else "[]", encoding="utf-8")
     else:
         changed = [{**ROWS[what][0], "answer": "Nobody."}, *ROWS[what][1:]]
         files[what] = write(tmp_path / "changed.jsonl", changed)

@@ -26,8 +26,8 @@ def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **sett
         ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got None"),
         ({"question": "Who?", "answer": "Ada."}, {"question_column": "q"}, r"row 0 of the forget set .* in 'q'"),
         ({"question": "Who?", "answer": "Ada."}, {"answer_column": "a"}, r"row 0 of the forget set .* in 'a'"),
-        ({"question": "Who?", "answer": " "}, {}, r"of the forget set has no supervised token: its answer ' '"),
-        ({"question": "Who? " * 200, "answer": "Ada."}, {}, r"its prompt alone fills `data.max_length` \(512\)"),
+        ({"question": "Who?", "answer": " "}, {}, r"row 1 of the forget set has no supervised token: its answer ' '"),
+        ({"question": "Who? " * 200, "answer": "Ada."}, {}, r"its prompt alone fills `max_length` \(512\)"),
     ],
 )
 def test_a_row_without_its_texts(row, settings, message, tmp_path, tokenizer):
@@ -37,6 +37,27 @@ def test_a_row_without_its_texts(row, settings, message, tmp_path, tokenizer):
     if "has no text in" in str(error.value):
         assert "Set `question_column`, `answer_column` and `wrong_column` of the suite." in str(error.value)
         assert str(sorted({"question", "answer"} | row.keys())) in str(error.value)  # the columns that there are
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "`k` must be above 0 and at most 1"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` at least 1"),
+        ({"ratio": "harmonic"}, "`ratio` one of geometric, arithmetic"),
+        ({"template": "no"}, "the suite's `template` must contain {question} and, after it, {answer}"),
+        ({"fluency_model": "./nowhere"}, r"there is no model directory '\./nowhere'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(settings, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        suite_of(tmp_path, FORGET, **settings)
+
+
+def test_too_long_a_prompt_is_refused_before_anything_is_measured(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr("lit_unlearn.evaluation.benchmark.score_rows", None)
+    with pytest.raises(ValueError, match="exceed the model's 256 positions"):
+        suite_of(tmp_path, FORGET, max_new_tokens=250).run(loaded(taught(tokenizer_dir, 0)))
 
 
 def test_a_number_is_no_text(tmp_path, tokenizer):

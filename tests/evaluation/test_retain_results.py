@@ -152,6 +152,24 @@ def test_of_another_suite(files, tokenizer_dir, tmp_path):
     refusal(r"rows they differ in suite: 'qa' here, 'tofu' there", files, lm, path)
 
 
+@pytest.mark.parametrize("settings", [{"k": 0.1}, {"ratio": "arithmetic"}])
+def test_of_other_settings(settings, files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 0))
+    path = save(tmp_path, run(lm, files))
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=rf"measured with other settings \({name}: {value!r} here, "):
+        QASuite(**files, retain_results=path, **settings).prepare(lm.tokenizer)
+
+
+def test_of_other_holdout_rows(files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 0))
+    files["holdout"] = write(tmp_path / "holdout.jsonl", FORGET[:3])
+    path = save(tmp_path, run(lm, files))
+    files["holdout"] = write(tmp_path / "other_holdout.jsonl", FORGET[2:])
+    with pytest.raises(ValueError, match="on the 'holdout' rows they differ in questions and answers"):
+        QASuite(**files, retain_results=path).prepare(lm.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
