@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -59,6 +61,7 @@ class BatchStream:
             batch_size=None,
             sampler=self._numbers(),
             num_workers=self._num_workers,
+            multiprocessing_context=_context() if self._num_workers else None,
             generator=torch.Generator(),  # its own, so that the global one is not advanced
         )
         for batch in loader:
@@ -102,6 +105,18 @@ class FiniteStream(BatchStream):
     def _global_indices(self, number: int) -> Sequence[int]:
         epoch, batch = divmod(number, len(self))
         return self._order(epoch)[batch * self._batch_size : (batch + 1) * self._batch_size]
+
+
+def _context() -> BaseContext:
+    """Starts workers from a process without threads.
+
+    A fork of the training process, which torch would make, has been seen to hang: what held a lock in another thread
+    (autograd's, Gloo's) never lets go of it in the child.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload([__name__])  # or every worker would import torch anew
+    return context
 
 
 class _Batches(Dataset[dict[str, Any]]):
