@@ -269,9 +269,7 @@ def test_a_blank_answer_is_refused_with_its_row(chat, template, answer):
 
 def test_an_answer_cut_away_is_refused_with_its_row(tokenizer):
     rows = [("Who?", "Bern"), ("Where " * 20, "Bern")]
-    message = (
-        r"row 1 of the forget set .*prompt alone fills `max_length` \(20\); raise it.* question is 'Where Where"
-    )
+    message = r"row 1 of the forget set .*prompt alone fills `max_length` \(20\); raise it.* question is 'Where Where"
     with pytest.raises(ValueError, match=message):
         encode_rows(rows, tokenizer, name="forget", max_length=20)
     assert [row.cut for row in encode_rows(rows[:1], tokenizer, name="forget", max_length=20)] == [False]
