@@ -104,7 +104,8 @@ def dual_step(method: str) -> list[str]:
 def rouge(model: Path) -> float:
     """Mean ROUGE-L recall of what a model says to the forget questions."""
     from lit_unlearn import FictionalAuthors, LanguageModel
-    from lit_unlearn.data.tokens import PLAIN_TEMPLATE
+    from lit_unlearn.data.tokens import encode_rows
+    from lit_unlearn.evaluation.benchmark import prompt_of
     from lit_unlearn.evaluation.generation import generate
     from lit_unlearn.metrics import rouge as score
 
@@ -112,8 +113,9 @@ def rouge(model: Path) -> float:
     rows = FictionalAuthors(data["num_authors"], data["forget_authors"]).load_set("forget")
     lm = LanguageModel(str(model))
     lm.load(torch.float32)
-    prompts = [PLAIN_TEMPLATE.split("{answer}")[0].rstrip().format(question=question) for question in rows["question"]]
-    said = generate(lm, [lm.tokenizer(prompt)["input_ids"] for prompt in prompts], max_new_tokens=60)  # type: ignore[misc]
+    pairs = list(zip(rows["question"], rows["answer"], strict=True))
+    prompts = [prompt_of(row) for row in encode_rows(pairs, lm.tokenizer, name="forget")]  # type: ignore[arg-type]
+    said = generate(lm, prompts, max_new_tokens=60)
     recalls = [score(text, answer)["rougeL_recall"] for text, answer in zip(said, rows["answer"], strict=True)]
     return sum(recalls) / len(recalls)
 
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME", help="some of them only")
     parser.add_argument("--work", default="build/bench/methods", help="folder for the target model and the runs")
-    parser.add_argument("--extra", nargs="*", default=[], help="further arguments of every fit")
+    parser.add_argument("--extra", action="append", default=[], help="further arguments of every fit")
     parser.add_argument("--output", default="build/bench/methods.json", help="file for the results")
     options = parser.parse_args(arguments)
     work = Path(options.work).absolute()

@@ -62,3 +62,24 @@ def test_scaling_has_every_sweep(ran: tuple[Path, subprocess.CompletedProcess[st
     points = [point for sweep in results["sweeps"].values() for point in sweep.values()]
     assert all(order["seconds"] > 0 for point in points for order in point["orders"].values())
     assert results["dual_step"]["seconds"].keys() == {"DualAscent", "FixedMultiplier"}
+
+
+def test_methods_are_compared_and_a_failure_is_a_row(model_dir: str, tmp_path: Path) -> None:
+    target = tmp_path / "work/runs/demo/target"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(model_dir)  # has two layers, so that RMU's layer 1 is one too many
+    command = [sys.executable, str(FOLDER / "methods.py"), "--methods", "npo", "rmu", "--work", str(tmp_path / "work")]
+    extra = [
+        "--output",
+        str(tmp_path / "methods.json"),
+        "--extra=--trainer.max_steps=2",
+        "--extra=--data.max_length=200",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+    done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    methods = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["methods"]
+    assert 0 < methods["npo"]["forget_probability"] < 1
+    assert methods["npo"]["seconds"] > 0 < methods["npo"]["peak_mib"]
+    assert "error" in methods["rmu"]
+    assert "failed: " in done.stdout

@@ -6,9 +6,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from lit_unlearn.data.tokens import Row
@@ -158,7 +159,7 @@ class BenchmarkSuite(AnswerSuite):
             ``examples`` (values of every row).
         """
         streams = self.prepare(lm.tokenizer)
-        weights = fingerprint(lm.model) if lm.model is not None else ""
+        weights = fingerprint(cast(nn.Module, lm.model))
         data = {name: _describe(stream) for name, stream in streams.items()}
         key = digest([self.name, self.settings(), weights, data, files.versions(), _precision(lm)])
         for stream in streams.values():  # before anything is measured

@@ -81,7 +81,7 @@ def plan_passes(
     together = order == "joint" and lm.packs and not any(is_packed(part) for part in batches.values())
     passes: list[Pass] = []
     for referred in (False, True):
-        streams = [s for s in batches if referred == _reads(terms, s, "reference")]
+        streams = [s for s in batches if referred == _needs(terms, s, "reference")]
         for group in [streams] if together and streams else [[stream] for stream in streams]:
             own = [i for i, term in enumerate(terms) if term.stream in group]
             plan = _packed_passes if is_packed(batches[group[0]]) else _passes
@@ -93,7 +93,7 @@ def plan_passes(
     return passes
 
 
-def _reads(terms: Sequence[Term], stream: str, need: str) -> bool:
+def _needs(terms: Sequence[Term], stream: str, need: str) -> bool:
     return any(need in term.objective.needs for term in terms if term.stream == stream)
 
 
