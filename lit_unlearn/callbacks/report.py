@@ -1,41 +1,17 @@
-"""What people see of a run: progress, report, picture."""
+"""What a run achieved: one file, and a table for people."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_unlearn.evaluation import picture, report
+from lit_unlearn.evaluation import report
 from lit_unlearn.module import LitLanguageModel, LitUnlearn, Measurement
-
-
-class ProgressBar(TQDMProgressBar):
-    """A plain bar with every multiplier and slack by its short name.
-
-    Lightning's default, where rich is installed (transformers brings it), redraws so slowly that steps of a tiny model
-    take several times as long.
-    """
-
-    def __init__(self, refresh_rate: int | None = None) -> None:
-        """``refresh_rate``: steps per update; ``None`` for every one on a terminal, every hundredth elsewhere."""
-        super().__init__(refresh_rate or (1 if sys.stdout.isatty() else 100))
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """λ and slack of every constraint, and what else asked for a place."""
-        shown = {}
-        for name, value in super().get_metrics(trainer, pl_module).items():
-            kind, _, rest = name.partition("/")
-            short = {"multiplier": f"λ {rest}", "constraint": f"slack {rest.partition('/')[0]}"}
-            shown[short.get(kind, name)] = value
-        shown.pop("v_num", None)
-        return shown
 
 
 class RunReport(Callback):
@@ -141,44 +117,6 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self._before = state_dict
-
-
-class RunPicture(Callback):
-    """Draws the run when it ends: λ, retain loss against epsilon, forgetting, from the CSV logger's files."""
-
-    def __init__(self) -> None:
-        self._earlier: list[str] = []  # the files of what this run resumed
-        self._current: str | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the metrics go."""
-        folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
-        self._current = folder and str(Path(folder).absolute() / "metrics.csv")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes ``run.png`` beside ``metrics.csv``."""
-        if not trainer.is_global_zero or not isinstance(pl_module, LitUnlearn):
-            return
-        if self._current is None:
-            rank_zero_info(
-                "picture: none, because it is drawn from the metrics.csv of a CSVLogger; add one to the loggers"
-            )
-            return
-        for logger in trainer.loggers:
-            logger.save()
-        files = [Path(file) for file in [*self._earlier, self._current]]
-        target = files[-1].with_name("run.png")
-        epsilons = {name: c.epsilon for name, c in pl_module.constraints.items() if c.epsilon is not None}
-        picture.draw_run(files, target, epsilons)
-        rank_zero_info(f"picture: {target}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the metrics up to here are."""
-        return {"files": [*self._earlier, *filter(None, [self._current])]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        self._earlier = state_dict["files"]
 
 
 def _multipliers(module: LitLanguageModel) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -19,17 +20,30 @@ usage: lit-unlearn COMMAND [options]
 
 Removes chosen rows from a language model: minimise the forgetting loss subject to retention loss <= epsilon.
 
-commands:
+run:
   fit         unlearn (or, with LitFinetune, teach) as --config FILE says
   validate    measure forget and retain rows and the constraints' slack
   test        run the suite, or with LitEvaluate a benchmark on any model
+
+look:
+  plot        draw a run: retention against its bound, the multiplier, forgetting, tokens before and after
+  inspect     ask two models the same questions, and show answers and token probabilities side by side
   compare     print results of benchmarks side by side, and draw them
   judge       have a language model judge the answers in a results file
   methods     list the forgetting methods: formula, needs, paper, configuration file
+
+take away:
+  export      make a Hugging Face model directory, with its record of the deletion, of any checkpoint
+
+prepare:
   tokenizer   train a small tokenizer on a data module's rows, for models made from scratch
+  completion  print the completion script of a shell
 
 `lit-unlearn COMMAND --help` lists the options; a --config that is no local file is looked up among the packaged ones.
 """
+
+_TRAINER = ("fit", "validate", "test")
+_OWN = ("compare", "completion", "export", "inspect", "judge", "methods", "plot", "tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,16 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    command = arguments[0]
-    if command == "methods":
-        from lit_unlearn.cli import methods
-
-        methods.run(arguments[1:], next(folder for folder in CONFIGS if folder.is_dir()))
-    elif command in ("compare", "judge"):
-        importlib.import_module(f"lit_unlearn.cli.{command}").run(arguments[1:])
+    command, *rest = arguments
+    if command in _TRAINER:
+        importlib.import_module("lit_unlearn.cli.trainer").run(arguments)
+    elif command in _OWN:
+        importlib.import_module(f"lit_unlearn.cli.{command}").run(rest)
     else:
-        module = "tokenizer" if command == "tokenizer" else "trainer"
-        importlib.import_module(f"lit_unlearn.cli.{module}").run(arguments)
+        near = difflib.get_close_matches(command, (*_TRAINER, *_OWN), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`lit-unlearn --help` lists them."
+        print(f"lit-unlearn: error: there is no command '{command}': {hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 def find_configs(arguments: list[str]) -> list[str]:

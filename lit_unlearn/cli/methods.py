@@ -11,17 +11,14 @@ from typing import Any
 import yaml
 
 from lit_unlearn import objectives
+from lit_unlearn.cli import CONFIGS
 
 
-def run(arguments: list[str], folder: Path) -> None:
-    """Lists the methods, as text or as JSON.
-
-    Args:
-        arguments: After the command's name.
-        folder: Of the configuration files.
-    """
+def run(arguments: list[str]) -> None:
+    """Lists the methods, as text or as JSON."""
     parser = argparse.ArgumentParser(prog="lit-unlearn methods", description="Lists the forgetting methods.")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    folder = next(folder for folder in CONFIGS if folder.is_dir())
     found = [describe(file) for file in sorted((folder / "method").glob("*.yaml"))]
     if parser.parse_args(arguments).json:
         print(json.dumps(found, indent=2, ensure_ascii=False))

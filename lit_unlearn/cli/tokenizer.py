@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> None:
     parser.add_subclass_arguments(ForgetRetain, "data", required=True)
     parser.add_argument("--vocab_size", type=int, default=4096, help="Largest number of entries.")
     parser.add_argument("--output", type=str, required=True, help="Folder to write to.")
-    config = parser.parse_args(arguments[1:])
+    config = parser.parse_args(arguments)
     data = parser.instantiate(config).data
     tokenizer = train_tokenizer(data.texts(), config.vocab_size)
     tokenizer.save_pretrained(config.output)
