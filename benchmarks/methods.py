@@ -66,7 +66,7 @@ def unlearn(method: str, work: Path, extra: list[str]) -> dict[str, Any]:
     """Runs one method; returns its values, or its error."""
     folder = work / "runs" / "methods" / method
     arguments = ["fit", "--config", "demo/unlearn.yaml", "--config", f"method/{method}.yaml"]
-    arguments += [f"--trainer.logger.save_dir={folder}", f"--export.dirpath={folder / 'model'}"]
+    arguments += [f"--logs.save_dir={folder}", f"--export.dirpath={folder / 'model'}"]
     arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
     arguments += [
         "--report.require_feasible=false",

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.module.strategies import check_strategy
 
-_MAY_DIFFER = ("ckpt_path", "trainer.logger", "trainer.callbacks")
+_MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
 
 
 def check_trainer(trainer: Namespace) -> None:

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 import lit_unlearn.data
@@ -20,6 +22,7 @@ from lit_unlearn.callbacks import (
     ExportModel,
     ProgressBar,
     ResumeCheckpoint,
+    RunAdvice,
     RunPicture,
     RunReport,
 )
@@ -38,21 +41,36 @@ class Parser(LightningArgumentParser):
         self.exit(2, f"lit-unlearn: error: {shorten(message)}\n")
 
 
+@dataclass(frozen=True)
+class Logs:
+    """Where a run's numbers go, as CSV and for TensorBoard: ``<save_dir>/<name>/version_<n>``, unless `trainer.logger` is set.
+
+    Args:
+        save_dir: Folder of all runs.
+        name: Of the run; every start of it has a version of its own.
+    """
+
+    save_dir: str = "runs"
+    name: str = "unlearn"
+
+    def loggers(self) -> list[Logger]:
+        """The loggers, which share a folder."""
+        table = CSVLogger(self.save_dir, self.name)
+        return [table, TensorBoardLogger(self.save_dir, self.name, version=table.version)]
+
+
 class UnlearnCLI(LightningCLI):
     """LightningCLI that knows `LitUnlearn` as the default model and ends a fit with report, picture and export."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run and the defaults of short runs."""
+        parser.add_class_arguments(Logs, "logs")
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(RunPicture, "picture")
         parser.add_lightning_class_args(ExportModel, "export")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_unlearn.module.LitUnlearn"},
-                "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": "unlearn"},
-                },
                 "trainer.log_every_n_steps": 1,  # λ and slack of every step
                 "trainer.num_sanity_val_steps": 0,  # the report measures everything before the first step
                 "trainer.enable_model_summary": False,  # one line says it
@@ -76,11 +94,15 @@ class UnlearnCLI(LightningCLI):
             config.trainer.gradient_clip_val = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds progress bar, resumable checkpoints and whole-or-absent writing, unless there is or shall be none."""
-        config = self.config_init[self.subcommand].trainer
+        """Adds loggers, progress, resumable checkpoints and whole-or-absent writing, unless there are or shall be none."""
+        config, logs = self.config_init[self.subcommand].trainer, self.config_init[self.subcommand].logs
+        if config.logger is None:
+            kwargs["logger"] = logs.loggers()
         callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
         if config.enable_progress_bar is not False and not _has(callbacks, BaseProgressBar):
             callbacks.append(ProgressBar())
+        if not _has(callbacks, RunAdvice):
+            callbacks.append(RunAdvice())
         if config.enable_checkpointing is not False and not _has(callbacks, ResumeCheckpoint):
             callbacks.append(ResumeCheckpoint())
         if not _has(plugins, CheckpointIO):

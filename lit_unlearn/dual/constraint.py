@@ -105,9 +105,14 @@ class Constraint:
         return None if self.reference is None else (1 + self._epsilon.relative) * self.reference
 
     def __str__(self) -> str:
-        how = "as configured" if self.reference is None else f"from the reference model's {self.reference:.4g}"
-        bound = "epsilon, not measured yet" if self.epsilon is None else f"{self.epsilon:.4g} ({how})"
-        return f"{self.name}: {type(self.objective).__name__} on '{self.stream}' ≤ {bound}"
+        if not isinstance(self._epsilon, Relative):
+            bound = f"{self._epsilon:.4g} as configured"
+        elif self.reference is None:
+            bound = f"{1 + self._epsilon.relative:g} × the value before unlearning, not measured yet"
+        else:
+            bound = f"{self.epsilon:.4g} = {1 + self._epsilon.relative:g} × the {self.reference:.4g} before unlearning"
+        policy = f"{type(self.multiplier).__name__}, λ = {self.multiplier.value:.4g}"
+        return f"{self.name}: {type(self.objective).__name__} on '{self.stream}' ≤ {bound}; {policy}"
 
     def set_reference(self, value: float) -> None:
         """Fixes a relative epsilon from the reference model's loss.

@@ -257,4 +257,5 @@ def _describe(lm: LanguageModel) -> str:
     dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
     model: Any = lm.model
     kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
-    return f"{kind}, {sum(p.numel() for p in trainable):,} trainable parameters, {dtypes}, {head}{rows}"
+    count, total = (sum(p.numel() for p in parameters) for parameters in (trainable, model.parameters()))
+    return f"{kind}, {count:,} trainable parameters of {total:,}, {dtypes}, {head}{rows}"

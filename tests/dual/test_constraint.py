@@ -104,14 +104,17 @@ def test_relative_epsilon_is_measured_first():
     constraint = make(Relative(0.5))
     assert constraint.is_relative
     assert constraint.epsilon is None
-    assert str(constraint) == "nll: NLL on 'retain' ≤ epsilon, not measured yet"
+    assert (
+        str(constraint)
+        == "nll: NLL on 'retain' ≤ 1.5 × the value before unlearning, not measured yet; DualAscent, λ = 100"
+    )
     for action in (lambda: constraint.violation(0.5), lambda: constraint.update(0.5, epoch=0)):
         with pytest.raises(RuntimeError, match="'nll': its relative epsilon is measured at the start of fit"):
             action()
     assert constraint.multiplier.value == 100.0
     constraint.set_reference(0.2)
     assert constraint.epsilon == pytest.approx(0.3)
-    assert str(constraint) == "nll: NLL on 'retain' ≤ 0.3 (from the reference model's 0.2)"
+    assert str(constraint) == "nll: NLL on 'retain' ≤ 0.3 = 1.5 × the 0.2 before unlearning; DualAscent, λ = 100"
     constraint.update(0.5, epoch=0)
     assert constraint.multiplier.value == pytest.approx(101.0)
 
@@ -132,7 +135,7 @@ def test_a_reference_that_gives_no_bound_is_refused(value):
 
 
 def test_an_absolute_epsilon_says_so():
-    assert str(make()) == "nll: NLL on 'retain' ≤ 0.3 (as configured)"
+    assert str(make()) == "nll: NLL on 'retain' ≤ 0.3 as configured; DualAscent, λ = 100"
 
 
 def test_state_keeps_what_was_reached_and_leaves_the_settings():

@@ -40,7 +40,7 @@ def suite(files: dict[str, str]) -> list[str]:
 
 
 def evaluate(model: str, files: dict[str, str], *extra: str, results: str = "results.json") -> dict[str, Any]:
-    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger.save_dir=log"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--logs.save_dir=log"]
     what = ["--model=LitEvaluate", f"--model.lm.model={model}", *suite(files), f"--model.results={results}"]
     cli.main(["test", *what, *quiet, *extra])
     return read_json(Path(results))
