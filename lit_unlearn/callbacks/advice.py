@@ -99,7 +99,7 @@ class RunAdvice(Callback):
                     "slack",
                     f"no step of epoch {trainer.current_epoch + 1} used a quarter of what epsilon allows ({max(values):.4g} of "
                     f"{epsilon:.4g}), and λ ({now:.4g}) falls too slowly to use it before the run ends. For more forgetting, "
-                    "raise the multiplier's `lr` or lower its `init`; else lower epsilon.",
+                    "raise `model.optimizer.init_args.lr`, or the multiplier's `lr`, or lower its `init`.",
                 )
 
     def _is_slow(self, trainer: L.Trainer, name: str, epsilon: float, now: float) -> bool:

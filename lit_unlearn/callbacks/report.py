@@ -57,11 +57,8 @@ class RunReport(Callback):
             report.write_json(folder / "report.json", content)
             print(report.table(content))
             rank_zero_info(f"report: {folder / 'report.json'}")
-        if isinstance(pl_module, LitUnlearn) and pl_module.excess(content["after"]) > 0:
-            rank_zero_warn(
-                f"no model that was measured holds every constraint: the run keeps the least violating one, of step "
-                f"{content['kept_step']}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger epsilon."
-            )
+        if isinstance(pl_module, LitUnlearn) and (lesson := _lesson(content, pl_module)):
+            rank_zero_warn(lesson)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fails the fit if it missed what was required; everything is written by now.
@@ -117,6 +114,27 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self._before = state_dict
+
+
+def _lesson(content: dict[str, Any], module: LitUnlearn) -> str | None:
+    """What to do otherwise, where a run kept a model that breaks a bound, or one that forgot hardly anything."""
+    if module.excess(content["after"]) > 0:
+        if module.keep == "last":
+            return "the last model, which `model.keep: last` keeps, breaks a bound; `best` would look for one that does not."
+        return (
+            f"no model that was measured holds every constraint: the run keeps the least violating one, of step "
+            f"{content['kept_step']}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger epsilon."
+        )
+    before, after = (content[time].get("forget/probability", 0.0) for time in ("before", "after"))
+    if after <= before / 2:
+        return None
+    if content["kept_step"] < content["steps"]:
+        reason = (
+            "Later models forgot more and broke a bound: train longer, so that λ can bring them back, or allow more"
+        )
+    else:
+        reason = "No bound was in the way: raise `model.optimizer.init_args.lr` (tenfold, say), or train longer"
+    return f"hardly anything was forgotten: the forget answers' probability went from {before:.4g} to {after:.4g}. {reason}."
 
 
 def _multipliers(module: LitLanguageModel) -> dict[str, float]:

@@ -15,13 +15,14 @@ from lit_unlearn import (
     DualAscent,
     FictionalAuthors,
     FixedMultiplier,
+    GradAscent,
     LanguageModel,
     LitUnlearn,
     LogitMargin,
     Multiplier,
     Relative,
 )
-from lit_unlearn.callbacks import RunAdvice
+from lit_unlearn.callbacks import RunAdvice, RunReport
 
 
 @pytest.fixture
@@ -91,3 +92,21 @@ def test_every_fit_is_advised_anew(advise: Callable[..., list[str]]) -> None:
     advice = RunAdvice()
     first, second = (advise(0.3, DualAscent(lr=1.0, init=1.0), 6, advice=advice) for _ in range(2))
     assert first == second != []
+
+
+def test_a_run_that_forgot_hardly_anything_says_what_to_do(
+    tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    def lesson(epsilon: float, lr: float, scale: float) -> str:
+        constraint = Constraint(NLL(), epsilon, FixedMultiplier(0.0))
+        module = LitUnlearn(tiny_lm(), GradAscent(), {"nll": constraint}, lambda p: torch.optim.SGD(p, lr=lr))
+        module.forget_weight = scale
+        data = FictionalAuthors(4, 1, batch_size=5, retain_batch_size=4, max_length=200)
+        trainer = make_trainer(max_epochs=2, callbacks=[RunReport()], check_val_every_n_epoch=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, datamodule=data)
+        return " ".join(str(w.message) for w in caught if "forgotten" in str(w.message))
+
+    assert "No bound was in the way: raise `model.optimizer.init_args.lr`" in lesson(100.0, 1e-6, 1.0)
+    assert lesson(1e9, 0.5, 10.0) == ""  # it forgot
