@@ -71,7 +71,7 @@ class ProgressBar(TQDMProgressBar):
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not isinstance(pl_module, LitUnlearn):
             asked = super().get_metrics(trainer, pl_module)
-            return {name: value for name, value in asked.items() if name != "v_num"}
+            return {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in asked.items() if n != "v_num"}
         shown: dict[str, Any] = {}
         if "forget/loss" in values:
             shown["forget loss"] = f"{values['forget/loss']:.3g}"

@@ -54,6 +54,18 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+def continue_prompt(lm: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], bool]:
+    """The tokens that `generate` makes a text of, and whether the last one is an end token.
+
+    The text would not do where tokens are to be scored: bytes that are no character, which a model that has lost its way
+    may say, are lost in it.
+    """
+    model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
+    with without_dropout(model), _likeliest_tokens(model, tokenizer):
+        ids = model.generate(**_padded(model, [prompt]), max_new_tokens=max_new_tokens)[0, len(prompt) :].tolist()
+        return ids, ids[-1] in (model.generation_config.eos_token_id or ())
+
+
 def check_prompts(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> None:
