@@ -95,7 +95,12 @@ class Constraint:
     @property
     def is_relative(self) -> bool:
         """Whether epsilon depends on the reference model's loss."""
-        return isinstance(self._epsilon, Relative)
+        return self.relative is not None
+
+    @property
+    def relative(self) -> float | None:
+        """Allowed increase over the reference model's loss, as a fraction; ``None`` for an absolute epsilon."""
+        return self._epsilon.relative if isinstance(self._epsilon, Relative) else None
 
     @property
     def epsilon(self) -> float | None:

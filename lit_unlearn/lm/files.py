@@ -34,6 +34,24 @@ def check_model_directory(name: str, use_safetensors: bool) -> None:
         )
 
 
+def weight_folder(name: str, revision: str | None) -> tuple[Path | None, str | None]:
+    """Where the weights of a model that was loaded lie on this machine, and their commit if they came from the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name), None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None, None
+    snapshot = Path(config).parent
+    return snapshot, snapshot.name  # which is the commit
+
+
+def weight_files(folder: Path, use_safetensors: bool) -> list[Path]:
+    """The files in a folder that weights are read from."""
+    return sorted(folder.glob("*.safetensors")) or ([] if use_safetensors else sorted(folder.glob("*.bin")))
+
+
 def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTrainedModel:
     """A model from the hub or a directory, with all its weights or not at all.
 
@@ -49,12 +67,13 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            use_safetensors=use_safetensors or None,  # False would refuse safetensors
-            output_loading_info=True,
-            **settings,
-        )
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                use_safetensors=use_safetensors or None,  # False would refuse safetensors
+                output_loading_info=True,
+                **settings,
+            )
     except OSError as error:
         raise FileNotFoundError(
             f"no model at '{name}': neither a local directory nor a name that the hub answers to with "
@@ -67,6 +86,31 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
             f"{len(info['missing_keys'])} missing), which would start at random. Get a whole copy of it."
         )
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars over weights, which fill log files; the hub's over downloads stay."""
+    from transformers.utils import logging
+
+    set_hook = getattr(logging, "set_tqdm_hook", None)  # which transformers 5.0 has not yet
+    if set_hook is None:
+        yield
+        return
+    before = set_hook(lambda bar, args, settings: bar(*args, **{**settings, "disable": True}))
+    try:
+        yield
+    finally:
+        set_hook(before)
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, as ``sha256sum`` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module, trainable: bool = True) -> str:

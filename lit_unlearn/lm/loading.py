@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,9 +15,13 @@ from lit_unlearn.lm import adapters
 from lit_unlearn.lm.files import (
     check_export_target,
     check_model_directory,
+    file_digest,
     fingerprint,
     fresh_directory,
     load_pretrained,
+    weight_files,
+    weight_folder,
+    without_bars,
 )
 from lit_unlearn.lm.head import has_linear_head
 from lit_unlearn.lm.packing import keeps_packed_apart
@@ -227,7 +231,34 @@ class LoadedModel(nn.Module):
             )
         return adapters.inner_model(self.model)  # type: ignore[no-any-return]
 
-    def save(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> Path:
+    def origin(self) -> dict[str, Any]:
+        """Where the loaded weights came from, and what adapter was put on them, in plain types.
+
+        Weights are known by the sha256 of their files, which anybody can check without this package and whatever the dtype,
+        unlike `fingerprint`; those of a hub name by their commit as well. Reads the whole files.
+
+        Returns:
+            ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file) and ``adapter``
+            (``peft_type`` and the fields that are not its defaults); ``None`` or empty where there is none.
+        """
+        revision = self._hub["revision"]
+        folder, commit = (None, None) if self.name is None else weight_folder(self.name, cast("str | None", revision))
+        files = [] if folder is None else weight_files(folder, self._use_safetensors)
+        return {
+            "name": self.name or self._loaded.config.name_or_path or None,
+            "architecture": type(self._loaded).__name__,
+            "revision": revision,
+            "commit": commit,
+            "weights": {file.name: file_digest(file) for file in files},
+            "adapter": _adapter_settings(self.model) if self.has_adapter else None,
+        }
+
+    def save(
+        self,
+        directory: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        finish: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Writes a Hugging Face model directory (safetensors and tokenizer); a half-written one never replaces a whole.
 
         With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
@@ -236,6 +267,7 @@ class LoadedModel(nn.Module):
         Args:
             directory: Target; an earlier export there is replaced.
             state_dict: The state of `model`, whole, for strategies that shard it; ``None`` to read the model.
+            finish: Adds files of its own; called with the folder before it takes the target's place.
 
         Returns:
             The target as a path.
@@ -245,11 +277,23 @@ class LoadedModel(nn.Module):
         """
         target = Path(directory)
         check_export_target(target)
-        with fresh_directory(target) as folder:
+        with fresh_directory(target) as folder, without_bars():
             if self.has_adapter:
                 adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
             else:
                 self._loaded.save_pretrained(folder, state_dict=state_dict)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+            if finish is not None:
+                finish(folder)
         return target
+
+
+def _adapter_settings(model: Any) -> dict[str, Any]:
+    """What `adapter_config` was given, as far as it is not the default, from the adapter in use."""
+    config = next(iter(model.peft_config.values()))
+    place = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # of no account for training
+    defaults = vars(type(config)())
+    changed = {key: value for key, value in vars(config).items() if key not in place and value != defaults.get(key)}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
+    return {"peft_type": config.peft_type.value, **plain}

@@ -89,9 +89,9 @@ def test_a_run_in_two_parts_has_one_picture_one_export_and_one_checkpoint(
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last-step=8.ckpt"]
     files = [str(run / f"version_{n}" / "metrics.csv") for n in (0, 1)]
-    assert picture.state_dict() == {"files": files}
-    assert (run / "version_1" / "run.png").is_file()
-    assert export.state_dict() == {"folder": str(run / "version_0" / "model")}  # where the first part exported to
+    assert picture.state_dict()["files"] == files
+    assert (run / "version_1" / "dual.png").is_file()
+    assert export.state_dict()["folder"] == str(run / "version_0" / "model")  # where the first part exported to
     assert not (run / "version_1" / "model").exists()
 
 
