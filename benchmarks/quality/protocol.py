@@ -1,0 +1,93 @@
+"""The comparison of methods on TOFU with models made here: what is run, and by which rule it is judged.
+
+Written down before the runs that it judges. A change here is a new comparison: results carry a digest of this file's
+settings, and results with another digest are not put into one table.
+
+Rows. TOFU's first 20 authors (those of ``retain_perturbed``) and its last 20 (those of ``forget10``): 800 rows. The last 2,
+4 or 8 authors (40, 80, 160 rows) are to be forgotten; the others are the retain set.
+
+Models. A Llama of 1.6 million parameters with random weights and a tokenizer of 2048 entries, taught by NLL (`TEACH`) until the NLL of
+what it was taught is about 0.1 nats per token, near that of the Llama-2 that TOFU is usually run on (0.18). For each
+seed: a target that has seen all 800 rows, and for each forget set a retain-only model, taught in the same way and with
+the same seed but without the forget rows. The target's seed is also that of its unlearning runs.
+
+Unlearning. Every file of ``configs/method``, over `UNLEARN`: the same epochs, batches, optimizer and schedule. Tuning: on the
+4 authors, seed 0, learning rates × two values of the method's own main parameter (`MAIN`), so four runs each; the published
+value is among them, or is what the file has. No method sees the retain-only model before it is judged by it; the rule does.
+
+Rule. Among a method's four tuning runs, those whose retain NLL on all retain rows is at most epsilon (1.5 times the
+target's) are admitted; if there is none, all are, and the method is marked infeasible. Of the admitted, the one with the
+highest forget quality is chosen; ties (within a factor of 1.1) go to the truth ratio nearest to the retain-only model's. Also shown: the
+one with the highest harmonic mean of forget quality and retain utility (the harmonic mean of probability, ROUGE-L recall and
+truth ratio on retain rows). The chosen settings are then run on every forget set and seed.
+
+Measured on every final model: TOFU's benchmark (every forget row, the first 60 rows of the other sets), the same forget rows after five
+AdamW steps on a tenth of them (rate `RELEARN_LR`), and with weights rounded to 4 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SIZES = (2, 4, 8)  # authors to forget
+SEEDS = (0, 1, 2)
+TUNED_SIZE, TUNED_SEED = 4, 0
+RATES = (3e-4, 1e-3)
+EPSILON = 0.5  # relative
+EVAL_ROWS = 60  # of every set but the forget set
+RELEARN_STEPS, RELEARN_LR = 5, 3e-4
+
+TEACH = {
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    },
+    "vocab_size": 2048,
+    "epochs": 14,
+    "lr": 2e-3,
+    "weight_decay": 0.1,
+    "batch_size": 16,
+}
+UNLEARN = {"epochs": 10, "batch_size": 8, "retain_batch_size": 16, "weight_decay": 0.01, "check_val_every_n_epoch": 2}
+
+_NLL = "model.constraints.nll.multiplier.init_args"
+MAIN: dict[str, tuple[str, tuple[float, float]]] = {
+    "ceu": (f"{_NLL}.weight", (0, 1)),
+    "dpo": ("model.forget.init_args.beta", (0.1, 0.5)),
+    "grad_ascent": ("model.forget_weight", (1, 0.1)),
+    "grad_ascent_constrained": (f"{_NLL}.lr", (1, 20)),
+    "grad_diff": (f"{_NLL}.weight", (1, 10)),
+    "idk_dpo": ("model.forget.init_args.beta", (0.1, 0.5)),
+    "idk_nll": (f"{_NLL}.weight", (1, 10)),
+    "jensun": ("model.constraints.jsd.multiplier.init_args.weight", (1, 10)),
+    "kl_to_uniform": ("model.forget_weight", (0.1, 0.02)),
+    "npo": ("model.forget.init_args.beta", (0.1, 0.5)),
+    "npo_constrained": (f"{_NLL}.lr", (5, 100)),
+    "pdu": (f"{_NLL}.lr", (5, 100)),
+    "rmu": ("model.forget.init_args.coefficient", (2, 6)),
+    "satimp": ("model.forget_weight", (0.1, 0.5)),
+    "simnpo": ("model.forget_weight", (0.125, 0.5)),
+    "simnpo_constrained": (f"{_NLL}.lr", (1, 20)),
+    "undial": ("model.forget.init_args.beta", (10, 3)),
+    "wga": ("model.forget.init_args.beta", (1, 3)),
+}
+ADAPTED = {"rmu": ["--model.forget.init_args.layer=1", "--model.constraints.activations.objective.init_args.layer=1"]}
+
+
+def settings() -> dict[str, Any]:
+    """Everything above that decides a result."""
+    names = ("SIZES", "EPSILON", "EVAL_ROWS", "RELEARN_STEPS", "RELEARN_LR", "TEACH", "UNLEARN", "ADAPTED")
+    return {name: globals()[name] for name in names}
+
+
+def digest() -> str:
+    return hashlib.sha256(json.dumps(settings(), sort_keys=True).encode()).hexdigest()[:12]
