@@ -119,20 +119,18 @@ def ask(
 def _answer(scored: Scored, tokenizer: PreTrainedTokenizerBase, ended: bool) -> Answer:
     ids = scored.labels.tolist()
     text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
-    return Answer(
-        text.strip(), _pieces(ids, tokenizer), np.exp(scored.logp).tolist(), float(np.exp(-scored.nll)), ended
-    )
+    return Answer(text.strip(), pieces(ids, tokenizer), np.exp(scored.logp).tolist(), float(np.exp(-scored.nll)), ended)
 
 
-def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each token adds to those before it: joined, they are the text of all."""
-    pieces, before = [], ""
+    parts, before = [], ""
     for stop in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
         whole = text if stop == len(ids) else text.rstrip("\ufffd")  # what stands for a character's first bytes
-        pieces.append(whole[len(before) :])
+        parts.append(whole[len(before) :])
         before = whole
-    return pieces
+    return parts
 
 
 # Showing --------------------------------------------------------------------------------------------------------------
