@@ -33,6 +33,7 @@ _HOME = {
     "SatImp": "objectives",
     "SimNPO": "objectives",
     "UNDIAL": "objectives",
+    "Unseen": "objectives",
     "WGA": "objectives",
     "Constraint": "dual",
     "Relative": "dual",
@@ -111,4 +112,5 @@ if TYPE_CHECKING:
         SatImp,
         SequenceObjective,
         SimNPO,
+        Unseen,
     )

@@ -96,6 +96,7 @@ class LitUnlearn(LitReferring):
         self._forget_loss = ConstraintSlack(None)
         self.best: Measurement | None = None
         self._dual_epochs = 0  # epochs whose dual step was taken
+        self._unseen_nll: float | None = None
 
     def terms(self) -> list[Term]:
         """The objectives with their present weights."""
@@ -106,15 +107,34 @@ class LitUnlearn(LitReferring):
         """As the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
         super().setup(stage)
         if stage == "fit":
-            self.best, self._dual_epochs = None, 0
+            self.best, self._dual_epochs, self._unseen_nll = None, 0, None
 
     def on_train_start(self) -> None:
-        """Measures the reference model's loss for relative epsilons, unless a checkpoint brought it."""
+        """Measures the reference model's loss for what is relative to it, unless a checkpoint brought it.
+
+        Raises:
+            ValueError: If the rows that it is to be measured on are missing.
+        """
         super().on_train_start()
+        self._calibrate()
         for name, constraint in self.constraints.items():
             if constraint.is_relative and constraint.reference is None:
                 constraint.set_reference(self._whole_value(name))
             rank_zero_info(f"constraint: {constraint}")
+
+    def _calibrate(self) -> None:
+        stream = self.forget.unseen
+        if stream is None:
+            return
+        if self._unseen_nll is None:
+            self._unseen_nll = self.measure().get(f"{stream}/nll")
+        if self._unseen_nll is None:
+            raise ValueError(
+                f"{type(self.forget).__name__} needs the NLL of rows that the model has never seen, but there is no stream "
+                f"'{stream}': name their file in `data.streams`, as {{{stream}: FILE}}."
+            )
+        self.forget.calibrate(self._unseen_nll)
+        rank_zero_info(f"unseen: the model before unlearning has an NLL of {self._unseen_nll:.4g} on '{stream}'")
 
     def _whole_value(self, name: str) -> float:
         value = self.measure().get(f"constraint/{name}/value")
@@ -153,10 +173,11 @@ class LitUnlearn(LitReferring):
         Taken here and not when the epoch ends, so that a checkpoint made anywhere in between resumes alike.
         """
         if self._dual_epochs < self.current_epoch:
+            best = self.best  # what is measured here is not exported, so it is not to be kept
             for name, constraint in self.constraints.items():
                 if constraint.update_every == "epoch":
                     constraint.update(self._whole_value(name), self.current_epoch - 1)
-            self._dual_epochs = self.current_epoch
+            self.best, self._dual_epochs = best, self.current_epoch
 
     # Measuring --------------------------------------------------------------------------------------------------------
 
@@ -222,7 +243,8 @@ class LitUnlearn(LitReferring):
         """Saves λ, controllers, references and the best measurement, which no precision or sharding setting touches."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["constraints"] = {name: constraint.state_dict() for name, constraint in self.constraints.items()}
-        checkpoint["run"] |= {"best": self.best and self.best._asdict(), "dual_epochs": self._dual_epochs}
+        best = self.best and self.best._asdict()
+        checkpoint["run"] |= {"best": best, "dual_epochs": self._dual_epochs, "unseen_nll": self._unseen_nll}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what `on_save_checkpoint` saved.
@@ -245,6 +267,7 @@ class LitUnlearn(LitReferring):
         for name, constraint in self.constraints.items():
             constraint.load_state_dict(saved[name])
         self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]
+        self._unseen_nll = run.get("unseen_nll")
 
 
 def _metered(meter: ConstraintSlack, objective: Objective) -> Consumer[None]:

@@ -15,6 +15,7 @@ from lit_unlearn.objectives.forget import (
     LogitMargin,
     SatImp,
     SimNPO,
+    Unseen,
 )
 from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
 
@@ -41,4 +42,5 @@ __all__ = [
     "SatImp",
     "SequenceObjective",
     "SimNPO",
+    "Unseen",
 ]

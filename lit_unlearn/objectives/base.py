@@ -72,6 +72,12 @@ class Objective(nn.Module, ABC):
     paper: ClassVar[str] = ""
     alignment: Alignment = "next_token"
 
+    unseen: str | None = None
+    """Stream whose NLL before unlearning, nats per token, it is told by `calibrate` at the start of fit."""
+
+    def calibrate(self, nll: float) -> None:
+        """Takes the NLL that the model has on its `unseen` stream before unlearning; a resumed run brings it again."""
+
     @property
     def layers(self) -> frozenset[int]:
         """The layers, from 0, whose output it reads; none unless it needs ``"activations"``."""
