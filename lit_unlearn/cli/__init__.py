@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from lit_unlearn import __version__
 
+_STDOUT = 1
 _CONFIG = ("--config", "-c")
 _PACKAGE = Path(__file__).parents[1]
 CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # the wheel's; the source tree's
@@ -40,10 +44,12 @@ prepare:
   completion  print the completion script of a shell
 
 `lit-unlearn COMMAND --help` lists the options; a --config that is no local file is looked up among the packaged ones.
+exit codes: 0 done; 1 failed, or missed what `report` requires; 2 nothing started: the command or configuration is
+wrong; 130 interrupted.
 """
 
-_TRAINER = ("fit", "validate", "test")
-_OWN = ("compare", "completion", "export", "inspect", "judge", "methods", "plot", "tokenizer")
+TRAINER = ("fit", "validate", "test")
+COMMANDS = (*TRAINER, "compare", "completion", "export", "inspect", "judge", "methods", "plot", "tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,25 +66,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif not arguments or arguments[0] in ("--help", "-h"):
         print(HELP, end="")
     else:
+        _run_safely(arguments)
+
+
+def _run_safely(arguments: list[str]) -> None:
+    """Exit codes as in `HELP`, and no trace for what the user can mend."""
+    try:
         try:
             _run(find_configs(arguments))
-        except (ValueError, LookupError, OSError, RuntimeError) as error:
-            from lit_unlearn.cli.errors import is_nested, shorten
+        finally:
+            sys.stdout.flush()  # here, where a broken pipe can be caught
+    except KeyboardInterrupt:
+        print("lit-unlearn: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Trainer, which has said so, ends with 1
+            sys.exit(130)
+        raise
+    except BrokenPipeError:
+        if not _reader_has_gone():  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for the flush at exit
+        sys.exit(1)
+    except Exception as error:
+        from lit_unlearn.cli.errors import fail, mendable
 
-            message = str(error.args[0] if isinstance(error, KeyError) else error)  # KeyError shows a repr
-            if not (_is_ours(error) or is_nested(message)):
-                raise
-            sys.exit(f"lit-unlearn: error: {shorten(message) if is_nested(message) else message}")
+        if (known := mendable(error)) is None:
+            raise
+        fail(*known)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(arguments: list[str]) -> None:
     command, *rest = arguments
-    if command in _TRAINER:
+    if configs := _configs(rest):
+        from lit_unlearn.cli.errors import check_configs
+
+        check_configs(configs, CONFIGS)
+    if command in TRAINER:
         importlib.import_module("lit_unlearn.cli.trainer").run(arguments)
-    elif command in _OWN:
+    elif command in COMMANDS:
         importlib.import_module(f"lit_unlearn.cli.{command}").run(rest)
     else:
-        near = difflib.get_close_matches(command, (*_TRAINER, *_OWN), n=1)
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`lit-unlearn --help` lists them."
         print(f"lit-unlearn: error: there is no command '{command}': {hint}", file=sys.stderr)
         sys.exit(2)
@@ -94,6 +130,11 @@ def find_configs(arguments: list[str]) -> list[str]:
         elif i and arguments[i - 1] in _CONFIG:
             found[i] = _packaged(argument)
     return found
+
+
+def _configs(arguments: list[str]) -> list[str]:
+    given = [value for name, equals, value in (a.partition("=") for a in arguments) if name in _CONFIG and equals]
+    return given + [value for name, value in pairwise(arguments) if name in _CONFIG]
 
 
 def _packaged(name: str) -> str:

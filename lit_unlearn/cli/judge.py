@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from tqdm.auto import tqdm
 
+from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.evaluation.judge import RequestFailed, judge, table
 from lit_unlearn.evaluation.report import read_json, write_json
 
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     """
     text = "Has an LLM grade the generated answers in a results file, adds the grades to it and prints their means. The key "
     text += f"of the endpoint, where it wants one, is read from {_KEY}."
-    parser = ArgumentParser(prog="lit-unlearn judge", description=text)
+    parser = CommandParser(prog="lit-unlearn judge", description=text)
     parser.add_argument("results", type=str, help="JSON file with examples that have generated answers.")
     parser.add_argument("--streams", type=str, nargs="+", help="Streams to judge; all by default.")
     parser.add_argument("--url", type=str, help=f"What precedes /chat/completions, such as …/v1; or {_URL}.")

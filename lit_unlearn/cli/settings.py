@@ -66,7 +66,7 @@ class SaveSettings(SaveConfigCallback):
             rank_zero_info("resumed with changed settings: " + "; ".join(changed))
 
     def _flat(self) -> dict[str, str]:
-        return _flatten(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        return _flatten(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

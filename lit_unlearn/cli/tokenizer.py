@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentParser
-
+from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data import ForgetRetain
 from lit_unlearn.data.tokens import train_tokenizer
 
 
 def run(arguments: list[str]) -> None:
     """Trains a byte-level BPE tokenizer on a data module's questions and answers and saves it."""
-    parser = ArgumentParser(prog="lit-unlearn tokenizer", description=run.__doc__)
+    parser = CommandParser(prog="lit-unlearn tokenizer", description=run.__doc__)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(ForgetRetain, "data", required=True)
     parser.add_argument("--vocab_size", type=int, default=4096, help="Largest number of entries.")

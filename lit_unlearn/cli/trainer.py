@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import lightning as L
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -26,19 +30,24 @@ from lit_unlearn.callbacks import (
     RunPicture,
     RunReport,
 )
-from lit_unlearn.cli.errors import shorten
+from lit_unlearn.cli.errors import ReadableErrors
+from lit_unlearn.cli.print_config import readable
 from lit_unlearn.cli.settings import SaveSettings, check_trainer
+from lit_unlearn.evaluation import MUSESuite, QASuite, StressSuite, TOFUSuite  # noqa: F401  (likewise)
 from lit_unlearn.module.strategies import leave_process_group
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, without the list of all options."""
+class Parser(ReadableErrors, LightningArgumentParser):
+    """Says what is wrong in a line or two, and prints a configuration in the order in which people read it."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the command with the innermost reason; the parsers of nested values raise instead, as they should."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        self.exit(2, f"lit-unlearn: error: {shorten(message)}\n")
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """YAML; that of `--print_config` is for people unless a flag, as in ``=skip_default``, asks for another."""
+        text: str = super().dump(namespace, *args, **kwargs)
+        printed = getattr(getattr(self, "parent_parser", None), "print_config", {})
+        if not printed or {"skip_default", "with_comments"} & printed.keys() or printed.get("skip_unset"):
+            return text
+        changed = super().dump(namespace, *args, **kwargs, skip_default=True)
+        return readable(yaml.safe_load(text), yaml.safe_load(changed), text.partition("\n")[0])
 
 
 @dataclass(frozen=True)
@@ -136,17 +145,40 @@ def run(arguments: list[str]) -> None:
         leave_process_group()
 
 
+_CHATTER = re.compile(
+    r"(\[rank: \d+\] )?(GPU available|TPU available|💡 Tip|Seed set to|Loading `train_dataloader`|`Trainer\.|Restored all"
+    r"|Initializing distributed: |-+\ndistributed_backend="
+    r"|Failed to load CPU gemm_4bit_forward)"  # transformers' schedules import peft, which imports bitsandbytes
+)
+_CHATTERERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+    "bitsandbytes.backends.cpu.ops",
+)
+_format_warning = warnings.formatwarning
+
+
 def _quieten() -> None:
-    """Leaves one line per phase: drops Lightning's advertisements and a warning about its own code."""
-    chatter = ("GPU available", "TPU available", "💡 Tip", "Seed set to", "Loading `train_dataloader`", "`Trainer.")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(chatter))
+    """Leaves one line per phase and per warning: drops what libraries say of themselves and nobody can act on."""
+    for name in _CHATTERERS:
+        logging.getLogger(name).addFilter(lambda record: not _CHATTER.match(record.getMessage()))
     for message in (
         "LeafSpec",
         "does not have many workers",
         "pre-optimization state was saved",
         "dataloader is not resum",
+        "Checkpoint directory .* exists and is not empty",  # the runs of a name share it
+        "sync_dist=True",  # what is logged is the same on every process
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on every process
+    warnings.formatwarning = _one_line
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package without the place in its code, which says nothing to users."""
+    ours = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
+    return f"warning: {message}\n" if ours else _format_warning(message, category, filename, lineno, line)

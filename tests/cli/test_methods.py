@@ -132,7 +132,7 @@ def test_unmet_needs_are_said_together(in_tmp: Path, model_dir: str, capsys: Any
     deep = [argument for argument in rest if argument not in SHALLOW]
     with pytest.raises(SystemExit) as end:
         cli.main([command, *deep])
-    said = str(end.value.code)
+    said = str(end.value)
     assert "the objectives need what is not there" in said
     assert (
         "forget (RMU) reads the output of layer 7, but those of this model's layers that can be read are 0 to 0" in said
