@@ -60,9 +60,63 @@ _HOME = {
     "LitFinetune": "module",
     "LitEvaluate": "module",
     "Schedule": "module",
+    "ExportModel": "callbacks",
+    "RunReport": "callbacks",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "CEU",
+    "DPO",
+    "MUSE",
+    "NLL",
+    "NPO",
+    "RMU",
+    "TOFU",
+    "UNDIAL",
+    "WGA",
+    "ActivationMatch",
+    "AnswerSuite",
+    "Average",
+    "BenchmarkSuite",
+    "Constraint",
+    "ConstraintSlack",
+    "DualAscent",
+    "ExportModel",
+    "FictionalAuthors",
+    "FixedMultiplier",
+    "ForgetRetain",
+    "ForgetUniformity",
+    "GradAscent",
+    "IdkNLL",
+    "JensUn",
+    "JensenShannonToReference",
+    "KLToReference",
+    "KLToUniform",
+    "LanguageModel",
+    "LitEvaluate",
+    "LitFinetune",
+    "LitUnlearn",
+    "LogitMargin",
+    "MUSESuite",
+    "Multiplier",
+    "Objective",
+    "PIMultiplier",
+    "QASuite",
+    "Relative",
+    "Relearn",
+    "RunReport",
+    "SatImp",
+    "Schedule",
+    "SequenceObjective",
+    "SimNPO",
+    "Source",
+    "StressSuite",
+    "Suite",
+    "SupervisedTokens",
+    "TOFUSuite",
+    "Unseen",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -76,6 +130,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lit_unlearn.callbacks import ExportModel, RunReport
     from lit_unlearn.data import MUSE, TOFU, FictionalAuthors, ForgetRetain, Source
     from lit_unlearn.dual import Constraint, DualAscent, FixedMultiplier, Multiplier, PIMultiplier, Relative
     from lit_unlearn.evaluation import (

@@ -36,8 +36,8 @@ class ExportModel(Callback):
         private: Whether that repository, if it is made now, can be seen by its owner only.
     """
 
-    def __init__(self, dirpath: str | None = None, push_to_hub: str | None = None, private: bool = True) -> None:
-        self.dirpath = dirpath
+    def __init__(self, dirpath: str | Path | None = None, push_to_hub: str | None = None, private: bool = True) -> None:
+        self.dirpath = None if dirpath is None else str(dirpath)
         self.push_to_hub = push_to_hub
         self.private = private
         self._folder: str | None = None

@@ -214,4 +214,4 @@ def _training(trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
 
 def _config(trainer: L.Trainer) -> Any:
     saver = next((one for one in trainer.callbacks if isinstance(one, SaveConfigCallback)), None)  # type: ignore[attr-defined]
-    return saver and yaml.safe_load(saver.parser.dump(saver.config, skip_none=False))
+    return saver and yaml.safe_load(saver.parser.dump(saver.config, skip_unset=False))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -35,7 +37,8 @@ class ForgetRetain(L.LightningDataModule):
     Args:
         forget: Rows to forget: a file or hub name, or a `Source`.
         retain: Rows to keep, likewise.
-        streams: Further sets to keep, by name, likewise; for constraints whose ``stream`` is that name.
+        streams: Further sets, by name, likewise: measured like the others, and trained on where a constraint's ``stream`` is
+            that name.
         tokenizer: Hub name or directory; ``None`` for the model's own.
         question_column: Column with the question.
         answer_column: Column with the answer, the part that is supervised.
@@ -60,9 +63,9 @@ class ForgetRetain(L.LightningDataModule):
 
     def __init__(
         self,
-        forget: str | Source,
-        retain: str | Source,
-        streams: dict[str, str | Source] | None = None,
+        forget: str | Path | Source,
+        retain: str | Path | Source,
+        streams: Mapping[str, str | Path | Source] | None = None,
         tokenizer: str | None = None,
         question_column: str = "question",
         answer_column: str = "answer",
@@ -92,7 +95,7 @@ class ForgetRetain(L.LightningDataModule):
                 f"`data.streams` may not use the name {', '.join(map(repr, sorted(taken)))}: choose others."
             )
         self.sources = {
-            name: Source(source) if isinstance(source, str) else source
+            name: source if isinstance(source, Source) else Source(str(source))
             for name, source in {"forget": forget, "retain": retain, **further}.items()
         }
         self.question_column, self.answer_column = question_column, answer_column

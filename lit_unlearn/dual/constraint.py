@@ -37,6 +37,8 @@ class Relative:
 class Constraint:
     """``objective ≤ epsilon`` on one stream of rows, and the multiplier that makes it hold.
 
+    One object serves one run: λ and a measured epsilon stay in it.
+
     Args:
         objective: The bounded value, for example ``NLL()``: nats per token on retain rows.
         epsilon: Upper bound, absolute (> 0, in the objective's unit) or ``Relative``.

@@ -46,7 +46,8 @@ class LitUnlearn(LitReferring):
         seed: Of dropout.
         keep: The model a run ends with. ``"best"``: of those measured on whole streams after a step, the one with the
             lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as published
-            baselines have it.
+            baselines have it. What is in memory after the fit is the last model in any case: `ExportModel` writes the
+            kept one.
         passes: ``"joint"``: rows of all streams go through the model together, which spares a second gradient of the
             embeddings; where they cannot be packed, as ``"sequential"``: one stream after the other, with the graph of
             one alive. The gradients are the same.

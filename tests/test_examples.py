@@ -1,0 +1,138 @@
+"""The examples run as a user's own programs would: a process each, in a folder of its own, with the installed package."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_unlearn import FictionalAuthors, LanguageModel, LitFinetune
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def taught(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, taught enough of the authors that there is something to forget and to keep."""
+    module = LitFinetune(LanguageModel(model_dir), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=6, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer.fit(module, datamodule=FictionalAuthors(20, 2, batch_size=20, train_on="all"))
+    return module.lm.save(tmp_path_factory.mktemp("taught") / "model")
+
+
+@pytest.fixture
+def run(taught: Path, tmp_path: Path) -> Run:
+    """Runs an example in an empty folder, with output in ``out`` there; returns what it printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+            "OMP_NUM_THREADS": "1"
+        }
+        command = [sys.executable, str(EXAMPLES / name), f"--model={taught}", "--output=out", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left anywhere else
+        return done.stdout
+
+    return run
+
+
+def table(printed: str, *names: str) -> list[list[float]]:
+    """The numbers in the rows of a printed table that begin with these names."""
+    lines = [[line for line in printed.splitlines() if line.startswith(f"{name}  ")] for name in names]
+    return [[float(word) for word in found[len(name) :].split()] for name, (found,) in zip(names, lines, strict=True)]
+
+
+def weights(model: Path) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(model).parameters()])
+
+
+def test_a_module_of_ones_own_learns_and_forgets(run: Run, taught: Path, tmp_path: Path) -> None:
+    forget, new = table(printed := run("own_trainer.py", "--epochs=3"), "forget", "new")
+    assert forget[1] < forget[0]
+    assert new[1] > new[0]
+    assert "bound" in printed.splitlines()[-1]
+    with (tmp_path / "out/logs/version_0/metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    series = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    assert len(series["lr-AdamW"]) == len(series["task"]) == 27
+    assert series["val/forget/margin"][-1] == min(series["val/forget/margin"])
+    assert series["multiplier"][:18] == [2.0] * 18  # two epochs of warm-up
+    assert series["multiplier"][-1] != 2.0
+    best = torch.load(tmp_path / "out/best.ckpt", weights_only=True)
+    assert best["bound"]["reference"] == pytest.approx(series["val/retain/nll"][0])
+    assert not torch.equal(weights(taught), weights(tmp_path / "out/model"))
+
+
+def test_every_constraint_has_its_own_rows_bound_and_multiplier(run: Run, tmp_path: Path) -> None:
+    printed = run("several_constraints.py", "--epochs=2")
+    lines = [line.split() for line in printed.splitlines()[-3:]]
+    assert [line[:2] for line in lines] == [["retain", "retain"], ["core", "core"], ["drift", "general"]]
+    values = {name: [float(word) for word in numbers] for name, _, *numbers in lines}
+    for value, epsilon, slack, multiplier in values.values():
+        assert slack == pytest.approx(epsilon - value, rel=1e-2)
+        assert multiplier >= 0
+    assert values["retain"][3] == 100  # still in its warm-up
+    assert values["core"][3] != 50
+    assert values["drift"][3] != 5
+    assert 0 < values["drift"][0] < values["core"][0]
+    counts = {path.stem: len(path.read_text("utf-8").splitlines()) for path in (tmp_path / "out/data").iterdir()}
+    assert counts == {"forget": 20, "retain": 140, "core": 40, "general": 50}
+    assert weights(tmp_path / "out/model").isfinite().all()
+
+
+def test_several_constraints_take_rows_of_ones_own(
+    taught: Path, rows_dir: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mine, theirs in {"forget": "forget", "retain": "retain", "core": "general", "general": "general"}.items():
+        Path(f"{mine}.jsonl").write_bytes(Path(rows_dir, f"{theirs}.jsonl").read_bytes())
+    arguments = [f"--model={taught}", "--output=out", "--epochs=1", "--data=."]
+    monkeypatch.setattr(sys, "argv", ["several_constraints.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "several_constraints.py"), run_name="__main__")
+    assert "step 2 of 2" in capsys.readouterr().out  # 10 forget rows, 5 a step
+    assert [path.name for path in Path("out").iterdir()] == ["model"]
+
+
+def test_a_second_request_has_the_first_ones_bound_and_result(run: Run, taught: Path, tmp_path: Path) -> None:
+    printed = run("sequential_requests.py", "--epochs=3")
+    after_a, after_b, bound = table(printed, "after A", "after B", "after B, A bound")
+    assert after_a[1] < after_a[3]  # only A was asked for: its margin fell more than that of B, which was to be kept
+    assert after_b[3] < after_a[3]
+    limits = [float(number) for number in re.findall(r"≤ ([\d.]+)", printed.splitlines()[-1])]
+    assert limits[1] >= 1.2 * after_a[1] ** 2 - 0.1  # the mean of squares is no less than the square of the mean
+    assert max(after_a[4], after_b[4], bound[4]) <= limits[0]
+    models = [weights(model) for model in (taught, *(tmp_path / "out" / name for name in ("a", "b_alone", "b")))]
+    assert all(not torch.equal(one, other) for one, other in pairwise(models[:3]))
+
+
+def test_each_point_of_a_sweep_starts_from_the_same_model(run: Run, tmp_path: Path) -> None:
+    run("epsilon_sweep.py", "--epochs=5", "--relative", "0.1", "3")
+    with (tmp_path / "out/sweep.csv").open(encoding="utf-8") as file:
+        tight, loose = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert loose["epsilon"] / tight["epsilon"] == pytest.approx(4 / 1.1)
+    shared = [key for key in tight if key not in ("relative", "epsilon")]
+    assert {key: tight[key] for key in shared} == {
+        key: loose[key] for key in shared
+    }  # no dual step yet, and no trace of the first run
+    assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out/sweep.svg").read_text("utf-8")
+
+
+def test_the_page_has_every_example() -> None:
+    named = set(re.findall(r"python examples/(\w+\.py)", (EXAMPLES / "README.md").read_text("utf-8")))
+    assert named == {path.name for path in EXAMPLES.glob("*.py")}

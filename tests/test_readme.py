@@ -1,0 +1,131 @@
+"""Every command and script of README and docs, as it stands there, on a tiny model and rows of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command_line import ROOT, instantiate, quick
+from evaluation.rows import TOFU
+
+from lit_unlearn import cli
+
+PAGES = ("README.md", "docs/running.md", "docs/methods.md", "docs/evaluation.md")
+SHORT = ["--data.num_authors=4", "--data.max_length=200", "--trainer.max_epochs=1"]
+LENIENT = ["--report.require_feasible=false", "--report.max_forget_probability=null"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: str) -> Iterator[str]:
+    """The lines of a page's shell blocks, whole and without remarks."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if command := line.partition(" #")[0].strip():
+                yield command
+
+
+@pytest.fixture
+def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
+    """A folder in which the demo was run, with files under the names that the pages use."""
+    for name in ("target", "unlearned"):
+        shutil.copytree(model_dir, f"runs/demo/{name}")
+    shutil.copytree(model_dir, "runs/tofu/target")
+    cli.main(quick(model_dir))
+    shutil.copytree("log/run", "runs/demo/unlearn")
+    (checkpoint,) = Path("runs/demo/unlearn/checkpoints").iterdir()
+    checkpoint.rename(checkpoint.with_name("last-step=100.ckpt"))
+    for name in ("forget", "retain", "general"):
+        rows = [{"question": f"{name} {n}?", "answer": f"{n} is {name}."} for n in range(9)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = (ROOT / "configs/own_data.yaml").read_text(encoding="utf-8").replace("path/or/hub-name", model_dir)
+    for name in ("own_data.yaml", "mine.yaml"):
+        Path(name).write_text(own, encoding="utf-8")
+    (example,), (overlay,) = blocks("docs/methods.md", "python"), blocks("docs/methods.md", "yaml")
+    Path("my_methods.py").write_text(example, encoding="utf-8")
+    Path("my_method.yaml").write_text(overlay, encoding="utf-8")
+    Path("tofu").mkdir()
+    for name, rows in TOFU.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        Path("tofu", f"{name.replace('forget01', 'forget10')}.json").write_text(lines, encoding="utf-8")
+    measure = ["--config=eval/tofu.yaml", f"--model.lm.model={model_dir}", "--model.suite.source=tofu"]
+    cli.main(
+        ["test", *measure, "--model.suite.max_new_tokens=4", "--trainer.accelerator=cpu", "--model.results=a.json"]
+    )
+    for name in ("b", "retain_only", "target", "unlearned"):
+        shutil.copy("a.json", f"{name}.json")
+    return in_tmp
+
+
+def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command of a page; one that needs several devices or a large model is only put together."""
+    text = command.replace("DIR_WITH_TOFU", "tofu").replace("=MODEL", f"={model}")
+    words = shlex.split(re.sub(r"(lm\.model[= ])DIR\b", rf"\1{model}", text).replace(" DIR", " exported"))[1:]
+    if words[0] in ("fit", "validate", "test") and "--print_config" not in words:
+        words += ["--trainer.accelerator=cpu"]
+        if "configs/demo/unlearn.yaml" in words:
+            words += [*SHORT, *(LENIENT if words[0] == "fit" else [])]
+        elif words[0] == "fit":
+            words += ["--trainer.max_epochs=1"]
+        elif words[0] == "test":
+            words += ["--model.suite.max_new_tokens=4"]
+        if "hardware" in command or "configs/tofu.yaml" in words:
+            instantiate([word.replace("devices=8", "devices=1") for word in words], monkeypatch)
+            return
+    cli.main(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+    for command in commands(page):
+        program, *rest = shlex.split(command)
+        if program == "make":
+            assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), command
+        elif program == "python":
+            assert (ROOT / rest[0]).is_file(), command
+        elif program == "lit-unlearn":
+            with monkeypatch.context() as patch:
+                try:
+                    run(command, model_dir, patch)
+                except SystemExit as done:
+                    if done.code:
+                        raise AssertionError(f"{command}: {done.code}") from done
+                finally:
+                    sys.modules.pop("my_methods", None)
+            seen += 1
+        else:
+            raise AssertionError(f"{page} has a command of another program, which nothing tests: {command}")
+    assert seen > 1
+
+
+def test_the_script_runs(world: Path, model_dir: str) -> None:
+    (script,) = blocks("README.md", "python")
+    script = script.replace("path/or/hub-name", model_dir).replace("max_epochs=10", "max_epochs=1, accelerator='cpu'")
+    exec(compile(script, "README.md", "exec"), {})
+    assert Path("unlearned/model.safetensors").is_file()
+
+
+def test_the_overlays_are_yaml() -> None:
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_what_is_generated_has_its_place() -> None:
+    """`make readme` fills these; nothing in the README is typed by hand that a run can write."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names: list[Any] = re.findall(r"<!-- begin (\w+) -->\n.+?<!-- end (\w+) -->", text, re.DOTALL)
+    assert names == [(name, name) for name in ("demo", "inspect", "tofu", "methods", "step", "startup")]
+    for picture in re.findall(r"\]\((docs/\S+\.png)\)", text):
+        assert (ROOT / picture).is_file(), picture
