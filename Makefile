@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo tofu test lint bench clean
+.PHONY: demo tofu test lint bench examples wheel readme clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,26 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/scaling.py
+
+# The scripts of examples/, on the demo's target model.
+examples: runs/demo/target/config.json
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+runs/demo/target/config.json:
+	$(MAKE) demo
+
+# Builds the wheel, installs it alone into an empty environment outside of the checkout, and runs the demo from its packaged files.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+	.ci/wheel build/dist/*.whl
+
+# Every figure, table and picture of the README, from the commands that it names; half an hour on two cores.
+readme: $(VENV)/.installed-dev
+	$(MAKE) demo tofu bench
+	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) runs build

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ADAPTED = {"rmu": ["--model.forget.layer=1", "--model.constraints.activations.objective.layer=1"]}
 DUAL_STEP = 20
+HEADER = ["method", "forget p", "forget ROUGE", "retain p", "retain NLL", "holds", "λ", "s", "MiB"]
 
 
 def command(arguments: list[str], work: Path) -> subprocess.CompletedProcess[str]:
@@ -157,13 +158,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for method in options.methods:
         results["methods"][method] = unlearn(method, work, options.extra)
         print(f"{method} …", file=sys.stderr, flush=True)
-    header = ["method", "forget p", "forget ROUGE", "retain p", "retain NLL", "holds", "λ", "s", "MiB"]
     bounds = {values["epsilon"] for values in results["methods"].values() if "epsilon" in values}
     print(measures.machine_line(facts))
     print(
         f"\nBefore: forget ROUGE {results['before']['forget_rouge']:.2f}; epsilon {', '.join(f'{e:.4g}' for e in bounds)}\n"
     )
-    print(measures.table(header, [row(name, values) for name, values in results["methods"].items()]))
+    print(measures.table(HEADER, [row(name, values) for name, values in results["methods"].items()]))
     measures.write_json(results, options.output)
     return results
 
