@@ -13,6 +13,7 @@ then all methods with seed 0, then the other seeds.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -28,6 +29,7 @@ from choose import chosen
 from units import Unit, run
 
 HERE = Path(__file__).parent
+STAGES = ("models", "tuning", "final", "calibrated")
 
 
 def teaching(seeds: Sequence[int]) -> Iterator[list[Unit]]:
@@ -68,6 +70,21 @@ def final(methods: Sequence[str], seeds: Sequence[int], results: Path) -> list[U
     return units
 
 
+def calibrated(seeds: Sequence[int], results: Path, work: Path) -> list[Unit]:
+    """PDU as it was chosen, with an end to forgetting: by row and by token, at several levels."""
+    best = chosen("pdu", results)["rule"]["unit"]
+    units = []
+    for seed in seeds:
+        for size in protocol.CALIBRATED_SIZES:
+            for by, factor in protocol.CALIBRATED:
+                until = json.dumps({"by": by, "factor": factor})
+                streams = json.dumps({"unseen": str(work / "data" / str(size) / "unseen.json")})
+                settings = (*best["settings"], f"--model.forget.init_args.until={until}", f"--data.streams={streams}")
+                facts = {"method": "pdu", "by": by, "factor": factor}
+                units.append(Unit("calibrated", f"pdu_{by}_{factor:g}", size, seed, settings, facts))
+    return units
+
+
 def do(unit: Unit, work: Path, results: Path) -> tuple[Unit, float, str | None]:
     import torch
 
@@ -99,9 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tofu", type=Path, required=True, help="folder with TOFU's files")
     parser.add_argument("--methods", nargs="+", choices=protocol.MAIN, default=list(protocol.MAIN), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(protocol.SEEDS))
-    parser.add_argument(
-        "--stages", nargs="+", choices=("models", "tuning", "final"), default=["models", "tuning", "final"]
-    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["models", "tuning", "final"])
     parser.add_argument("--only", nargs="+", help="units by name, such as final/pdu-4-0")
     parser.add_argument("--again", action="store_true", help="also what is there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="units side by side, a thread each")
@@ -123,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         go(tuning(options.methods), options)
     if "final" in options.stages:
         go(final(options.methods, options.seeds, options.results), options)
+    if "calibrated" in options.stages:
+        go(calibrated(options.seeds, options.results, options.work), options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lit_unlearn.lm import Alignment, SupervisedTokens
 from lit_unlearn.objectives.base import Average, Objective, TokenModel, checked
 
 
+@final
 class Unseen:
     """Where forgetting is enough: at the surprise of text that the model never saw.
 
