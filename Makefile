@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo tofu test lint bench examples wheel readme clean
+.PHONY: demo tofu test lint bench examples wheel readme results clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,11 @@ readme: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/readme.py
+
+# The tables of docs/results.md from the kept results of benchmarks/quality/sweep.py, which makes what is missing in about three hours.
+results: $(VENV)/.installed
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/gradients.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/tables.py
 
 clean:
 	rm -rf $(VENV) runs build

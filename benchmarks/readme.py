@@ -13,17 +13,17 @@ import contextlib
 import io
 import json
 import os
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import methods as of_methods
+from blocks import fill, markdown
 from measures import in_mib
 
 from lit_unlearn.cli import main as lit_unlearn
-from lit_unlearn.evaluation.report import read_json, table, whole_file
+from lit_unlearn.evaluation.report import read_json, table
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Where was the author Lunnian Dunmeth born?"
@@ -40,11 +40,6 @@ def command(*arguments: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         lit_unlearn(arguments)
     return printed.getvalue().strip()
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run_folder() -> Path:
@@ -86,7 +81,7 @@ def step() -> str:
             memory = values["memory"]
             rows.append(
                 [
-                    f"{shape['shape']['vocab']:,}",
+                    f"{shape['shape']['vocabulary']:,}",
                     {"plain": "straightforward", "joint": "`passes: joint` (default)"}.get(name, f"`passes: {name}`"),
                     f"{values['seconds']:.3g}",
                     f"{values['time_ratio']:.2f}",
@@ -113,29 +108,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str, name: str, content: str) -> str:
-    """The text with a block's content replaced.
-
-    Raises:
-        ValueError: If it has not exactly one block of that name.
-    """
-    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    text, count = pattern.subn(lambda match: f"{match[1]}{content}\n{match[2]}", text)
-    if count != 1:
-        raise ValueError(f"the README has {count} blocks '<!-- begin {name} -->', expected one.")
-    return text
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*BLOCKS, []], metavar="NAME", help=f"of {', '.join(BLOCKS)} (all)")
     names: list[Any] = parser.parse_args(arguments).names
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name in names or BLOCKS:
-        text = filled(text, name, BLOCKS[name]())
-    with whole_file(readme) as file:
-        file.write_text(text, encoding="utf-8")
+    fill(ROOT / "README.md", {name: BLOCKS[name]() for name in names or BLOCKS})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""Writes the tables of docs/results.md from the results files: `make results`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import protocol
+from blocks import fill, markdown
+from choose import chosen, feasible, read, retain_nll, retain_utility, values
+
+from lit_unlearn.evaluation.report import read_json
+from lit_unlearn.metrics import forget_quality
+
+Result = dict[str, Any]
+Column = Callable[[Result], float | None]
+
+
+def spread(numbers: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds; of one, the number."""
+    if not numbers:
+        return "–"
+    mean = f"{statistics.fmean(numbers):.{digits}g}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1g}"
+
+
+def reference(results: Path) -> dict[tuple[int, int], Mapping[str, float]]:
+    """What the retain-only models measured, by forget set and seed."""
+    found = [one for one in read(results, "models") if one["unit"]["label"] == "retain_only"]
+    return {(one["unit"]["size"], one["unit"]["seed"]): values(one) for one in found}
+
+
+def measured(key: str) -> Column:
+    return lambda result: values(result).get(key)
+
+
+def difference(key: str, references: Mapping[tuple[int, int], Mapping[str, float]]) -> Column:
+    """Signed, to the retain-only model of the same forget set and seed."""
+    return lambda result: values(result)[key] - references[result["unit"]["size"], result["unit"]["seed"]][key]
+
+
+def rows(results: Sequence[Result], columns: Mapping[str, Column], labels: Sequence[str]) -> list[list[str]]:
+    """A line per label: every column's spread over seeds; failures keep their line."""
+    lines = []
+    for label in labels:
+        mine = [one for one in results if one["unit"]["label"] == label]
+        done = [one for one in mine if "error" not in one]
+        if not done:
+            lines.append([label, f"failed: {mine[0]['error']}" if mine else "not run", *[""] * (len(columns) - 1)])
+            continue
+        cells = [[value for one in done if (value := column(one)) is not None] for column in columns.values()]
+        failed = f" ({len(mine) - len(done)} failed)" if len(done) < len(mine) else ""
+        lines.append([label + failed, *map(spread, cells)])
+    return lines
+
+
+def models(results: Path) -> str:
+    """Targets and retain-only models on the forget rows."""
+    keys = {
+        "truth ratio": "forget/truth_ratio",
+        "probability": "forget/probability",
+        "ROUGE": "forget/rougeL_recall",
+        "NLL": "forget/nll",
+        "entropy": "forget/entropy",
+        "retain probability": "retain/probability",
+        "forget quality": "forget_quality",
+    }
+    lines = []
+    for label in ("target", "retain_only"):
+        for size in protocol.SIZES:
+            found = [one for one in read(results, "models") if one["unit"]["label"] == label]
+            of_size = [values(one, size) for one in found if str(size) in one.get("measured", {})]
+            cells = [[one[key] for one in of_size if one.get(key) is not None] for key in keys.values()]
+            lines.append([label.replace("_", "-"), str(size), *map(spread, cells)])
+    return markdown(["model", "authors", *keys], lines)
+
+
+def ceiling(results: Path) -> str:
+    """Forget quality of a retain-only model of one seed, judged by that of another: what perfect unlearning would reach."""
+    ratios = {
+        (one["unit"]["size"], one["unit"]["seed"]): next(iter(one["measured"].values()))["forget_truth_ratios"]
+        for one in read(results, "models")
+        if one["unit"]["label"] == "retain_only"
+    }
+    lines = []
+    for size in protocol.SIZES:
+        seeds = [seed for of, seed in ratios if of == size]
+        pairs = [(a, b) for a in seeds for b in seeds if a < b]
+        found = [forget_quality(ratios[size, a], ratios[size, b]) for a, b in pairs]
+        lines.append([str(size), *(f"{one:.3g}" for one in found)] if found else [str(size), "needs two seeds"])
+    width = max(map(len, lines))
+    return markdown(
+        ["authors", *[f"pair {n}" for n in range(1, width)]], [line + [""] * (width - len(line)) for line in lines]
+    )
+
+
+def tuned(results: Path) -> str:
+    """The settings that the rule chose, and what the other choice would have been."""
+    lines = []
+    for method in protocol.MAIN:
+        try:
+            picked = chosen(method, results)
+        except (ValueError, StopIteration):
+            continue
+        best, other = picked["rule"], picked["harmonic"]
+        lines.append(
+            [
+                method,
+                "yes" if picked["feasible"] else "NO",
+                _settings(best),
+                f"{values(best)['forget_quality']:.2g}",
+                f"{values(best)['forget/truth_ratio']:.3f}",
+                f"{retain_utility(values(best)):.3f}",
+                "the same" if other is best else f"{_settings(other)}: {values(other)['forget_quality']:.2g}",
+            ]
+        )
+    head = ["method", "feasible", "chosen", "forget quality", "truth ratio", "retain utility", "by harmonic mean"]
+    return markdown(head, lines)
+
+
+def _settings(result: Result) -> str:
+    facts = result["unit"]["facts"]
+    main = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in facts["main"].items())
+    return f"lr {facts['lr']:g}, {main}"
+
+
+def comparison(results: Path, stage: str, size: int) -> str:
+    """Every method on one forget set: forgetting, what it cost, and how it differs from the retain-only model."""
+    found = [one for one in read(results, stage) if one["unit"]["size"] == size]
+    references = reference(results)
+    columns: dict[str, Column] = {
+        "forget quality": measured("forget_quality"),
+        "truth ratio": measured("forget/truth_ratio"),
+        "Δ": difference("forget/truth_ratio", references),
+        "forget p": measured("forget/probability"),
+        "ROUGE": measured("forget/rougeL_recall"),
+        "extraction": measured("forget/extraction_strength"),
+        "Δ NLL": difference("forget/nll", references),
+        "Δ entropy": difference("forget/entropy", references),
+        "fluency": measured("forget/fluency_nll"),
+        "retain NLL / ε": lambda one: _ratio(*retain_nll(one)),
+        "retain utility": lambda one: retain_utility(values(one)),
+        "utility": measured("model_utility"),
+        "relearnt p": measured("relearn/forget_others/probability"),
+        "4-bit p": measured("4bit/forget/probability"),
+        "s": lambda one: one["seconds"],
+        "MiB": lambda one: one["peak_mib"],
+    }
+    labels = sorted({one["unit"]["label"] for one in found})
+    lines = rows(found, columns, labels)
+    for line, label in zip(lines, labels, strict=True):
+        mine = [one for one in found if one["unit"]["label"] == label and "error" not in one]
+        line.insert(1, f"{sum(map(feasible, mine))} of {len(mine)}")
+    return markdown(["", "holds", *columns], lines) if lines else "Not run yet."
+
+
+def _ratio(value: Any, epsilon: float) -> float:
+    return value / epsilon if isinstance(value, float) else math.inf
+
+
+def steps(results: Path) -> str:
+    """How many steps each flattening loss needs to an entropy."""
+    found = read_json(results / "gradients.json")
+    lines = [
+        [name, *("over 2000" if count is None else str(count) for count in counts)]
+        for name, counts in found["steps"].items()
+    ]
+    return markdown(["to H / log V =", *(f"{level:g}" for level in found["levels"])], lines)
+
+
+def progress(results: Path) -> str:
+    """What has been run."""
+    stages = {
+        stage: len(list((results / stage).glob("*.json"))) for stage in ("models", "tuning", "final", "calibrated")
+    }
+    whole = {
+        "models": len(protocol.SEEDS) * (1 + len(protocol.SIZES)),
+        "tuning": 4 * len(protocol.MAIN),
+        "final": len(protocol.MAIN) * len(protocol.SIZES) * len(protocol.SEEDS),
+        "calibrated": len(protocol.CALIBRATED) * len(protocol.CALIBRATED_SIZES) * len(protocol.SEEDS),
+    }
+    return "; ".join(f"{stage} {done} of {whole[stage]}" for stage, done in stages.items()) + "."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--page", type=Path, default=protocol.ROOT / "docs/results.md")
+    options = parser.parse_args(arguments)
+    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned}
+    contents = {name: block(options.results) for name, block in blocks.items()}
+    for size in protocol.SIZES:
+        contents[f"final{size}"] = comparison(options.results, "final", size)
+    for size in protocol.CALIBRATED_SIZES:
+        contents[f"calibrated{size}"] = comparison(options.results, "calibrated", size)
+    fill(options.page, contents)
+
+
+if __name__ == "__main__":
+    main()
