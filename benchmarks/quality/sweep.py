@@ -2,7 +2,7 @@
 
     python benchmarks/quality/sweep.py --tofu ../shared/data/tofu            # everything that is not there yet
     python benchmarks/quality/sweep.py --tofu DIR --methods pdu npo --seeds 0
-    python benchmarks/quality/sweep.py --tofu DIR --only final/pdu-4-0 --again --results /tmp/again   # one row, anew
+    python benchmarks/quality/sweep.py --tofu DIR --only final/pdu-4-0 --again --results build/again   # one row, anew
 
 Every unit (a model taught, a method tuned, a final run) is a process of its own with one thread, and a JSON file in
 ``benchmarks/quality/results``, which is kept in the repository; a unit whose file is there is not run again. Weights and logs
