@@ -94,7 +94,7 @@ def test_checkpoints_hold_plain_types(whole: Callable[[str, int], Any]) -> None:
     _, _, folder = whole("step", 0)
     saved = torch.load(folder / "steps" / "4.ckpt", weights_only=True)
     assert saved["constraints"]["nll"].keys() == {"multiplier", "reference", "smoothed"}
-    assert saved["run"].keys() == {"seed", "optimizer", "best", "dual_epochs"}
+    assert saved["run"].keys() == {"seed", "optimizer", "best", "dual_epochs", "unseen_nll"}
 
 
 def make(lm: LanguageModel, *, lr: float = 0.01, momentum: float = 0.0, **settings: Any) -> LitUnlearn:

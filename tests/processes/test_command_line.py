@@ -51,7 +51,7 @@ def alone(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_two_devices_give_what_one_gives(name: str, alone: Any, model_dir: str, tmp_path: Path) -> None:
     overlay, *extra = OVERLAYS[name]
     printed = fit(tmp_path, model_dir, f"--config=configs/hardware/{overlay}", "--trainer.devices=2", *extra)
-    assert "Starting with 2 processes" in printed
+    assert "on 2 × cpu" in printed
     expected_print, expected, _, expected_weights = alone
     report, _, weights = results(tmp_path)
     for key in ("before", "after"):

@@ -91,7 +91,7 @@ def kill_after(folder: Path, step: int, delay: float) -> None:
 def finish(folder: Path) -> None:
     process = start(folder)
     assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
-    assert "Starting with 2 processes" in (folder / "log.txt").read_text()
+    assert "on 2 × cpu" in (folder / "log.txt").read_text()
 
 
 def logged(folder: Path) -> dict[int, dict[str, str]]:
