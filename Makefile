@@ -69,7 +69,7 @@ readme: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/readme.py
 
-# The tables of docs/results.md from the kept results of benchmarks/quality/sweep.py, which makes what is missing in about three hours.
+# The tables of docs/results.md from the kept results of benchmarks/quality/sweep.py.
 results: $(VENV)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/gradients.py
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/tables.py

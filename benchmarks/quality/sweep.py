@@ -6,7 +6,7 @@
 
 Every unit (a model taught, a method tuned, a final run) is a process of its own with one thread, and a JSON file in
 ``benchmarks/quality/results``, which is kept in the repository; a unit whose file is there is not run again. Weights and logs
-are under ``build/quality``. On two cores the whole takes about three hours; the order is such that a part is of use: models and tuning,
+are under ``build/quality``. The whole is about six hours of one core, going by the units run so far; the order is such that a part is of use: models and tuning,
 then all methods with seed 0, then the other seeds.
 """
 
@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import models
 import protocol
 from choose import chosen
-from units import Unit, run
+from units import WORK_FOLDER, Unit, run
 
 HERE = Path(__file__).parent
 STAGES = ("models", "tuning", "final", "calibrated")
@@ -70,7 +70,7 @@ def final(methods: Sequence[str], seeds: Sequence[int], results: Path) -> list[U
     return units
 
 
-def calibrated(seeds: Sequence[int], results: Path, work: Path) -> list[Unit]:
+def calibrated(seeds: Sequence[int], results: Path) -> list[Unit]:
     """PDU as it was chosen, with an end to forgetting: by row and by token, at several levels."""
     best = chosen("pdu", results)["rule"]["unit"]
     units = []
@@ -78,7 +78,7 @@ def calibrated(seeds: Sequence[int], results: Path, work: Path) -> list[Unit]:
         for size in protocol.CALIBRATED_SIZES:
             for by, factor in protocol.CALIBRATED:
                 until = json.dumps({"by": by, "factor": factor})
-                streams = json.dumps({"unseen": str(work / "data" / str(size) / "unseen.json")})
+                streams = json.dumps({"unseen": f"{WORK_FOLDER}/data/{size}/unseen.json"})
                 settings = (*best["settings"], f"--model.forget.init_args.until={until}", f"--data.streams={streams}")
                 facts = {"method": "pdu", "by": by, "factor": factor}
                 units.append(Unit("calibrated", f"pdu_{by}_{factor:g}", size, seed, settings, facts))
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "final" in options.stages:
         go(final(options.methods, options.seeds, options.results), options)
     if "calibrated" in options.stages:
-        go(calibrated(options.seeds, options.results, options.work), options)
+        go(calibrated(options.seeds, options.results), options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from typing import Any
 import models
 import protocol
 
+from lit_unlearn.evaluation.report import write_json
+
+WORK_FOLDER = "{work}"  # in settings: results name no place on a machine
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -55,13 +59,9 @@ def run(unit: Unit, work: Path, results: Path) -> dict[str, Any]:
         try:
             content |= WORK[unit.stage](unit, work) if unit.settings is None else unlearned(unit, work)
         except (Exception, SystemExit) as error:
-            content["error"] = re.sub(r"\s+", " ", str(error))[:300]
+            content["error"] = re.sub(r"\s+", " ", str(error)).replace(str(work), WORK_FOLDER)[:300]
     content["total_seconds"] = time.monotonic() - started
-    target = results / unit.file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(rounded(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(target)
+    write_json(results / unit.file, rounded(content))
     return content
 
 
@@ -123,7 +123,7 @@ def unlearned(unit: Unit, work: Path) -> dict[str, Any]:
             "--report.require_feasible=false",
             "--report.max_forget_probability=null",
             f"--export.dirpath={folder / 'model'}",
-            *(unit.settings or ()),
+            *(setting.replace(WORK_FOLDER, str(work)) for setting in unit.settings or ()),
         ]
     )
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -185,8 +185,7 @@ def measure(
 
 def keep_reference(found: dict[str, Any], file: Path) -> None:
     """Whole results of a retain-only model, with every row, for forget quality."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found), encoding="utf-8")
+    write_json(file, found)
 
 
 def reference_file(work: Path, size: int, seed: int) -> Path:

@@ -99,7 +99,7 @@ class ExportModel(Callback):
             rank_zero_info(f"uploaded: {upload(Path(str(self._folder)), self.push_to_hub, self.private)}")
 
     def _export(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
-        kept = _kept_step(trainer, module)
+        kept = module.kept_step
         if trainer.sanity_checking or kept != trainer.global_step or kept == self._exported_step:
             return
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
@@ -114,7 +114,7 @@ class ExportModel(Callback):
     def _with_outcome(self, record: Record, trainer: L.Trainer, module: LitLanguageModel) -> Record:
         report = next((one for one in trainer.callbacks if isinstance(one, RunReport)), None)  # type: ignore[attr-defined]
         before = report.state_dict().get("values", {}) if report else {}
-        kept = _kept_step(trainer, module)
+        kept = module.kept_step
         steps = {"step": kept, "kept_step": kept, "steps": trainer.global_step}
         if not isinstance(module, LitUnlearn):
             return with_outcome(record, before, module.measure(), {}, **steps)
@@ -129,10 +129,6 @@ class ExportModel(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self._folder, self._record = state_dict["folder"], state_dict.get("record", {})
-
-
-def _kept_step(trainer: L.Trainer, module: LitLanguageModel) -> int:
-    return module.best.step if isinstance(module, LitUnlearn) and module.best else trainer.global_step
 
 
 def _benchmarks(folder: Path, step: int, module: LitLanguageModel) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class RunPicture(Callback):
 
     def _look_again(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         """Notes what the model makes of the answers, if it is the one that the run keeps."""
-        kept = module.best.step if isinstance(module, LitUnlearn) and module.best else trainer.global_step
+        kept = module.kept_step
         if self._current is None or trainer.sanity_checking or kept != trainer.global_step or kept == self._kept_step:
             return
         if self._answers:

@@ -220,6 +220,11 @@ class LitMeasured(L.LightningModule):
         finally:
             self.lm.train(training)
 
+    @property
+    def kept_step(self) -> int:
+        """Optimizer steps that the model had taken which the run keeps so far: here the last one."""
+        return self.global_step
+
     def _keep(self, values: dict[str, float]) -> None:
         self._measured = Measurement(self.global_step, values)
 

@@ -227,6 +227,11 @@ class LitUnlearn(LitReferring):
         ]
         return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
 
+    @property
+    def kept_step(self) -> int:
+        """As in the base class; of the best model, once one was measured."""
+        return self.best.step if self.best else self.global_step
+
     def _keep(self, values: dict[str, float]) -> None:
         super()._keep(values)
         better = self.keep == "last" or self.best is None or self._rank(values) <= self._rank(self.best.values)
