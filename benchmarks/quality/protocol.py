@@ -26,6 +26,11 @@ Calibrated forgetting. PDU as the rule chose it, with ``until=Unseen(by, factor)
 forget quality is above 0.05 on 4 and on 8 authors with a retain utility no lower than plain PDU's; if several are, the one with
 the highest product of forget qualities.
 
+The constraint and its price. PDU and the same forgetting loss with fixed weights, on 4 authors, seed 0, at PDU's chosen learning rate,
+keeping the last step whatever it is: PDU for every bound of `BOUNDS`, first multiplier of `FIRST` and dual step size of `DUAL_RATES`; fixed
+weights of `WEIGHTS`, each judged by every bound. Shown: the retain NLL at the end against the bound, the share of runs that
+hold it, and what was forgotten against the bound and against the last multiplier.
+
 Measured on every final model: TOFU's benchmark (every forget row, the first 60 rows of the other sets), the same forget rows after five
 AdamW steps on a tenth of them (rate `RELEARN_LR`), and with weights rounded to 4 bits.
 """
@@ -87,6 +92,9 @@ MAIN: dict[str, tuple[str, tuple[float, float]]] = {
 }
 CALIBRATED_SIZES = (4, 8)
 CALIBRATED = (("row", 0.75), ("row", 1.0), ("row", 1.25), ("token", 0.75), ("token", 1.0), ("token", 1.25))
+BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)  # relative
+FIRST, DUAL_RATES = (1, 100), (5, 100)
+WEIGHTS = (0.1, 1, 10, 100, 1000)
 ADAPTED = {"rmu": ["--model.forget.init_args.layer=1", "--model.constraints.activations.objective.init_args.layer=1"]}
 
 

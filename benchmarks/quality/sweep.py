@@ -6,13 +6,14 @@
 
 Every unit (a model taught, a method tuned, a final run) is a process of its own with one thread, and a JSON file in
 ``benchmarks/quality/results``, which is kept in the repository; a unit whose file is there is not run again. Weights and logs
-are under ``build/quality``. The whole is about six hours of one core, going by the units run so far; the order is such that a part is of use: models and tuning,
-then all methods with seed 0, then the other seeds.
+are under ``build/quality``. The whole is about six hours of one core, going by the units run so far; the order is such
+that a part is of use: models and tuning, then all methods with seed 0, then the other seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from choose import chosen
 from units import WORK_FOLDER, Unit, run
 
 HERE = Path(__file__).parent
-STAGES = ("models", "tuning", "final", "calibrated")
+STAGES = ("models", "tuning", "final", "calibrated", "bounds")
 
 
 def teaching(seeds: Sequence[int]) -> Iterator[list[Unit]]:
@@ -85,6 +86,24 @@ def calibrated(seeds: Sequence[int], results: Path) -> list[Unit]:
     return units
 
 
+def bounds(results: Path) -> list[Unit]:
+    """PDU under several bounds from several starts, and fixed weights in its place."""
+    best = chosen("pdu", results)["rule"]["unit"]
+    common = (f"--model.optimizer.init_args.lr={best['facts']['lr']}", "--model.keep=last")
+    nll, size, seed = "--model.constraints.nll", protocol.TUNED_SIZE, protocol.TUNED_SEED
+    units = []
+    for bound, first, rate in itertools.product(protocol.BOUNDS, protocol.FIRST, protocol.DUAL_RATES):
+        facts = {"method": "pdu", "bound": bound, "first": first, "rate": rate}
+        epsilon, start = json.dumps({"relative": bound}), f"{nll}.multiplier.init_args"
+        settings = [f"{nll}.epsilon={epsilon}", f"{start}.init={first}", f"{start}.lr={rate}"]
+        units.append(Unit("bounds", f"pdu_{bound:g}_{first}_{rate}", size, seed, (*common, *settings), facts))
+    for weight in protocol.WEIGHTS:
+        facts = {"method": "pdu", "weight": weight}
+        fixed = json.dumps({"class_path": "FixedMultiplier", "init_args": {"weight": weight}})
+        units.append(Unit("bounds", f"fixed_{weight:g}", size, seed, (*common, f"{nll}.multiplier={fixed}"), facts))
+    return units
+
+
 def do(unit: Unit, work: Path, results: Path) -> tuple[Unit, float, str | None]:
     import torch
 
@@ -116,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tofu", type=Path, required=True, help="folder with TOFU's files")
     parser.add_argument("--methods", nargs="+", choices=protocol.MAIN, default=list(protocol.MAIN), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(protocol.SEEDS))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["models", "tuning", "final"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--only", nargs="+", help="units by name, such as final/pdu-4-0")
     parser.add_argument("--again", action="store_true", help="also what is there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="units side by side, a thread each")
@@ -140,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         go(final(options.methods, options.seeds, options.results), options)
     if "calibrated" in options.stages:
         go(calibrated(options.seeds, options.results), options)
+    if "bounds" in options.stages:
+        go(bounds(options.results), options)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def unlearned(unit: Unit, work: Path) -> dict[str, Any]:
     seconds = float(re.findall(r"steps in ([\d.]+) s", log_text(work, unit))[-1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     reference = reference_file(work, unit.size, unit.seed)
-    found = measure(folder / "model", unit.size, unit.seed, work, reference, whole=unit.stage != "tuning")
+    found = measure(
+        folder / "model", unit.size, unit.seed, work, reference, whole=unit.stage not in ("tuning", "bounds")
+    )
     shutil.rmtree(folder, ignore_errors=True)
     return {"report": report, "seconds": seconds, "peak_mib": peak, "measured": {str(unit.size): summary(found)}}
 
@@ -142,7 +144,7 @@ def log_text(work: Path, unit: Unit) -> str:
 def measure(
     folder: Path, size: int, seed: int, work: Path, reference: Path | None, whole: bool = True
 ) -> dict[str, Any]:
-    """TOFU's benchmark and the entropy of the forget answers; a tuning run is spared authors, facts and stresses.
+    """TOFU's benchmark and the entropy of the forget answers; tuning and bounds are spared authors, facts and stresses.
 
     The stresses: the forget rows again after relearning, and with 4-bit weights.
     """
