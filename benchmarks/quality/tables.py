@@ -174,16 +174,16 @@ def steps(results: Path) -> str:
 
 def progress(results: Path) -> str:
     """What has been run."""
-    stages = {
-        stage: len(list((results / stage).glob("*.json"))) for stage in ("models", "tuning", "final", "calibrated")
-    }
     whole = {
         "models": len(protocol.SEEDS) * (1 + len(protocol.SIZES)),
         "tuning": 4 * len(protocol.MAIN),
         "final": len(protocol.MAIN) * len(protocol.SIZES) * len(protocol.SEEDS),
-        "calibrated": len(protocol.CALIBRATED) * len(protocol.CALIBRATED_SIZES) * len(protocol.SEEDS),
+        "calibrated": (len(protocol.GATED) + len(protocol.MATCHED)) * len(protocol.SIZES) * len(protocol.SEEDS)
+        + (len(protocol.FIRST_GATED) - len(protocol.GATED)) * len(protocol.FIRST_GATED_SIZES),
+        "bounds": len(protocol.BOUNDS) * len(protocol.FIRST) * len(protocol.DUAL_RATES) + len(protocol.WEIGHTS),
     }
-    return "; ".join(f"{stage} {done} of {whole[stage]}" for stage, done in stages.items()) + "."
+    done = {stage: len(list((results / stage).glob("*.json"))) for stage in whole}
+    return "; ".join(f"{stage} {done[stage]} of {count}" for stage, count in whole.items()) + "."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,7 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contents = {name: block(options.results) for name, block in blocks.items()}
     for size in protocol.SIZES:
         contents[f"final{size}"] = comparison(options.results, "final", size)
-    for size in protocol.CALIBRATED_SIZES:
         contents[f"calibrated{size}"] = comparison(options.results, "calibrated", size)
     fill(options.page, contents)
 

@@ -59,6 +59,8 @@ def run(unit: Unit, work: Path, results: Path) -> dict[str, Any]:
         try:
             content |= WORK[unit.stage](unit, work) if unit.settings is None else unlearned(unit, work)
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code in (None, 130):
+                raise  # interrupted or terminated, not failed: no result
             content["error"] = re.sub(r"\s+", " ", str(error)).replace(str(work), WORK_FOLDER)[:300]
     content["total_seconds"] = time.monotonic() - started
     write_json(results / unit.file, rounded(content))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -123,12 +124,21 @@ class LitUnlearn(LitReferring):
                 constraint.set_reference(self._whole_value(name))
             rank_zero_info(f"constraint: {constraint}")
 
+    def measure(self) -> dict[str, float]:
+        """As the base class does; the forget objective is calibrated first, if it is to be."""
+        self._calibrate()
+        return super().measure()
+
+    @torch.no_grad()
     def _calibrate(self) -> None:
+        """Tells the forget objective the model's NLL on rows that it never saw, once and before the first step."""
         stream = self.forget.unseen
-        if stream is None:
+        if stream is None or self._unseen_nll is not None:
             return
-        if self._unseen_nll is None:
-            self._unseen_nll = self.measure().get(f"{stream}/nll")
+        for name, batch in self._evaluation_batches():
+            if name == stream:
+                self._evaluate(name, batch)
+        self._unseen_nll = self._results().get(f"{stream}/nll")
         if self._unseen_nll is None:
             raise ValueError(
                 f"{type(self.forget).__name__} needs the NLL of rows that the model has never seen, but there is no stream "
@@ -274,6 +284,8 @@ class LitUnlearn(LitReferring):
             constraint.load_state_dict(saved[name])
         self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]
         self._unseen_nll = run.get("unseen_nll")
+        if self._unseen_nll is not None:
+            self.forget.calibrate(self._unseen_nll)
 
 
 def _metered(meter: ConstraintSlack, objective: Objective) -> Consumer[None]:

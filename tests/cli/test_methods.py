@@ -18,6 +18,7 @@ from lit_unlearn import Constraint, cli, dual, objectives
 FILES = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
 SHALLOW = ["--model.forget.layer=0", "--model.constraints.activations.objective.layer=0"]  # the tiny model has two
+OWN = {"rmu": SHALLOW, "match_unseen": ["--data.unseen_authors=2"]}
 LORA = {"model": {"lm": {"adapter": {"r": 4, "lora_dropout": 0.1}, "activation_checkpointing": True}}}
 
 
@@ -32,7 +33,7 @@ def arguments(kind: type) -> set[str]:
 
 
 def method(model_dir: str, *names: str, extra: tuple[str, ...] = ()) -> list[str]:
-    command, base, *rest = quick(model_dir, *(SHALLOW if names[-1] == "rmu" else []), *extra)
+    command, base, *rest = quick(model_dir, *OWN.get(names[-1], []), *extra)
     return [command, base, *(f"--config=method/{name}.yaml" for name in names), *rest]
 
 
@@ -54,7 +55,7 @@ def test_a_method_sets_every_key(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_constrained_method_keeps_the_best_model_and_a_published_one_the_last(name: str) -> None:
     model = read(name)["model"]
-    constrained = name == "pdu" or name.endswith("_constrained")
+    constrained = name in ("pdu", "match_unseen") or name.endswith("_constrained")
     kinds = {constraint["multiplier"]["class_path"] for constraint in model["constraints"].values()}
     assert kinds == {"DualAscent" if constrained else "FixedMultiplier"}
     assert model["keep"] == ("best" if constrained else "last")

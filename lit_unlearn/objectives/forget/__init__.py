@@ -3,6 +3,7 @@
 from lit_unlearn.objectives.forget.activation import RMU
 from lit_unlearn.objectives.forget.ascent import NPO, WGA, GradAscent, SatImp, SimNPO
 from lit_unlearn.objectives.forget.flatten import KLToUniform, LogitMargin, Unseen
+from lit_unlearn.objectives.forget.match import MatchUnseen
 from lit_unlearn.objectives.forget.replace import DPO, IdkNLL, JensUn
 from lit_unlearn.objectives.forget.teach import CEU, UNDIAL
 
@@ -18,6 +19,7 @@ __all__ = [
     "JensUn",
     "KLToUniform",
     "LogitMargin",
+    "MatchUnseen",
     "SatImp",
     "SimNPO",
     "Unseen",
