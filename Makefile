@@ -72,6 +72,7 @@ readme: $(VENV)/.installed-dev
 # The tables of docs/results.md from the kept results of benchmarks/quality/sweep.py.
 results: $(VENV)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/gradients.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/bounds.py
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/tables.py
 
 clean:

@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bounds
 import protocol
 from blocks import fill, markdown
 from choose import chosen, feasible, read, retain_nll, retain_utility, values
 
 from lit_unlearn.evaluation.report import read_json
 from lit_unlearn.metrics import forget_quality
+
+RETAIN_ONLY = "retain_only"
 
 Result = dict[str, Any]
 Column = Callable[[Result], float | None]
@@ -30,7 +33,7 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 
 def reference(results: Path) -> dict[tuple[int, int], Mapping[str, float]]:
     """What the retain-only models measured, by forget set and seed."""
-    found = [one for one in read(results, "models") if one["unit"]["label"] == "retain_only"]
+    found = [one for one in read(results, "models") if one["unit"]["label"] == RETAIN_ONLY]
     return {(one["unit"]["size"], one["unit"]["seed"]): values(one) for one in found}
 
 
@@ -70,7 +73,7 @@ def models(results: Path) -> str:
         "forget quality": "forget_quality",
     }
     lines = []
-    for label in ("target", "retain_only"):
+    for label in ("target", RETAIN_ONLY):
         for size in protocol.SIZES:
             found = [one for one in read(results, "models") if one["unit"]["label"] == label]
             of_size = [values(one, size) for one in found if str(size) in one.get("measured", {})]
@@ -84,7 +87,7 @@ def ceiling(results: Path) -> str:
     ratios = {
         (one["unit"]["size"], one["unit"]["seed"]): next(iter(one["measured"].values()))["forget_truth_ratios"]
         for one in read(results, "models")
-        if one["unit"]["label"] == "retain_only"
+        if one["unit"]["label"] == RETAIN_ONLY
     }
     lines = []
     for size in protocol.SIZES:
@@ -132,6 +135,9 @@ def comparison(results: Path, stage: str, size: int) -> str:
     """Every method on one forget set: forgetting, what it cost, and how it differs from the retain-only model."""
     found = [one for one in read(results, stage) if one["unit"]["size"] == size]
     references = reference(results)
+    ideal = [
+        one for one in read(results, "models") if (one["unit"]["label"], one["unit"]["size"]) == (RETAIN_ONLY, size)
+    ]
     columns: dict[str, Column] = {
         "forget quality": measured("forget_quality"),
         "truth ratio": measured("forget/truth_ratio"),
@@ -142,20 +148,22 @@ def comparison(results: Path, stage: str, size: int) -> str:
         "Δ NLL": difference("forget/nll", references),
         "Δ entropy": difference("forget/entropy", references),
         "fluency": measured("forget/fluency_nll"),
-        "retain NLL / ε": lambda one: _ratio(*retain_nll(one)),
+        "retain NLL / ε": lambda one: _ratio(*retain_nll(one)) if "report" in one else None,
         "retain utility": lambda one: retain_utility(values(one)),
         "utility": measured("model_utility"),
         "relearnt p": measured("relearn/forget_others/probability"),
         "4-bit p": measured("4bit/forget/probability"),
-        "s": lambda one: one["seconds"],
-        "MiB": lambda one: one["peak_mib"],
+        "s": lambda one: one.get("seconds"),
+        "MiB": lambda one: one.get("peak_mib"),
     }
     labels = sorted({one["unit"]["label"] for one in found})
-    lines = rows(found, columns, labels)
-    for line, label in zip(lines, labels, strict=True):
+    lines = rows([*ideal, *found], columns, [RETAIN_ONLY, *labels])
+    for line, label in zip(lines, [RETAIN_ONLY, *labels], strict=True):
         mine = [one for one in found if one["unit"]["label"] == label and "error" not in one]
-        line.insert(1, f"{sum(map(feasible, mine))} of {len(mine)}")
-    return markdown(["", "holds", *columns], lines) if lines else "Not run yet."
+        line.insert(1, "–" if label == RETAIN_ONLY else f"{sum(map(feasible, mine))} of {len(mine)}")
+        worst = [values(one)["forget_quality"] for one in mine]
+        line.insert(3, f"{min(worst):.2g}" if worst else "–")
+    return markdown(["", "holds", next(iter(columns)), "least", *list(columns)[1:]], lines) if found else "Not run yet."
 
 
 def _ratio(value: Any, epsilon: float) -> float:
@@ -170,6 +178,23 @@ def steps(results: Path) -> str:
         for name, counts in found["steps"].items()
     ]
     return markdown(["to H / log V =", *(f"{level:g}" for level in found["levels"])], lines)
+
+
+def held(results: Path) -> str:
+    """The retain NLL at the end of a run over each bound: PDU by its start and step size, and fixed weights."""
+    lines = []
+    for name, runs in bounds.series(results).items():
+        if name == "fixed":
+            for run in runs:
+                weight, end = run["unit"]["facts"]["weight"], bounds.growth(run)
+                lines.append(_held(f"fixed weight {weight:g}", [end / (1 + bound) for bound in protocol.BOUNDS]))
+        else:
+            lines.append(_held(name, [bounds.growth(run) / (1 + run["unit"]["facts"]["bound"]) for run in runs]))
+    return markdown(["bound / before:", *(f"{1 + bound:g}" for bound in protocol.BOUNDS), "held"], lines)
+
+
+def _held(name: str, shares: Sequence[float]) -> list[str]:
+    return [name, *(f"{share:.2f}" for share in shares), f"{sum(share <= 1 for share in shares)} of {len(shares)}"]
 
 
 def progress(results: Path) -> str:
@@ -191,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--page", type=Path, default=protocol.ROOT / "docs/results.md")
     options = parser.parse_args(arguments)
-    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned}
+    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned, "held": held}
     contents = {name: block(options.results) for name, block in blocks.items()}
     for size in protocol.SIZES:
         contents[f"final{size}"] = comparison(options.results, "final", size)

@@ -115,6 +115,12 @@ def ceu_case(skip: int) -> tuple[Objective, Form]:
     return package.CEU(skip), per_token(lambda x: reference.ceu(x.z, x.label), skip=skip)
 
 
+def match_case() -> tuple[Objective, Form]:
+    objective = package.MatchUnseen(factor=1.5)
+    objective.calibrate(2.0)  # so the level is 3 nats per token
+    return objective, per_answer(lambda dense, row: (-answer_logp(dense, row) / len(supervised([row])) - 3.0) ** 2)
+
+
 CASES: dict[str, tuple[Objective, Form]] = {
     "NLL": (package.NLL(), per_token(lambda x: -logp(x))),
     "LogitMargin": (package.LogitMargin(), per_token(lambda x: reference.logit_margin(x.z) ** 2)),
@@ -135,6 +141,7 @@ CASES: dict[str, tuple[Objective, Form]] = {
         package.NPO(0.2),
         per_answer(lambda dense, row: reference.npo(answer_logp(dense, row), REFERENCE_LOGP[row][None], 0.2)),
     ),
+    "MatchUnseen": match_case(),
     "SimNPO": (
         package.SimNPO(1.5, 0.4),
         per_answer(

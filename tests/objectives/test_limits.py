@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from objectives.forms import CASES, LAYER, B, Dense, FakeModel, draw, fill, located
+from objectives.forms import CASES, LAYER, B, Dense, FakeModel, answer_logp, draw, fill, located
 
 from lit_unlearn.objectives import (
     CEU,
@@ -25,6 +25,7 @@ from lit_unlearn.objectives import (
     KLToReference,
     KLToUniform,
     LogitMargin,
+    MatchUnseen,
     Objective,
     SatImp,
     SimNPO,
@@ -68,6 +69,29 @@ def test_simnpo_becomes_ascent_on_means_for_small_beta():
     _, gradient = evaluate(SimNPO(1e-6))
     for row, length in ((0, 3), (2, 2)):
         torch.testing.assert_close(gradient[row], ascent[row] / length, rtol=2e-5, atol=1e-15)
+
+
+def test_matching_a_far_level_becomes_ascent_on_means():
+    _, ascent = evaluate(GradAscent())
+    objective = MatchUnseen()
+    objective.calibrate(1e9)
+    _, gradient = evaluate(objective)
+    for row, length in ((0, 3), (2, 2)):
+        torch.testing.assert_close(gradient[row] / 2e9, ascent[row] / length, rtol=1e-6, atol=1e-15)
+
+
+def test_matching_pulls_answers_to_the_level_from_both_sides():
+    objective = MatchUnseen(factor=2.0)
+    assert evaluate(objective)[0].total == math.inf  # not measured yet
+    dense = draw()
+    lengths = {0: 3, 2: 2}
+    nll = {row: -answer_logp(dense, row).item() / length for row, length in lengths.items()}
+    objective.calibrate(sum(nll.values()) / 4)  # halfway between them
+    _, gradient = evaluate(objective, dense)
+    _, ascent = evaluate(GradAscent())
+    for row, own in nll.items():
+        wanted = 2 * (objective.level - own) / lengths[row]
+        torch.testing.assert_close(gradient[row], wanted * ascent[row], rtol=1e-9, atol=1e-15)
 
 
 def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small_beta():
@@ -149,7 +173,10 @@ def test_defaults_are_the_papers():
     assert (RMU().coefficient, RMU().layer, ActivationMatch().layer) == (2, 7, 7)
 
 
-ABOVE_ZERO = [(LogitMargin, "power"), (NPO, "beta"), (SimNPO, "beta"), (DPO, "beta"), (RMU, "coefficient")]
+ABOVE_ZERO = [
+    *[(LogitMargin, "power"), (MatchUnseen, "factor"), (RMU, "coefficient")],
+    *[(NPO, "beta"), (SimNPO, "beta"), (DPO, "beta")],
+]
 FROM_ZERO = [
     *[(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2"), (UNDIAL, "beta")],
     *[(CEU, "skip"), (RMU, "layer"), (ActivationMatch, "layer")],
