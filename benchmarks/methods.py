@@ -36,7 +36,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-ADAPTED = {"rmu": ["--model.forget.layer=1", "--model.constraints.activations.objective.layer=1"]}
+ADAPTED = {
+    "rmu": ["--model.forget.layer=1", "--model.constraints.activations.objective.layer=1"],
+    "match_unseen": ["--data.unseen_authors=10"],
+}
 DUAL_STEP = 20
 HEADER = ["method", "forget p", "forget ROUGE", "retain p", "retain NLL", "holds", "λ", "s", "MiB"]
 

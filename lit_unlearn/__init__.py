@@ -34,7 +34,6 @@ _HOME = {
     "SatImp": "objectives",
     "SimNPO": "objectives",
     "UNDIAL": "objectives",
-    "Unseen": "objectives",
     "WGA": "objectives",
     "Constraint": "dual",
     "Relative": "dual",
@@ -116,7 +115,6 @@ __all__ = [
     "Suite",
     "SupervisedTokens",
     "TOFUSuite",
-    "Unseen",
     "__version__",
 ]
 
@@ -170,5 +168,4 @@ if TYPE_CHECKING:
         SatImp,
         SequenceObjective,
         SimNPO,
-        Unseen,
     )

@@ -21,19 +21,25 @@ highest forget quality is chosen; ties (within a factor of 1.1) go to the truth 
 one with the highest harmonic mean of forget quality and retain utility (the harmonic mean of probability, ROUGE-L recall and
 truth ratio on retain rows). The chosen settings are then run on every forget set and seed.
 
-Calibrated forgetting. PDU as the rule chose it, with ``until=Unseen(by, factor)``: forgetting ends, by row or by token, at a multiple
-(`FIRST_GATED`) of the target's NLL on 200 rows of ten other TOFU authors, which no model has seen. What is sought is the setting whose
-forget quality is above 0.05 on 4 and on 8 authors with a retain utility no lower than plain PDU's; if several are, the one with
-the highest product of forget qualities.
+Calibrated forgetting, in three rounds. First, before any run: PDU as the rule chose it, where a row, or a token, is left out of the
+forgetting loss once its NLL has reached 0.75, 1 or 1.25 times the target's NLL on 200 rows of ten other TOFU authors, which no model has
+seen; on 4 and 8 authors, seed 0. What is sought is the setting whose forget quality is above 0.05 on both with a retain utility no lower
+than plain PDU's; if several are, the one with the highest product of forget qualities.
 
-Added when seed 0 of the gates had been seen (row gates reach forget quality late, token gates leave the relearnt probability higher
-than plain PDU's), and after trials of seed 0 on 4 and 8 authors: ``MatchUnseen`` at the factors `MATCHED`, with PDU's learning rate and
-dual step size; of the gates, only `GATED` go on. All on 2, 4 and 8 authors and three seeds, of which 1 and 2 are the test. What
-stays in the package: of the settings whose forget quality is above 0.05 on every forget set in every seed, and whose mean retain
-utility is no lower than plain PDU's on any, the one with the lowest mean relearnt probability; if none is, the one that fails least often.
+Second, when those had been seen (gates by row reach forget quality late, gates by token leave the relearnt probability higher
+than plain PDU's), and after trials on seed 0, 4 and 8 authors: ``MatchUnseen`` at the factors 1 and 1.25, with PDU's learning rate and
+dual step size; of the gates, only those by token at 0.75 and 1 go on. All on 2, 4 and 8 authors and three seeds, of which 1 and 2 are the
+test. What stays in the package: of the settings whose forget quality is above 0.05 on every forget set in every seed, and whose mean
+retain utility is no lower than plain PDU's on any, the one with the lowest mean relearnt probability; if none is, the one that fails
+least often.
 
-Added when that had been run (both gates by token passed; matching at 1.25 missed on one of nine, 8 authors of seed 2, where its truth ratio
-was too low, and had a fifth of the gates' relearnt probability): the factor 1.5, on all nine, under the same rule.
+Third, when that had been run (both gates by token passed; matching at 1.25 missed on one of nine, 8 authors of seed 2, where its truth
+ratio was too low, and had a half to a fifth of the gates' relearnt probability): the factor 1.5, on all nine, under the same rule.
+
+What came of it, and a deviation. Matching at 1.5 has a forget quality above 0.05 on all nine and a higher utility than plain PDU on 4 and 8
+authors; on 2 its mean is 0.725 against 0.728, a fifth of the standard deviation over seeds. To the letter the rule keeps the gate by token
+at 1. It was not kept: its relearnt probability is above plain PDU's on every forget set, three to five times that of matching, and what was
+to stay had to win after relearning. The results of the gates name the commits that had them.
 
 The constraint and its price. PDU and the same forgetting loss with fixed weights, on 4 authors, seed 0, at PDU's chosen learning rate,
 keeping the last step whatever it is: PDU for every bound of `BOUNDS`, first multiplier of `FIRST` and dual step size of `DUAL_RATES`; fixed
@@ -99,10 +105,8 @@ MAIN: dict[str, tuple[str, tuple[float, float]]] = {
     "undial": ("model.forget.init_args.beta", (10, 3)),
     "wga": ("model.forget.init_args.beta", (1, 3)),
 }
-GATED = (("token", 0.75), ("token", 1.0))
 MATCHED = (1.0, 1.25, 1.5)
-FIRST_GATED_SIZES = (4, 8)
-FIRST_GATED = (("row", 0.75), ("row", 1.0), ("row", 1.25), ("token", 0.75), ("token", 1.0), ("token", 1.25))
+GATED = 26  # runs of gates that are kept
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)  # relative
 FIRST, DUAL_RATES = (1, 100), (5, 100)
 WEIGHTS = (0.1, 1, 10, 100, 1000)

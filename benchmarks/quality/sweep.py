@@ -72,20 +72,14 @@ def final(methods: Sequence[str], seeds: Sequence[int], results: Path) -> list[U
 
 
 def calibrated(seeds: Sequence[int], results: Path) -> list[Unit]:
-    """PDU as it was chosen, with an end to forgetting by row or by token; and matching, under the same bound."""
+    """Matching under the bound of PDU, as that was chosen."""
     best = chosen("pdu", results)["rule"]["unit"]
     units = []
-    for seed, size in itertools.product(seeds, protocol.SIZES):
+    for seed, size, factor in itertools.product(seeds, protocol.SIZES, protocol.MATCHED):
         streams = json.dumps({"unseen": f"{WORK_FOLDER}/data/{size}/unseen.json"})
-        common = (*best["settings"], f"--data.streams={streams}")
-        gates = protocol.FIRST_GATED if seed == 0 and size in protocol.FIRST_GATED_SIZES else protocol.GATED
-        for by, factor in gates:
-            until = json.dumps({"by": by, "factor": factor})
-            settings = (*common, f"--model.forget.init_args.until={until}")
-            units.append(Unit("calibrated", f"pdu_{by}_{factor:g}", size, seed, settings, {"method": "pdu"}))
-        for factor in protocol.MATCHED:
-            settings = (*common, f"--model.forget.init_args.factor={factor}")
-            units.append(Unit("calibrated", f"match_{factor:g}", size, seed, settings, {"method": "match_unseen"}))
+        own = (f"--data.streams={streams}", f"--model.forget.init_args.factor={factor}")
+        facts = {"method": "match_unseen"}
+        units.append(Unit("calibrated", f"match_{factor:g}", size, seed, (*best["settings"], *own), facts))
     return units
 
 

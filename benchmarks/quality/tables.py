@@ -203,8 +203,7 @@ def progress(results: Path) -> str:
         "models": len(protocol.SEEDS) * (1 + len(protocol.SIZES)),
         "tuning": 4 * len(protocol.MAIN),
         "final": len(protocol.MAIN) * len(protocol.SIZES) * len(protocol.SEEDS),
-        "calibrated": (len(protocol.GATED) + len(protocol.MATCHED)) * len(protocol.SIZES) * len(protocol.SEEDS)
-        + (len(protocol.FIRST_GATED) - len(protocol.GATED)) * len(protocol.FIRST_GATED_SIZES),
+        "calibrated": len(protocol.MATCHED) * len(protocol.SIZES) * len(protocol.SEEDS) + protocol.GATED,
         "bounds": len(protocol.BOUNDS) * len(protocol.FIRST) * len(protocol.DUAL_RATES) + len(protocol.WEIGHTS),
     }
     done = {stage: len(list((results / stage).glob("*.json"))) for stage in whole}

@@ -93,7 +93,8 @@ class RunAdvice(Callback):
                     f"λ is at its cap of {cap:.4g} and the bound is broken ({values[-1]:.4g} > {epsilon:.4g}): it cannot "
                     "rise any more. Raise the multiplier's `max` (null: none), or lower `model.optimizer.init_args.lr`.",
                 )
-            if self._is_slow(trainer, name, epsilon, now):
+            ends = pl_module.forget.unseen is not None  # forgetting that has an end need not use what is allowed
+            if not ends and self._is_slow(trainer, name, epsilon, now):
                 self._say(
                     name,
                     "slack",

@@ -16,7 +16,6 @@ from lit_unlearn.objectives.forget import (
     MatchUnseen,
     SatImp,
     SimNPO,
-    Unseen,
 )
 from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
 
@@ -44,5 +43,4 @@ __all__ = [
     "SatImp",
     "SequenceObjective",
     "SimNPO",
-    "Unseen",
 ]

@@ -19,7 +19,9 @@ from lit_unlearn import (
     LanguageModel,
     LitUnlearn,
     LogitMargin,
+    MatchUnseen,
     Multiplier,
+    Objective,
     Relative,
 )
 from lit_unlearn.callbacks import RunAdvice, RunReport
@@ -35,11 +37,16 @@ def advise(tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.
         epochs: int,
         lr: float = 0.01,
         advice: RunAdvice | None = None,
+        forget: Objective | None = None,
         **how: Any,
     ) -> list[str]:
         constraint = Constraint(NLL(), epsilon, multiplier, **how)
-        module = LitUnlearn(tiny_lm(), LogitMargin(), {"nll": constraint}, lambda p: torch.optim.SGD(p, lr=lr))
-        data = FictionalAuthors(4, 1, batch_size=5, retain_batch_size=4, max_length=200)  # 2 steps an epoch
+        module = LitUnlearn(
+            tiny_lm(), forget or LogitMargin(), {"nll": constraint}, lambda p: torch.optim.SGD(p, lr=lr)
+        )
+        data = FictionalAuthors(
+            4, 1, unseen_authors=1, batch_size=5, retain_batch_size=4, max_length=200
+        )  # 2 steps an epoch
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             make_trainer(max_epochs=epochs, callbacks=[advice or RunAdvice()]).fit(module, datamodule=data)
@@ -85,6 +92,7 @@ def test_slack_that_nothing_uses(advise: Callable[..., list[str]]) -> None:
     assert "no step of epoch 1 used a quarter" in said
     assert "falls too slowly" in said
     assert advise(20.0, DualAscent(lr=10.0, init=100.0), 6, lr=1e-5) == []  # λ is on its way
+    assert advise(20.0, DualAscent(lr=0.001, init=100.0), 6, lr=1e-5, forget=MatchUnseen()) == []  # wants no more
     assert "epoch 3" in advise(20.0, DualAscent(lr=0.001, init=100.0), 8, lr=1e-5, warmup_epochs=2)[0]
 
 

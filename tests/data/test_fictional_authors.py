@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lit_unlearn import FictionalAuthors
 from lit_unlearn.data.fictional_authors import KINDS, MAX_AUTHORS, QUESTIONS_PER_AUTHOR, fictional_authors
 
 COLUMNS = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "author"}
@@ -140,3 +141,16 @@ def test_capacity_is_reached_without_repetition() -> None:
 def test_numbers_beyond_the_capacity_are_refused(num_authors: int) -> None:
     with pytest.raises(ValueError, match=rf"from 1 to {MAX_AUTHORS} .* got {num_authors};"):
         fictional_authors(num_authors)
+
+
+def test_the_data_module_cuts_them_into_sets_without_common_authors() -> None:
+    sets = FictionalAuthors(5, 2, unseen_authors=3).load()
+    assert {name: sorted(set(rows["author"])) for name, rows in sets.items()} == {
+        "forget": [3, 4],
+        "retain": [0, 1, 2],
+        "unseen": [5, 6, 7],
+    }
+    assert FictionalAuthors(5, 2).load().keys() == {"forget", "retain"}
+    for bad in ({"forget_authors": 5}, {"forget_authors": 0}, {"unseen_authors": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
+            FictionalAuthors(5, **bad)

@@ -14,7 +14,16 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
-from lit_unlearn import NLL, Constraint, FictionalAuthors, FixedMultiplier, LanguageModel, LitUnlearn, LogitMargin
+from lit_unlearn import (
+    NLL,
+    Constraint,
+    DualAscent,
+    FictionalAuthors,
+    FixedMultiplier,
+    LanguageModel,
+    LitUnlearn,
+    LogitMargin,
+)
 from lit_unlearn.callbacks import ExportModel, RunReport
 
 
@@ -175,3 +184,16 @@ def test_the_reference_model_is_no_candidate(
     trainer.fit(module, datamodule=data())
     assert module.best is not None
     assert module.best.step == 2
+
+
+def test_what_an_epochs_dual_step_measures_is_not_kept_without_an_export(
+    tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """It was: the report then named a model that had never been exported."""
+    bound = Constraint(NLL(), 50.0, DualAscent(lr=1.0, init=1.0), update_every="epoch")
+    module = LitUnlearn(tiny_lm(), LogitMargin(), {"nll": bound}, lambda p: torch.optim.SGD(p, lr=1e-3))
+    callbacks = [RunReport(str(tmp_path)), ExportModel(str(tmp_path / "model"))]
+    make_trainer(max_epochs=5, check_val_every_n_epoch=4, callbacks=callbacks).fit(module, datamodule=data())
+    assert module.best is not None
+    assert module.best.step in (8, 10)  # the validation, and the end
+    assert (tmp_path / "model" / "config.json").is_file()

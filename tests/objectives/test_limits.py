@@ -73,7 +73,7 @@ def test_simnpo_becomes_ascent_on_means_for_small_beta():
 
 def test_matching_a_far_level_becomes_ascent_on_means():
     _, ascent = evaluate(GradAscent())
-    objective = MatchUnseen()
+    objective = MatchUnseen(factor=1.0)
     objective.calibrate(1e9)
     _, gradient = evaluate(objective)
     for row, length in ((0, 3), (2, 2)):

@@ -2,7 +2,7 @@
 
 from lit_unlearn.objectives.forget.activation import RMU
 from lit_unlearn.objectives.forget.ascent import NPO, WGA, GradAscent, SatImp, SimNPO
-from lit_unlearn.objectives.forget.flatten import KLToUniform, LogitMargin, Unseen
+from lit_unlearn.objectives.forget.flatten import KLToUniform, LogitMargin
 from lit_unlearn.objectives.forget.match import MatchUnseen
 from lit_unlearn.objectives.forget.replace import DPO, IdkNLL, JensUn
 from lit_unlearn.objectives.forget.teach import CEU, UNDIAL
@@ -22,5 +22,4 @@ __all__ = [
     "MatchUnseen",
     "SatImp",
     "SimNPO",
-    "Unseen",
 ]
