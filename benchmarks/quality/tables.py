@@ -27,8 +27,13 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds; of one, the number."""
     if not numbers:
         return "–"
-    mean = f"{statistics.fmean(numbers):.{digits}g}"
-    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1g}"
+    mean = short(statistics.fmean(numbers), digits)
+    return mean if len(numbers) == 1 else f"{mean} ± {short(statistics.stdev(numbers), 1)}"
+
+
+def short(number: float, digits: int) -> str:
+    """Without an exponent where it is large."""
+    return f"{number:.0f}" if 10**digits <= abs(number) < 1e6 else f"{number:.{digits}g}"
 
 
 def reference(results: Path) -> dict[tuple[int, int], Mapping[str, float]]:
