@@ -175,6 +175,16 @@ def _ratio(value: Any, epsilon: float) -> float:
     return value / epsilon if isinstance(value, float) else math.inf
 
 
+def unseen(results: Path) -> str:
+    """The NLL of rows that the targets were not taught, before unlearning."""
+    levels = {
+        one["unit"]["seed"]: one["report"]["before"]["unseen/nll"]
+        for one in read(results, "calibrated")
+        if "unseen/nll" in one["report"]["before"]
+    }
+    return f"NLL of the targets on rows of ten other authors: {spread(list(levels.values()))} nats per token."
+
+
 def steps(results: Path) -> str:
     """How many steps each flattening loss needs to an entropy."""
     found = read_json(results / "gradients.json")
@@ -220,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--page", type=Path, default=protocol.ROOT / "docs/results.md")
     options = parser.parse_args(arguments)
-    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned, "held": held}
+    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned}
+    blocks |= {"held": held, "unseen": unseen}
     contents = {name: block(options.results) for name, block in blocks.items()}
     for size in protocol.SIZES:
         contents[f"final{size}"] = comparison(options.results, "final", size)
