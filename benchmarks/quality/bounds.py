@@ -52,7 +52,7 @@ def draw_bound(found: Series, target: Path) -> None:
             )  # fmt: skip
         for run in found.get("fixed", []):
             axes.axhline(growth(run), color="0.6", linewidth=0.8)
-            weight = f"weight {run['unit']['facts']['weight']:g}"
+            weight = f"fixed {run['unit']['facts']['weight']:g}"
             axes.annotate(weight, (1, growth(run)), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points", color="0.4")  # fmt: skip
         axes.set(
             xscale="log", yscale="log", xlabel="bound / retain NLL before", ylabel="retain NLL at the end / before"
@@ -61,9 +61,9 @@ def draw_bound(found: Series, target: Path) -> None:
         legend_above(axes)
 
 
-def draw_price(found: Series, target: Path) -> None:
-    """What was forgotten, against the bound and against the multiplier at the end."""
-    with picture([target], 8, 3.4) as figure:
+def draw_price(found: Series, wanted: float, target: Path) -> None:
+    """What was forgotten, against the bound and against the multiplier at the end; and what a retain-only model has."""
+    with picture([target], 8, 3.6) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for (name, runs), line, marker, colour in zip(_dual(found), LINES, MARKERS, COLOURS, strict=False):
             how = {"marker": marker, "color": colour, "fillstyle": "none", "label": name}
@@ -78,9 +78,11 @@ def draw_price(found: Series, target: Path) -> None:
             "x", color="0.4", label="fixed weight",
         )  # fmt: skip
         left.set(xscale="log", xlabel="bound / retain NLL before", ylabel="truth ratio of the forget rows")
-        right.set(xscale="symlog", xlabel="λ at the end, or fixed weight")
+        for axes in (left, right):
+            axes.axhline(wanted, color=BOUND, label="retain-only model")
+        right.set(xscale="symlog", xlim=(-0.5, 1e4), xlabel="λ at the end, or fixed weight")
         _plain_ticks(left, [1 + bound for bound in protocol.BOUNDS])
-        legend_above(right)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper left", ncols=6)
 
 
 def _dual(found: Series) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -99,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found = series(options.results)
     draw_bound(found, options.pictures / "bound.png")
-    draw_price(found, options.pictures / "price.png")
+    (ideal,) = [
+        one
+        for one in read(options.results, "models")
+        if one["unit"]["label"] == "retain_only"
+        and (one["unit"]["size"], one["unit"]["seed"]) == (protocol.TUNED_SIZE, protocol.TUNED_SEED)
+    ]
+    draw_price(found, values(ideal)["forget/truth_ratio"], options.pictures / "price.png")
 
 
 if __name__ == "__main__":
