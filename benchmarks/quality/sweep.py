@@ -6,7 +6,7 @@
 
 Every unit (a model taught, a method tuned, a final run) is a process of its own with one thread, and a JSON file in
 ``benchmarks/quality/results``, which is kept in the repository; a unit whose file is there is not run again. Weights and logs
-are under ``build/quality``. The whole is about six hours of one core, going by the units run so far; the order is such
+are under ``build/quality``. The whole is about seven hours of one core, going by the units run so far; the order is such
 that a part is of use: models and tuning, then all methods with seed 0, then the other seeds.
 """
 
