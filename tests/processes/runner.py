@@ -33,6 +33,7 @@ from lit_unlearn import (
     LanguageModel,
     LitUnlearn,
     LogitMargin,
+    MatchUnseen,
     PIMultiplier,
     Relative,
     Schedule,
@@ -44,6 +45,7 @@ from lit_unlearn.module.strategies import whole_state
 torch.set_num_threads(1)
 FORGET: dict[str, Any] = {
     "margin": LogitMargin,
+    "match": partial(MatchUnseen, "general"),
     "npo": NPO,
     "dpo": DPO,
     "undial": UNDIAL,

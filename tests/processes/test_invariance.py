@@ -40,7 +40,8 @@ SAME_ADAPTED = {  # every one takes the steps of the plain run with the adapter
     "lora, fsdp2": {"strategy": "fsdp2"},
 }
 SAME |= {name: {**plan, "adapter": ADAPTER} for name, plan in SAME_ADAPTED.items()}
-METHODS: dict[str, Result] = {  # whose objectives need the reference model, alternate answers or activations
+METHODS: dict[str, Result] = {  # whose objectives need the reference model, other rows or answers, or activations
+    "match": {"forget": "match", "forget_weight": 0.1},
     "npo": {"forget": "npo", "forget_weight": 0.1},
     "dpo, kl": {"forget": "dpo", "forget_weight": 0.1, "general": "kl"},
     "undial": {"forget": "undial"},
