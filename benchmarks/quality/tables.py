@@ -33,7 +33,8 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 
 def short(number: float, digits: int) -> str:
     """Without an exponent where it is large."""
-    return f"{number:.0f}" if 10**digits <= abs(number) < 1e6 else f"{number:.{digits}g}"
+    text = f"{number:.{digits}g}"
+    return f"{number:.0f}" if "e+" in text else text
 
 
 def reference(results: Path) -> dict[tuple[int, int], Mapping[str, float]]:
