@@ -130,7 +130,7 @@ def test_every_config_parses_and_instantiates(
     if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]
-        assert settings["forget"]["init_args"].keys() == {"power", "alignment", "until"}
+        assert settings["forget"]["init_args"].keys() == {"power", "alignment"}
         assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
         assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
 
