@@ -1,6 +1,8 @@
 """The hard constraint and its price: pictures of the runs of the stage ``bounds``.
 
-python benchmarks/quality/bounds.py
+    python benchmarks/quality/bounds.py
+
+Runs that failed are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import protocol
-from choose import read, retain_nll, values
+from choose import read, retain_nll, values, wanted_truth_ratio
 
 from lit_unlearn.evaluation.picture.style import BOUND, DUAL, FORGET, LINES, MARKERS, RETAIN, legend_above, picture
 
@@ -27,6 +29,8 @@ def series(results: Path) -> Series:
     """The runs by what they have in common: a start of λ and step size each with all bounds; fixed weights with each other."""
     found: Series = {}
     for run in read(results, "bounds"):
+        if "error" in run:
+            continue
         facts = run["unit"]["facts"]
         found.setdefault("fixed" if "weight" in facts else f"λ₀ {facts['first']}, η {facts['rate']}", []).append(run)
     for runs in found.values():
@@ -36,7 +40,8 @@ def series(results: Path) -> Series:
 
 def growth(run: dict[str, Any]) -> float:
     """Retain NLL at the end, as a multiple of that before."""
-    return retain_nll(run)[0] / run["report"]["before"]["constraint/nll/value"]
+    value, _ = retain_nll(run)
+    return value / run["report"]["before"]["constraint/nll/value"]
 
 
 def draw_bound(found: Series, target: Path) -> None:
@@ -101,13 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found = series(options.results)
     draw_bound(found, options.pictures / "bound.png")
-    (ideal,) = [
-        one
-        for one in read(options.results, "models")
-        if one["unit"]["label"] == "retain_only"
-        and (one["unit"]["size"], one["unit"]["seed"]) == (protocol.TUNED_SIZE, protocol.TUNED_SEED)
-    ]
-    draw_price(found, values(ideal)["forget/truth_ratio"], options.pictures / "price.png")
+    draw_price(found, wanted_truth_ratio(options.results), options.pictures / "price.png")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import protocol
 
+RETAIN_ONLY = "retain_only"
 TIE = 1.1
 UTILITY = ("probability", "rougeL_recall", "truth_ratio")
 
@@ -30,14 +32,14 @@ def values(result: dict[str, Any], size: int | None = None) -> dict[str, float]:
 
 
 def retain_nll(result: dict[str, Any]) -> tuple[float, float]:
-    """On all retain rows, of the model that the run kept: value and epsilon."""
+    """On all retain rows, of the model that the run kept: value (infinite if it is not a number) and epsilon."""
     nll = result["report"]["constraints"]["nll"]
-    return nll["value"], nll["epsilon"]
+    return nll["value"] if isinstance(nll["value"], float) else math.inf, nll["epsilon"]
 
 
 def feasible(result: dict[str, Any]) -> bool:
     value, epsilon = retain_nll(result)
-    return isinstance(value, float) and value <= epsilon
+    return value <= epsilon
 
 
 def retain_utility(found: dict[str, float]) -> float:
@@ -48,6 +50,12 @@ def retain_utility(found: dict[str, float]) -> float:
 def harmonic(result: dict[str, Any]) -> float:
     found = values(result)
     return statistics.harmonic_mean([found["forget_quality"], retain_utility(found)])
+
+
+def wanted_truth_ratio(results: Path) -> float:
+    """Of the retain-only model that methods are tuned against."""
+    file = results / "models" / f"{RETAIN_ONLY}-{protocol.TUNED_SIZE}-{protocol.TUNED_SEED}.json"
+    return values(json.loads(file.read_text(encoding="utf-8")))["forget/truth_ratio"]
 
 
 def chosen(method: str, results: Path) -> dict[str, Any]:
@@ -61,10 +69,7 @@ def chosen(method: str, results: Path) -> dict[str, Any]:
     done = [one for one in runs if "error" not in one]
     if len(runs) < expected or not done:
         raise ValueError(f"'{method}' has {len(runs)} of {expected} tuning runs, {len(done)} of them without an error.")
-    reference = json.loads(
-        (results / f"models/retain_only-{protocol.TUNED_SIZE}-{protocol.TUNED_SEED}.json").read_text("utf-8")
-    )
-    wanted = values(reference)["forget/truth_ratio"]
+    wanted = wanted_truth_ratio(results)
     admitted = [one for one in done if feasible(one)] or done
     best = max(values(one)["forget_quality"] for one in admitted)
     tied = [one for one in admitted if values(one)["forget_quality"] * TIE >= best]

@@ -106,7 +106,6 @@ MAIN: dict[str, tuple[str, tuple[float, float]]] = {
     "wga": ("model.forget.init_args.beta", (1, 3)),
 }
 MATCHED = (1.0, 1.25, 1.5)
-GATED = 26  # runs of gates that are kept
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)  # relative
 FIRST, DUAL_RATES = (1, 100), (5, 100)
 WEIGHTS = (0.1, 1, 10, 100, 1000)

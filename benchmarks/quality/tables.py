@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,10 @@ from typing import Any
 import bounds
 import protocol
 from blocks import fill, markdown
-from choose import chosen, feasible, read, retain_nll, retain_utility, values
+from choose import RETAIN_ONLY, chosen, feasible, read, retain_nll, retain_utility, values
 
 from lit_unlearn.evaluation.report import read_json
 from lit_unlearn.metrics import forget_quality
-
-RETAIN_ONLY = "retain_only"
 
 Result = dict[str, Any]
 Column = Callable[[Result], float | None]
@@ -154,7 +152,7 @@ def comparison(results: Path, stage: str, size: int) -> str:
         "Δ NLL": difference("forget/nll", references),
         "Δ entropy": difference("forget/entropy", references),
         "fluency": measured("forget/fluency_nll"),
-        "retain NLL / ε": lambda one: _ratio(*retain_nll(one)) if "report" in one else None,
+        "retain NLL / ε": lambda one: operator.truediv(*retain_nll(one)) if "report" in one else None,
         "retain utility": lambda one: retain_utility(values(one)),
         "utility": measured("model_utility"),
         "relearnt p": measured("relearn/forget_others/probability"),
@@ -172,16 +170,12 @@ def comparison(results: Path, stage: str, size: int) -> str:
     return markdown(["", "holds", next(iter(columns)), "least", *list(columns)[1:]], lines) if found else "Not run yet."
 
 
-def _ratio(value: Any, epsilon: float) -> float:
-    return value / epsilon if isinstance(value, float) else math.inf
-
-
 def unseen(results: Path) -> str:
     """The NLL of rows that the targets were not taught, before unlearning."""
     levels = {
         one["unit"]["seed"]: one["report"]["before"]["unseen/nll"]
         for one in read(results, "calibrated")
-        if "unseen/nll" in one["report"]["before"]
+        if "error" not in one and "unseen/nll" in one["report"]["before"]
     }
     return f"NLL of the targets on rows of ten other authors: {spread(list(levels.values()))} nats per token."
 
@@ -202,15 +196,17 @@ def held(results: Path) -> str:
     for name, runs in bounds.series(results).items():
         if name == "fixed":
             for run in runs:
-                weight, end = run["unit"]["facts"]["weight"], bounds.growth(run)
-                lines.append(_held(f"fixed weight {weight:g}", [end / (1 + bound) for bound in protocol.BOUNDS]))
+                ends = dict.fromkeys(protocol.BOUNDS, bounds.growth(run))
+                lines.append(_held(f"fixed weight {run['unit']['facts']['weight']:g}", ends))
         else:
-            lines.append(_held(name, [bounds.growth(run) / (1 + run["unit"]["facts"]["bound"]) for run in runs]))
+            lines.append(_held(name, {run["unit"]["facts"]["bound"]: bounds.growth(run) for run in runs}))
     return markdown(["bound / before:", *(f"{1 + bound:g}" for bound in protocol.BOUNDS), "held"], lines)
 
 
-def _held(name: str, shares: Sequence[float]) -> list[str]:
-    return [name, *(f"{share:.2f}" for share in shares), f"{sum(share <= 1 for share in shares)} of {len(shares)}"]
+def _held(name: str, ends: Mapping[float, float]) -> list[str]:
+    shares = {bound: end / (1 + bound) for bound, end in ends.items()}
+    cells = [f"{shares[bound]:.2f}" if bound in shares else "failed" for bound in protocol.BOUNDS]
+    return [name, *cells, f"{sum(share <= 1 for share in shares.values())} of {len(cells)}"]
 
 
 def progress(results: Path) -> str:
@@ -219,10 +215,13 @@ def progress(results: Path) -> str:
         "models": len(protocol.SEEDS) * (1 + len(protocol.SIZES)),
         "tuning": 4 * len(protocol.MAIN),
         "final": len(protocol.MAIN) * len(protocol.SIZES) * len(protocol.SEEDS),
-        "calibrated": len(protocol.MATCHED) * len(protocol.SIZES) * len(protocol.SEEDS) + protocol.GATED,
+        "calibrated": len(protocol.MATCHED) * len(protocol.SIZES) * len(protocol.SEEDS),
         "bounds": len(protocol.BOUNDS) * len(protocol.FIRST) * len(protocol.DUAL_RATES) + len(protocol.WEIGHTS),
     }
-    done = {stage: len(list((results / stage).glob("*.json"))) for stage in whole}
+    files = {
+        stage: "match_*.json" if stage == "calibrated" else "*.json" for stage in whole
+    }  # gates cannot be run any more
+    done = {stage: len(list((results / stage).glob(pattern))) for stage, pattern in files.items()}
     return "; ".join(f"{stage} {done[stage]} of {count}" for stage, count in whole.items()) + "."
 
 

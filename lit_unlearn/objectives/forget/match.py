@@ -1,4 +1,4 @@
-"""An objective that leads forget answers to the surprise of text that the model never saw, and no further."""
+"""An objective that leads forget answers to a level of surprise set by text that the model never saw, and no further."""
 
 from __future__ import annotations
 
