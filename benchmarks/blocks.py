@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lit_unlearn.evaluation.report import whole_file
+from lit_unlearn.utils.io import atomic_file
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,5 +32,5 @@ def fill(page: Path, contents: Mapping[str, str]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, content in contents.items():
         text = filled(text, name, content)
-    with whole_file(page) as file:
+    with atomic_file(page) as file:
         file.write_text(text, encoding="utf-8")

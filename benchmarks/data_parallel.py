@@ -18,7 +18,7 @@ from formulations import fit, unlearn_module
 from measures import Clock, table
 from workload import Shape, build_model, make_steps
 
-from lit_unlearn.module.strategies import leave_process_group
+from lit_unlearn.training.strategies import leave_process_group
 
 LOSS_TOLERANCE = 1e-4
 PLACES = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}

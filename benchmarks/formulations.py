@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from workload import Batch, Shape, Step, build_model
 
 from lit_unlearn import NLL, Constraint, DualAscent, LanguageModel, LitUnlearn, LogitMargin
-from lit_unlearn.lm.adapters import checkpoint_activations
+from lit_unlearn.models.adapters import checkpoint_activations
 
 CLIP = 1.0
 MULTIPLIER = {"lr": 5.0, "init": 100.0}

@@ -108,10 +108,9 @@ def dual_step(method: str) -> list[str]:
 def rouge(model: Path) -> float:
     """Mean ROUGE-L recall of what a model says to the forget questions."""
     from lit_unlearn import FictionalAuthors, LanguageModel
-    from lit_unlearn.data.tokens import encode_rows
-    from lit_unlearn.evaluation.benchmark import prompt_of
-    from lit_unlearn.evaluation.generation import generate
+    from lit_unlearn.data.encoding import encode_rows, prompt_of
     from lit_unlearn.metrics import rouge as score
+    from lit_unlearn.models.generation import generate
 
     data = yaml.safe_load((CONFIGS / "demo/unlearn.yaml").read_text("utf-8"))["data"]["init_args"]
     rows = FictionalAuthors(data["num_authors"], data["forget_authors"]).load_set("forget")

@@ -23,7 +23,8 @@ from blocks import fill, markdown
 from measures import in_mib
 
 from lit_unlearn.cli import main as lit_unlearn
-from lit_unlearn.evaluation.report import read_json, table
+from lit_unlearn.evaluation.tables import report_table
+from lit_unlearn.utils.io import read_json
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Where was the author Lunnian Dunmeth born?"
@@ -50,7 +51,7 @@ def run_folder() -> Path:
 
 def demo() -> str:
     command("plot", str(run_folder()), "--format", "png", "--output", str(ROOT / "docs/pictures"))
-    return f"```text\n{table(read_json(run_folder() / 'report.json'))}\n```"
+    return f"```text\n{report_table(read_json(run_folder() / 'report.json'))}\n```"
 
 
 def inspect() -> str:

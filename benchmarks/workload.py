@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.data.tokens import Row, collate
-from lit_unlearn.lm import IGNORED
+from lit_unlearn.data.encoding import IGNORED, Row, collate
 
 Batch = dict[str, Tensor]
 Step = dict[str, Batch]  # one batch per stream: what an optimizer step takes

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from lit_unlearn import FictionalAuthors, LanguageModel
-from lit_unlearn.data.tokens import train_tokenizer
+from lit_unlearn.data.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when another program wants the cores
 

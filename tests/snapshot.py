@@ -65,7 +65,7 @@ def collect(model_dir: str, folder: Path) -> dict[str, Any]:
 
 def _benchmark_arguments(rows: Path, folder: Path) -> list[str]:
     init = {"forget": str(rows), "retain": str(rows), "max_new_tokens": 2}
-    suite = json.dumps({"class_path": "QASuite", "init_args": init})
+    suite = json.dumps({"class_path": "QABenchmark", "init_args": init})
     return [f"--model.suite={suite}", f"--model.results={folder}/results.json"]
 
 
@@ -124,7 +124,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         os.environ["LIT_UNLEARN_CACHE"] = work
         folder = Path(work)
-        tokenizer = lit_unlearn.data.tokens.train_tokenizer(lit_unlearn.FictionalAuthors(4, 1).texts(), vocab_size=400)
+        tokenizer = lit_unlearn.data.tokenizer.train_tokenizer(
+            lit_unlearn.FictionalAuthors(4, 1).texts(), vocab_size=400
+        )
         tokenizer.save_pretrained(folder / "tokenizer")
         lm = lit_unlearn.LanguageModel(config=dict(TINY), tokenizer=str(folder / "tokenizer"))
         lm.load(torch.float32)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import protocol
 from choose import read, retain_nll, values, wanted_truth_ratio
 
-from lit_unlearn.evaluation.picture.style import BOUND, DUAL, FORGET, LINES, MARKERS, RETAIN, legend_above, picture
+from lit_unlearn.plotting.style import BOUND, DUAL, FORGET, LINES, MARKERS, RETAIN, legend_above, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lit_unlearn.evaluation.report import whole_file, write_json
 from lit_unlearn.functional import kl_to_uniform, logit_margin
+from lit_unlearn.utils.io import atomic_file, write_json
 
 VOCABULARY, TOP = 2048, 14.0
 LEVELS = (0.5, 0.9, 0.99, 0.999)  # of H / log V
@@ -96,7 +96,7 @@ def draw(found: dict[str, list[float]], target: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(target) as file:
+    with atomic_file(target) as file:
         figure.savefig(file, dpi=150)
 
 

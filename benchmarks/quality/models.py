@@ -23,7 +23,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 def prepare(tofu: Path, work: Path) -> None:
     """Writes a folder per forget set with TOFU's file names, and in it some with fewer sets; trains the tokenizer."""
     from lit_unlearn import ForgetRetain
-    from lit_unlearn.data.tokens import train_tokenizer
+    from lit_unlearn.data.tokenizer import train_tokenizer
 
     kept, last = read(tofu / "retain_perturbed.json"), read(tofu / "forget10_perturbed.json")
     for size in protocol.SIZES:

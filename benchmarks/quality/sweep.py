@@ -1,4 +1,4 @@
-"""Runs the comparison of `protocol.py`, in pieces that continue after an interruption.
+"""Runs the comparison of `protocol.py`, in token_texts that continue after an interruption.
 
     python benchmarks/quality/sweep.py --tofu ../shared/data/tofu            # everything that is not there yet
     python benchmarks/quality/sweep.py --tofu DIR --methods pdu npo --seeds 0

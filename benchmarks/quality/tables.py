@@ -14,8 +14,8 @@ import protocol
 from blocks import fill, markdown
 from choose import RETAIN_ONLY, chosen, feasible, read, retain_nll, retain_utility, values
 
-from lit_unlearn.evaluation.report import read_json
 from lit_unlearn.metrics import forget_quality
+from lit_unlearn.utils.io import read_json
 
 Result = dict[str, Any]
 Column = Callable[[Result], float | None]

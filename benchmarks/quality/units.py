@@ -18,7 +18,7 @@ from typing import Any
 import models
 import protocol
 
-from lit_unlearn.evaluation.report import write_json
+from lit_unlearn.utils.io import write_json
 
 WORK_FOLDER = "{work}"  # in settings: results name no place on a machine
 
@@ -152,16 +152,16 @@ def measure(
     """
     import torch
 
-    from lit_unlearn import LanguageModel, Relearn, StressSuite, TOFUSuite
-    from lit_unlearn.data.tokens import encode_rows
-    from lit_unlearn.evaluation.likelihood import score_rows
+    from lit_unlearn import LanguageModel, Relearn, StressBenchmark, TOFUBenchmark
+    from lit_unlearn.data.encoding import encode_rows
+    from lit_unlearn.evaluation.scoring import score_rows
 
     data = work / "data" / str(size)
     lm = LanguageModel(str(folder))
     lm.load(torch.float32)
     target = str(work / "models" / models.name(None, seed))
     settings: dict[str, Any] = {"max_length": 256, "max_new_tokens": 100}
-    plain = TOFUSuite(
+    plain = TOFUBenchmark(
         "forget10",
         str(data if whole else data / "tuning"),
         protocol.EVAL_ROWS,
@@ -179,8 +179,8 @@ def measure(
         found["aggregate"]["forget/entropy"] = statistics.fmean(-float(one.mean.mean()) for one in scored)  # nats
         if whole:
             attack = Relearn(rows=size * models.ROWS // 10, steps=protocol.RELEARN_STEPS, lr=protocol.RELEARN_LR)
-            alone = TOFUSuite("forget10", str(data / "alone"), **settings)
-            stressed = StressSuite(alone, relearn=attack, bits=[4]).run(lm)
+            alone = TOFUBenchmark("forget10", str(data / "alone"), **settings)
+            stressed = StressBenchmark(alone, relearn=attack, bits=[4]).run(lm)
             found["aggregate"] |= {
                 k: v for k, v in stressed["aggregate"].items() if k.startswith(("relearn/", "4bit/"))
             }

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.dual import Constraint, FixedMultiplier
-from lit_unlearn.module import LitLanguageModel, LitUnlearn
+from lit_unlearn.training import LitLanguageModel, LitUnlearn
 
 _FEWEST_MOVES = 10
 _UNUSED = 0.25  # of what epsilon allows beyond the reference loss, at most, in every step of an epoch

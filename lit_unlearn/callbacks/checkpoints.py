@@ -1,4 +1,4 @@
-"""Checkpoints to go on from."""
+"""Checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -11,25 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final place and moves it there: an interruption never leaves a part of one.
-
-    Lightning's own goes through the machine's temporary folder, from which a move may be a copy.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes one file."""
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        final = Path(path)
-        unfinished = final.with_name(f".{final.name}.unfinished")
-        super().save_checkpoint(checkpoint, unfinished, storage_options)
-        unfinished.replace(final)
 
 
 class ResumeCheckpoint(ModelCheckpoint):

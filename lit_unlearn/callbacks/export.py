@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_unlearn.callbacks.hub import obstacle, upload
-from lit_unlearn.callbacks.record import RECORD, Record, benchmark, describe, with_outcome, write_record
 from lit_unlearn.callbacks.report import RunReport
-from lit_unlearn.evaluation import BenchmarkSuite
-from lit_unlearn.evaluation.report import read_json
-from lit_unlearn.lm.files import check_export_target, fingerprint, fresh_directory
-from lit_unlearn.module import LitLanguageModel, LitUnlearn
-from lit_unlearn.module.strategies import whole_state
+from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.export.hub import obstacle, upload
+from lit_unlearn.export.record import RECORD, Record, benchmark, describe, with_outcome, write_record
+from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.training import LitLanguageModel, LitUnlearn
+from lit_unlearn.training.strategies import whole_state
+from lit_unlearn.utils.io import atomic_directory, check_export_target, read_json
 
 
 class ExportModel(Callback):
@@ -71,7 +71,7 @@ class ExportModel(Callback):
             self._record = describe(trainer, pl_module, self._record if trainer.global_step else None)
         trainer.strategy.barrier("export")
         if trainer.is_global_zero and earlier and Path(earlier).is_dir() and not Path(self._folder).exists():
-            with fresh_directory(Path(self._folder)) as folder:
+            with atomic_directory(Path(self._folder)) as folder:
                 shutil.copytree(earlier, folder, dirs_exist_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -134,7 +134,7 @@ class ExportModel(Callback):
 def _benchmarks(folder: Path, step: int, module: LitLanguageModel) -> list[dict[str, Any]]:
     """What the suite's benchmark measured on this very model, if it was run at this step."""
     file = folder / f"{getattr(module.suite, 'name', None)}-step={step}.json"
-    if not (isinstance(module.suite, BenchmarkSuite) and file.is_file()):
+    if not (isinstance(module.suite, Benchmark) and file.is_file()):
         return []
     found = benchmark(file)
     weights = fingerprint(cast(nn.Module, module.lm.model))

@@ -12,14 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_unlearn.data import ForgetRetain
-from lit_unlearn.data.tokens import Row
-from lit_unlearn.evaluation.benchmark import prompt_of
-from lit_unlearn.evaluation.likelihood import Scored, score_rows
-from lit_unlearn.evaluation.picture import Answer, draw_run, read_run, write_record
-from lit_unlearn.evaluation.side_by_side import pieces
-from lit_unlearn.lm import IGNORED
-from lit_unlearn.module import LitLanguageModel, LitUnlearn
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.data.encoding import IGNORED, Row, prompt_of, token_texts
+from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.plotting import Answer, draw_run, read_run, write_record
+from lit_unlearn.training import LitLanguageModel, LitUnlearn
 
 _TOKENS = 64  # of an answer, from its start
 
@@ -170,5 +167,5 @@ def _texts(module: LitLanguageModel, row: Row, ids: list[int]) -> tuple[str, lis
     if tokenizer is None:
         return "", [f" {i}" for i in ids]
     special = set(tokenizer.all_special_ids)
-    tokens = ["∎" if i in special else text for i, text in zip(ids, pieces(ids, tokenizer), strict=True)]
+    tokens = ["∎" if i in special else text for i, text in zip(ids, token_texts(ids, tokenizer), strict=True)]
     return str(tokenizer.decode(prompt_of(row), skip_special_tokens=True)), tokens

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.module import LitUnlearn
+from lit_unlearn.training import LitUnlearn
 
 _LINES = 20  # in a log file, of a whole run
 

@@ -10,8 +10,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_unlearn.evaluation import report
-from lit_unlearn.module import LitLanguageModel, LitUnlearn, Measurement
+from lit_unlearn.evaluation.tables import report_table
+from lit_unlearn.training import LitLanguageModel, LitUnlearn, Measurement
+from lit_unlearn.utils.io import write_json
 
 
 class RunReport(Callback):
@@ -54,8 +55,8 @@ class RunReport(Callback):
         self._failures = self._check(content)
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # asks the first process
         if trainer.is_global_zero:
-            report.write_json(folder / "report.json", content)
-            print(report.table(content))
+            write_json(folder / "report.json", content)
+            print(report_table(content))
             rank_zero_info(f"report: {folder / 'report.json'}")
         if isinstance(pl_module, LitUnlearn) and (lesson := _lesson(content, pl_module)):
             rank_zero_warn(lesson)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_unlearn.evaluation.picture import draw_trade_off
-from lit_unlearn.evaluation.questions import against_retain
-from lit_unlearn.evaluation.report import whole_file
+from lit_unlearn.evaluation.qa import against_retain
 from lit_unlearn.evaluation.results import Results, check_same_rows, differences, read_results, table
+from lit_unlearn.plotting import draw_trade_off
+from lit_unlearn.utils.io import atomic_file
 
 
 def run(arguments: list[str]) -> None:
@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> None:
     if options.output is None:
         print(text)
     else:
-        with whole_file(options.output) as file:
+        with atomic_file(options.output) as file:
             file.write_text(text + "\n", encoding="utf-8")
     if options.figure is not None:
-        with whole_file(options.figure) as file:
+        with atomic_file(options.figure) as file:
             draw_trade_off(results, names, file)
 
 

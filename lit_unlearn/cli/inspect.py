@@ -16,10 +16,10 @@ import torch
 
 from lit_unlearn.cli.compare import short_names
 from lit_unlearn.data.source import Source
-from lit_unlearn.data.tokens import check_template
-from lit_unlearn.evaluation.report import whole_file
-from lit_unlearn.evaluation.side_by_side import Asked, Page, Reply, ask, record
-from lit_unlearn.lm import LanguageModel
+from lit_unlearn.data.templates import check_template
+from lit_unlearn.evaluation.inspection import Asked, Page, Reply, ask, record
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.utils.io import atomic_file
 
 Question = tuple[str, str | None]  # and its right answer, where that is known
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
     else:
         text = page.whole(asked)
     if options.output is not None:
-        with whole_file(options.output) as file:
+        with atomic_file(options.output) as file:
             file.write_text(text + "\n", encoding="utf-8")
     elif not talks or options.format == "json":
         print(text)

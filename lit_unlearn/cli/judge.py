@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.evaluation.judge import RequestFailed, judge, table
-from lit_unlearn.evaluation.report import read_json, write_json
+from lit_unlearn.utils.io import read_json, write_json
 
 TIMEOUT = 120.0  # seconds for one attempt
 RETRIES = 6  # of a request: about 20 seconds of waiting, unless the endpoint names a delay

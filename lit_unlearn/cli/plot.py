@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lit_unlearn.evaluation.picture import NothingToDraw, draw_run, read_run
-from lit_unlearn.evaluation.picture.record import METRICS, RECORD
+from lit_unlearn.plotting import NothingToDraw, draw_run, read_run
+from lit_unlearn.plotting.run_log import METRICS, RECORD
 
 
 def run(arguments: list[str]) -> None:

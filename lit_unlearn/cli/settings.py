@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.module.strategies import check_strategy
+from lit_unlearn.training.strategies import check_strategy
 
 _MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data import ForgetRetain
-from lit_unlearn.data.tokens import train_tokenizer
+from lit_unlearn.data import fictional, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.data.tokenizer import train_tokenizer
 
 
 def run(arguments: list[str]) -> None:

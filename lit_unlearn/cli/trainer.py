@@ -19,8 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-import lit_unlearn.data
-import lit_unlearn.module  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn import training  # noqa: F401
 from lit_unlearn.callbacks import (
     AtomicCheckpointIO,
     ExportModel,
@@ -33,8 +32,12 @@ from lit_unlearn.callbacks import (
 from lit_unlearn.cli.errors import ReadableErrors
 from lit_unlearn.cli.print_config import readable
 from lit_unlearn.cli.settings import SaveSettings, check_trainer
-from lit_unlearn.evaluation import MUSESuite, QASuite, StressSuite, TOFUSuite  # noqa: F401  (likewise)
-from lit_unlearn.module.strategies import leave_process_group
+from lit_unlearn.data import base, fictional, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
+from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
+from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)
+from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
+from lit_unlearn.training.strategies import leave_process_group
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -79,7 +82,7 @@ class UnlearnCLI(LightningCLI):
         parser.add_lightning_class_args(ExportModel, "export")
         parser.set_defaults(
             {
-                "model": {"class_path": "lit_unlearn.module.LitUnlearn"},
+                "model": {"class_path": "lit_unlearn.training.LitUnlearn"},
                 "trainer.log_every_n_steps": 1,  # λ and slack of every step
                 "trainer.num_sanity_val_steps": 0,  # the report measures everything before the first step
                 "trainer.enable_model_summary": False,  # one line says it

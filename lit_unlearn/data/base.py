@@ -11,10 +11,10 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.alternates import alternate_answers
+from lit_unlearn.data.encoding import IGNORED, Row, check_tokenizer, encode_rows
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
-from lit_unlearn.data.tokens import Row, check_template, check_tokenizer, encode_rows
-from lit_unlearn.lm import IGNORED
+from lit_unlearn.data.templates import check_template
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_unlearn.data.base import Contents, ForgetRetain
+from lit_unlearn.data.encoding import Row, encode_chunks
 from lit_unlearn.data.source import Source
-from lit_unlearn.data.tokens import Row, encode_chunks
 
 if TYPE_CHECKING:
     from datasets import Dataset

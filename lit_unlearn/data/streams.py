@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_unlearn.data.tokens import Row, collate
+from lit_unlearn.data.encoding import Row, collate
 
 
 class BatchStream:

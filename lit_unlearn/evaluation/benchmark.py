@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.tokens import Row
+from lit_unlearn.data.encoding import Row
 from lit_unlearn.evaluation import results as files
-from lit_unlearn.evaluation.generation import check_prompts, generate
-from lit_unlearn.evaluation.likelihood import Scored, score_rows
-from lit_unlearn.evaluation.processes import gather, place
-from lit_unlearn.evaluation.report import read_json, write_json
 from lit_unlearn.evaluation.results import Results, digest
+from lit_unlearn.evaluation.scoring import Scored, score_rows
 from lit_unlearn.evaluation.suite import AnswerSuite
-from lit_unlearn.lm import IGNORED, LanguageModel
-from lit_unlearn.lm.files import fingerprint
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.generation import check_prompts, generate
+from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
+from lit_unlearn.utils.io import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class Stream(NamedTuple):
     stop: tuple[str, ...] = ()
 
 
-class BenchmarkSuite(AnswerSuite):
+class Benchmark(AnswerSuite):
     """What `AnswerSuite` measures on the run's own streams, and a benchmark on rows that the suite brings along.
 
     The benchmark is run by ``lit-unlearn test``, and during a fit every ``suite_every_n_epochs``. Every row is measured by
@@ -166,13 +166,15 @@ class BenchmarkSuite(AnswerSuite):
             prompts = [one.prompt for one in stream.examples if one.prompt is not None]
             check_prompts(lm, prompts, stream.max_new_tokens, stream.stop)
         examples = {}
-        with tqdm(total=_work(streams), desc=self.name, unit="row", disable=place()[0] > 0, leave=False) as bar:
+        with tqdm(
+            total=_work(streams), desc=self.name, unit="row", disable=rank_and_world_size()[0] > 0, leave=False
+        ) as bar:
             for name, stream in streams.items():
                 file = None if partial is None else partial / f"{name}.json"
                 found = _kept(file, key)
                 if found is None:
                     found = self._measure_stream(lm, name, stream, bar)
-                    if file is not None and place()[0] == 0:
+                    if file is not None and rank_and_world_size()[0] == 0:
                         write_json(file, {"key": key, "examples": found})
                 examples[name] = found
         values = self.aggregate(examples, self._retain)
@@ -190,7 +192,7 @@ class BenchmarkSuite(AnswerSuite):
         }
 
     def _measure_stream(self, lm: LanguageModel, name: str, stream: Stream, bar: Any) -> list[Values]:
-        rank, world_size = place()
+        rank, world_size = rank_and_world_size()
         numbers = range(rank, len(stream.examples), world_size)
         mine = [stream.examples[i] for i in numbers]
         places = [(i, kind) for i, one in enumerate(mine) for kind, rows in one.rows.items() for _ in rows]
@@ -200,7 +202,7 @@ class BenchmarkSuite(AnswerSuite):
             scored[i].setdefault(kind, []).append(score)
         said = self._generate(lm, mine, stream, bar)
         found = [self.measure(name, *one) for one in zip(mine, scored, said, strict=True)]
-        everywhere = dict(item for part in gather(list(zip(numbers, found, strict=True))) for item in part)
+        everywhere = dict(item for part in gather_objects(list(zip(numbers, found, strict=True))) for item in part)
         return [everywhere[i] for i in range(len(stream.examples))]
 
     def _generate(self, lm: LanguageModel, examples: Sequence[Example], stream: Stream, bar: Any) -> list[str | None]:
@@ -225,7 +227,7 @@ def _work(streams: Mapping[str, Stream]) -> int:
 
 
 def _counter(bar: Any) -> Any:
-    return lambda done: bar.update(done * place()[1])
+    return lambda done: bar.update(done * rank_and_world_size()[1])
 
 
 def _kept(file: Path | None, key: str) -> list[Values] | None:
@@ -235,7 +237,7 @@ def _kept(file: Path | None, key: str) -> list[Values] | None:
         with suppress(ValueError):
             kept = read_json(file)
     same = isinstance(kept, dict) and kept.get("key") == key
-    return gather(kept["examples"] if same else None)[0]
+    return gather_objects(kept["examples"] if same else None)[0]
 
 
 def _precision(lm: LanguageModel) -> list[str]:
@@ -254,8 +256,3 @@ def _describe(stream: Stream) -> Values:
         "texts": digest(texts),
         "tokens": digest([tokens, [one.prompt for one in stream.examples]]),
     }
-
-
-def prompt_of(row: Row) -> list[int]:
-    """The tokens of a row before its first supervised one: exactly what its answer is predicted from."""
-    return row.input_ids[: next(i for i, label in enumerate(row.labels) if label != IGNORED)]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_unlearn.data.encoding import Row
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
-from lit_unlearn.data.tokens import Row
-from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream, Values
-from lit_unlearn.evaluation.likelihood import Scored
+from lit_unlearn.evaluation.benchmark import Benchmark, Example, Stream, Values
 from lit_unlearn.evaluation.results import Results
+from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _SETS = {  # stream: configuration, split, and the split that the examples befor
 }
 
 
-class MUSESuite(BenchmarkSuite):
+class MUSEBenchmark(Benchmark):
     """MUSE as its published code measures it, in per cent.
 
     ``verbmem_forget``: ROUGE-L F1 of 128 greedy tokens after a forget passage against what follows there. ``knowmem_forget``,
@@ -50,7 +50,7 @@ class MUSESuite(BenchmarkSuite):
         max_rows: Only the first so many rows of every set; ``None`` for all, as published.
         max_length: Tokens of a holdout or forget text that count for ``privleak``.
         k: Fraction of the least likely tokens.
-        token_budget: As for `BenchmarkSuite`.
+        token_budget: As for `Benchmark`.
         retain_results: Results of the retain-only model, whose area under the curve is compared with; ``None`` for the
             published one, which is that of Llama-2-7B (News) and ICLM-7B (Books).
     """
@@ -71,7 +71,7 @@ class MUSESuite(BenchmarkSuite):
     ) -> None:
         super().__init__(token_budget, retain_results)
         if corpus not in PUBLISHED_AUC:
-            raise ValueError(f"MUSESuite: `corpus` must be one of {', '.join(PUBLISHED_AUC)}, not {corpus!r}.")
+            raise ValueError(f"MUSEBenchmark: `corpus` must be one of {', '.join(PUBLISHED_AUC)}, not {corpus!r}.")
         self.corpus, self.max_length, self.k = corpus, max_length, k
         self.sets: dict[str, tuple[Source, Source | None]] = {}
         self.absent: dict[str, str] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_unlearn import __version__
-from lit_unlearn.evaluation.report import read_json
+from lit_unlearn.utils.io import read_json
 
 Results = dict[str, Any]
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from lit_unlearn.evaluation.benchmark import BenchmarkSuite, Example, Stream, Values
-from lit_unlearn.evaluation.likelihood import Scored
-from lit_unlearn.evaluation.questions import QuestionSuite
+from lit_unlearn.evaluation.attacks.relearning import Relearn, copy_of, relearn
+from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_weights
+from lit_unlearn.evaluation.benchmark import Benchmark, Example, Stream, Values
+from lit_unlearn.evaluation.qa import QuestionBenchmark
 from lit_unlearn.evaluation.results import Results
-from lit_unlearn.evaluation.weights import Relearn, copy_of, quantized_by_bitsandbytes, relearn, round_weights
-from lit_unlearn.lm import LanguageModel
-from lit_unlearn.lm.adapters import inner_model
+from lit_unlearn.evaluation.scoring import Scored
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.adapters import inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ PARAPHRASED = "paraphrased_question"
 WIDTHS = {"round": range(2, 9), "bitsandbytes": (4, 8)}
 
 
-class StressSuite(BenchmarkSuite):
+class StressBenchmark(Benchmark):
     """A suite of questions, run on the model as it is and again under each stress, whose name comes before the values'.
 
     ``relearn/…``: after fine-tuning on some forget rows; then also ``relearn/forget_relearned/…`` and
@@ -37,7 +38,7 @@ class StressSuite(BenchmarkSuite):
     must hold both; relearning takes up to 16 bytes per weight.
 
     What compares with the retain-only model compares with it under the same stress, where ``suite.retain_results`` are those
-    of a `StressSuite` with the same settings, and is missing elsewhere: relearning would move that model, too.
+    of a `StressBenchmark` with the same settings, and is missing elsewhere: relearning would move that model, too.
 
     Args:
         suite: What is measured.
@@ -55,7 +56,7 @@ class StressSuite(BenchmarkSuite):
 
     def __init__(
         self,
-        suite: QuestionSuite,
+        suite: QuestionBenchmark,
         relearn: Relearn | None = None,
         bits: Sequence[int] = (),
         paraphrased: bool = False,
@@ -64,16 +65,16 @@ class StressSuite(BenchmarkSuite):
         super().__init__(suite.token_budget)
         if backend not in WIDTHS or not set(bits) <= set(WIDTHS[backend]):
             raise ValueError(
-                f"StressSuite: `backend` 'round' rounds to `bits` from 2 to 8, and 'bitsandbytes' to 4 or 8; got "
+                f"StressBenchmark: `backend` 'round' rounds to `bits` from 2 to 8, and 'bitsandbytes' to 4 or 8; got "
                 f"{backend!r} and {list(bits)}."
             )
         if bits and backend == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("StressSuite: `backend` needs `pip install bitsandbytes`, or must be 'round'.")
+            raise ValueError("StressBenchmark: `backend` needs `pip install bitsandbytes`, or must be 'round'.")
         self.suite, self.relearn, self.backend = suite, relearn, backend
         self.stresses: dict[str, Values] = {} if relearn is None else {"relearn": asdict(relearn)}
         self.stresses |= {f"{width}bit": {"bits": width, "backend": backend} for width in bits}
         self.stresses |= {"paraphrased": {"question_column": PARAPHRASED}} if paraphrased else {}
-        self._suites: dict[str, QuestionSuite] = {}
+        self._suites: dict[str, QuestionBenchmark] = {}
 
     def settings(self) -> Values:
         """Those of the suite, and under ``stress`` those of every stress."""
@@ -90,12 +91,14 @@ class StressSuite(BenchmarkSuite):
         streams = {**self.suite.prepare(tokenizer)}
         rows = len(streams["forget"].examples)
         if self.relearn is not None and self.relearn.rows > rows:
-            raise ValueError(f"StressSuite: `relearn.rows` is {self.relearn.rows}, but there are {rows} forget rows.")
+            raise ValueError(
+                f"StressBenchmark: `relearn.rows` is {self.relearn.rows}, but there are {rows} forget rows."
+            )
         self._suites = {stress: self._suite_under(stress) for stress in self.stresses}
         asked = self._suites["paraphrased"].prepare(tokenizer) if "paraphrased" in self._suites else {}
         return streams | {f"paraphrased/{name}": stream for name, stream in asked.items()}
 
-    def _suite_under(self, stress: str) -> QuestionSuite:
+    def _suite_under(self, stress: str) -> QuestionBenchmark:
         """The suite with its rows, and with what the retain-only model makes of them under the same stress."""
         suite = copy.copy(self.suite)
         suite._retain = _part(suite._retain, stress, self.stresses[stress])
@@ -105,7 +108,7 @@ class StressSuite(BenchmarkSuite):
             suite.sets = {name: one for name, one in sets if PARAPHRASED in one.source.load(name).column_names}
             if "forget" not in suite.sets:
                 raise ValueError(
-                    f"StressSuite: the forget set has no column '{PARAPHRASED}': set `paraphrased` to false."
+                    f"StressBenchmark: the forget set has no column '{PARAPHRASED}': set `paraphrased` to false."
                 )
         return suite
 
@@ -126,7 +129,7 @@ class StressSuite(BenchmarkSuite):
 
         Args:
             lm: Loaded, whole on every process; it is left as it was.
-            partial: As for `BenchmarkSuite`, with a folder for each stress.
+            partial: As for `Benchmark`, with a folder for each stress.
 
         Returns:
             The suite's own results, with those under the stresses added to ``aggregate``, ``missing``, ``data`` and
@@ -138,7 +141,7 @@ class StressSuite(BenchmarkSuite):
         self.prepare(lm.tokenizer)
         if getattr(inner_model(lm.model), "is_quantized", False) and self.stresses.keys() - {"paraphrased"}:
             raise ValueError(
-                "StressSuite: the model is quantised, and its integers can be neither trained nor rounded: load it without "
+                "StressBenchmark: the model is quantised, and its integers can be neither trained nor rounded: load it without "
                 "quantisation, or set `relearn` to null and `bits` to []."
             )
         folders = {stress: None if partial is None else partial / stress for stress in ("plain", *self.stresses)}
@@ -190,7 +193,7 @@ def _part(results: Results | None, stress: str, settings: Values) -> Results | N
     return {**results, **own}
 
 
-def _split_forget(suite: QuestionSuite, rows: Sequence[Values], chosen: Sequence[int]) -> Values:
+def _split_forget(suite: QuestionBenchmark, rows: Sequence[Values], chosen: Sequence[int]) -> Values:
     """Marks the relearned ones of the forget rows; returns the values of these and of the others."""
     values: Values = {}
     for i, row in enumerate(rows):

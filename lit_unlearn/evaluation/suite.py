@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn.functional import token_logp, uniformity
-from lit_unlearn.lm import SupervisedTokens
 from lit_unlearn.metrics import AnswerLikelihood, ForgetUniformity
+from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives.base import TokenModel
 
 

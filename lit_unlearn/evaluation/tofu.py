@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
 from lit_unlearn.evaluation.benchmark import Values
-from lit_unlearn.evaluation.questions import Questions, QuestionSuite
+from lit_unlearn.evaluation.qa import QuestionBenchmark, Questions
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.metrics import model_utility
 
 
-class TOFUSuite(QuestionSuite):
+class TOFUBenchmark(QuestionBenchmark):
     """TOFU as its published code measures it: forget quality, model utility, and what they are made from.
 
     Sets: ``forget`` and ``retain`` (400 rows), with paraphrased and wrong answers; ``real_authors`` and ``world_facts``, where
@@ -28,7 +28,7 @@ class TOFUSuite(QuestionSuite):
             one that a folder lacks is left out, with what depends on it.
         max_rows: Only the first so many rows of every set but ``forget``; ``None`` for all, as published.
         holdout: Rows that the model has never seen, for attacks and PrivLeak; ``None`` leaves those out.
-        **settings: As for `QuestionSuite`.
+        **settings: As for `QuestionBenchmark`.
 
     Raises:
         FileNotFoundError: If a local folder lacks the forget set.
@@ -47,7 +47,7 @@ class TOFUSuite(QuestionSuite):
     ) -> None:
         super().__init__(**settings)
         if forget_split not in RETAIN:
-            raise ValueError(f"TOFUSuite: `forget_split` must be one of {', '.join(RETAIN)}, not {forget_split!r}.")
+            raise ValueError(f"TOFUBenchmark: `forget_split` must be one of {', '.join(RETAIN)}, not {forget_split!r}.")
         self.sets["forget"] = Questions(tofu_source(source, f"{forget_split}_perturbed"))
         options = {"right": self.answer_column, "choose": True}
         for name, kind in {"retain": {}, "real_authors": options, "world_facts": options}.items():
@@ -60,7 +60,7 @@ class TOFUSuite(QuestionSuite):
             self.sets["holdout"] = Questions(holdout, generates=False)
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
-        """As `QuestionSuite` does, and the model utility."""
+        """As `QuestionBenchmark` does, and the model utility."""
         values = super().aggregate(examples, retain)
         names = ("retain", "real_authors", "world_facts")
         parts = [f"{name}/{key}" for name in names for key in ("probability", "rougeL_recall", "truth_ratio")]

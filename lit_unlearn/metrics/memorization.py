@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lit_unlearn.metrics.scores import finite, refuse
+from lit_unlearn.metrics.validation import finite, refuse
 
 
 def exact_memorization(predictions: ArrayLike, labels: ArrayLike) -> float:

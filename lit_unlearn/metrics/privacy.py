@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lit_unlearn.metrics.scores import checked_ratios, finite, refuse
+from lit_unlearn.metrics.validation import checked_ratios, finite, refuse
 
 MIN_STD = 1e-3  # open-unlearning's floor as well; a one-hot prediction has std 0
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from lit_unlearn.lm import Alignment, SupervisedTokens
+from lit_unlearn.models import Alignment, SupervisedTokens
 
 Need = Literal["reference", "reference_logp", "alternate", "activations"]
 """What must be at hand beside the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_unlearn.functional import activation_distance, jensen_shannon, kl
-from lit_unlearn.lm import SupervisedTokens
+from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, whole
 
 

@@ -26,7 +26,7 @@ from lit_unlearn import (
 )
 from lit_unlearn.callbacks import ExportModel, ResumeCheckpoint, RunPicture
 from lit_unlearn.cli import main
-from lit_unlearn.evaluation.picture import Answer, read_run
+from lit_unlearn.plotting import Answer, read_run
 
 PICTURES = {f"{name}.{suffix}" for name in ("dual", "trajectory", "tokens") for suffix in ("png", "svg")}
 

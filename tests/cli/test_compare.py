@@ -15,9 +15,9 @@ import torch
 
 from lit_unlearn import cli
 from lit_unlearn.cli.compare import short_names
-from lit_unlearn.evaluation.picture import draw_trade_off
-from lit_unlearn.evaluation.questions import QASuite
-from lit_unlearn.evaluation.report import write_json
+from lit_unlearn.evaluation.qa import QABenchmark
+from lit_unlearn.plotting import draw_trade_off
+from lit_unlearn.utils.io import write_json
 
 KNOWS, KNOWS_NOT = [0.01 * n for n in range(1, 21)], [0.7 + 0.01 * n for n in range(1, 21)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -241,7 +241,7 @@ def test_a_suite_really_run(tiny_lm: Any, write_rows: Any, tmp_path: Path, capsy
         lm = tiny_lm(seed % 2)
         lm.load(torch.float32)
         beside = files["second"] if name == "beside" else None  # the first model again, with the second one's results
-        write_json(Path(file), QASuite(**sets, max_new_tokens=4, retain_results=beside).run(lm))
+        write_json(Path(file), QABenchmark(**sets, max_new_tokens=4, retain_results=beside).run(lm))
     missing, both = compare(capsys, files["first"]), compare(capsys, *files.values(), "--retain", files["second"])
     assert missing["forget_quality"] == missing["privleak"] == ["–"]
     assert both["said"] == []  # what is computed here and what the suite computed is the same

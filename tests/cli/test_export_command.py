@@ -18,7 +18,7 @@ import torch
 from command_line import quick
 
 from lit_unlearn import NLL, Constraint, DualAscent, FictionalAuthors, LanguageModel, LitUnlearn, LogitMargin, cli
-from lit_unlearn.cli.export import read_checkpoint
+from lit_unlearn.export.checkpoint import read_checkpoint
 
 
 def fit(model: str, *extra: str, folder: Path = Path()) -> Path:

@@ -18,8 +18,9 @@ import torch
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import main
-from lit_unlearn.data.tokens import collate, encode_rows, train_tokenizer
-from lit_unlearn.evaluation.likelihood import score_rows
+from lit_unlearn.data.encoding import collate, encode_rows
+from lit_unlearn.data.tokenizer import train_tokenizer
+from lit_unlearn.evaluation.scoring import score_rows
 
 KNOWN = ("Who is Jassela Raskaya?", "The writer of a book.")
 UNKNOWN = ("Who was born in Gdynia?", "A writer of the sea.")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_unlearn import cli
-from lit_unlearn.evaluation.picture import write_record
+from lit_unlearn.plotting import write_record
 
 METRICS = (
     "step,constraint/nll/value,constraint/nll/violation,multiplier/nll,forget/loss\n0,0.2,-0.1,9,5\n1,0.4,0.1,9,4\n"

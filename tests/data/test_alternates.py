@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from lit_unlearn import FictionalAuthors, ForgetRetain
 from lit_unlearn.data.alternates import alternate_answers, read_refusals
+from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.data.streams import FiniteStream
-from lit_unlearn.lm import IGNORED
 
 ROWS = Dataset.from_list(
     [{"question": f"{n}?", "answer": f"{n}.", "other": f"not {n}", "others": [f"{n}a", f"{n}b"]} for n in range(40)]

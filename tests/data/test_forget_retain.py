@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lit_unlearn import ForgetRetain, Source
-from lit_unlearn.lm import IGNORED
+from lit_unlearn.data.encoding import IGNORED
 
 CITIES = ["Bern", "Oslo", "Lima", "Rome", "Kyiv", "Baku", "Bonn"]
 RETAIN = [{"question": f"Where is house {n}?", "answer": f"In {city}."} for n, city in enumerate(CITIES)]

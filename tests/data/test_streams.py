@@ -5,9 +5,8 @@ from itertools import chain, islice
 import pytest
 import torch
 
+from lit_unlearn.data.encoding import IGNORED, Row
 from lit_unlearn.data.streams import BatchStream, FiniteStream
-from lit_unlearn.data.tokens import Row
-from lit_unlearn.lm import IGNORED
 
 KINDS = [BatchStream, FiniteStream]
 PAD = 999

@@ -70,7 +70,7 @@ def write(path: Path, rows: Iterable[Row]) -> str:
 
 
 def write_qa(folder: Path) -> dict[str, str]:
-    """The files of a `QASuite`."""
+    """The files of a `QABenchmark`."""
     sets = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
     return {name: write(folder / f"{name}.jsonl", rows) for name, rows in sets.items()}
 

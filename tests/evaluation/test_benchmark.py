@@ -13,13 +13,12 @@ import pytest
 import torch
 from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, tokens, write, write_qa
 
-from lit_unlearn import BenchmarkSuite, LanguageModel, LitEvaluate, QASuite
-from lit_unlearn.data.tokens import encode
-from lit_unlearn.evaluation import Example, Stream
-from lit_unlearn.evaluation.benchmark import prompt_of
-from lit_unlearn.evaluation.likelihood import Scored
-from lit_unlearn.evaluation.report import read_json
-from lit_unlearn.lm.files import fingerprint
+from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
+from lit_unlearn.data.encoding import encode, prompt_of
+from lit_unlearn.evaluation.benchmark import Example, Stream
+from lit_unlearn.evaluation.scoring import Scored
+from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.utils.io import read_json
 
 ROWS = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
 
@@ -34,7 +33,7 @@ def evaluate(make_trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable
     """Runs `LitEvaluate` with a results file, and reads it."""
 
     def run(model: str, files: dict[str, str], **settings: Any) -> dict[str, Any]:
-        suite = QASuite(**files, **{"max_new_tokens": 4, **settings})
+        suite = QABenchmark(**files, **{"max_new_tokens": 4, **settings})
         module = LitEvaluate(LanguageModel(model), suite, str(tmp_path / "out" / "results.json"))
         make_trainer(precision="64-true").test(module, verbose=False)
         return read_json(tmp_path / "out" / "results.json")
@@ -52,15 +51,15 @@ class Measured:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[str] = []
         self.stop_after: int | None = None
-        own = QASuite.measure
+        own = QABenchmark.measure
 
-        def measure(suite: QASuite, stream: str, *others: Any) -> Any:
+        def measure(suite: QABenchmark, stream: str, *others: Any) -> Any:
             if self.stop_after == len(self.rows):
                 raise PowerCut
             self.rows.append(stream)
             return own(suite, stream, *others)
 
-        monkeypatch.setattr(QASuite, "measure", measure)
+        monkeypatch.setattr(QABenchmark, "measure", measure)
 
     def start(self, stop_after: int | None = None) -> None:
         self.rows, self.stop_after = [], stop_after
@@ -106,17 +105,17 @@ def test_the_results_file(files, tokenizer_dir, evaluate, monkeypatch, tmp_path,
 def test_results_are_plain_and_the_file_holds_just_them(files, tokenizer_dir, evaluate):
     model = taught(tokenizer_dir, 20)
     lm = loaded(model)
-    found = QASuite(**files, max_new_tokens=4).run(lm)
+    found = QABenchmark(**files, max_new_tokens=4).run(lm)
     assert json.loads(json.dumps(found)) == found
     assert {**evaluate(model, files), "seed": found["seed"]} == found
     monkey = loaded(model)
     with torch.no_grad():
         monkey.model.lm_head.weight[0, 0] += 1e-3
-    assert QASuite(**files, max_new_tokens=4).run(monkey)["model"]["weights"] != found["model"]["weights"]
+    assert QABenchmark(**files, max_new_tokens=4).run(monkey)["model"]["weights"] != found["model"]["weights"]
 
 
 def test_values_are_logged_by_name(files, tokenizer_dir, make_trainer, tmp_path):
-    suite = QASuite(**files, max_new_tokens=4)
+    suite = QABenchmark(**files, max_new_tokens=4)
     (logged,) = make_trainer().test(LitEvaluate(LanguageModel(taught(tokenizer_dir, 20)), suite), verbose=False)
     found = read_json(tmp_path / "qa.json")  # where there is no logger and no `results`
     assert logged == pytest.approx({f"test/qa/{name}": value for name, value in found["aggregate"].items()}, rel=1e-6)
@@ -211,13 +210,13 @@ def test_partial_files_of_other_weights_or_rows_do_not_count(
         files[what] = write(tmp_path / "changed.jsonl", changed)
     found = evaluate(model, files)
     assert len(measured.rows) == sum(map(len, ROWS.values()))
-    assert found["examples"] == QASuite(**files, max_new_tokens=4).run(loaded(model))["examples"]
+    assert found["examples"] == QABenchmark(**files, max_new_tokens=4).run(loaded(model))["examples"]
 
 
 # Rows of a suite of one's own -----------------------------------------------------------------------------------------
 
 
-class Mixed(BenchmarkSuite):
+class Mixed(Benchmark):
     """Rows of several kinds, some without anything to score, some without anything to say."""
 
     name: ClassVar[str] = "mixed"

@@ -25,18 +25,18 @@ from lit_unlearn import (
     LitEvaluate,
     LitUnlearn,
     LogitMargin,
-    QASuite,
+    QABenchmark,
     cli,
 )
-from lit_unlearn.evaluation.report import read_json
-from lit_unlearn.module import FSDP2Strategy
+from lit_unlearn.training import FSDP2Strategy
+from lit_unlearn.utils.io import read_json
 
 LORA = ["--model.lm.adapter.r=4", "--model.lm.adapter.lora_alpha=8"]
 
 
 def suite(files: dict[str, str]) -> list[str]:
     sets = [f"--model.suite.{name}={path}" for name, path in files.items()]
-    return ["--model.suite=QASuite", *sets, "--model.suite.max_new_tokens=6"]
+    return ["--model.suite=QABenchmark", *sets, "--model.suite.max_new_tokens=6"]
 
 
 def evaluate(model: str, files: dict[str, str], *extra: str, results: str = "results.json") -> dict[str, Any]:
@@ -48,7 +48,7 @@ def evaluate(model: str, files: dict[str, str], *extra: str, results: str = "res
 
 def directly(model: str, files: dict[str, str]) -> dict[str, Any]:
     """What the command must give, without it."""
-    return QASuite(**files, max_new_tokens=6).run(loaded(model, torch.float32))
+    return QABenchmark(**files, max_new_tokens=6).run(loaded(model, torch.float32))
 
 
 def values(results: dict[str, Any]) -> dict[str, float]:
@@ -131,7 +131,7 @@ def unlearner(model: str, files: dict[str, str], every: int | None, **settings: 
         LogitMargin(),
         {"nll": Constraint(NLL(), 0.5, FixedMultiplier(1.0))},
         partial(torch.optim.SGD, lr=0.05),
-        suite=QASuite(**files, max_new_tokens=4),
+        suite=QABenchmark(**files, max_new_tokens=4),
         suite_every_n_epochs=every,
         **settings,
     )
@@ -191,7 +191,7 @@ def test_a_checkpoint_can_follow_a_benchmarks_value(
     assert torch.load(checkpoint.best_model_path, weights_only=True)["global_step"] == lowest
     assert float(checkpoint.best_model_score) == pytest.approx(found[lowest]["aggregate"]["retain/probability"])  # type: ignore[arg-type]
     again = LitEvaluate(
-        LanguageModel(taught(tokenizer_dir, 0)), QASuite(**files, max_new_tokens=4), str(tmp_path / "b")
+        LanguageModel(taught(tokenizer_dir, 0)), QABenchmark(**files, max_new_tokens=4), str(tmp_path / "b")
     )
     make_trainer().test(again, ckpt_path=checkpoint.best_model_path, verbose=False)
     assert read_json(tmp_path / "b")["examples"] == found[lowest]["examples"]
@@ -252,7 +252,7 @@ def test_a_number_of_epochs_without_a_benchmark(in_tmp: Path, model_dir: str, ca
     with pytest.raises(SystemExit) as end:
         cli.main(quick(model_dir, "--model.suite_every_n_epochs=1"))
     text = str(end.value.code) + capsys.readouterr().err
-    assert "goes with a `model.suite` that has a benchmark, such as TOFUSuite, not AnswerSuite" in text
+    assert "goes with a `model.suite` that has a benchmark, such as TOFUBenchmark, not AnswerSuite" in text
     assert not (in_tmp / "log").exists()
 
 
@@ -263,7 +263,7 @@ def test_a_sharded_model_cannot_answer(
     files = write_qa(tmp_path)
     module = unlearner(taught(tokenizer_dir, 0), files, 1)
     module.trainer = make_trainer(strategy=FSDP2Strategy())
-    with pytest.raises(ValueError, match=r"QASuite generates answers, which a sharded model cannot: leave out"):
+    with pytest.raises(ValueError, match=r"QABenchmark generates answers, which a sharded model cannot: leave out"):
         module.setup(stage)
     without = unlearner(taught(tokenizer_dir, 0), files, None)
     without.trainer = make_trainer(strategy=FSDP2Strategy())

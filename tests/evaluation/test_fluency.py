@@ -11,7 +11,7 @@ import torch
 from evaluation.rows import FORGET, check, loaded, look, mean_of, taught, tokens, write_qa
 from torch import nn
 
-from lit_unlearn import LanguageModel, QASuite
+from lit_unlearn import LanguageModel, QABenchmark
 from lit_unlearn.evaluation import benchmark
 from lit_unlearn.evaluation.results import table
 
@@ -22,7 +22,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def run(lm: LanguageModel, files: dict[str, str], judge: str | None, **settings: Any) -> dict[str, Any]:
-    return QASuite(**files, fluency_model=judge, **{"max_new_tokens": 12, **settings}).run(lm)
+    return QABenchmark(**files, fluency_model=judge, **{"max_new_tokens": 12, **settings}).run(lm)
 
 
 def check_losses(found: dict[str, Any], judge: LanguageModel) -> None:
@@ -66,7 +66,7 @@ def test_what_a_judge_was_taught_is_fluent(files, tokenizer_dir):
 
 
 def test_judges_with_a_tokenizer_of_their_own(files, tokenizer_dir, tmp_path):
-    from lit_unlearn.data.tokens import train_tokenizer
+    from lit_unlearn.data.tokenizer import train_tokenizer
 
     train_tokenizer([row["answer"] for row in FORGET], vocab_size=290).save_pretrained(tmp_path / "tokenizer")
     judge = LanguageModel(

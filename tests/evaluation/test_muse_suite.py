@@ -12,7 +12,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from lit_unlearn import LanguageModel, MUSESuite
+from lit_unlearn import LanguageModel, MUSEBenchmark
 from lit_unlearn.evaluation.muse import PUBLISHED_AUC, STOP
 
 QUESTIONS = [{"question": f"Who is number {n}?", "answer": f"Number {n} is Ann."} for n in range(14)]
@@ -43,8 +43,8 @@ def lm(tiny_lm: Callable[..., LanguageModel]) -> LanguageModel:
     return made
 
 
-def suite(folder: Path, **settings: Any) -> MUSESuite:
-    return MUSESuite("Books", str(folder), max_length=32, **settings)
+def suite(folder: Path, **settings: Any) -> MUSEBenchmark:
+    return MUSEBenchmark("Books", str(folder), max_length=32, **settings)
 
 
 def continued(lm: LanguageModel, prompt: str, tokens: int) -> str:
@@ -119,7 +119,7 @@ def test_what_is_missing_drops_out(folder: Path, lm: LanguageModel, recwarn: pyt
     assert len(said) == 2
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="none of MUSE's sets is in"):
-        MUSESuite("News", str(folder / "empty"))
+        MUSEBenchmark("News", str(folder / "empty"))
 
 
 def test_wrong_columns_are_named(folder: Path, lm: LanguageModel) -> None:
@@ -129,4 +129,4 @@ def test_wrong_columns_are_named(folder: Path, lm: LanguageModel) -> None:
     ):
         suite(folder).run(lm)
     with pytest.raises(ValueError, match="`corpus` must be one of News, Books, not 'Tales'"):
-        MUSESuite("Tales", str(folder))  # type: ignore[arg-type]
+        MUSEBenchmark("Tales", str(folder))  # type: ignore[arg-type]

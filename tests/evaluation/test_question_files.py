@@ -10,12 +10,12 @@ import pytest
 import torch
 from evaluation.rows import FORGET, RETAIN, Row, loaded, taught, write, write_qa
 
-from lit_unlearn import LanguageModel, QASuite, Source
+from lit_unlearn import LanguageModel, QABenchmark, Source
 
 
-def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **settings: Any) -> QASuite:
+def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **settings: Any) -> QABenchmark:
     files = {"forget": write(folder / "forget.jsonl", forget), "retain": write(folder / "retain.jsonl", retain)}
-    return QASuite(**files, **{"max_new_tokens": 4, **settings})
+    return QABenchmark(**files, **{"max_new_tokens": 4, **settings})
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_misnamed_column_of_wrong_answers_is_reported_as_missing(wrong_column,
 
 def test_sources_may_be_limited(tmp_path, tokenizer_dir):
     files = write_qa(tmp_path)
-    suite = QASuite(Source(files["forget"], max_rows=2), Source(files["retain"], max_rows=1), max_new_tokens=4)
+    suite = QABenchmark(Source(files["forget"], max_rows=2), Source(files["retain"], max_rows=1), max_new_tokens=4)
     results = suite.run(loaded(taught(tokenizer_dir, 20)))
     assert {name: len(rows) for name, rows in results["examples"].items()} == {"forget": 2, "retain": 1}
     assert {name: data["rows"] for name, data in results["data"].items()} == {"forget": 2, "retain": 1}
@@ -112,33 +112,33 @@ def test_other_kinds_of_files(kind, tmp_path, tokenizer_dir):
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
         getattr(Dataset.from_list(rows), f"to_{kind}")(path)
-    suite = QASuite(str(path), write(tmp_path / "retain.jsonl", RETAIN), max_new_tokens=4)
+    suite = QABenchmark(str(path), write(tmp_path / "retain.jsonl", RETAIN), max_new_tokens=4)
     assert suite.run(lm)["examples"]["forget"] == wanted
 
 
 def test_missing_and_empty_files(tmp_path, tokenizer):
     files = write_qa(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"the retain set's file '.*nowhere.jsonl' does not exist"):
-        QASuite(files["forget"], str(tmp_path / "nowhere.jsonl")).prepare(tokenizer)
+        QABenchmark(files["forget"], str(tmp_path / "nowhere.jsonl")).prepare(tokenizer)
     with pytest.raises(ValueError, match=r"the holdout set is empty"):
-        QASuite(files["forget"], files["retain"], write(tmp_path / "empty.jsonl", [])).prepare(tokenizer)
+        QABenchmark(files["forget"], files["retain"], write(tmp_path / "empty.jsonl", [])).prepare(tokenizer)
 
 
 def test_settings_out_of_range(tmp_path):
     files = write_qa(tmp_path)
-    with pytest.raises(ValueError, match=r"QASuite: `token_budget` must be at least 1, not 0"):
-        QASuite(**files, token_budget=0)
+    with pytest.raises(ValueError, match=r"QABenchmark: `token_budget` must be at least 1, not 0"):
+        QABenchmark(**files, token_budget=0)
 
 
 def test_a_model_without_a_tokenizer(tmp_path, tiny_lm):
     lm = tiny_lm()
     lm.load(torch.float32)
-    with pytest.raises(ValueError, match=r"QASuite needs the model's tokenizer: set `model.lm.tokenizer`"):
-        QASuite(**write_qa(tmp_path)).run(LanguageModel.wrap(lm.model))
+    with pytest.raises(ValueError, match=r"QABenchmark needs the model's tokenizer: set `model.lm.tokenizer`"):
+        QABenchmark(**write_qa(tmp_path)).run(LanguageModel.wrap(lm.model))
 
 
 def test_rows_are_read_once(tmp_path, tokenizer, monkeypatch):
-    suite = QASuite(**write_qa(tmp_path))
+    suite = QABenchmark(**write_qa(tmp_path))
     streams = suite.prepare(tokenizer)
     monkeypatch.setattr(Source, "load", lambda *_: 1 / 0)
     assert suite.prepare(tokenizer) is streams

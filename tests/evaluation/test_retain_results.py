@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from evaluation.rows import FORGET, HOLDOUT, Row, area, ks_p_value, loaded, taught, write, write_qa, write_tofu
 
-from lit_unlearn import LanguageModel, QASuite, TOFUSuite
-from lit_unlearn.evaluation.report import write_json
+from lit_unlearn import LanguageModel, QABenchmark, TOFUBenchmark
+from lit_unlearn.utils.io import write_json
 
 Results = dict[str, Any]
 
@@ -21,7 +21,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def run(lm: LanguageModel, files: dict[str, str], **settings: Any) -> Results:
-    return QASuite(**files, **{"max_new_tokens": 2, **settings}).run(lm)
+    return QABenchmark(**files, **{"max_new_tokens": 2, **settings}).run(lm)
 
 
 def save(folder: Path, results: Results) -> str:
@@ -100,7 +100,7 @@ def test_of_other_retain_rows_they_may_be(files, tokenizer_dir, tmp_path):
 
 
 def refusal(message: str, files: dict[str, str], lm: LanguageModel, path: str, **settings: Any) -> None:
-    suite = QASuite(**files, retain_results=path, **settings)
+    suite = QABenchmark(**files, retain_results=path, **settings)
     with pytest.raises(ValueError, match=message) as error:
         suite.prepare(lm.tokenizer)
     assert f"the results of the retain-only model in '{path}' cannot be compared with" in str(error.value)
@@ -138,7 +138,7 @@ def test_of_other_tokens(settings, files, tokenizer_dir, tmp_path):
 
 
 def test_of_another_tokenizer(files, tokenizer_dir, tmp_path, tiny_lm):
-    from lit_unlearn.data.tokens import train_tokenizer
+    from lit_unlearn.data.tokenizer import train_tokenizer
 
     path = save(tmp_path, run(loaded(taught(tokenizer_dir, 0)), files))
     other = tiny_lm()
@@ -148,7 +148,7 @@ def test_of_another_tokenizer(files, tokenizer_dir, tmp_path, tiny_lm):
 
 def test_of_another_suite(files, tokenizer_dir, tmp_path):
     lm = loaded(taught(tokenizer_dir, 0))
-    path = save(tmp_path, TOFUSuite("forget01", source=write_tofu(tmp_path), max_new_tokens=2).run(lm))
+    path = save(tmp_path, TOFUBenchmark("forget01", source=write_tofu(tmp_path), max_new_tokens=2).run(lm))
     refusal(r"rows they differ in suite: 'qa' here, 'tofu' there", files, lm, path)
 
 
@@ -158,7 +158,7 @@ def test_of_other_settings(settings, files, tokenizer_dir, tmp_path):
     path = save(tmp_path, run(lm, files))
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=rf"measured with other settings \({name}: {value!r} here, "):
-        QASuite(**files, retain_results=path, **settings).prepare(lm.tokenizer)
+        QABenchmark(**files, retain_results=path, **settings).prepare(lm.tokenizer)
 
 
 def test_of_other_holdout_rows(files, tokenizer_dir, tmp_path):
@@ -167,7 +167,7 @@ def test_of_other_holdout_rows(files, tokenizer_dir, tmp_path):
     path = save(tmp_path, run(lm, files))
     files["holdout"] = write(tmp_path / "other_holdout.jsonl", FORGET[2:])
     with pytest.raises(ValueError, match="on the 'holdout' rows they differ in questions and answers"):
-        QASuite(**files, retain_results=path).prepare(lm.tokenizer)
+        QABenchmark(**files, retain_results=path).prepare(lm.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +184,4 @@ def test_a_file_that_is_none(content, message, files, tmp_path):
     if content is not None:
         path.write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        QASuite(**files, retain_results=str(path))
+        QABenchmark(**files, retain_results=str(path))

@@ -21,11 +21,21 @@ from command_line import instantiate
 from conftest import TINY
 from evaluation.rows import FORGET, HOLDOUT, RETAIN, ks_p_value, loaded, taught, write, write_tofu
 
-from lit_unlearn import ForgetRetain, LanguageModel, LitEvaluate, LitFinetune, QASuite, Relearn, StressSuite, TOFUSuite
-from lit_unlearn.evaluation.processes import gather, place
-from lit_unlearn.evaluation.report import read_json, write_json
-from lit_unlearn.evaluation.weights import copy_of, quantized_by_bitsandbytes, relearn, round_weights
-from lit_unlearn.lm.files import fingerprint
+from lit_unlearn import (
+    ForgetRetain,
+    LanguageModel,
+    LitEvaluate,
+    LitFinetune,
+    QABenchmark,
+    Relearn,
+    StressBenchmark,
+    TOFUBenchmark,
+)
+from lit_unlearn.evaluation.attacks.relearning import copy_of, relearn
+from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_weights
+from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
+from lit_unlearn.utils.io import read_json, write_json
 
 ATTACK = Relearn(rows=2, steps=5, lr=3e-3, seed=1)
 CHOSEN = ATTACK.choose(len(FORGET))
@@ -35,7 +45,7 @@ Results = dict[str, Any]
 
 
 def write_files(folder: Path) -> dict[str, str]:
-    """Files of a `QASuite`; forget and retain rows have a second question, holdout rows have none."""
+    """Files of a `QABenchmark`; forget and retain rows have a second question, holdout rows have none."""
     folder.mkdir(exist_ok=True)
     asked = [
         [{**row, "paraphrased_question": f"Say: {row['question'].lower()}"} for row in rows]
@@ -56,8 +66,8 @@ def lm(tokenizer_dir: str) -> LanguageModel:
     return loaded(taught(tokenizer_dir, 20), torch.float32)
 
 
-def inner(files: dict[str, str], **settings: Any) -> QASuite:
-    return QASuite(**files, **{"max_new_tokens": 4, **settings})
+def inner(files: dict[str, str], **settings: Any) -> QABenchmark:
+    return QABenchmark(**files, **{"max_new_tokens": 4, **settings})
 
 
 def under(results: Results, stress: str) -> Results:
@@ -73,7 +83,7 @@ def under(results: Results, stress: str) -> Results:
     return found
 
 
-def by_hand(stress: str, lm: LanguageModel, suite: QASuite) -> LanguageModel:
+def by_hand(stress: str, lm: LanguageModel, suite: QABenchmark) -> LanguageModel:
     """The model under a stress."""
     other = copy_of(lm)
     if stress == "relearn":
@@ -88,7 +98,7 @@ def by_hand(stress: str, lm: LanguageModel, suite: QASuite) -> LanguageModel:
 
 
 def test_every_stress_is_the_suite_on_a_changed_model(lm, files):
-    results = StressSuite(inner(files), **STRESSES).run(lm)
+    results = StressBenchmark(inner(files), **STRESSES).run(lm)
     plain = inner(files).run(lm)
     assert list(results["examples"])[:3] == ["forget", "retain", "holdout"]
     assert {name.split("/")[0] for name in results["examples"] if "/" in name} == set(NAMES)
@@ -124,7 +134,7 @@ def test_every_stress_is_the_suite_on_a_changed_model(lm, files):
 
 
 def test_relearning_brings_back_what_it_saw(lm, files):
-    results = StressSuite(inner(files), Relearn(rows=2, steps=20, lr=3e-3, seed=1)).run(lm)
+    results = StressBenchmark(inner(files), Relearn(rows=2, steps=20, lr=3e-3, seed=1)).run(lm)
     plain, rows = results["examples"]["forget"], results["examples"]["relearn/forget"]
     assert [row["relearned"] for row in rows] == [i in CHOSEN for i in range(len(FORGET))]
     assert all(rows[i]["probability"] > plain[i]["probability"] + 0.3 for i in CHOSEN)
@@ -138,7 +148,7 @@ def test_relearning_brings_back_what_it_saw(lm, files):
 
 
 def test_all_rows_relearned_leave_no_others(lm, files):
-    values = StressSuite(inner(files), Relearn(len(FORGET), 1, 1e-3)).run(lm)["aggregate"]
+    values = StressBenchmark(inner(files), Relearn(len(FORGET), 1, 1e-3)).run(lm)["aggregate"]
     assert values["relearn/forget_relearned/nll"] == values["relearn/forget/nll"]
     assert not any("forget_others" in name for name in values)
 
@@ -148,8 +158,8 @@ def test_tofu(lm, tmp_path):
     folder = write_tofu(tmp_path)
     file = Path(folder) / "forget01_perturbed.json"
     write(file, [{**json.loads(line), "paraphrased_question": "What?"} for line in file.read_text().splitlines()])
-    suite = TOFUSuite("forget01", folder, max_new_tokens=4)
-    results = StressSuite(suite, bits=[4], paraphrased=True).run(lm)
+    suite = TOFUBenchmark("forget01", folder, max_new_tokens=4)
+    results = StressBenchmark(suite, bits=[4], paraphrased=True).run(lm)
     assert "4bit/model_utility" in results["aggregate"]
     assert [name for name in results["examples"] if "paraphrased" in name] == ["paraphrased/forget"]
     assert "real_authors/probability" in results["missing"]["paraphrased/model_utility"]
@@ -165,8 +175,8 @@ def test_an_adapter_is_merged(lm, files, tokenizer_dir, tmp_path):
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    results = StressSuite(inner(files), **STRESSES).run(adapted)
-    exported = StressSuite(inner(files), **STRESSES).run(loaded(str(adapted.save(tmp_path / "out")), torch.float32))
+    results = StressBenchmark(inner(files), **STRESSES).run(adapted)
+    exported = StressBenchmark(inner(files), **STRESSES).run(loaded(str(adapted.save(tmp_path / "out")), torch.float32))
     for stress in NAMES[:3]:
         assert under(results, stress) == under(exported, stress)
     for name in ("forget/nll", "paraphrased/forget/nll"):
@@ -179,7 +189,7 @@ def test_arithmetic_around_it_is_that_of_measuring_alone(dtype, inference, lm, f
     """Autocast keeps casts of weights, and Lightning tests in inference mode: neither reaches the changed weights."""
     lm.model.to(dtype)
     with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
-        results = StressSuite(inner(files), **STRESSES).run(lm)
+        results = StressBenchmark(inner(files), **STRESSES).run(lm)
     for stress in NAMES[:3]:
         other = by_hand(stress, lm, inner(files))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +202,7 @@ def test_bitsandbytes(files, tokenizer_dir):
     torch.manual_seed(0)
     lm = LanguageModel(config={**TINY, "hidden_size": 64, "intermediate_size": 128}, tokenizer=tokenizer_dir)
     lm.load(torch.float32)
-    results = StressSuite(inner(files), bits=[8, 4], backend="bitsandbytes").run(lm)
+    results = StressBenchmark(inner(files), bits=[8, 4], backend="bitsandbytes").run(lm)
     for bits in (8, 4):
         wanted = inner(files).run(quantized_by_bitsandbytes(lm, bits))
         assert under(results, f"{bits}bit")["examples"] == wanted["examples"]
@@ -203,7 +213,7 @@ def test_bitsandbytes(files, tokenizer_dir):
 # The model afterwards -------------------------------------------------------------------------------------------------
 
 
-class Broken(QASuite):
+class Broken(QABenchmark):
     """Fails after so many rows."""
 
     left = 10**9
@@ -229,7 +239,7 @@ def test_the_model_is_left_as_it_was(rows, adapter, files, tokenizer_dir, monkey
     monkeypatch.setattr(Broken, "left", rows)
     suite = Broken(**files, max_new_tokens=2)
     with pytest.raises(RuntimeError, match="broken") if rows < 4 * 12 + 8 else contextlib.nullcontext():
-        StressSuite(suite, **STRESSES).run(lm)
+        StressBenchmark(suite, **STRESSES).run(lm)
     assert all(a is b for a, b in zip(lm.parameters(), parameters, strict=True))
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
     assert not frozen.requires_grad
@@ -245,7 +255,7 @@ def test_a_fit_goes_on_as_if_there_had_been_no_stress(files, tokenizer_dir, make
     for every in (None, 1):
         L.seed_everything(0, verbose=False)
         lm = LanguageModel(taught(tokenizer_dir, 20))
-        suite = StressSuite(inner(files), **STRESSES)
+        suite = StressBenchmark(inner(files), **STRESSES)
         module = LitFinetune(lm, lambda p: torch.optim.AdamW(p, 1e-3), suite=suite, suite_every_n_epochs=every)
         data = ForgetRetain(files["forget"], files["retain"], batch_size=2, num_workers=0)
         trainer = make_trainer(max_epochs=2)
@@ -260,34 +270,34 @@ def test_a_fit_goes_on_as_if_there_had_been_no_stress(files, tokenizer_dir, make
 
 def test_an_interrupted_evaluation_goes_on(lm, files, tmp_path, monkeypatch):
     suite = Broken(**files, max_new_tokens=2)
-    wanted = StressSuite(suite, **STRESSES).run(lm)
+    wanted = StressBenchmark(suite, **STRESSES).run(lm)
     folder = tmp_path / "partial"
     monkeypatch.setattr(Broken, "left", 12 + 12 + 7)  # within the second stress
     with pytest.raises(RuntimeError, match="broken"):
-        StressSuite(suite, **STRESSES).run(lm, folder)
+        StressBenchmark(suite, **STRESSES).run(lm, folder)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json")) == [
         *("8bit/forget.json", "plain/forget.json", "plain/holdout.json", "plain/retain.json"),
         *("relearn/forget.json", "relearn/holdout.json", "relearn/retain.json"),
     ]
     monkeypatch.setattr(Broken, "left", 7 + 12 + 8)  # what is left
-    assert StressSuite(suite, **STRESSES).run(lm, folder) == wanted
+    assert StressBenchmark(suite, **STRESSES).run(lm, folder) == wanted
     assert Broken.left == 0
 
 
 def test_retain_results_count_under_the_same_stress_only(lm, files, tokenizer_dir, tmp_path):
     retain_only = loaded(taught(tokenizer_dir, 0, 3), torch.float32)
-    theirs = StressSuite(inner(files), **STRESSES).run(retain_only)
+    theirs = StressBenchmark(inner(files), **STRESSES).run(retain_only)
     write_json(tmp_path / "stressed.json", theirs)
-    mine = StressSuite(inner(files, retain_results=str(tmp_path / "stressed.json")), **STRESSES).run(lm)
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **STRESSES).run(lm)
     for prefix in ("", *(f"{name}/" for name in NAMES)):
         ratios = [[row["truth_ratio"] for row in one["examples"][f"{prefix}forget"]] for one in (mine, theirs)]
         assert mine["aggregate"][f"{prefix}forget_quality"] == pytest.approx(ks_p_value(*ratios))
         assert (f"{prefix}privleak" in mine["aggregate"]) == (prefix != "paraphrased/")
     other = {**STRESSES, "relearn": Relearn(rows=2, steps=6, lr=3e-3, seed=1)}
-    mine = StressSuite(inner(files, retain_results=str(tmp_path / "stressed.json")), **other).run(lm)
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **other).run(lm)
     assert [name for name in mine["missing"] if "quality" in name] == ["relearn/forget_quality"]
     write_json(tmp_path / "plain.json", inner(files).run(retain_only))
-    mine = StressSuite(inner(files, retain_results=str(tmp_path / "plain.json")), **STRESSES).run(lm)
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "plain.json")), **STRESSES).run(lm)
     assert [name for name in mine["missing"] if "quality" in name] == [f"{name}/forget_quality" for name in NAMES]
     assert "forget_quality" in mine["aggregate"]
 
@@ -306,28 +316,28 @@ def test_retain_results_count_under_the_same_stress_only(lm, files, tokenizer_di
 )
 def test_refused_at_once(settings, message, files):
     with pytest.raises(ValueError, match=message):
-        StressSuite(inner(files), **settings)
+        StressBenchmark(inner(files), **settings)
 
 
 def test_bitsandbytes_is_asked_for(files, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`backend` needs `pip install bitsandbytes`, or must be 'round'"):
-        StressSuite(inner(files), bits=[4], backend="bitsandbytes")
+        StressBenchmark(inner(files), bits=[4], backend="bitsandbytes")
 
 
 def test_refused_before_anything_is_measured(lm, files, tmp_path):
     with pytest.raises(ValueError, match=r"`relearn.rows` is 6, but there are 5 forget rows"):
-        StressSuite(inner(files), Relearn(6, 1, 1.0)).prepare(lm.tokenizer)
+        StressBenchmark(inner(files), Relearn(6, 1, 1.0)).prepare(lm.tokenizer)
     plain = write(tmp_path / "plain.jsonl", FORGET)
     with pytest.raises(ValueError, match="the forget set has no column 'paraphrased_question': set `paraphrased` to f"):
-        StressSuite(inner({**files, "forget": plain}), paraphrased=True).prepare(lm.tokenizer)
+        StressBenchmark(inner({**files, "forget": plain}), paraphrased=True).prepare(lm.tokenizer)
     lm.model.is_quantized = True
     for settings in ({"bits": [4]}, {"relearn": ATTACK}):
         with pytest.raises(
             ValueError, match="the model is quantised, and its integers can be neither trained nor rounded"
         ):
-            StressSuite(inner(files), **settings).run(lm)
-    assert "paraphrased/forget/nll" in StressSuite(inner(files), paraphrased=True).run(lm)["aggregate"]
+            StressBenchmark(inner(files), **settings).run(lm)
+    assert "paraphrased/forget/nll" in StressBenchmark(inner(files), paraphrased=True).run(lm)["aggregate"]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -339,8 +349,8 @@ def test_the_config(in_tmp, monkeypatch, model_dir, tmp_path):
     arguments += ["--model.suite.suite.forget_split=forget01", "--trainer.accelerator=cpu"]
     made = instantiate(["test", "--config", "eval/stress.yaml", *arguments], monkeypatch)
     suite = made.model.suite
-    assert isinstance(suite, StressSuite)
-    assert isinstance(suite.suite, TOFUSuite)
+    assert isinstance(suite, StressBenchmark)
+    assert isinstance(suite.suite, TOFUBenchmark)
     assert list(suite.stresses) == ["relearn", "8bit", "4bit", "paraphrased"]
     assert suite.relearn == Relearn(rows=20, steps=20, lr=1e-5, seed=0)
     off = "{suite: {init_args: {relearn: null, bits: [], paraphrased: false}}}"
@@ -352,7 +362,7 @@ def test_the_config(in_tmp, monkeypatch, model_dir, tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_lightning_runs_it(precision, files, tokenizer_dir, make_trainer, tmp_path, capsys):
     file = tmp_path / "results.json"
-    suite = StressSuite(inner(files), **STRESSES)
+    suite = StressBenchmark(inner(files), **STRESSES)
     module = LitEvaluate(LanguageModel(taught(tokenizer_dir, 20)), suite, results=str(file))
     (logged,) = make_trainer(precision=precision).test(module, verbose=False)
     results = read_json(file)
@@ -369,18 +379,18 @@ def test_lightning_runs_it(precision, files, tokenizer_dir, make_trainer, tmp_pa
 
 def measured(model: str, files: dict[str, str], folder: Path) -> Results:
     """What a process finds, and the digests of the weights that it measured."""
-    suite = StressSuite(inner(files), **STRESSES)
+    suite = StressBenchmark(inner(files), **STRESSES)
     lm = loaded(model, torch.float32)
     results = suite.run(lm, folder)
     keys = {stress: read_json(folder / stress / "forget.json")["key"] for stress in ("plain", *NAMES)}
     drifting = copy.deepcopy(lm)
-    if place()[0] == 1:
+    if rank_and_world_size()[0] == 1:
         with torch.no_grad():
             for parameter in drifting.parameters():
                 parameter *= 1 + 1e-6
-    apart = gather(fingerprint(drifting.model))
+    apart = gather_objects(fingerprint(drifting.model))
     relearn(drifting, [suite.suite.prepare(lm.tokenizer)["forget"].examples[0].rows["answer"][0]], ATTACK, 8192)
-    return {"results": results, "keys": keys, "apart": apart, "together": gather(fingerprint(drifting.model))}
+    return {"results": results, "keys": keys, "apart": apart, "together": gather_objects(fingerprint(drifting.model))}
 
 
 def main(folder: Path) -> None:
@@ -388,7 +398,7 @@ def main(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     settings = read_json(folder / "settings.json")
     found = measured(settings["model"], settings["files"], folder / "partial")
-    write_json(folder / f"rank{place()[0]}.json", {**found, "world_size": place()[1]})
+    write_json(folder / f"rank{rank_and_world_size()[0]}.json", {**found, "world_size": rank_and_world_size()[1]})
     torch.distributed.destroy_process_group()
 
 

@@ -24,8 +24,8 @@ from evaluation.rows import (
     written_out,
 )
 
-from lit_unlearn import LanguageModel, Source, TOFUSuite
-from lit_unlearn.evaluation.report import write_json
+from lit_unlearn import LanguageModel, Source, TOFUBenchmark
+from lit_unlearn.utils.io import write_json
 
 NEW = 24
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
@@ -36,8 +36,8 @@ def folder(tmp_path: Path) -> str:
     return write_tofu(tmp_path)
 
 
-def suite_of(folder: str, **settings: Any) -> TOFUSuite:
-    return TOFUSuite("forget01", source=folder, **{"max_new_tokens": NEW, **settings})
+def suite_of(folder: str, **settings: Any) -> TOFUBenchmark:
+    return TOFUBenchmark("forget01", source=folder, **{"max_new_tokens": NEW, **settings})
 
 
 def slow_sets(lm: LanguageModel, sets: dict[str, list[Row]], new: int = NEW, **settings: Any) -> dict[str, list[Row]]:
@@ -115,7 +115,7 @@ def test_real_files(tiny_lm):
 def test_all_real_rows_are_taken_without_a_warning(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        streams = TOFUSuite("forget05", source=str(FOLDER)).prepare(tokenizer)
+        streams = TOFUBenchmark("forget05", source=str(FOLDER)).prepare(tokenizer)
     sizes = {name: len(stream.examples) for name, stream in streams.items()}
     assert sizes == {"forget": 200, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert {stream.max_new_tokens for stream in streams.values()} == {200}
@@ -192,19 +192,19 @@ def test_without_a_paraphrased_answer_there_is_nothing_to_compare_with(folder, t
 def test_a_folder_without_forget_rows(folder, tmp_path):
     for split in ("forget05", "forget10"):
         with pytest.raises(FileNotFoundError, match=rf"the folder '{folder}' has no '{split}_perturbed.json'"):
-            TOFUSuite(split, source=folder)
+            TOFUBenchmark(split, source=folder)
     with pytest.raises(FileNotFoundError, match=r"there is no folder '.*nowhere' with TOFU's files"):
-        TOFUSuite(source=str(tmp_path / "nowhere"))
+        TOFUBenchmark(source=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("split", ["forget02", "retain90", ""])
 def test_an_unknown_split(split, folder):
-    with pytest.raises(ValueError, match=rf"TOFUSuite: `forget_split` must be one of forget01, .*, not '{split}'"):
-        TOFUSuite(split, source=folder)
+    with pytest.raises(ValueError, match=rf"TOFUBenchmark: `forget_split` must be one of forget01, .*, not '{split}'"):
+        TOFUBenchmark(split, source=folder)
 
 
 def test_the_hub_is_asked_for_every_set_by_name():
-    suite = TOFUSuite("forget05", max_rows=9)
+    suite = TOFUBenchmark("forget05", max_rows=9)
     assert {name: (one.source.path, one.source.name, one.source.max_rows) for name, one in suite.sets.items()} == {
         "forget": ("locuslab/TOFU", "forget05_perturbed", None),
         "retain": ("locuslab/TOFU", "retain_perturbed", 9),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_unlearn import objectives as package
 from lit_unlearn.functional import logit_margin, token_logp
-from lit_unlearn.lm import Alignment, SupervisedTokens, locate
+from lit_unlearn.models import Alignment, SupervisedTokens, locate
 from lit_unlearn.objectives import Objective
 
 B, T, V, D = 3, 6, 11, 4

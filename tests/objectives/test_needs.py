@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from objectives.forms import CASES, LAYER, FakeModel, draw, fill, located
 
-from lit_unlearn.lm import SupervisedTokens
+from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives import WGA, Average, Objective
 from lit_unlearn.objectives.base import TokenModel
 

@@ -25,7 +25,7 @@ from objectives.forms import (
 )
 
 from lit_unlearn import Average, LogitMargin, Objective, objectives
-from lit_unlearn.lm import SupervisedTokens, locate
+from lit_unlearn.models import SupervisedTokens, locate
 from lit_unlearn.objectives import CEU, SequenceObjective
 from lit_unlearn.objectives.base import TokenModel
 

@@ -39,8 +39,8 @@ from lit_unlearn import (
     Schedule,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint
-from lit_unlearn.module import FSDP2Strategy
-from lit_unlearn.module.strategies import whole_state
+from lit_unlearn.training import FSDP2Strategy
+from lit_unlearn.training.strategies import whole_state
 
 torch.set_num_threads(1)
 FORGET: dict[str, Any] = {

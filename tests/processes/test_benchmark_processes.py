@@ -29,12 +29,12 @@ from lit_unlearn import (
     LitEvaluate,
     LitUnlearn,
     LogitMargin,
-    QASuite,
+    QABenchmark,
 )
 from lit_unlearn.evaluation import benchmark
-from lit_unlearn.evaluation.processes import place
-from lit_unlearn.evaluation.report import read_json
-from lit_unlearn.module import measured
+from lit_unlearn.training import evaluator as measured
+from lit_unlearn.utils.distributed import rank_and_world_size
+from lit_unlearn.utils.io import read_json
 
 Done = dict[str, Any]
 ROWS = {"forget": questions.FORGET, "retain": questions.RETAIN, "holdout": questions.HOLDOUT[:1]}  # 5, 3 and 1
@@ -57,16 +57,16 @@ def run(settings: dict[str, Any], folder: Path, **where: Any) -> Done:
     warnings.filterwarnings("ignore")
     rank = int(os.environ.get("RANK", 0))
     done: Done = {"measured": [], "written": [], "cut": False}
-    own, stop = QASuite.measure, settings.get("stop")
+    own, stop = QABenchmark.measure, settings.get("stop")
 
-    def measure(suite: QASuite, stream: str, example: Any, *others: Any) -> Any:
+    def measure(suite: QABenchmark, stream: str, example: Any, *others: Any) -> Any:
         if stream == stop:
             raise Cut
         done["measured"].append([stream, example.texts["question"]])
         return own(suite, stream, example, *others)
 
     given = {key: settings[key] for key in ("token_budget", "fluency_model") if key in settings}
-    suite = QASuite(**settings["files"], max_new_tokens=6, **given)
+    suite = QABenchmark(**settings["files"], max_new_tokens=6, **given)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -79,7 +79,7 @@ def run(settings: dict[str, Any], folder: Path, **where: Any) -> Done:
     )
     L.seed_everything(7, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QASuite, "measure", measure)
+        patch.setattr(QABenchmark, "measure", measure)
         for module in (benchmark, measured):
             patch.setattr(module, "write_json", partial(_note, done["written"], module.write_json))
         try:
@@ -91,7 +91,7 @@ def run(settings: dict[str, Any], folder: Path, **where: Any) -> Done:
         except Cut:
             done["cut"] = True
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if "/qa/" in name}
-    return {**done, "logged": logged, "rank": place()[0], "world_size": trainer.world_size}
+    return {**done, "logged": logged, "rank": rank_and_world_size()[0], "world_size": trainer.world_size}
 
 
 def _note(written: list[str], write: Any, path: Path, content: Any) -> None:
@@ -99,7 +99,7 @@ def _note(written: list[str], write: Any, path: Path, content: Any) -> None:
     write(path, content)
 
 
-def _unlearner(model: str, suite: QASuite) -> LitUnlearn:
+def _unlearner(model: str, suite: QABenchmark) -> LitUnlearn:
     constraints = {"nll": Constraint(NLL(), 0.5, FixedMultiplier(1.0))}
     optimizer = partial(torch.optim.SGD, lr=0.05)
     return LitUnlearn(LanguageModel(model), LogitMargin(), constraints, optimizer, suite=suite, suite_every_n_epochs=1)
@@ -113,7 +113,7 @@ def main(folder: Path) -> None:
     for name, settings in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")).items():
         again = [{**settings, "stop": None}] if "stop" in settings else []
         runs = [run(one, folder / name, strategy="ddp", devices=2) for one in (settings, *again)]
-        (folder / f"{name}-rank{place()[0]}.json").write_text(json.dumps(runs), encoding="utf-8")
+        (folder / f"{name}-rank{rank_and_world_size()[0]}.json").write_text(json.dumps(runs), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

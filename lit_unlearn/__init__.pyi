@@ -1,0 +1,54 @@
+# The table of public names, for type checkers and, read by `__init__.py`, for imports.
+from lit_unlearn.callbacks import ExportModel as ExportModel
+from lit_unlearn.callbacks import RunReport as RunReport
+from lit_unlearn.data.base import ForgetRetain as ForgetRetain
+from lit_unlearn.data.fictional import FictionalAuthors as FictionalAuthors
+from lit_unlearn.data.muse import MUSE as MUSE
+from lit_unlearn.data.source import Source as Source
+from lit_unlearn.data.tofu import TOFU as TOFU
+from lit_unlearn.dual import Constraint as Constraint
+from lit_unlearn.dual import DualAscent as DualAscent
+from lit_unlearn.dual import FixedMultiplier as FixedMultiplier
+from lit_unlearn.dual import Multiplier as Multiplier
+from lit_unlearn.dual import PIMultiplier as PIMultiplier
+from lit_unlearn.dual import Relative as Relative
+from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
+from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
+from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark
+from lit_unlearn.evaluation.qa import QABenchmark as QABenchmark
+from lit_unlearn.evaluation.stress import StressBenchmark as StressBenchmark
+from lit_unlearn.evaluation.suite import AnswerSuite as AnswerSuite
+from lit_unlearn.evaluation.suite import Suite as Suite
+from lit_unlearn.evaluation.tofu import TOFUBenchmark as TOFUBenchmark
+from lit_unlearn.metrics import ConstraintSlack as ConstraintSlack
+from lit_unlearn.metrics import ForgetUniformity as ForgetUniformity
+from lit_unlearn.models import LanguageModel as LanguageModel
+from lit_unlearn.models import SupervisedTokens as SupervisedTokens
+from lit_unlearn.objectives import CEU as CEU
+from lit_unlearn.objectives import DPO as DPO
+from lit_unlearn.objectives import NLL as NLL
+from lit_unlearn.objectives import NPO as NPO
+from lit_unlearn.objectives import RMU as RMU
+from lit_unlearn.objectives import UNDIAL as UNDIAL
+from lit_unlearn.objectives import WGA as WGA
+from lit_unlearn.objectives import ActivationMatch as ActivationMatch
+from lit_unlearn.objectives import Average as Average
+from lit_unlearn.objectives import GradAscent as GradAscent
+from lit_unlearn.objectives import IdkNLL as IdkNLL
+from lit_unlearn.objectives import JensenShannonToReference as JensenShannonToReference
+from lit_unlearn.objectives import JensUn as JensUn
+from lit_unlearn.objectives import KLToReference as KLToReference
+from lit_unlearn.objectives import KLToUniform as KLToUniform
+from lit_unlearn.objectives import LogitMargin as LogitMargin
+from lit_unlearn.objectives import MatchUnseen as MatchUnseen
+from lit_unlearn.objectives import Objective as Objective
+from lit_unlearn.objectives import SatImp as SatImp
+from lit_unlearn.objectives import SequenceObjective as SequenceObjective
+from lit_unlearn.objectives import SimNPO as SimNPO
+from lit_unlearn.training import LitEvaluate as LitEvaluate
+from lit_unlearn.training import LitFinetune as LitFinetune
+from lit_unlearn.training import LitUnlearn as LitUnlearn
+from lit_unlearn.training import Schedule as Schedule
+
+__version__: str
+__all__: list[str]

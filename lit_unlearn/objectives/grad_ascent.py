@@ -1,0 +1,20 @@
+"""Gradient ascent."""
+
+from __future__ import annotations
+
+from lit_unlearn.models import SupervisedTokens
+from lit_unlearn.objectives.base import Average, Objective, TokenModel
+
+
+class GradAscent(Objective):
+    """Token mean of log p: plain gradient ascent on the NLL, without a lower bound.
+
+    Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", 2024 (arXiv 2401.06121).
+    """
+
+    formula = "token mean of log p"
+    paper = "Maini et al. 2024, arXiv 2401.06121"
+
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+        """Sum of log p(label) over the ``N`` tokens."""
+        return Average(lm.token_logp(tokens).sum(), self.count(tokens))

@@ -1,0 +1,24 @@
+"""Jensen-Shannon unlearning."""
+
+from __future__ import annotations
+
+from lit_unlearn.functional import jensen_shannon_to_label
+from lit_unlearn.models import SupervisedTokens
+from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel
+
+
+class JensUn(Objective):
+    """Jensen-Shannon divergence from the alternate answer's tokens: a bounded pull towards a refusal.
+
+    Singh et al., "Unlearning That Lasts: Utility-Preserving, Robust, and Almost Irreversible Forgetting in LLMs", 2025
+    (arXiv 2509.02820), which takes "No idea" for the refusal and bounds `JensenShannonToReference` on retain rows.
+    """
+
+    needs = frozenset[Need]({"alternate"})
+    reads = "alternate"
+    formula = "token mean of JSD(1[alternate token]‖p)"
+    paper = "Singh et al. 2025, arXiv 2509.02820"
+
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+        """Sum of the divergence over the ``N`` tokens of the alternate answers, nats."""
+        return Average(jensen_shannon_to_label(lm.token_logp(tokens)).sum(), self.count(tokens))

@@ -1,0 +1,36 @@
+"""Self-distillation with adjusted logits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lit_unlearn.functional import undial
+from lit_unlearn.models import SupervisedTokens
+from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked
+
+
+class UNDIAL(Objective):
+    """Distillation from the reference model with the label's logit lowered by β.
+
+    Dong et al., "UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models", NAACL
+    2025 (arXiv 2402.10052).
+
+    Args:
+        beta: By how much the label's logit is lowered, ≥ 0.
+
+    Raises:
+        ValueError: If ``beta`` is negative or not finite.
+    """
+
+    needs = frozenset[Need]({"reference"})
+    formula = "token mean of CE(softmax(z_ref − β·1[label]), z)"
+    paper = "Dong et al. 2025, arXiv 2402.10052"
+
+    def __init__(self, beta: float = 10.0) -> None:
+        super().__init__()
+        self.beta = checked(self, "beta", beta, least=0)
+
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
+        """Sum of the cross-entropy over the ``N`` tokens, nats."""
+        loss = lm.map_logit_pairs(partial(undial, beta=self.beta), tokens, tokens.labels)
+        return Average(loss.sum(), self.count(tokens))

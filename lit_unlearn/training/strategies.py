@@ -1,0 +1,140 @@
+"""Which Trainer strategies take these steps exactly, and what sharding a model needs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lit_unlearn.models import LanguageModel
+
+_REASONS = {
+    "fsdp": "FSDP1 fails under manual optimisation, which the primal-dual step needs",
+    "deepspeed": "DeepSpeed keeps only the last of a step's backward passes, so the gradient would be wrong",
+}
+
+
+def check_strategy(name: str) -> None:
+    """Refuses a strategy that would take wrong steps, or has not been shown to take right ones.
+
+    Args:
+        name: As in ``--trainer.strategy``, or the class name or path of a strategy.
+
+    Raises:
+        ValueError: If only `ddp` or FSDP2 would do.
+    """
+    kind = name.rpartition(".")[2].lower().replace("_", "").removesuffix("strategy")
+    if kind in ("auto", "singledevice", "fsdp2", "modelparallel") or kind.startswith("ddp"):
+        return
+    reason = next((text for key, text in _REASONS.items() if key in kind), "it has not been shown to take exact steps")
+    raise ValueError(
+        f"the strategy '{name}' is refused: {reason}. Use `ddp`, or FSDP2 to shard the model over the devices: "
+        "--config configs/hardware/fsdp2.yaml."
+    )
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all devices of all nodes, with checkpoints that are whole or absent.
+
+    Lightning's own class takes tensor parallelism for the default and needs the number of devices spelt out; it writes
+    a distributed checkpoint into its final folder, where an interruption leaves a part of one.
+
+    Args:
+        save_distributed_checkpoint: Whether every process writes its shard (a folder), or the first one everything (a
+            file, for which it must hold the whole model and optimizer in its memory).
+        process_group_backend: ``None`` for NCCL on GPUs and Gloo on CPUs.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        """Shards over every process there is."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes beside the final place and moves there when all processes are done."""
+        final = Path(self.broadcast(str(filepath)))
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        if self.is_global_zero and unfinished.is_dir():  # of a run that was killed
+            shutil.rmtree(unfinished)
+        self.barrier()
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            if final.is_dir():
+                shutil.rmtree(final)
+            unfinished.replace(final)
+        self.barrier()
+
+
+def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
+    """Shards a loaded model with FSDP2, one group of parameters per transformer block and one for the rest; once.
+
+    Args:
+        lm: Loaded; its forward is where all weights are whole.
+        mesh: Lightning's, with its dimensions ``data_parallel`` and ``tensor_parallel``.
+
+    Raises:
+        ValueError: If tensors are to be split over devices, too, or the model is quantised.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "tensor parallelism is not supported: give ModelParallelStrategy `tensor_parallel_size: 1` and the number of "
+            "devices as `data_parallel_size`, or use FSDP2Strategy (configs/hardware/fsdp2.yaml)."
+        )
+    from transformers import PreTrainedModel
+
+    if any(isinstance(module, FSDPModule) for module in lm.modules()):
+        return
+    models = [module for module in lm.modules() if isinstance(module, PreTrainedModel)]
+    if any(getattr(model, "is_quantized", False) for model in models):
+        raise ValueError(
+            "a quantised model cannot be sharded: use `ddp`, with which every device holds it, or leave out "
+            "`model.lm.quantization`."
+        )
+    blocks = {name for model in models for name in model._no_split_modules or ()}  # what accelerate keeps together too
+    for module in lm.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(lm, mesh=mesh["data_parallel"])
+
+
+def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
+    """The state of a sharded model, gathered to the CPU of the first process; ``None`` if the model is whole already.
+
+    A collective call: every process must make it. The others get an empty dict.
+    """
+    module: nn.Module = lm
+    if not isinstance(module, FSDPModule):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(lm, options=options)
+    own = "model."  # not those of a frozen reference model
+    return {name.removeprefix(own): cast(Tensor, value) for name, value in state.items() if name.startswith(own)}
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all processes where they are sharded."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def leave_process_group() -> None:
+    """Ends the communication between processes; left to the interpreter's exit, that aborts now and then."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
