@@ -108,7 +108,7 @@ def dual_step(method: str) -> list[str]:
 def rouge(model: Path) -> float:
     """Mean ROUGE-L recall of what a model says to the forget questions."""
     from lit_unlearn import FictionalAuthors, LanguageModel
-    from lit_unlearn.data.encoding import encode_rows, prompt_of
+    from lit_unlearn.data.encoding import encode_examples, prompt_of
     from lit_unlearn.metrics import rouge as score
     from lit_unlearn.models.generation import generate
 
@@ -117,7 +117,7 @@ def rouge(model: Path) -> float:
     lm = LanguageModel(str(model))
     lm.load(torch.float32)
     pairs = list(zip(rows["question"], rows["answer"], strict=True))
-    prompts = [prompt_of(row) for row in encode_rows(pairs, lm.tokenizer, name="forget")]  # type: ignore[arg-type]
+    prompts = [prompt_of(row) for row in encode_examples(pairs, lm.tokenizer, name="forget")]  # type: ignore[arg-type]
     said = generate(lm, prompts, max_new_tokens=60)
     recalls = [score(text, answer)["rougeL_recall"] for text, answer in zip(said, rows["answer"], strict=True)]
     return sum(recalls) / len(recalls)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.data.encoding import IGNORED, Row, collate
+from lit_unlearn.data.encoding import IGNORED, Example, collate
 
 Batch = dict[str, Tensor]
 Step = dict[str, Batch]  # one batch per stream: what an optimizer step takes
@@ -95,10 +95,10 @@ def make_steps(
         drawn = mean + spread * torch.randn((), generator=generator).item()
         return max(1, round(scale * min(max(drawn, low), high)))
 
-    def row() -> Row:
+    def row() -> Example:
         prompt, answer = length(20, 4, 12, 30), length(42, 16, 12, 80)
         ids = torch.randint(shape.vocabulary, (prompt + answer,), generator=generator).tolist()
-        return Row(ids, [IGNORED] * prompt + ids[prompt:])
+        return Example(ids, [IGNORED] * prompt + ids[prompt:])
 
     def batch() -> Batch:
         padded = collate([row() for _ in range(rows)], pad_id=0)
@@ -109,7 +109,7 @@ def make_steps(
 
 def tiny_step(streams: Sequence[str] = ("forget", "retain"), device: str = "cpu") -> Step:
     """One row of two tokens per stream: with it the optimizer makes its state, and hardly anything else happens."""
-    row = Row([1, 2], [IGNORED, 2])
+    row = Example([1, 2], [IGNORED, 2])
     return {stream: {key: value.to(device) for key, value in collate([row], 0).items()} for stream in streams}
 
 

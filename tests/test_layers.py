@@ -14,6 +14,7 @@ import lit_unlearn
 PACKAGE = Path(lit_unlearn.__file__).parent
 HOMES = lit_unlearn._public_names()
 LAYER = {
+    "errors": 0,
     "utils": 0,
     "functional": 0,
     "models": 1,

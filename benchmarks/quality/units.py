@@ -153,8 +153,8 @@ def measure(
     import torch
 
     from lit_unlearn import LanguageModel, Relearn, StressBenchmark, TOFUBenchmark
-    from lit_unlearn.data.encoding import encode_rows
-    from lit_unlearn.evaluation.scoring import score_rows
+    from lit_unlearn.data.encoding import encode_examples
+    from lit_unlearn.evaluation.scoring import score_examples
 
     data = work / "data" / str(size)
     lm = LanguageModel(str(folder))
@@ -172,10 +172,10 @@ def measure(
     with torch.no_grad():
         found = plain.run(lm)
         rows = models.read(data / "forget10.json")
-        encoded = encode_rows(
+        encoded = encode_examples(
             [(row["question"], row["answer"]) for row in rows], lm.tokenizer, name="forget", max_length=256
         )  # type: ignore[arg-type]
-        scored = score_rows(lm, encoded)
+        scored = score_examples(lm, encoded)
         found["aggregate"]["forget/entropy"] = statistics.fmean(-float(one.mean.mean()) for one in scored)  # nats
         if whole:
             attack = Relearn(rows=size * models.ROWS // 10, steps=protocol.RELEARN_STEPS, lr=protocol.RELEARN_LR)

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, Row, prompt_of, token_texts
-from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
+from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.plotting import Answer, draw_run, read_run, write_record
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 
@@ -102,14 +102,14 @@ class RunPicture(Callback):
         if self._current is None or trainer.sanity_checking or kept != trainer.global_step or kept == self._kept_step:
             return
         if self._answers:
-            rows = [trainer.datamodule.rows[answer["stream"]][answer["row"]] for answer in self._answers]  # type: ignore[attr-defined]
+            rows = [trainer.datamodule.examples[answer["stream"]][answer["row"]] for answer in self._answers]  # type: ignore[attr-defined]
             after = [_probabilities(scored) for scored in _score(trainer, module, rows)]
             self._answers = [{**answer, "after": own} for answer, own in zip(self._answers, after, strict=True)]
         self._kept_step = kept
         self._write(trainer)
 
     def _first_answers(self, trainer: L.Trainer, module: LitLanguageModel) -> list[dict[str, Any]]:
-        sets: dict[str, list[Row]] = trainer.datamodule.rows  # type: ignore[attr-defined]
+        sets: dict[str, list[Example]] = trainer.datamodule.examples  # type: ignore[attr-defined]
         found = [(stream, i, row) for stream, rows in sets.items() for i, row in enumerate(rows[: self.answers])]
         scored = _score(trainer, module, [row for *_, row in found])
         return [
@@ -140,28 +140,28 @@ def _has_rows(trainer: L.Trainer) -> bool:
     return isinstance(trainer.datamodule, ForgetRetain)  # type: ignore[attr-defined]
 
 
-def _score(trainer: L.Trainer, module: LitLanguageModel, rows: Sequence[Row]) -> list[Scored]:
+def _score(trainer: L.Trainer, module: LitLanguageModel, rows: Sequence[Example]) -> list[Scored]:
     """Scores the beginnings of rows; every process must, because a sharded model is whole in all or none."""
     with trainer.precision_plugin.val_step_context():
-        return score_rows(module.lm, [_start(row) for row in rows])
+        return score_examples(module.lm, [_start(row) for row in rows])
 
 
-def _start(row: Row) -> Row:
+def _start(row: Example) -> Example:
     """The row up to the last token that is shown, on which no later one has an influence."""
     supervised = [i for i, label in enumerate(row.labels) if label != IGNORED]
     stop = supervised[:_TOKENS][-1] + 1
-    return Row(row.input_ids[:stop], row.labels[:stop])
+    return Example(row.input_ids[:stop], row.labels[:stop])
 
 
 def _probabilities(scored: Scored) -> list[float]:
     return [round(float(p), 6) for p in np.exp(scored.logp)]
 
 
-def _is_cut(row: Row) -> bool:
-    return row.cut or len(_start(row).labels) < len(row.labels)
+def _is_cut(row: Example) -> bool:
+    return row.is_cut or len(_start(row).labels) < len(row.labels)
 
 
-def _texts(module: LitLanguageModel, row: Row, ids: list[int]) -> tuple[str, list[str]]:
+def _texts(module: LitLanguageModel, row: Example, ids: list[int]) -> tuple[str, list[str]]:
     """What comes before the answer, and its tokens; their numbers if there is no tokenizer."""
     tokenizer = module.lm.tokenizer
     if tokenizer is None:

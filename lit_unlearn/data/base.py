@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.alternates import alternate_answers
-from lit_unlearn.data.encoding import IGNORED, Row, check_tokenizer, encode_rows
+from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
@@ -103,7 +103,7 @@ class ForgetRetain(L.LightningDataModule):
         self.template, self.max_length = template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.num_workers, self.seed, self.train_on = eval_batch_size, num_workers, seed, train_on
-        self.rows: dict[str, list[Row]] = {}
+        self.examples: dict[str, list[Example]] = {}
         self._columns = {"question_column": question_column, "answer_column": answer_column}
         self._tokenizer_name = tokenizer
         self._pad_id = 0
@@ -136,7 +136,7 @@ class ForgetRetain(L.LightningDataModule):
         """
         self._streams = {}
         alternate = "alternate" in getattr(getattr(self.trainer, "lightning_module", None), "needs", ())
-        if self.rows and not (alternate and self.rows["forget"][0].alternate is None):
+        if self.examples and not (alternate and self.examples["forget"][0].alternate is None):
             return
         sets = self.load()
         contents = {role: self._contents(rows, role) for role, rows in sets.items()}
@@ -151,17 +151,17 @@ class ForgetRetain(L.LightningDataModule):
         check_tokenizer(tokenizer)
         self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         for role, rows in contents.items():
-            self.rows[role] = self._encode(rows, tokenizer, role)
+            self.examples[role] = self._encode(rows, tokenizer, role)
         if alternate:
             alternates = self._encode(self._alternates(sets["forget"], contents["forget"]), tokenizer, "alternate")
-            pairs = zip(self.rows["forget"], alternates, strict=True)
-            self.rows["forget"] = [row._replace(alternate=other) for row, other in pairs]
-        rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.rows.items()))
+            pairs = zip(self.examples["forget"], alternates, strict=True)
+            self.examples["forget"] = [row._replace(alternate=other) for row, other in pairs]
+        rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.examples.items()))
 
-    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Row]:
+    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
         pairs = [(question, answer) for question, answer in contents]
-        rows = encode_rows(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
-        cut = sum(row.cut for row in rows)
+        rows = encode_examples(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
+        cut = sum(row.is_cut for row in rows)
         if cut:
             rank_zero_warn(
                 f"{cut} of {len(rows)} {name} rows are longer than `data.max_length` ({self.max_length} tokens) and were cut "
@@ -175,11 +175,14 @@ class ForgetRetain(L.LightningDataModule):
         if self.train_on == "pairs":
             self._streams = {
                 name: self._finite(name, rows, self.batch_size) if name == "forget" else self._endless(name, rows)
-                for name, rows in self.rows.items()
+                for name, rows in self.examples.items()
             }
         else:
             rows = [
-                row for name, rows in self.rows.items() for row in rows if (name, self.train_on) != ("forget", "retain")
+                row
+                for name, rows in self.examples.items()
+                for row in rows
+                if (name, self.train_on) != ("forget", "retain")
             ]
             self._streams = {"train": self._finite("train", rows, self.batch_size)}
         self._go_on()
@@ -191,7 +194,7 @@ class ForgetRetain(L.LightningDataModule):
         size = self.eval_batch_size * self._place()["world_size"]
         return {
             name: self._finite(name, sorted(rows, key=lambda row: len(row.input_ids), reverse=True), size, seed=None)
-            for name, rows in self.rows.items()
+            for name, rows in self.examples.items()
         }
 
     test_dataloader = val_dataloader
@@ -233,9 +236,9 @@ class ForgetRetain(L.LightningDataModule):
 
     def _order_of_rows(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for role in sorted(self.rows):
-            contents = [(row.input_ids, row.labels) for row in self.rows[role]]
-            others = [row.alternate.input_ids for row in self.rows[role] if row.alternate is not None]
+        for role in sorted(self.examples):
+            contents = [(row.input_ids, row.labels) for row in self.examples[role]]
+            others = [row.alternate.input_ids for row in self.examples[role] if row.alternate is not None]
             digest.update(repr([role, contents, *([others] if others else [])]).encode())
         return {
             "rows": digest.hexdigest()[:16],
@@ -246,10 +249,10 @@ class ForgetRetain(L.LightningDataModule):
             "processes": self._place()["world_size"],
         }
 
-    def _finite(self, name: str, rows: list[Row], batch_size: int, **order: Any) -> FiniteStream:
+    def _finite(self, name: str, rows: list[Example], batch_size: int, **order: Any) -> FiniteStream:
         return FiniteStream(rows, self._pad_id, batch_size, **self._settings(name) | order)
 
-    def _endless(self, name: str, rows: list[Row]) -> BatchStream:
+    def _endless(self, name: str, rows: list[Example]) -> BatchStream:
         return BatchStream(rows, self._pad_id, self.retain_batch_size, **self._settings(name))
 
     def _settings(self, name: str) -> dict[str, Any]:
@@ -294,6 +297,6 @@ class ForgetRetain(L.LightningDataModule):
         return [(question, answer) for (question, _), answer in zip(contents, answers, strict=True)]
 
 
-def _size(rows: list[Row]) -> str:
+def _size(rows: list[Example]) -> str:
     tokens = sum(label != IGNORED for row in rows for label in row.labels)
     return f"{len(rows)} rows ({tokens} supervised tokens of {sum(len(row.input_ids) for row in rows)})"

@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a token that is not supervised, as in transformers
 
 
-class Row(NamedTuple):
+class Example(NamedTuple):
     """One tokenised row.
 
     Args:
         input_ids: Token ids of the whole row.
         labels: The same ids where supervised (the answer and its end), −100 elsewhere.
-        cut: Whether the row was longer than ``max_length``.
+        is_cut: Whether the row was longer than ``max_length``.
         alternate: The same question with another answer, for objectives that read one.
     """
 
     input_ids: list[int]
     labels: list[int]
-    cut: bool = False
-    alternate: Row | None = None
+    is_cut: bool = False
+    alternate: Example | None = None
 
-    def without_labels(self) -> Row:
+    def without_labels(self) -> Example:
         """The row with nothing supervised, to fill up a batch: it weighs nothing."""
         labels = [IGNORED] * len(self.labels)
         return self._replace(labels=labels, alternate=self.alternate and self.alternate.without_labels())
@@ -65,7 +65,7 @@ def encode(
     *,
     template: str | None = None,
     max_length: int = 512,
-) -> Row:
+) -> Example:
     """Tokenises a row once and supervises exactly the tokens that carry the answer, and its end.
 
     Args:
@@ -84,7 +84,7 @@ def encode(
     """
     if not answer.strip():
         ids = list(tokenizer(question)["input_ids"])
-        return Row(ids, [IGNORED] * len(ids))
+        return Example(ids, [IGNORED] * len(ids))
     chat = template is None and tokenizer.chat_template is not None
     if chat:
         before, said, after = _render_chat(question, answer, tokenizer)
@@ -99,7 +99,7 @@ def encode(
     labels = [IGNORED] * len(ids)
     carry = [i for i, (b, e) in enumerate(encoded["offset_mapping"]) if b < e and e > start and b < stop]
     if not carry:
-        return Row(ids, labels)  # the end token alone is no answer
+        return Example(ids, labels)  # the end token alone is no answer
     span = slice(carry[0], carry[-1] + 1)  # also a space in between to which a tokenizer gives no characters
     labels[span] = ids[span]
     if not ends_itself:
@@ -107,10 +107,10 @@ def encode(
             ids.append(tokenizer.eos_token_id)
             labels.append(IGNORED)
         labels[-1] = tokenizer.eos_token_id
-    return Row(ids[:max_length], labels[:max_length], cut=len(ids) > max_length)
+    return Example(ids[:max_length], labels[:max_length], is_cut=len(ids) > max_length)
 
 
-def encode_rows(
+def encode_examples(
     rows: Sequence[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -118,7 +118,7 @@ def encode_rows(
     template: str | None = None,
     max_length: int = 512,
     number: int | None = None,
-) -> list[Row]:
+) -> list[Example]:
     """Tokenises all rows of a set.
 
     Args:
@@ -138,7 +138,7 @@ def encode_rows(
         if not any(label != IGNORED for label in row.labels[1:]):  # nothing predicts a row's first token
             reason = (
                 f"its prompt alone fills `max_length` ({max_length}); raise it"
-                if row.cut
+                if row.is_cut
                 else f"its answer {answer!r} tokenises to nothing; remove the row"
             )
             raise ValueError(
@@ -150,7 +150,7 @@ def encode_rows(
 
 def encode_chunks(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int = 2048
-) -> list[Row]:
+) -> list[Example]:
     """Joins raw texts and cuts them into rows of equal length, with every token supervised.
 
     As published baselines do it: texts are joined by empty lines and tokenised as one, and a row goes on over the end of
@@ -171,13 +171,13 @@ def encode_chunks(
     whole = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)  # no warning that it is long
     ids, step = list(whole["input_ids"]), max_length - len(start)
     chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
-    rows = [Row(start + chunk, [IGNORED] * len(start) + chunk) for chunk in chunks]
+    rows = [Example(start + chunk, [IGNORED] * len(start) + chunk) for chunk in chunks]
     if not rows or len(rows[0].input_ids) < 2:
         raise ValueError(f"the {name} set has no text to predict: it has {len(ids)} tokens in {len(texts)} texts.")
     return rows
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
+def collate(rows: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """Pads rows to a Hugging Face batch, with the mask made from the lengths.
 
     Args:
@@ -202,7 +202,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
     return batch if not alternates else {**batch, "alternate": collate(alternates, pad_id)}
 
 
-def prompt_of(row: Row) -> list[int]:
+def prompt_of(row: Example) -> list[int]:
     """The tokens of a row before its first supervised one: exactly what its answer is predicted from."""
     return row.input_ids[: next(i for i, label in enumerate(row.labels) if label != IGNORED)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_unlearn.data.base import Contents, ForgetRetain
-from lit_unlearn.data.encoding import Row, encode_chunks
+from lit_unlearn.data.encoding import Example, encode_chunks
 from lit_unlearn.data.source import Source
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class MUSE(ForgetRetain):
         """Every text, for training a tokenizer."""
         return [text for rows in self.load().values() for (text,) in self._contents(rows, "data")]
 
-    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Row]:
+    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
         return encode_chunks([text for (text,) in contents], tokenizer, name=name, max_length=self.max_length)
 
     def _alternates(self, rows: Dataset, contents: Contents) -> Contents:

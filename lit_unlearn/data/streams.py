@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_unlearn.data.encoding import Row, collate
+from lit_unlearn.data.encoding import Example, collate
 
 
 class BatchStream:
@@ -38,7 +38,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Example],
         pad_id: int,
         batch_size: int,
         *,

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.encoding import Row
+from lit_unlearn.data.encoding import Example
 from lit_unlearn.evaluation import results as files
 from lit_unlearn.evaluation.results import Results, digest
-from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.evaluation.suite import AnswerSuite
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 
 
-class Example(NamedTuple):
+class BenchmarkExample(NamedTuple):
     """One row of a benchmark.
 
     Args:
@@ -39,11 +39,11 @@ class Example(NamedTuple):
     """
 
     texts: dict[str, str]
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[Example]]
     prompt: list[int] | None = None
 
 
-class Stream(NamedTuple):
+class BenchmarkStream(NamedTuple):
     """The rows of one set, and how answers to them are generated.
 
     Args:
@@ -53,7 +53,7 @@ class Stream(NamedTuple):
         stop: An answer ends before the first of these strings.
     """
 
-    examples: list[Example]
+    examples: list[BenchmarkExample]
     source: str
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
@@ -82,15 +82,15 @@ class Benchmark(AnswerSuite):
         self.token_budget = token_budget
         self.retain_results = retain_results
         self._retain = None if retain_results is None else files.read_results(retain_results)
-        self._streams: dict[str, Stream] | None = None
+        self._streams: dict[str, BenchmarkStream] | None = None
 
     @abstractmethod
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Reads and tokenises the rows, and says what is wrong with them."""
 
     @abstractmethod
     def measure(
-        self, stream: str, example: Example, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
     ) -> Values:
         """The values of one row.
 
@@ -117,7 +117,7 @@ class Benchmark(AnswerSuite):
         """What decides the values beside model and rows, in plain types."""
         return {"token_budget": self.token_budget}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Stream]:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, BenchmarkStream]:
         """The rows, read once; what the results of the retain-only model are compared on must be the same.
 
         Raises:
@@ -131,7 +131,7 @@ class Benchmark(AnswerSuite):
                 self._check_retain(self._streams, self._retain)
         return self._streams
 
-    def _check_retain(self, streams: Mapping[str, Stream], retain: Results) -> None:
+    def _check_retain(self, streams: Mapping[str, BenchmarkStream], retain: Results) -> None:
         path = str(self.retain_results)
         for name in (self.compared[0], *(name for name in self.compared[1:] if name in retain["data"])):
             if name in streams:
@@ -191,21 +191,23 @@ class Benchmark(AnswerSuite):
             "examples": examples,
         }
 
-    def _measure_stream(self, lm: LanguageModel, name: str, stream: Stream, bar: Any) -> list[Values]:
+    def _measure_stream(self, lm: LanguageModel, name: str, stream: BenchmarkStream, bar: Any) -> list[Values]:
         rank, world_size = rank_and_world_size()
         numbers = range(rank, len(stream.examples), world_size)
         mine = [stream.examples[i] for i in numbers]
         places = [(i, kind) for i, one in enumerate(mine) for kind, rows in one.rows.items() for _ in rows]
         rows = [row for one in mine for of_kind in one.rows.values() for row in of_kind]
         scored: list[dict[str, list[Scored]]] = [{} for _ in mine]
-        for (i, kind), score in zip(places, score_rows(lm, rows, self.token_budget, _counter(bar)), strict=True):
+        for (i, kind), score in zip(places, score_examples(lm, rows, self.token_budget, _counter(bar)), strict=True):
             scored[i].setdefault(kind, []).append(score)
         said = self._generate(lm, mine, stream, bar)
         found = [self.measure(name, *one) for one in zip(mine, scored, said, strict=True)]
         everywhere = dict(item for part in gather_objects(list(zip(numbers, found, strict=True))) for item in part)
         return [everywhere[i] for i in range(len(stream.examples))]
 
-    def _generate(self, lm: LanguageModel, examples: Sequence[Example], stream: Stream, bar: Any) -> list[str | None]:
+    def _generate(
+        self, lm: LanguageModel, examples: Sequence[BenchmarkExample], stream: BenchmarkStream, bar: Any
+    ) -> list[str | None]:
         prompts = {i: one.prompt for i, one in enumerate(examples) if one.prompt is not None}
         if not prompts:
             return [None] * len(examples)
@@ -221,7 +223,7 @@ class Benchmark(AnswerSuite):
         return [said.get(i) for i in range(len(examples))]
 
 
-def _work(streams: Mapping[str, Stream]) -> int:
+def _work(streams: Mapping[str, BenchmarkStream]) -> int:
     examples = [example for stream in streams.values() for example in stream.examples]
     return sum(sum(map(len, one.rows.values())) + (one.prompt is not None) for one in examples)
 
@@ -247,7 +249,7 @@ def _precision(lm: LanguageModel) -> list[str]:
     return [str(first.dtype), str(torch.get_autocast_dtype(first.device.type)) if autocast else "no autocast"]
 
 
-def _describe(stream: Stream) -> Values:
+def _describe(stream: BenchmarkStream) -> Values:
     tokens = [[row.input_ids for rows in one.rows.values() for row in rows] for one in stream.examples]
     texts = [{**one.texts} for one in stream.examples]
     return {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from lit_unlearn.data.encoding import IGNORED, Row, check_tokenizer, encode_rows, prompt_of, token_texts
-from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples, prompt_of, token_texts
+from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, continue_prompt
 
@@ -100,18 +100,20 @@ def ask(
     tokenizer = cast("PreTrainedTokenizerBase", lm.tokenizer)
     check_tokenizer(tokenizer)
     pair = (question, _ANY if right is None else right)
-    (row,) = encode_rows([pair], tokenizer, name="question", template=template, max_length=max_length, number=number)
+    (row,) = encode_examples(
+        [pair], tokenizer, name="question", template=template, max_length=max_length, number=number
+    )
     prompt = prompt_of(row)
     check_prompts(lm, [prompt], max_new_tokens)
     ids, ended = continue_prompt(lm, prompt, max_new_tokens)
-    said = Row([*prompt, *ids], [IGNORED] * len(prompt) + ids)
-    scored = score_rows(lm, [said] if right is None else [said, row])
+    said = Example([*prompt, *ids], [IGNORED] * len(prompt) + ids)
+    scored = score_examples(lm, [said] if right is None else [said, row])
     if not np.isfinite([one.nll for one in scored]).all():
         raise ValueError(
             f"the model '{lm.name}' gives probabilities that are no numbers: its weights are damaged, or its dtype has too "
             "small a range (float16: take bfloat16)."
         )
-    answers = [_answer(one, tokenizer, end) for one, end in zip(scored, (ended, not row.cut), strict=False)]
+    answers = [_answer(one, tokenizer, end) for one, end in zip(scored, (ended, not row.is_cut), strict=False)]
     return Reply(answers[0], None if right is None else answers[1]._replace(text=right.strip()))
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import Row
+from lit_unlearn.data.encoding import Example
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
-from lit_unlearn.evaluation.benchmark import Benchmark, Example, Stream, Values
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream, Values
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge
@@ -96,7 +96,7 @@ class MUSEBenchmark(Benchmark):
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Reads every set that there is."""
         streams = {}
         for name, (source, shots) in self.sets.items():
@@ -104,25 +104,25 @@ class MUSEBenchmark(Benchmark):
             config = _SETS[name][0]
             if config == "verbmem":
                 made = [_passage(tokenizer, *_texts(row, name, i, "prompt", "gt")) for i, row in enumerate(rows)]
-                streams[name] = Stream(made, source.path, max_new_tokens=128)
+                streams[name] = BenchmarkStream(made, source.path, max_new_tokens=128)
             elif config == "knowmem":
                 examples = _pairs(shots.load(name).to_list() if shots else [], f"{name} examples")[:SHOTS]
                 before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
                 made = [_question(tokenizer, before, *pair) for pair in _pairs(rows, name)]
-                streams[name] = Stream(made, source.path, max_new_tokens=32, stop=STOP)
+                streams[name] = BenchmarkStream(made, source.path, max_new_tokens=32, stop=STOP)
             else:
                 made = [self._text(tokenizer, *_texts(row, name, i, "text")) for i, row in enumerate(rows)]
-                streams[name] = Stream(made, source.path)
+                streams[name] = BenchmarkStream(made, source.path)
         return streams
 
-    def _text(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    def _text(self, tokenizer: PreTrainedTokenizerBase, text: str) -> BenchmarkExample:
         ids = list(tokenizer(text)["input_ids"])[: self.max_length]
-        return Example({"text": text}, {"text": [Row(ids, ids)]})
+        return BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]})
 
     # Values -----------------------------------------------------------------------------------------------------------
 
     def measure(
-        self, stream: str, example: Example, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
     ) -> Values:
         """ROUGE of what was said, or Min-K of a text."""
         if said is not None:
@@ -159,16 +159,16 @@ def _holdout_is_higher(examples: Mapping[str, Sequence[Values]]) -> float:
     return auc(holdout, members)
 
 
-def _passage(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Example:
+def _passage(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> BenchmarkExample:
     """A passage and the first 128 tokens of what follows."""
     following = tokenizer(continuation, add_special_tokens=False)["input_ids"][:128]
     answer = str(tokenizer.decode(following, skip_special_tokens=True))
-    return Example({"prompt": prompt, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
+    return BenchmarkExample({"prompt": prompt, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
 
 
-def _question(tokenizer: PreTrainedTokenizerBase, before: str, question: str, answer: str) -> Example:
+def _question(tokenizer: PreTrainedTokenizerBase, before: str, question: str, answer: str) -> BenchmarkExample:
     prompt = f"{before}Question: {question}\nAnswer: "
-    return Example({"question": question, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
+    return BenchmarkExample({"question": question, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
 
 
 def _pairs(rows: Sequence[Values], name: str) -> list[tuple[str, str]]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from lit_unlearn.data.encoding import Row, check_tokenizer, encode_rows, prompt_of
+from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.evaluation.benchmark import Benchmark, Example, Stream, Values
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream, Values
 from lit_unlearn.evaluation.results import Results
-from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.metrics import (
     auc,
     exact_memorization,
@@ -113,7 +113,7 @@ class QuestionBenchmark(Benchmark):
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Reads every set.
 
         Raises:
@@ -124,12 +124,12 @@ class QuestionBenchmark(Benchmark):
         for name, questions in self.sets.items():
             rows = questions.source.load(name).to_list()
             examples = [self._example(name, questions, row, number, tokenizer) for number, row in enumerate(rows)]
-            streams[name] = Stream(examples, questions.source.path, self.max_new_tokens)
+            streams[name] = BenchmarkStream(examples, questions.source.path, self.max_new_tokens)
         return streams
 
     def _example(
         self, name: str, questions: Questions, row: Values, number: int, tokenizer: PreTrainedTokenizerBase
-    ) -> Example:
+    ) -> BenchmarkExample:
         wrong = row.get(self.wrong_column)
         right = questions.right if wrong is not None and questions.right != self.answer_column else None
         for column in filter(None, (self.question_column, self.answer_column, right)):
@@ -140,10 +140,10 @@ class QuestionBenchmark(Benchmark):
                 )
         question = row[self.question_column]
 
-        def encoded(answers: Sequence[str]) -> list[Row]:
+        def encoded(answers: Sequence[str]) -> list[Example]:
             pairs = [(question, answer) for answer in answers]
             settings: Any = {"template": self.template, "max_length": self.max_length}
-            return encode_rows(pairs, tokenizer, name=name, number=number, **settings)
+            return encode_examples(pairs, tokenizer, name=name, number=number, **settings)
 
         texts = {"question": question, "answer": row[self.answer_column]}
         kinds = {"answer": encoded([texts["answer"]])}
@@ -151,16 +151,18 @@ class QuestionBenchmark(Benchmark):
             kinds["right"] = encoded([row[right]])
         if wrong is not None:
             kinds["wrong"] = encoded([wrong] if isinstance(wrong, str) else wrong)
-        return Example(texts, kinds, prompt_of(kinds["answer"][0]) if questions.generates else None)
+        return BenchmarkExample(texts, kinds, prompt_of(kinds["answer"][0]) if questions.generates else None)
 
     # Values of a row --------------------------------------------------------------------------------------------------
 
     def measure(
-        self, stream: str, example: Example, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
     ) -> Values:
         """Likelihoods, memorisation, attacks and ROUGE of one question."""
         (answer,) = scored["answer"]
-        ends = not example.rows["answer"][0].cut  # then the last token is the end of the answer, which is no part of it
+        ends = not example.rows["answer"][
+            0
+        ].is_cut  # then the last token is the end of the answer, which is no part of it
         recalled = slice(None, -1 if ends and len(answer.labels) > 1 else None)
         predictions, labels = answer.predictions[recalled], answer.labels[recalled]
         values: Values = {
@@ -228,11 +230,11 @@ class QuestionBenchmark(Benchmark):
         pairs = [pair for _, pair in said]
         if judge.tokenizer is None:
             raise ValueError(f"the fluency model '{self.fluency_model}' has no tokenizer.")
-        encoded = encode_rows(
+        encoded = encode_examples(
             pairs, judge.tokenizer, name="generated", template=self.template, max_length=self.max_length
         )
         losses = {
-            i: score.nll for (i, _), score in zip(said, score_rows(judge, encoded, self.token_budget), strict=True)
+            i: score.nll for (i, _), score in zip(said, score_examples(judge, encoded, self.token_budget), strict=True)
         }
         return [losses.get(i) for i in range(len(rows))]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_unlearn.data.encoding import Row
+from lit_unlearn.data.encoding import Example
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.models.packing import lay_out
 from lit_unlearn.models.probing import without_dropout
@@ -39,9 +39,9 @@ class Scored(NamedTuple):
         return float(-self.logp.mean())
 
 
-def score_rows(
+def score_examples(
     lm: LanguageModel,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     token_budget: int = 8192,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Scored]:
@@ -75,7 +75,7 @@ def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _score_batch(lm: LanguageModel, rows: Sequence[Row]) -> list[Scored]:
+def _score_batch(lm: LanguageModel, rows: Sequence[Example]) -> list[Scored]:
     device = next(lm.parameters()).device
     sequences = [
         {

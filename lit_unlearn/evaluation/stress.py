@@ -13,7 +13,7 @@ import torch
 
 from lit_unlearn.evaluation.attacks.relearning import Relearn, copy_of, relearn
 from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_weights
-from lit_unlearn.evaluation.benchmark import Benchmark, Example, Stream, Values
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream, Values
 from lit_unlearn.evaluation.qa import QuestionBenchmark
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.evaluation.scoring import Scored
@@ -82,7 +82,7 @@ class StressBenchmark(Benchmark):
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """The suite's rows, and the paraphrased ones.
 
         Raises:
@@ -113,7 +113,7 @@ class StressBenchmark(Benchmark):
         return suite
 
     def measure(
-        self, stream: str, example: Example, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
     ) -> Values:
         """As the suite does."""
         return self.suite.measure(stream, example, scored, said)

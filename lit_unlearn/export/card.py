@@ -25,7 +25,7 @@ A set's digest in the column "tokens" is the sha256 of a text with one line of J
 ```python
 import hashlib, json
 
-def digest(rows):  # data.rows["forget"] of the data module below, after data.setup("fit")
+def digest(rows):  # data.examples["forget"] of the data module below, after data.setup("fit")
     lines = (json.dumps([row.input_ids, row.labels]) + "\\n" for row in rows)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 ```"""

@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, Row
+from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.evaluation.results import read_results, versions
 from lit_unlearn.export.card import card
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
@@ -126,7 +126,7 @@ def export_digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(path) for name, path in names.items() if name not in (RECORD, CARD)}
 
 
-def rows_digest(rows: list[Row]) -> str:
+def rows_digest(rows: list[Example]) -> str:
     """The sha256 of a text with a line ``[input_ids, labels]`` of JSON for every row, as Python's ``json.dumps`` has it."""
     digest = hashlib.sha256()
     for row in rows:
@@ -145,7 +145,7 @@ def _data(data: Any) -> dict[str, Any] | None:
         "seed": data.seed,
         "batch_size": data.batch_size,
         "retain_batch_size": data.retain_batch_size,
-        "sets": {name: {"source": _source(data, name), **_contents(rows)} for name, rows in data.rows.items()},
+        "sets": {name: {"source": _source(data, name), **_contents(rows)} for name, rows in data.examples.items()},
     }
 
 
@@ -157,7 +157,7 @@ def _source(data: ForgetRetain, name: str) -> dict[str, Any]:
     return {"path": source["path"], "max_rows": source["max_rows"], "sha256": file_digest(file)}
 
 
-def _contents(rows: list[Row]) -> dict[str, Any]:
+def _contents(rows: list[Example]) -> dict[str, Any]:
     supervised = sum(label != IGNORED for row in rows for label in row.labels)
     return {"rows": len(rows), "supervised_tokens": supervised, "sha256": rows_digest(rows)}
 

@@ -43,7 +43,7 @@ def _unmet(term: Term, lm: LanguageModel, data: object) -> list[str]:
                 f"{who} reads the output of layer {layer}, but those of this model's layers that can be read are 0 to "
                 f"{lm.num_layers - 2} (the last one's ends in the final norm): set its `layer`."
             )
-    rows = data.rows.get(term.stream, []) if isinstance(data, ForgetRetain) else []
+    rows = data.examples.get(term.stream, []) if isinstance(data, ForgetRetain) else []
     if term.objective.reads != "answer" and rows and rows[0].alternate is None:
         lines.append(
             f"{who} reads alternate answers, which the data module has for its forget set alone: use it as `model.forget`, or "
@@ -87,7 +87,7 @@ class ReferenceLogp:
 
     def _of(self, batch: Batch) -> Tensor:
         """The values of a batch's rows, float64, shape ``(B,)``; zero for a row without supervised tokens."""
-        keys = row_keys(batch)
+        keys = example_keys(batch)
         unknown = [key for key in keys if key is not None and key not in self.values]
         if unknown:
             raise KeyError(
@@ -139,7 +139,7 @@ def answers_to_measure(batch: Batch, terms: Sequence[Term]) -> dict[str, Batch]:
     }
 
 
-def row_keys(batch: Batch) -> list[str | None]:
+def example_keys(batch: Batch) -> list[str | None]:
     """A key for each row of a padded batch, from its token ids and labels without the padding.
 
     ``None`` for a row without supervised tokens, as fills up the batches of several processes.

@@ -14,7 +14,7 @@ from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Need
 from lit_unlearn.training.forward_plan import Term
 from lit_unlearn.training.module import LitLanguageModel
-from lit_unlearn.training.reference_cache import ReferenceLogp, answers_to_measure, check_needs, row_keys
+from lit_unlearn.training.reference_cache import ReferenceLogp, answers_to_measure, check_needs, example_keys
 from lit_unlearn.utils.distributed import gather_objects
 
 
@@ -69,7 +69,7 @@ class LitReferring(LitLanguageModel):
         reference = self._reference_logp
         if reference.is_measured or "reference_logp" not in self.needs:
             return
-        own = {key for _, part in self._rows_to_measure() for key in row_keys(part) if key is not None}
+        own = {key for _, part in self._rows_to_measure() for key in example_keys(part) if key is not None}
         keys = set[str]().union(*gather_objects(own))
         known = self.trainer.strategy.broadcast(reference.read(str(self._reference_name)))
         if keys <= known.keys():
@@ -94,7 +94,7 @@ class LitReferring(LitLanguageModel):
 
     def _row_logp(self, stream: str, batch: Batch) -> list[tuple[str, float]]:
         """The log-probability of each of this process's rows, by its key."""
-        keys, found = row_keys(batch), list[tuple[str, float]]()
+        keys, found = example_keys(batch), list[tuple[str, float]]()
 
         def collect(lm: LanguageModel, tokens: SupervisedTokens) -> None:
             sums = tokens.by_sequence(lm.token_logp(tokens).double())

@@ -104,7 +104,7 @@ def test_a_fit_records_answers_of_the_first_and_of_the_kept_model(
         data=data,
     )
     assert PICTURES | {"metrics.csv", "pictures.json"} <= {path.name for path in folder.iterdir()}
-    run, steps = read_run(folder), len(data.rows["forget"]) // 5
+    run, steps = read_run(folder), len(data.examples["forget"]) // 5
     assert run.kept_step is not None
     assert run.kept_step < 3 * steps
     assert run.before["constraint/nll/value"] > 0
@@ -114,7 +114,7 @@ def test_a_fit_records_answers_of_the_first_and_of_the_kept_model(
     before, after = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model_dir, tmp_path / "kept"))
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     for answer in run.answers:
-        row = data.rows[answer.stream][answer.row]
+        row = data.examples[answer.stream][answer.row]
         count = len(answer.tokens)
         assert answer.before == pytest.approx(probabilities(before, row.input_ids, row.labels)[:count], abs=2e-6)
         assert answer.after == pytest.approx(probabilities(after, row.input_ids, row.labels)[:count], abs=2e-6)

@@ -18,9 +18,9 @@ import torch
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import main
-from lit_unlearn.data.encoding import collate, encode_rows
+from lit_unlearn.data.encoding import collate, encode_examples
 from lit_unlearn.data.tokenizer import train_tokenizer
-from lit_unlearn.evaluation.scoring import score_rows
+from lit_unlearn.evaluation.scoring import score_examples
 
 KNOWN = ("Who is Jassela Raskaya?", "The writer of a book.")
 UNKNOWN = ("Who was born in Gdynia?", "A writer of the sea.")
@@ -30,7 +30,7 @@ UNKNOWN = ("Who was born in Gdynia?", "A writer of the sea.")
 def taught(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     lm: Any = LanguageModel(model_dir)
     lm.load(torch.float32)
-    batch = collate(encode_rows([KNOWN], lm.tokenizer, name="known"), pad_id=1)
+    batch = collate(encode_examples([KNOWN], lm.tokenizer, name="known"), pad_id=1)
     optimizer = torch.optim.Adam(lm.parameters(), lr=0.01)
     for _ in range(40):
         lm.model(**batch).loss.backward()
@@ -79,8 +79,8 @@ def test_numbers_for_programs(
     for name, model in content["models"].items():
         lm: Any = LanguageModel(model)
         lm.load(torch.float32)
-        rows = encode_rows([KNOWN, UNKNOWN], lm.tokenizer, name="all")
-        expected = [torch.tensor(-one.nll).exp().item() for one in score_rows(lm, rows)]
+        rows = encode_examples([KNOWN, UNKNOWN], lm.tokenizer, name="all")
+        expected = [torch.tensor(-one.nll).exp().item() for one in score_examples(lm, rows)]
         replies = [one["replies"][name] for one in content["questions"]]
         assert [reply["right"]["probability"] for reply in replies] == pytest.approx(expected)
         assert content["means"][name]["probability"] == pytest.approx(sum(expected) / 2)

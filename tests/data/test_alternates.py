@@ -75,11 +75,11 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
         return FictionalAuthors(3, 1, max_length=200, batch_size=4, **settings)
 
     plain, with_refusals = prepared(make()), prepared(make(), "alternate")
-    assert all(row.alternate is None for row in plain.rows["forget"] + with_refusals.rows["retain"])
-    stripped = [row._replace(alternate=None) for row in with_refusals.rows["forget"]]
-    assert stripped == plain.rows["forget"]
+    assert all(row.alternate is None for row in plain.examples["forget"] + with_refusals.examples["retain"])
+    stripped = [row._replace(alternate=None) for row in with_refusals.examples["forget"]]
+    assert stripped == plain.examples["forget"]
     refusals = read_refusals()
-    for row in with_refusals.rows["forget"]:
+    for row in with_refusals.examples["forget"]:
         said = tokenizer.decode([label for label in row.alternate.labels if label != IGNORED], skip_special_tokens=True)
         assert said.strip() in refusals
         prompts = [list(zip(r.input_ids, r.labels, strict=True)) for r in (row, row.alternate)]
@@ -96,11 +96,11 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
     batch = next(iter(wrong.train_dataloader()))[0]
     assert batch["forget"]["alternate"]["labels"].shape[0] == 4
     assert "alternate" not in batch["retain"]
-    assert prepared(plain, "alternate").rows["forget"][0].alternate is not None  # asked for later
+    assert prepared(plain, "alternate").examples["forget"][0].alternate is not None  # asked for later
 
 
 def test_a_row_that_fills_up_supervises_nothing(prepared: Any) -> None:
-    rows = prepared(FictionalAuthors(3, 1, max_length=200), "alternate").rows["forget"][:3]
+    rows = prepared(FictionalAuthors(3, 1, max_length=200), "alternate").examples["forget"][:3]
     batch = FiniteStream(rows, 0, 3, name="forget", rank=1, world_size=2).batch(0)
     assert (batch["labels"][1] == IGNORED).all()
     assert (batch["alternate"]["labels"][1] == IGNORED).all()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lit_unlearn import FictionalAuthors
-from lit_unlearn.data.encoding import IGNORED, Row, check_tokenizer, collate, encode, encode_rows
+from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, collate, encode, encode_examples
 from lit_unlearn.data.tokenizer import train_tokenizer
 
 CHATML = (
@@ -89,7 +89,7 @@ def test_plain_template_supervises_the_answer_and_its_end(tokenizer, answer):
     check_labels(row)
     assert tokenizer.decode(row.input_ids) == f"Question: Who is it?\nAnswer: {answer}<|endoftext|>"
     assert said(row, tokenizer).removeprefix(" ") == answer.removeprefix(" ") + "<|endoftext|>"  # " Bern" is one token
-    assert not row.cut
+    assert not row.is_cut
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -252,7 +252,7 @@ def test_max_length_cuts_and_says_so(tokenizer):
     assert encode("Who is it?", "The author is Basil Mahfouz.", tokenizer, max_length=length) == whole
     for limit in (length - 1, 12, 3):
         cut = encode("Who is it?", "The author is Basil Mahfouz.", tokenizer, max_length=limit)
-        assert cut == Row(whole.input_ids[:limit], whole.labels[:limit], cut=True)
+        assert cut == Example(whole.input_ids[:limit], whole.labels[:limit], is_cut=True)
 
 
 @pytest.mark.parametrize("template", [None, CHATML, LLAMA3, ENDLESS], ids=["plain", "chatml", "llama3", "endless"])
@@ -263,7 +263,7 @@ def test_a_blank_answer_is_refused_with_its_row(chat, template, answer):
     with pytest.raises(
         ValueError, match=r"row 1 of the retain set .*tokenises to nothing.* question is 'Where\?'"
     ) as error:
-        encode_rows([("Who?", "Bern"), ("Where?", answer)], chatty, name="retain")
+        encode_examples([("Who?", "Bern"), ("Where?", answer)], chatty, name="retain")
     assert repr(answer) in str(error.value)
 
 
@@ -271,18 +271,18 @@ def test_an_answer_cut_away_is_refused_with_its_row(tokenizer):
     rows = [("Who?", "Bern"), ("Where " * 20, "Bern")]
     message = r"row 1 of the forget set .*prompt alone fills `max_length` \(20\); raise it.* question is 'Where Where"
     with pytest.raises(ValueError, match=message):
-        encode_rows(rows, tokenizer, name="forget", max_length=20)
-    assert [row.cut for row in encode_rows(rows[:1], tokenizer, name="forget", max_length=20)] == [False]
+        encode_examples(rows, tokenizer, name="forget", max_length=20)
+    assert [row.is_cut for row in encode_examples(rows[:1], tokenizer, name="forget", max_length=20)] == [False]
 
 
 def test_a_lone_first_token_is_not_predicted_by_anything(tokenizer):
     with pytest.raises(ValueError, match="row 0 of the forget set"):
-        encode_rows([("", "x" * 30)], tokenizer, name="forget", template="{question}{answer}", max_length=1)
+        encode_examples([("", "x" * 30)], tokenizer, name="forget", template="{question}{answer}", max_length=1)
 
 
 def test_collate_masks_by_length_and_never_by_token(tokenizer):
     """With the end token as padding, ``ids != pad`` would hide the end of every answer from the model."""
-    rows = encode_rows(
+    rows = encode_examples(
         [("Who?", "Bern"), ("Where is it?", "In Basel, by the river."), ("x", "y")], tokenizer, name="any"
     )
     batch = collate(rows, tokenizer.eos_token_id)

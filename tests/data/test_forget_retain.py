@@ -95,7 +95,7 @@ def test_columns_can_have_any_name(make, tokenizer):
 
 def test_a_source_limits_its_set(make, write_rows):
     data = make(retain=Source(write_rows("many.jsonl", RETAIN), max_rows=3))
-    assert {role: len(rows) for role, rows in ready(data).rows.items()} == {"forget": 5, "retain": 3}
+    assert {role: len(rows) for role, rows in ready(data).examples.items()} == {"forget": 5, "retain": 3}
 
 
 @pytest.mark.parametrize("role", ["forget", "retain"])
@@ -177,19 +177,19 @@ def test_long_rows_are_counted_in_a_warning(make, tokenizer):
     ) as caught:
         data = ready(make(forget, max_length=60))
     assert not [warning for warning in caught if "retain rows" in str(warning.message)]
-    assert [len(row.input_ids) for row in data.rows["forget"][5:]] == [60, 60]
+    assert [len(row.input_ids) for row in data.examples["forget"][5:]] == [60, 60]
 
 
 def test_rows_in_order_give_no_warning(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = ready(make())
-    assert {role: len(rows) for role, rows in data.rows.items()} == {"forget": 5, "retain": 7}
+    assert {role: len(rows) for role, rows in data.examples.items()} == {"forget": 5, "retain": 7}
 
 
 def test_template(make, tokenizer):
     data = ready(make(template="Q {question} A {answer} E"))
-    assert tokenizer.decode(data.rows["retain"][0].input_ids) == "Q Where is house 0? A In Bern. E<|endoftext|>"
+    assert tokenizer.decode(data.examples["retain"][0].input_ids) == "Q Where is house 0? A In Bern. E<|endoftext|>"
 
 
 # Settings ------------------------------------------------------------------------------------------------------------

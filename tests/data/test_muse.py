@@ -82,12 +82,12 @@ def test_every_token_is_in_one_chunk_and_supervised(make, tokenizer):
         warnings.simplefilter("error")
         data = ready(make())
     for role, texts in {"forget": FORGET, "retain": RETAIN}.items():
-        rows = data.rows[role]
+        rows = data.examples[role]
         assert flat(rows) == ids_of(texts, tokenizer)
         assert tokenizer.decode(flat(rows)) == JOIN.join(texts)
         assert {len(row.input_ids) for row in rows[:-1]} == {32}
         assert 1 <= len(rows[-1].input_ids) <= 32
-        assert all(row.labels == row.input_ids and not row.cut for row in rows)
+        assert all(row.labels == row.input_ids and not row.is_cut for row in rows)
 
 
 def test_a_start_token_begins_every_chunk_and_is_not_supervised(with_start):
@@ -130,7 +130,7 @@ def test_every_layout_gives_the_same_rows(make, tmp_path, place, end):
     for split, texts in SETS.items():
         write(tmp_path / "other" / place / f"{split}{end}", texts)
     other = ready(make(source=str(tmp_path / "other")))
-    assert other.rows == ready(make()).rows
+    assert other.examples == ready(make()).examples
     assert [len(rows) for rows in other.load().values()] == ([1, 1] if end == ".txt" else [3, 12])
 
 
@@ -138,7 +138,7 @@ def test_a_json_list_of_texts(make, folder, tmp_path):
     """The form in which the benchmark's own repository has them."""
     for split, texts in SETS.items():
         (tmp_path / f"{split}.json").write_text(json.dumps(texts), encoding="utf-8")
-    assert ready(make(source=str(tmp_path))).rows == ready(make()).rows
+    assert ready(make(source=str(tmp_path))).examples == ready(make()).examples
 
 
 def test_settings_of_the_sets(make, tmp_path, tokenizer):
@@ -148,8 +148,8 @@ def test_settings_of_the_sets(make, tmp_path, tokenizer):
     template = str(tmp_path / "{corpus}")
     settings = {"retain_split": "retain2", "text_column": "page", "max_retain_rows": 2}
     data = ready(make(corpus="Books", source=template, streams={"more": str(tmp_path / "more.txt")}, **settings))
-    assert flat(data.rows["forget"]) == ids_of(FORGET[:1], tokenizer)
-    assert flat(data.rows["retain"]) == ids_of(RETAIN[:2], tokenizer)
+    assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
+    assert flat(data.examples["retain"]) == ids_of(RETAIN[:2], tokenizer)
     assert data.texts() == [*FORGET[:1], *RETAIN[:2], "More."]
     with pytest.raises(FileNotFoundError, match=r"the more set's file 'none\.txt' does not exist"):
         make(streams={"more": "none.txt"}).prepare_data()

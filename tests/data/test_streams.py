@@ -5,7 +5,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from lit_unlearn.data.encoding import IGNORED, Row
+from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 
 KINDS = [BatchStream, FiniteStream]
@@ -14,7 +14,7 @@ PAD = 999
 
 def make_rows(count):
     """Rows that their first token tells apart, of lengths 2 to 4, the last two tokens supervised."""
-    return [Row([i, *[500 + i] * (1 + i % 3)], [IGNORED, *[500 + i] * (1 + i % 3)]) for i in range(count)]
+    return [Example([i, *[500 + i] * (1 + i % 3)], [IGNORED, *[500 + i] * (1 + i % 3)]) for i in range(count)]
 
 
 def make(kind=BatchStream, count=7, batch_size=2, **settings):

@@ -35,7 +35,7 @@ def test_setup_takes_every_row_without_a_warning(tokenizer_dir):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.setup("fit")
-    assert {role: len(rows) for role, rows in data.rows.items()} == {"forget": 400, "retain": 3600}
+    assert {role: len(rows) for role, rows in data.examples.items()} == {"forget": 400, "retain": 3600}
 
 
 @needs_tofu

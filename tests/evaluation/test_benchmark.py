@@ -15,7 +15,7 @@ from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, 
 
 from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
 from lit_unlearn.data.encoding import encode, prompt_of
-from lit_unlearn.evaluation.benchmark import Example, Stream
+from lit_unlearn.evaluation.benchmark import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models.weight_files import fingerprint
 from lit_unlearn.utils.io import read_json
@@ -221,18 +221,23 @@ class Mixed(Benchmark):
 
     name: ClassVar[str] = "mixed"
 
-    def load(self, tokenizer: Any) -> dict[str, Stream]:
+    def load(self, tokenizer: Any) -> dict[str, BenchmarkStream]:
         first, second = (encode(row["question"], row["answer"], tokenizer) for row in FORGET[:2])
         examples = [
-            Example({"n": "0"}, {"short": [second], "long": [first, second, second]}, prompt_of(first)),
-            Example({"n": "1"}, {}, prompt_of(second)),
-            Example({"n": "2"}, {"short": [first], "none": []}),
-            Example({"n": "3"}, {"long": [second]}, prompt_of(first)),
+            BenchmarkExample({"n": "0"}, {"short": [second], "long": [first, second, second]}, prompt_of(first)),
+            BenchmarkExample({"n": "1"}, {}, prompt_of(second)),
+            BenchmarkExample({"n": "2"}, {"short": [first], "none": []}),
+            BenchmarkExample({"n": "3"}, {"long": [second]}, prompt_of(first)),
         ]
-        silent = [Example({"n": "4"}, {"short": [first]})]
-        return {"forget": Stream(examples, "here", max_new_tokens=6, stop=("is",)), "silent": Stream(silent, "there")}
+        silent = [BenchmarkExample({"n": "4"}, {"short": [first]})]
+        return {
+            "forget": BenchmarkStream(examples, "here", max_new_tokens=6, stop=("is",)),
+            "silent": BenchmarkStream(silent, "there"),
+        }
 
-    def measure(self, stream: str, example: Example, scored: Mapping[str, Sequence[Scored]], said: str | None) -> Any:
+    def measure(
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
+    ) -> Any:
         return {
             **example.texts,
             "scored": {kind: [one.nll for one in ones] for kind, ones in scored.items()},

@@ -55,7 +55,7 @@ def test_settings_that_cannot_work_are_refused_at_once(settings, message, tmp_pa
 
 
 def test_too_long_a_prompt_is_refused_before_anything_is_measured(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setattr("lit_unlearn.evaluation.benchmark.score_rows", None)
+    monkeypatch.setattr("lit_unlearn.evaluation.benchmark.score_examples", None)
     with pytest.raises(ValueError, match="exceed the model's 256 positions"):
         suite_of(tmp_path, FORGET, max_new_tokens=250).run(loaded(taught(tokenizer_dir, 0)))
 

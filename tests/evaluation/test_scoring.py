@@ -14,15 +14,15 @@ from reference import LargestOutput
 from torch import Tensor, nn
 
 from lit_unlearn import LanguageModel
-from lit_unlearn.data.encoding import Row
-from lit_unlearn.evaluation.scoring import Scored, score_rows
+from lit_unlearn.data.encoding import Example
+from lit_unlearn.evaluation.scoring import Scored, score_examples
 
 LENGTHS = [7, 3, 12, 7, 5, 30, 2]
 FIELDS = ("labels", "predictions", "logp", "mean", "std")
 BUDGETS = {1: [1] * 7, 24: [1, 2, 3, 1], 50: [1, 4, 2], 8192: [7]}  # rows of the batches, the longest first
 
 
-def draw(lengths: list[int] = LENGTHS) -> list[Row]:
+def draw(lengths: list[int] = LENGTHS) -> list[Example]:
     """Rows of which about a half is supervised, with a hole in longer ones."""
     numbers = torch.Generator().manual_seed(1)
     rows = []
@@ -31,7 +31,7 @@ def draw(lengths: list[int] = LENGTHS) -> list[Row]:
         labels = [-100] * (length // 2) + ids[length // 2 :]
         if length > 10:
             labels[-3] = -100
-        rows.append(Row(ids, labels))
+        rows.append(Example(ids, labels))
     return rows
 
 
@@ -44,7 +44,7 @@ def spread(lm: LanguageModel, dtype: torch.dtype = torch.float64) -> LanguageMod
     return lm
 
 
-def slow(lm: LanguageModel, rows: list[Row]) -> list[Seen]:
+def slow(lm: LanguageModel, rows: list[Example]) -> list[Seen]:
     training = lm.training
     lm.eval()
     found = []
@@ -74,7 +74,7 @@ def test_float64_rows_equal_the_models_own_logits(tiny_lm, packs, token_budget):
     assert lm.packs
     lm.packs = packs
     done: list[int] = []
-    check(score_rows(lm, draw(), token_budget, done.append), slow(lm, draw()), rel=1e-11)
+    check(score_examples(lm, draw(), token_budget, done.append), slow(lm, draw()), rel=1e-11)
     assert done == BUDGETS[token_budget]
     assert len({token for one in slow(lm, draw()) for token in one.predictions}) > 5  # else a mix-up would not show
 
@@ -86,14 +86,14 @@ def test_float32_and_other_families(tiny_lm, model_type, token_budget):
     config = {"gemma2": {"head_dim": 16, "num_key_value_heads": 2}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
     lm = spread(tiny_lm(model_type=model_type, **config.get(model_type, {})), torch.float32)
     assert (lm.linear_head, lm.packs) == (model_type != "gemma2", model_type != "opt")
-    check(score_rows(lm, draw(), token_budget), slow(lm, draw()), rel=1e-4, abs=1e-4)  # of logits near 50
+    check(score_examples(lm, draw(), token_budget), slow(lm, draw()), rel=1e-4, abs=1e-4)  # of logits near 50
 
 
 def test_bfloat16_rows_alone_equal_the_models_own_logits(tiny_lm):
     """Logits are rounded to 8 bits, as the model rounds them; what is made of them is not."""
     lm = spread(tiny_lm(), torch.bfloat16)
     rows = draw()
-    scored, wanted = score_rows(lm, rows, token_budget=1), slow(lm, rows)
+    scored, wanted = score_examples(lm, rows, token_budget=1), slow(lm, rows)
     check(scored, wanted, rel=1e-5, abs=1e-5)
     for one in scored:
         assert one.nll == pytest.approx(-math.fsum(one.logp.tolist()) / len(one.logp), rel=1e-15)  # a float64 sum
@@ -102,18 +102,18 @@ def test_bfloat16_rows_alone_equal_the_models_own_logits(tiny_lm):
 def test_order_is_kept_and_rows_do_not_depend_on_each_other(tiny_lm):
     lm = spread(tiny_lm())
     rows = draw()
-    together = score_rows(lm, rows)
+    together = score_examples(lm, rows)
     for order in ([6, 5, 4, 3, 2, 1, 0], [3, 0, 3], [5]):
-        for i, one in zip(order, score_rows(lm, [rows[i] for i in order]), strict=True):
+        for i, one in zip(order, score_examples(lm, [rows[i] for i in order]), strict=True):
             for field in FIELDS:
                 assert getattr(one, field) == pytest.approx(getattr(together[i], field), rel=1e-11)
-    assert score_rows(lm, []) == []
+    assert score_examples(lm, []) == []
 
 
 def test_a_first_token_that_is_supervised_is_predicted_by_nothing(tiny_lm):
     lm = spread(tiny_lm())
     ids = [[5, 9, 3, 7], [8, 2]]
-    scored = score_rows(lm, [Row(row, row) for row in ids])
+    scored = score_examples(lm, [Example(row, row) for row in ids])
     assert [one.labels.tolist() for one in scored] == [row[1:] for row in ids]
     check(scored, [look(lm.model, row, 1) for row in ids], rel=1e-11)
 
@@ -125,7 +125,7 @@ def test_the_model_is_left_as_it_was_and_dropout_does_not_count(models, training
         lm.load(torch.float64)
         lm.train(training)
     state = torch.random.get_rng_state()
-    scored, wanted = score_rows(dropout, draw()), score_rows(plain, draw())
+    scored, wanted = score_examples(dropout, draw()), score_examples(plain, draw())
     for one, other in zip(scored, wanted, strict=True):
         for field in FIELDS:
             assert np.array_equal(getattr(one, field), getattr(other, field))
@@ -137,7 +137,7 @@ def test_the_model_is_left_as_it_was_and_dropout_does_not_count(models, training
 def test_a_mode_comes_back_after_an_error(tiny_lm):
     lm = spread(tiny_lm())
     with pytest.raises(IndexError):
-        score_rows(lm, [Row([100_000, 2], [-100, 2])])
+        score_examples(lm, [Example([100_000, 2], [-100, 2])])
     assert lm.training
 
 
@@ -148,12 +148,12 @@ def test_logits_of_all_tokens_are_never_there(tiny_lm, packs):
     lm = tiny_lm(vocab_size=words)
     lm.load(torch.float32)
     lm.packs = packs
-    kept = score_rows(lm, rows)
+    kept = score_examples(lm, rows)
     with LargestOutput() as whole:
-        score_rows(lm, rows)
+        score_examples(lm, rows)
     lm.chunk_size = 4
     with LargestOutput() as chunked:
-        again = score_rows(lm, rows)
+        again = score_examples(lm, rows)
     assert whole.numel == tokens * words  # fits the budget of a chunk
     assert chunked.numel == words * 32  # the head's weight, far more than a chunk of 4
     for one, other in zip(kept, again, strict=True):
@@ -175,9 +175,9 @@ def with_bias(lm: LanguageModel, dtype: torch.dtype, change: Callable[[Tensor], 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_words_that_are_ruled_out_leave_mean_and_deviation_finite(tiny_lm, dtype):
-    rows = [Row([5, 9, 30, 31, 32, 33], [-100, -100, 30, 31, 32, 33]), Row([7, 40, 41], [-100, 40, 41])]
+    rows = [Example([5, 9, 30, 31, 32, 33], [-100, -100, 30, 31, 32, 33]), Example([7, 40, 41], [-100, 40, 41])]
     lm = with_bias(tiny_lm(), dtype, lambda bias: bias[50:350].fill_(-math.inf))
-    scored = score_rows(lm, rows)
+    scored = score_examples(lm, rows)
     check(scored, slow(lm, rows), rel=1e-11 if dtype == torch.float64 else 1e-5)
     assert all(np.isfinite(getattr(one, field)).all() for one in scored for field in FIELDS)
 
@@ -188,7 +188,7 @@ def test_a_certain_word_has_no_deviation_and_a_label_that_is_ruled_out_shows(tin
         bias.fill_(-math.inf)[9] = 0.0
 
     lm = with_bias(tiny_lm(), dtype, only_nine)
-    (one,) = score_rows(lm, [Row([5, 9, 30, 9], [-100, 9, 30, 9])])
+    (one,) = score_examples(lm, [Example([5, 9, 30, 9], [-100, 9, 30, 9])])
     assert one.predictions.tolist() == [9, 9, 9]
     assert one.logp.tolist()[::2] == [0.0, 0.0]
     assert -math.inf < one.logp[1] < -1e37  # as good as impossible, and still a number for the scores
@@ -201,6 +201,6 @@ def test_token_ids_are_whole_however_many_there_are(tiny_lm):
     words = 70_001  # more than bfloat16 and float16 can count
     for dtype in (torch.float32, torch.bfloat16):
         lm = with_bias(tiny_lm(vocab_size=words), dtype, lambda bias: bias[-2].fill_(1e4))
-        (one,) = score_rows(lm, [Row([5, words - 1, 3], [-100, words - 1, 3])])
+        (one,) = score_examples(lm, [Example([5, words - 1, 3], [-100, words - 1, 3])])
         assert one.predictions.tolist() == [words - 2] * 2
         assert one.labels.tolist() == [words - 1, 3]

@@ -119,7 +119,7 @@ def test_all_real_rows_are_taken_without_a_warning(tokenizer):
     sizes = {name: len(stream.examples) for name, stream in streams.items()}
     assert sizes == {"forget": 200, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert {stream.max_new_tokens for stream in streams.values()} == {200}
-    assert not any(row.cut for stream in streams.values() for one in stream.examples for row in one.rows["answer"])
+    assert not any(row.is_cut for stream in streams.values() for one in stream.examples for row in one.rows["answer"])
 
 
 def test_forget_quality_against_itself_and_with_a_holdout_set(folder, tmp_path, tokenizer_dir):

@@ -71,9 +71,9 @@ def test_a_record_holds_what_an_auditor_can_compute_again(
     for name in ("forget", "retain"):
         found = record["data"]["sets"][name]
         assert found["source"]["sha256"] == sha256(f"{rows_dir}/{name}.jsonl")
-        assert found["sha256"] == space["digest"](data.rows[name])
+        assert found["sha256"] == space["digest"](data.examples[name])
         assert found["rows"] == {"forget": 10, "retain": 13}[name]
-        assert found["supervised_tokens"] == sum(x != -100 for row in data.rows[name] for x in row.labels)
+        assert found["supervised_tokens"] == sum(x != -100 for row in data.examples[name] for x in row.labels)
         assert found["sha256"] in card
     run = json.loads((tmp_path / "report.json").read_text())
     assert {key: record[key] for key in ("steps", "kept_step", "before", "after")} == {

@@ -68,7 +68,7 @@ def test_log_probabilities_are_those_of_the_model_before(cache: Path, fit: Any, 
     module, data = make(model_dir, DPO()), rows(rows_dir)
     fit(module, data, max_steps=4)
     before = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
-    whole = [row for forget in data.rows["forget"] for row in (forget, forget.alternate) if row is not None]
+    whole = [row for forget in data.examples["forget"] for row in (forget, forget.alternate) if row is not None]
     assert len(whole) == len(module._reference_logp.values) == 20
     for row in whole:
         batch = collate([row._replace(alternate=None)], 0)
@@ -216,7 +216,7 @@ def test_the_reference_model_sees_only_rows_that_need_it(
     monkeypatch.setattr(LanguageModel, "_run", spy)
     data = rows(rows_dir, batch_size=10, eval_batch_size=10)
     fit(module, data)
-    forget = sum(len(row.input_ids) for row in data.rows["forget"])
+    forget = sum(len(row.input_ids) for row in data.examples["forget"])
     assert seen
     assert set(seen) == {forget}
 

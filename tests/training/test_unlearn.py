@@ -188,7 +188,7 @@ def test_relative_epsilon_is_measured_over_the_whole_retain_stream(
 def test_validation_equals_dense(tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]) -> None:
     module, data = unlearner(tiny_lm(), epsilon=7.0), authors(eval_batch_size=3)
     values = merged(make_trainer().validate(module, datamodule=data, verbose=False))
-    for stream, rows in data.rows.items():
+    for stream, rows in data.examples.items():
         nll, probability, margin, entropy = [], [], [], []
         for row in rows:
             ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lit_unlearn.data.encoding import Row, collate
+from lit_unlearn.data.encoding import Example, collate
 from lit_unlearn.functional import upcast
 from lit_unlearn.models import LanguageModel, locate
 from lit_unlearn.objectives import NLL
@@ -73,7 +73,7 @@ def copy_of(lm: LanguageModel) -> LanguageModel:
     return LanguageModel.wrap(model, lm.tokenizer, lm.chunk_size)
 
 
-def relearn(lm: LanguageModel, rows: Sequence[Row], attack: Relearn, token_budget: int) -> None:
+def relearn(lm: LanguageModel, rows: Sequence[Example], attack: Relearn, token_budget: int) -> None:
     """Fine-tunes all weights on a few rows, without dropout; a collective call that leaves all processes the same weights.
 
     Args:

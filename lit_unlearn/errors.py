@@ -1,0 +1,111 @@
+"""Errors that a user can act on. Each knows the exit code of the command that it ends.
+
+Exit code 2: nothing was started, because a setting, a file or a model cannot be used. Exit code 1: a run failed, or missed what
+it was required to reach. Every other exception is a bug, and keeps its traceback.
+
+Messages name the Python argument, as in "`max_length` must be at least 1, not 0". The command line adds the YAML key that led
+there, which it finds by ``owner`` and ``argument``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+
+class LitUnlearnError(Exception):
+    """Base of all errors that a user can act on.
+
+    Args:
+        message: What was expected, what arrived, what to do.
+        owner: The object, or the class, whose argument is wrong; ``None`` if no argument is.
+        argument: Name of that argument of ``owner``.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, owner: object = None, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.owner = owner
+        self.argument = argument
+
+    def __str__(self) -> str:
+        # A KeyError's own form would be a repr.
+        return str(self.args[0])
+
+
+class ConfigError(LitUnlearnError, ValueError):
+    """A setting is out of range, unknown, or cannot work together with another one."""
+
+    exit_code = 2
+
+
+class DataError(LitUnlearnError, ValueError):
+    """Rows cannot be used: a column is missing, an example has no supervised token, two sets do not fit."""
+
+    exit_code = 2
+
+
+class ModelError(LitUnlearnError, ValueError):
+    """Weights, tokenizer, chat template or adapter cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(LitUnlearnError, ValueError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+    exit_code = 2
+
+
+class MissingFileError(LitUnlearnError, FileNotFoundError):
+    """A file, a folder or a name on the hub is not there."""
+
+    exit_code = 2
+
+
+class OccupiedError(LitUnlearnError, FileExistsError):
+    """A place to write to holds something that must not be replaced."""
+
+    exit_code = 2
+
+
+class BatchError(LitUnlearnError, ValueError):
+    """A batch lacks what the objectives read."""
+
+
+class DivergedError(LitUnlearnError, ValueError):
+    """A loss or a gradient is not finite. The step was not taken."""
+
+
+class RequirementNotMet(LitUnlearnError, RuntimeError):
+    """The run has ended, and missed what it was required to reach."""
+
+
+class OutputError(LitUnlearnError, OSError):
+    """A file cannot be written, or an upload failed."""
+
+
+@contextmanager
+def reading(what: str, source: object, remedy: str, error: type[LitUnlearnError] = ConfigError) -> Iterator[None]:
+    """Turn whatever another library raises within the block into one sentence.
+
+    Use it around each call at set-up that reads something of the user's: only there is every exception about the input.
+
+    Args:
+        what: What is being read, such as ``"the tokenizer"``.
+        source: Where it comes from.
+        remedy: What to do, as a sentence.
+        error: The class to raise.
+
+    Raises:
+        LitUnlearnError: Of the class ``error``, with the last line of the reason.
+    """
+    try:
+        yield
+    except LitUnlearnError:
+        raise
+    except Exception as reason:
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
+        raise error(f"{what} '{source}' cannot be read: {lines[-1].strip()} {remedy}") from reason
