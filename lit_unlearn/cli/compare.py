@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_unlearn.evaluation.qa import against_retain
-from lit_unlearn.evaluation.results import Results, check_same_rows, differences, read_results, table
+from lit_unlearn.evaluation.results import Results, check_same_rows, differences, read_results, results_table
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import atomic_file
 
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     if options.figure and options.figure.suffix not in (".png", ".svg"):
         parser.error(f"--figure must end in .png or .svg, unlike '{options.figure}'")
     results = _read(options.files, options.retain)
-    text = table(results, names, options.format)
+    text = results_table(results, names, options.format)
     if options.output is None:
         print(text)
     else:

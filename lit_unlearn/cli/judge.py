@@ -14,7 +14,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm.auto import tqdm
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.evaluation.judge import RequestFailed, judge, table
+from lit_unlearn.evaluation.judge import RequestFailed, judge, judge_table
 from lit_unlearn.utils.io import read_json, write_json
 
 TIMEOUT = 120.0  # seconds for one attempt
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
     replies = Replies(model, Path(settings.cache) if settings.cache else None)
     judge(results, lambda p: ask(p, endpoint, replies, settings.workers), model, settings.streams, settings.limit)
     write_json(file, results)
-    print(table(results))
+    print(judge_table(results))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from lit_unlearn.evaluation.tables import format_table
+
 Row = dict[str, Any]
 
 FLUENCY = "does the reply read like text? From 0 (empty, garbled or looping) to 10 (correct and coherent throughout)"
@@ -176,16 +178,15 @@ def _summary(rows: Sequence[Row], score: str) -> dict[str, float | None]:
     return {"mean": fmean(values) if values else None, "count": len(values), "failed": len(rows) - len(values)}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The means of judged results, and below them why scores failed, as text."""
-    lines = [[f"judge {results['judge']['model']}", "mean", "count", "failed"]]
+def judge_table(results: dict[str, Any]) -> str:
+    """Format the means of judged results and, below them, the reasons why scores failed."""
+    rows = []
     reasons: Counter[str] = Counter()
     for stream, scores in results["judge"]["scores"].items():
         reasons.update(row["judge_error"] for row in results["examples"][stream] if "judge_error" in row)
         for name, score in scores.items():
-            mean = "–" if score["mean"] is None else f"{score['mean']:.2f}"
-            lines.append([f"{stream}/{name}", mean, str(score["count"]), str(score["failed"])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    why = [f"{count} of the rows: {reason}" for reason, count in reasons.most_common(5)]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *why])
+            mean = None if score["mean"] is None else f"{score['mean']:.2f}"
+            rows.append([f"{stream}/{name}", mean, score["count"], score["failed"]])
+    headers = [f"judge {results['judge']['model']}", "mean", "count", "failed"]
+    failures = [f"{count} of the rows: {reason}" for reason, count in reasons.most_common(5)]
+    return "\n".join([format_table(rows, headers), *failures])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_unlearn import __version__
+from lit_unlearn.evaluation.tables import TableStyle, format_table
 from lit_unlearn.utils.io import read_json
 
 Results = dict[str, Any]
@@ -100,38 +99,21 @@ def differences(results: Sequence[Results]) -> list[str]:
     return [part for part, contents in found.items() if len(contents) > 1]
 
 
-def table(results: Sequence[Results], names: Sequence[str], style: str = "text") -> str:
-    """Aggregates side by side.
+def results_table(results: Sequence[Results], names: Sequence[str], style: TableStyle = "text") -> str:
+    """Format the aggregates of several models side by side.
 
     Args:
         results: Of the models to compare.
         names: One for each, over its column.
-        style: ``"text"``, ``"markdown"`` or ``"csv"``.
+        style: As for `format_table`.
 
     Returns:
         A line per value that any of them has; a dash where a value is missing.
 
     Raises:
-        ValueError: If ``style`` is another word.
+        ConfigError: If ``style`` is unknown.
     """
     keys = list(dict.fromkeys(key for one in results for key in (*one["aggregate"], *one.get("missing", {}))))
     keys.sort(key=lambda key: "/" in key)  # what sums everything up comes first
-    rows = [[key, *(_number(one["aggregate"].get(key)) for one in results)] for key in keys]
-    lines = [["", *names], *rows]
-    if style == "csv":
-        file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows(lines)
-        return file.getvalue().rstrip("\n")
-    if style == "markdown":
-        rule = ["|---" * len(lines[0]) + "|"]
-        text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-        return "\n".join([text[0], *rule, *text[1:]])
-    if style != "text":
-        raise ValueError(f"a table is 'text', 'markdown' or 'csv', not {style!r}.")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    rows = [[key, *(one["aggregate"].get(key) for one in results)] for key in keys]
+    return format_table(rows, ["", *names], style)

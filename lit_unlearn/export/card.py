@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from lit_unlearn.evaluation import results
-from lit_unlearn.evaluation.tables import report_table
+from lit_unlearn.evaluation.tables import format_table, report_table
 
 Record = Mapping[str, Any]
 
@@ -194,7 +194,7 @@ def _benchmarks(record: Record) -> str:
         parts.append(
             f"{one['suite']} ({rows}), measured on {_code(one.get('model', {}).get('name') or 'the model of the run')}:"
         )
-        parts.append(results.table([one], ["this model"], "markdown"))
+        parts.append(results.results_table([one], ["this model"], "markdown"))
         parts += [f"{name} is missing: {reason}" for name, reason in one.get("missing", {}).items()]
         parts.append(f"sha256 of the results file, with every row: {_code(one['sha256'])}")
     return "\n\n".join(parts)
@@ -249,12 +249,6 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    if len(lines) == 1:
-        return ""
-    return "\n".join([_line(lines[0]), "|---" * len(head) + "|", *map(_line, lines[1:])])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = list(rows)
+    return format_table(lines, head, "markdown") if lines else ""

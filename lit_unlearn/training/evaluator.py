@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.evaluation.benchmark import Benchmark
-from lit_unlearn.evaluation.results import table
+from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Objective
@@ -178,7 +178,7 @@ class LitMeasured(L.LightningModule):
             write_json(file, found)
             shutil.rmtree(file.with_suffix(".partial"), ignore_errors=True)
             if stage == "test":
-                print(table([found], [str(self.lm.name)]))
+                print(results_table([found], [str(self.lm.name)]))
         for name, reason in found["missing"].items() if stage == "test" else ():
             rank_zero_info(f"{name} is missing: {reason}")
         rank_zero_info(f"results: {file} ({suite.name}, {time.monotonic() - started:.0f} s)")

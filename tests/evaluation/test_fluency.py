@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_unlearn import LanguageModel, QABenchmark
 from lit_unlearn.evaluation import benchmark
-from lit_unlearn.evaluation.results import table
+from lit_unlearn.evaluation.results import results_table
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_model_that_says_nothing(files, tokenizer_dir):
     assert {row["exact_memorization"] for row in rows} == {0.0}
     assert (found["aggregate"]["forget/fluency_nll"], found["aggregate"]["forget/empty"]) == (None, 1.0)
     assert all(math.isfinite(row["nll"]) for row in rows)
-    line = next(line for line in table([found], ["mute"]).splitlines() if line.startswith("forget/fluency_nll"))
+    line = next(line for line in results_table([found], ["mute"]).splitlines() if line.startswith("forget/fluency_nll"))
     assert line.split() == ["forget/fluency_nll", "–"]
 
 

@@ -52,20 +52,22 @@ def test_table_has_every_number_in_its_place():
 
 @pytest.mark.parametrize(
     ("slack", "verdict"),
-    [(0.05, "holds"), (0.0, "holds"), (-0.05, "IS VIOLATED"), (-1e-12, "IS VIOLATED"), (math.nan, "IS VIOLATED")],
+    [(0.05, "feasible"), (0.0, "feasible"), (-0.05, "violated"), (-1e-12, "violated"), (math.nan, "violated")],
 )
 def test_verdict_of_every_constraint(slack, verdict):
-    assert report_table(make(slack)).splitlines()[-1] == (
-        f"constraint nll {verdict}: value {0.3 - slack:.4g}, epsilon 0.3, slack {slack:.4g}; λ 100 → 87.65"
-    )
+    line = report_table(make(slack)).splitlines()[-1]
+    assert line.startswith("constraint nll: ")
+    assert f"({verdict})" in line
+    for number in (f"{0.3 - slack:.4g}", "epsilon 0.3", f"slack {slack:.4g}", "λ 100 → 87.65"):
+        assert number in line
 
 
 def test_constraints_are_judged_one_by_one():
     report = make(0.1)
     report["constraints"]["news"] = make(-0.1)["constraints"]["nll"]
     first, second = report_table(report).splitlines()[-2:]
-    assert first.startswith("constraint nll holds: ")
-    assert second.startswith("constraint news IS VIOLATED: ")
+    assert first.startswith("constraint nll: 0.2 ≤ epsilon 0.3 (feasible)")
+    assert second.startswith("constraint news: 0.4 > epsilon 0.3 (violated)")
 
 
 def test_table_without_constraints_ends_with_the_rule():
