@@ -1,7 +1,11 @@
-"""What people see during a run and take away from it."""
+"""Callbacks and plugins of the Trainer: a run's report, pictures, export, checkpoints, advice and progress.
+
+Only what the Trainer calls belongs here. What works without a Trainer is in ``plotting/`` and ``export/``.
+"""
 
 from lit_unlearn.callbacks.advice import RunAdvice
 from lit_unlearn.callbacks.checkpoints import ResumeCheckpoint
+from lit_unlearn.callbacks.defaults import default_callbacks, default_plugins
 from lit_unlearn.callbacks.export import ExportModel
 from lit_unlearn.callbacks.picture import RunPicture
 from lit_unlearn.callbacks.plugins import AtomicCheckpointIO
@@ -16,4 +20,6 @@ __all__ = [
     "RunAdvice",
     "RunPicture",
     "RunReport",
+    "default_callbacks",
+    "default_plugins",
 ]
