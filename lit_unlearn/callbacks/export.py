@@ -16,7 +16,7 @@ from lit_unlearn.callbacks.report import RunReport
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.export.hub import obstacle, upload
 from lit_unlearn.export.record import RECORD, Record, benchmark, describe, with_outcome, write_record
-from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.training.strategies import whole_state
 from lit_unlearn.utils.io import atomic_directory, check_export_target, read_json

@@ -19,7 +19,7 @@ from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.evaluation.suite import AnswerSuite
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
-from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
 

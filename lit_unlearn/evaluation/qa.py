@@ -30,7 +30,7 @@ from lit_unlearn.metrics import (
     zlib_score,
 )
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.models.weight_files import check_model_directory
+from lit_unlearn.models.loading import check_model_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
+from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import lay_out
-from lit_unlearn.models.probing import without_dropout
 
 
 class Scored(NamedTuple):
@@ -57,7 +57,7 @@ def score_examples(
         One item per row, in the order given.
     """
     found: dict[int, Scored] = {}
-    with without_dropout(lm):
+    with evaluation_mode(lm):
         for batch in _batches([len(row.input_ids) for row in rows], token_budget):
             found |= zip(batch, _score_batch(lm, [rows[i] for i in batch]), strict=True)
             progress(len(batch))

@@ -117,7 +117,8 @@ def _load(path: Path, state: Mapping[str, Tensor], record: Record, base: str | N
     weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_WEIGHTS)}
     settings = _settings(path, record, base)
     lm = LanguageModel(**settings)
-    lm.load(Counter(value.dtype for value in weights.values() if value.is_floating_point()).most_common(1)[0][0])
+    dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
+    lm.load(dtypes.most_common(1)[0][0], device="cpu")
     _check_base(lm, record)
     wanted = {name for name, p in lm.named_parameters() if p.requires_grad} if lm.has_adapter else {*lm.state_dict()}
     known = lm.state_dict()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.models.probing import probe_logits, without_dropout
+from lit_unlearn.models.evaluation_mode import evaluation_mode
+from lit_unlearn.models.probing import probe_logits
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -171,6 +172,16 @@ def _check_config(config: Any) -> None:
         )
 
 
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """Return what `adapter_config` was given, as far as it is not the default, from the adapter in use."""
+    config = next(iter(model.peft_config.values()))
+    place = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # not meaningful for training
+    defaults = vars(type(config)())
+    changed = {key: value for key, value in vars(config).items() if key not in place and value != defaults.get(key)}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
+    return {"peft_type": config.peft_type.value, **plain}
+
+
 def is_adapted(model: nn.Module | None) -> bool:
     """Whether a model is a `peft.PeftModel`, without importing peft."""
     return hasattr(model, "get_base_model")
@@ -202,7 +213,7 @@ def reference(model: PeftModel) -> Iterator[None]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     switched_off: Any = model.disable_adapter
     try:
-        with without_dropout(model), switched_off():
+        with evaluation_mode(model), switched_off():
             yield
     finally:
         for parameter, requires_grad in trainable:  # peft leaves every adapter trainable, frozen ones too

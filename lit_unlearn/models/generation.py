@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.adapters import inner_model
-from lit_unlearn.models.probing import without_dropout
+from lit_unlearn.models.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def generate(
     check_prompts(lm, prompts, max_new_tokens, stop)
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
     answers = dict[int, str]()
-    with without_dropout(model), _likeliest_tokens(model, tokenizer):
+    with evaluation_mode(model), _likeliest_tokens(model, tokenizer):
         for batch in _batches(model, [len(prompt) for prompt in prompts], max_new_tokens, token_budget):
             rows = [prompts[i] for i in batch]
             answers |= zip(batch, _answer(model, tokenizer, rows, max_new_tokens, stop), strict=True)
@@ -61,7 +61,7 @@ def continue_prompt(lm: LanguageModel, prompt: Sequence[int], max_new_tokens: in
     may say, are lost in it.
     """
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
-    with without_dropout(model), _likeliest_tokens(model, tokenizer):
+    with evaluation_mode(model), _likeliest_tokens(model, tokenizer):
         ids = model.generate(**_padded(model, [prompt]), max_new_tokens=max_new_tokens)[0, len(prompt) :].tolist()
         return ids, ids[-1] in (model.generation_config.eos_token_id or ())
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_unlearn import functional
-from lit_unlearn.models.loading import LoadedModel
-from lit_unlearn.models.packing import is_packed
-from lit_unlearn.models.probing import without_dropout
+from lit_unlearn.errors import ConfigError, ModelError
+from lit_unlearn.models import adapters, loading
+from lit_unlearn.models.evaluation_mode import evaluation_mode
+from lit_unlearn.models.packing import is_packed, keeps_packed_apart
+from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, locate
+from lit_unlearn.utils.io import atomic_directory, check_export_target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 Result = TypeVar("Result")
 
 
 @final
-class LanguageModel(LoadedModel):
+class LanguageModel(nn.Module):
     """A causal language model by hub name, by local path, or with random weights from a config.
 
     Weights are loaded by `load`, which Lightning's ``configure_model`` calls once the precision is known: loading in
@@ -49,6 +56,261 @@ class LanguageModel(LoadedModel):
             or could not be trained.
         FileNotFoundError: If ``model`` is a local directory without weights.
     """
+
+    model: PreTrainedModel | adapters.PeftModel | None
+    frozen: PreTrainedModel | None
+
+    def __init__(
+        self,
+        model: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        use_safetensors: bool = True,
+        attn_implementation: str | None = None,
+        chunk_size: int | None = None,
+        adapter: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (config is None):
+            raise ConfigError(
+                "LanguageModel: give either `model` (a hub name or a local directory) or `config` (`model_type` and its "
+                f"fields, for random weights); got model={model!r}, config={config!r}.",
+                owner=self,
+                argument="model",
+            )
+        if config is not None and "model_type" not in config:
+            raise ConfigError(
+                f"LanguageModel: `config` needs a `model_type` such as 'llama'; got {sorted(config)}.",
+                owner=self,
+                argument="config",
+            )
+        if model is not None:
+            loading.check_model_directory(model, use_safetensors, owner=self)
+        self.name = model
+        self.config = config
+        self.chunk_size = chunk_size
+        self.tokenizer_name = tokenizer or model
+        self.hub_settings = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._use_safetensors = use_safetensors
+        self._attn_implementation = attn_implementation
+        self._adapter = None if adapter is None else adapters.adapter_config(adapter)
+        self._quantization = {} if quantization is None else adapters.quantization_config(quantization, model, adapter)
+        self._activation_checkpointing = activation_checkpointing
+        self._compile = compile
+
+        self.model = None
+        # The reference model, unless it is `model` itself with its adapter switched off.
+        self.frozen = None
+        # Found by probing once the weights are loaded.
+        self.linear_head = False
+        self.packs = False
+        # Whether losses add the head's gradient directly to its `.grad`, without autograd and its hooks.
+        self.accumulate_head = False
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel | adapters.PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chunk_size: int | None = None,
+    ) -> Self:
+        """Return a `LanguageModel` around a transformers model that is loaded already; dtype and device stay.
+
+        Args:
+            model: Any causal LM of transformers, bare or in a ``peft.PeftModel``.
+            tokenizer: Its tokenizer, needed for the package's own data modules and saved with the model.
+            chunk_size: As for the class.
+        """
+        lm = cls(config={"model_type": model.config.model_type}, chunk_size=chunk_size)
+        lm._tokenizer = tokenizer
+        lm._adopt(model)
+        return lm
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer, loaded on first use; ``None`` if the model came without one."""
+        if self._tokenizer is None and self.tokenizer_name is not None:
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, **self.hub_settings)
+        return self._tokenizer
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self.model is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
+        return adapters.is_adapted(self.model)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks of the loaded model."""
+        return int(self._loaded.config.get_text_config().num_hidden_layers)
+
+    def load(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Load or build the model in training mode and probe its head; does nothing the second time.
+
+        Args:
+            dtype: Of the parameters. ``None`` for float32 on the CPU, and on an accelerator for the checkpoint's own.
+            device: Where the weights go; ``None`` for an accelerator if there is one. A quantised model is left where
+                transformers puts it.
+
+        Raises:
+            MissingFileError: If the model is neither local nor on the hub.
+            ModelError: If weights are missing, the tokenizer has more entries than the model has embeddings, or the
+                adapter could not be trained, switched off or exported.
+        """
+        if self.is_loaded:
+            return
+        device = loading.default_device() if device is None else torch.device(device)
+
+        if self.config is not None:
+            dtype = dtype or torch.float32
+            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation)
+        else:
+            model = loading.load_pretrained(
+                str(self.name),
+                self._use_safetensors,
+                dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+                attn_implementation=self._attn_implementation,
+                **self.hub_settings,
+                **self._quantization,
+            )
+        is_quantized = getattr(model, "is_quantized", False)
+        if is_quantized and self._adapter is None:
+            raise ModelError(
+                f"LanguageModel: '{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter"
+            )
+        if not is_quantized:  # bitsandbytes packs its integers on the device where they are computed with
+            cast(nn.Module, model).to(device)
+
+        adapted = model if self._adapter is None else adapters.attach(model, self._adapter)
+        if self._activation_checkpointing:
+            adapters.checkpoint_activations(model)
+        self._adopt(adapted)
+        if self._compile:
+            self._loaded.base_model.compile(dynamic=True)  # packed rows have a new length at every step
+
+    def _adopt(self, model: PreTrainedModel | adapters.PeftModel) -> None:
+        adapters.check_adapter(model)
+        embeddings = adapters.inner_model(model).get_input_embeddings().weight.shape[0]
+        if self.tokenizer is not None and len(self.tokenizer) > embeddings:
+            raise ModelError(
+                f"the tokenizer has {len(self.tokenizer)} entries but the model embeds only {embeddings}: they do not "
+                "belong together; set `tokenizer` to the model's own.",
+                owner=self,
+                argument="tokenizer",
+            )
+        # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there.
+        self.model = model.train()
+        self.linear_head = has_linear_head(self._loaded)
+        self.packs = keeps_packed_apart(self._loaded)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Make this the reference model within the block, bit for bit: no adapter, no dropout, no gradients.
+
+        The reference is the base model. An adapter that was trained before, and belongs to the reference, must be merged
+        first.
+
+        Raises:
+            RuntimeError: If there is no adapter to switch off.
+        """
+        if not self.has_adapter:
+            raise RuntimeError(
+                "the reference model is this model with its adapter switched off, and it has none: set `adapter`, or call "
+                "`keep_reference()` after loading, for a frozen copy."
+            )
+        with adapters.reference(cast("adapters.PeftModel", self.model)):
+            yield
+
+    def keep_reference(self) -> None:
+        """Copy the model as it is now and freeze the copy, unless there is one or an adapter that can be switched off."""
+        if self.frozen is None and not self.has_adapter:
+            self.frozen = copy.deepcopy(self._loaded).eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the reference model's weights and architecture, the same wherever it is loaded.
+
+        Of an adapted model only the base counts. Call it before the model is sharded.
+        """
+        return loading.fingerprint(cast(nn.Module, self.model), trainable=not self.has_adapter)
+
+    def origin(self) -> dict[str, Any]:
+        """Return where the loaded weights came from, and which adapter was put on them, in plain types.
+
+        Weights are known by the sha256 of their files, which anybody can check without this package and whatever the dtype,
+        unlike `fingerprint`; those of a hub name by their commit as well. Reads the files completely.
+
+        Returns:
+            ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file) and ``adapter``
+            (``peft_type`` and the fields that are not its defaults); ``None`` or empty where there is none.
+        """
+        revision = cast("str | None", self.hub_settings["revision"])
+        return {
+            "name": self.name or self._loaded.config.name_or_path or None,
+            "architecture": type(self._loaded).__name__,
+            "revision": revision,
+            **loading.describe_weights(self.name, revision, self._use_safetensors),
+            "adapter": adapters.adapter_settings(self.model) if self.has_adapter else None,
+        }
+
+    def save(
+        self,
+        directory: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        finish: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write a Hugging Face model directory (safetensors and tokenizer), completely or not at all.
+
+        With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
+        is quantised, only the latter. Merging takes memory of the host for one copy of the adapted layers.
+
+        Args:
+            directory: Target; an earlier export there is replaced.
+            state_dict: The gathered state of `model`, for strategies that shard it; ``None`` to read the model.
+            finish: Adds further files; called with the folder before it takes the target's place.
+
+        Returns:
+            The target as a path.
+
+        Raises:
+            OccupiedError: If the target holds something that is not a model directory.
+        """
+        target = Path(directory)
+        check_export_target(target)
+        with atomic_directory(target) as folder, loading.hide_progress_bars():
+            if self.has_adapter:
+                adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
+            else:
+                self._loaded.save_pretrained(folder, state_dict=state_dict)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            if finish is not None:
+                finish(folder)
+        return target
+
+    @property
+    def _head(self) -> nn.Linear:
+        head = self._loaded.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise TypeError(
+                f"the head of {type(self._loaded).__name__} is a {type(head).__name__}, not a linear layer."
+            )
+        return head
+
+    @property
+    def _loaded(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError("the model is not loaded: call `load()` first (Lightning does in `configure_model`).")
+        return adapters.inner_model(self.model)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -120,7 +382,7 @@ class LanguageModel(LoadedModel):
             with self.reference():
                 yield self._loaded
         else:
-            with without_dropout(self.frozen):
+            with evaluation_mode(self.frozen):
                 yield self.frozen
 
     def logit_margin(self, tokens: SupervisedTokens) -> Tensor:

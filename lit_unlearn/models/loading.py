@@ -1,297 +1,213 @@
-"""From a name, a folder or a config to a model in memory, with its tokenizer and adapter; and back to a folder."""
+"""From a name, a folder or a config to a model and a tokenizer in memory, and what is known about weight files."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lit_unlearn.models import adapters
-from lit_unlearn.models.packing import keeps_packed_apart
-from lit_unlearn.models.probing import has_linear_head
-from lit_unlearn.models.weight_files import (
-    check_model_directory,
-    fingerprint,
-    load_pretrained,
-    weight_files,
-    weight_folder,
-    without_bars,
-)
-from lit_unlearn.utils.io import atomic_directory, check_export_target, file_digest
+from lit_unlearn.errors import MissingFileError, ModelError, reading
+from lit_unlearn.utils.io import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from typing_extensions import Self
 
 
-class LoadedModel(nn.Module):
-    """What `LanguageModel` is made from, and what becomes of it; its arguments are described there."""
+def check_model_directory(name: str, use_safetensors: bool, owner: object = None, argument: str = "model") -> None:
+    """Raise if a local path holds no model, so that a run fails before anything else is loaded.
 
-    model: PreTrainedModel | adapters.PeftModel | None
-    frozen: PreTrainedModel | None
+    Args:
+        name: Hub name or local directory; a hub name passes.
+        use_safetensors: Whether other weight files do not count.
+        owner: Whose argument it is, for the error.
+        argument: Name of that argument.
 
-    def __init__(
-        self,
-        model: str | None = None,
-        config: dict[str, Any] | None = None,
-        tokenizer: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        use_safetensors: bool = True,
-        attn_implementation: str | None = None,
-        chunk_size: int | None = None,
-        adapter: dict[str, Any] | None = None,
-        quantization: dict[str, Any] | None = None,
-        activation_checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        super().__init__()
-        if (model is None) == (config is None):
-            raise ValueError(
-                "LanguageModel: give either `model` (a hub name or a local directory) or `config` (`model_type` and its "
-                f"fields, for random weights); got model={model!r}, config={config!r}."
-            )
-        if config is not None and "model_type" not in config:
-            raise ValueError(f"LanguageModel: `config` needs a `model_type` such as 'llama'; got {sorted(config)}.")
-        if model is not None:
-            check_model_directory(model, use_safetensors)
-        self.name = model
-        self.config = config
-        self.chunk_size = chunk_size
-        self._tokenizer_name = tokenizer or model
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._use_safetensors = use_safetensors
-        self._attn_implementation = attn_implementation
-        self._adapter = None if adapter is None else adapters.adapter_config(adapter)
-        self._quantization = {} if quantization is None else adapters.quantization_config(quantization, model, adapter)
-        self._activation_checkpointing = activation_checkpointing
-        self._compile = compile
-        self.model = None
-        self.frozen = None  # the reference model, where it is not the model itself with its adapter off
-        self.linear_head = False
-        self.packs = False
-        self.accumulate_head = (
-            False  # whether losses add the head's gradient to its `.grad`, past autograd and its hooks
+    Raises:
+        MissingFileError: If it is a path where there is nothing, or a folder without config or weights.
+    """
+    path = Path(name)
+    if not path.exists():
+        # A hub name has one slash at most.
+        looks_local = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+        if looks_local:
+            message = f"there is no model directory '{name}': check `{argument}`, or train it first."
+            raise MissingFileError(message, owner=owner, argument=argument)
+        return
+
+    patterns = ("*.safetensors",) if use_safetensors else ("*.safetensors", "*.bin")
+    has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
+    if not has_weights or not (path / "config.json").is_file():
+        content = sorted(file.name for file in path.iterdir()) if path.is_dir() else "a file"
+        allow_pickle = ", or set `use_safetensors` to false" if use_safetensors else ""
+        raise MissingFileError(
+            f"'{name}' is no complete model directory: expected config.json and {' or '.join(patterns)}, found {content}. "
+            f"Point `{argument}` at the output of `save_pretrained`{allow_pickle}.",
+            owner=owner,
+            argument=argument,
         )
 
-    @classmethod
-    def wrap(
-        cls,
-        model: PreTrainedModel | adapters.PeftModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        chunk_size: int | None = None,
-    ) -> Self:
-        """A `LanguageModel` around a transformers model that is loaded already; its dtype is left as it is.
 
-        Args:
-            model: Any causal LM of transformers, bare or in a ``peft.PeftModel``.
-            tokenizer: Its tokenizer, needed for the package's own data modules and saved with the model.
-            chunk_size: As for the class.
-        """
-        lm = cls(config={"model_type": model.config.model_type}, chunk_size=chunk_size)
-        lm._tokenizer = tokenizer
-        lm._adopt(model)
-        return lm
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, loaded on first use; ``None`` if the model came without one."""
-        if self._tokenizer is None and self._tokenizer_name is not None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_name, **self._hub)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"no tokenizer at '{self._tokenizer_name}': neither a local directory with tokenizer files nor a "
-                    "name that the hub answers to. Set `model.lm.tokenizer`."
-                ) from error
-        return self._tokenizer
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self.model is not None
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
-        return adapters.is_adapted(self.model)
-
-    @property
-    def num_layers(self) -> int:
-        """How many transformer blocks the loaded model has."""
-        return int(self._loaded.config.get_text_config().num_hidden_layers)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Within the block this is the reference model, bit for bit: no adapter, no dropout, no gradients.
-
-        The reference is the base model. An adapter that was trained before, and is to be a part of it, must be merged first.
-
-        Raises:
-            RuntimeError: If there is no adapter to switch off.
-        """
-        if not self.has_adapter:
-            raise RuntimeError(
-                "the reference model is this model with its adapter switched off, and it has none: set `model.lm.adapter`, or "
-                "call `keep_reference()` after loading, for a frozen copy."
-            )
-        with adapters.reference(cast("adapters.PeftModel", self.model)):
-            yield
-
-    def keep_reference(self) -> None:
-        """Makes a frozen copy of the model as it is now, unless there is one or an adapter that can be switched off."""
-        if self.frozen is None and not self.has_adapter:
-            self.frozen = copy.deepcopy(self._loaded).eval().requires_grad_(False)
-
-    def fingerprint(self) -> str:
-        """A digest of the reference model's weights and architecture: the same wherever and however often it is loaded.
-
-        Of an adapted model only the base counts. Call it before the model is sharded.
-        """
-        return fingerprint(cast(nn.Module, self.model), trainable=not self.has_adapter)
-
-    def load(self, dtype: torch.dtype) -> None:
-        """Loads or builds the model in training mode and probes its head; does nothing the second time.
-
-        Args:
-            dtype: Of the parameters: what the Trainer's precision calls for.
-
-        Raises:
-            FileNotFoundError: If the model is neither local nor on the hub.
-            ValueError: If weights are missing, the tokenizer has more entries than the model has embeddings, or the
-                adapter could not be trained, switched off or exported.
-        """
-        if self.is_loaded:
-            return
-        if self.config is not None:
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            config = AutoConfig.for_model(**{**self._tokenizer_fields(), **self.config})
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=self._attn_implementation)
-        else:
-            model = load_pretrained(
-                str(self.name),
-                self._use_safetensors,
-                dtype=dtype,
-                attn_implementation=self._attn_implementation,
-                **self._hub,
-                **self._quantization,
-            )
-            if getattr(model, "is_quantized", False) and self._adapter is None:
-                raise ValueError(f"LanguageModel: '{self.name}' is quantised, and {adapters.UNTRAINABLE}")
-        adapted = model if self._adapter is None else adapters.attach(model, self._adapter)
-        if self._activation_checkpointing:
-            adapters.checkpoint_activations(model)
-        self._adopt(adapted)
-        if self._compile:
-            self._loaded.base_model.compile(dynamic=True)  # packed rows have a new length at every step
-
-    def _tokenizer_fields(self) -> dict[str, Any]:
-        if self.tokenizer is None:
-            return {}
-        ids = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        return {"vocab_size": len(self.tokenizer), **ids}
-
-    def _adopt(self, model: PreTrainedModel | adapters.PeftModel) -> None:
-        adapters.check_adapter(model)
-        embeddings = adapters.inner_model(model).get_input_embeddings().weight.shape[0]
-        if self.tokenizer is not None and len(self.tokenizer) > embeddings:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} entries but the model embeds only {embeddings}: they do not "
-                "belong together; set `model.lm.tokenizer` to the model's own."
-            )
-        self.model = model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps it there
-        self.linear_head = has_linear_head(self._loaded)
-        self.packs = keeps_packed_apart(self._loaded)
-
-    @property
-    def _head(self) -> nn.Linear:
-        head = self._loaded.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise TypeError(
-                f"the head of {type(self._loaded).__name__} is a {type(head).__name__}, not a linear layer."
-            )
-        return head
-
-    @property
-    def _loaded(self) -> PreTrainedModel:
-        if self.model is None:
-            raise RuntimeError(
-                "the model is not loaded: call `load(dtype)` first (Lightning does in `configure_model`)."
-            )
-        return adapters.inner_model(self.model)  # type: ignore[no-any-return]
-
-    def origin(self) -> dict[str, Any]:
-        """Where the loaded weights came from, and what adapter was put on them, in plain types.
-
-        Weights are known by the sha256 of their files, which anybody can check without this package and whatever the dtype,
-        unlike `fingerprint`; those of a hub name by their commit as well. Reads the whole files.
-
-        Returns:
-            ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file) and ``adapter``
-            (``peft_type`` and the fields that are not its defaults); ``None`` or empty where there is none.
-        """
-        revision = self._hub["revision"]
-        folder, commit = (None, None) if self.name is None else weight_folder(self.name, cast("str | None", revision))
-        files = [] if folder is None else weight_files(folder, self._use_safetensors)
-        return {
-            "name": self.name or self._loaded.config.name_or_path or None,
-            "architecture": type(self._loaded).__name__,
-            "revision": revision,
-            "commit": commit,
-            "weights": {file.name: file_digest(file) for file in files},
-            "adapter": _adapter_settings(self.model) if self.has_adapter else None,
-        }
-
-    def save(
-        self,
-        directory: str | Path,
-        state_dict: dict[str, Tensor] | None = None,
-        finish: Callable[[Path], None] | None = None,
-    ) -> Path:
-        """Writes a Hugging Face model directory (safetensors and tokenizer); a half-written one never replaces a whole.
-
-        With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
-        is quantised, only the latter. Merging takes memory of the host for one copy of the adapted layers.
-
-        Args:
-            directory: Target; an earlier export there is replaced.
-            state_dict: The state of `model`, whole, for strategies that shard it; ``None`` to read the model.
-            finish: Adds files of its own; called with the folder before it takes the target's place.
-
-        Returns:
-            The target as a path.
-
-        Raises:
-            FileExistsError: If the target holds something that is not a model directory.
-        """
-        target = Path(directory)
-        check_export_target(target)
-        with atomic_directory(target) as folder, without_bars():
-            if self.has_adapter:
-                adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
-            else:
-                self._loaded.save_pretrained(folder, state_dict=state_dict)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if finish is not None:
-                finish(folder)
-        return target
+def default_device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU if there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _adapter_settings(model: Any) -> dict[str, Any]:
-    """What `adapter_config` was given, as far as it is not the default, from the adapter in use."""
-    config = next(iter(model.peft_config.values()))
-    place = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # of no account for training
-    defaults = vars(type(config)())
-    changed = {key: value for key, value in vars(config).items() if key not in place and value != defaults.get(key)}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
-    return {"peft_type": config.peft_type.value, **plain}
+def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a local directory.
+
+    Args:
+        name: Hub name or local directory.
+        settings: For ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        MissingFileError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with reading("the tokenizer", name, "Set `tokenizer` to a folder or a hub name that has one.", MissingFileError):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **settings)
+    return tokenizer
+
+
+def build_from_config(
+    fields: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """Build a model with random weights, which the global seed decides.
+
+    Args:
+        fields: ``model_type`` and the fields of its config.
+        tokenizer: Gives ``vocab_size`` and the special token ids where ``fields`` does not; ``None`` for the type's own.
+        dtype: Of the parameters.
+        attn_implementation: Passed to transformers; ``None`` for its default.
+
+    Raises:
+        ModelError: If transformers has no such type, or refuses its fields.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(fields)
+    if tokenizer is not None:
+        fields.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(name, getattr(tokenizer, name))
+
+    with reading("a model with random weights of type", fields["model_type"], "Check `config`.", ModelError):
+        config = AutoConfig.for_model(**fields)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    return model
+
+
+def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTrainedModel:
+    """Load a model from the hub or a directory, with all its weights or not at all.
+
+    Args:
+        name: Hub name or local directory.
+        use_safetensors: Whether to insist on safetensors.
+        settings: For ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        MissingFileError: If there is no such model.
+        ModelError: If its config or its weights cannot be read, or weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind = "safetensors" if use_safetensors else "weights"
+    remedy = f"Set `model` to a local directory or to a hub name with {kind}."
+    error = ModelError if Path(name).exists() else MissingFileError
+    with reading("the model", name, remedy, error), hide_progress_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            use_safetensors=use_safetensors or None,  # False would refuse safetensors
+            output_loading_info=True,
+            **settings,
+        )
+    model, info = loaded
+
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the model '{name}' is incomplete: it has no {', '.join(missing[:3])} ({len(missing)} missing in all), which "
+            "would start at random. Get a complete copy of it."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:
+    """Return ``commit`` and ``weights`` (sha256 by file name) of a model that was loaded; reads the files completely.
+
+    Args:
+        name: Hub name or local directory; ``None`` for a model that came from neither.
+        revision: Branch, tag or commit on the hub.
+        use_safetensors: Whether other weight files were not read.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if name is None:
+        return {"commit": None, "weights": {}}
+
+    folder, commit = Path(name), None
+    if not folder.is_dir():
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):  # a cache that was emptied after loading
+            return {"commit": None, "weights": {}}
+        folder = Path(config).parent
+        commit = folder.name  # the hub's cache calls each snapshot by its commit
+
+    # transformers reads safetensors where there are any, whatever else lies beside them.
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not use_safetensors:
+        files = sorted(folder.glob("*.bin"))
+    return {"commit": commit, "weights": {file.name: file_digest(file) for file in files}}
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hide transformers' progress bars over weights, which fill log files; the hub's over downloads stay."""
+    from transformers.utils import logging
+
+    set_hook = getattr(logging, "set_tqdm_hook", None)  # transformers 5.0 does not have it yet
+    if set_hook is None:
+        yield
+        return
+    before = set_hook(lambda bar, args, settings: bar(*args, **{**settings, "disable": True}))
+    try:
+        yield
+    finally:
+        set_hook(before)
+
+
+def fingerprint(model: nn.Module, trainable: bool = True) -> str:
+    """Return a digest of a model's weights and, where it has one, its config.
+
+    Args:
+        model: Not sharded, on any device.
+        trainable: Whether weights that are trained count.
+    """
+    digest = hashlib.sha256()
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        fields = config.to_diff_dict()
+        # They say where the model lay and who wrote it, not what it computes.
+        for name in ("_name_or_path", "transformers_version"):
+            fields.pop(name, None)
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or (name in trained and not trainable):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # numpy has no bfloat16, so every dtype goes in as bytes.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_unlearn.data.encoding import IGNORED
-from lit_unlearn.models.probing import without_dropout
+from lit_unlearn.models.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def keeps_packed_apart(model: PreTrainedModel) -> bool:
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
     rows = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 1, 2, 3, 4]], device=embeddings.device)
     positions = torch.arange(4, device=rows.device).repeat(2, 2)
-    with without_dropout(model):
+    with evaluation_mode(model):
         output = model.base_model(input_ids=rows % embeddings.shape[0], position_ids=positions, use_cache=False)[0]
     one, other = output[:, 4:].float()
     # Measured at random weights: exactly 0 where they are kept apart, 0.2 for OPT and GPT-OSS, 0.006 for BLOOM.

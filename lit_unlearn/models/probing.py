@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from lit_unlearn.models.evaluation_mode import evaluation_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients within the block; draws no random numbers."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _probe_ids(model: PreTrainedModel) -> Tensor:
@@ -32,7 +20,7 @@ def _probe_ids(model: PreTrainedModel) -> Tensor:
 
 def probe_logits(model: PreTrainedModel) -> Tensor:
     """Logits of eight tokens, shape ``(1, 8, V)``."""
-    with without_dropout(model):
+    with evaluation_mode(model):
         return cast(Tensor, model(input_ids=_probe_ids(model), use_cache=False).logits)
 
 
@@ -48,7 +36,7 @@ def has_linear_head(model: PreTrainedModel) -> bool:
     try:
         logits = probe_logits(model)
         if "trunk" not in seen:  # OPT calls a part of its trunk, past the hook
-            with without_dropout(model):
+            with evaluation_mode(model):
                 model.base_model(input_ids=_probe_ids(model), use_cache=False)
     finally:
         for hook in hooks:

@@ -86,7 +86,8 @@ class LitMeasured(L.LightningModule):
         """Loads the model in the dtype that the Trainer's precision calls for."""
         if not self.lm.is_loaded:
             precision = "32-true" if self._trainer is None else self.trainer.precision
-            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32))  # mixed precision keeps float32 weights
+            # Mixed precision keeps float32 weights; the strategy moves them to its device.
+            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32), device="cpu")
             rank_zero_info(f"model: {_describe(self.lm)}")
         self._prepare_reference()
         self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None

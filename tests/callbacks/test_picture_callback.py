@@ -186,9 +186,7 @@ def test_an_older_checkpoint_and_other_settings_do_no_harm() -> None:
 def test_loaders_of_ones_own_have_no_tokens(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: Any
 ) -> None:
-    data = FictionalAuthors(
-        4, 1, tokenizer=tiny_lm()._tokenizer_name, batch_size=5, retain_batch_size=4, max_length=200
-    )
+    data = FictionalAuthors(4, 1, tokenizer=tiny_lm().tokenizer_name, batch_size=5, retain_batch_size=4, max_length=200)
     data.setup("fit")
     loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
     with caplog.at_level("INFO"):

@@ -48,7 +48,7 @@ def test_the_papers_numbers(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyP
     made = instantiate(["fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
     wanted = PAPER.get(name, PAPER["muse_news_llama-2-7b"])
     model, data, nll = made.model, made.datamodule, made.model.constraints["nll"]
-    assert (model.lm.name, model.lm._tokenizer_name) == (wanted.model, wanted.tokenizer or wanted.model)
+    assert (model.lm.name, model.lm.tokenizer_name) == (wanted.model, wanted.tokenizer or wanted.model)
     assert (nll.epsilon, made.trainer.max_epochs) == (wanted.epsilon, wanted.epochs)
     assert (nll.multiplier.value, nll.multiplier.lr, nll.warmup_epochs) == SHARED[benchmark]
     assert (data.batch_size, data.retain_batch_size, model.micro_batch_size) == (32, 32, 4)

@@ -17,7 +17,7 @@ from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
 from lit_unlearn.data.encoding import encode, prompt_of
 from lit_unlearn.evaluation.benchmark import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.scoring import Scored
-from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.io import read_json
 
 ROWS = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}

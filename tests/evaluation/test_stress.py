@@ -33,7 +33,7 @@ from lit_unlearn import (
 )
 from lit_unlearn.evaluation.attacks.relearning import copy_of, relearn
 from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_weights
-from lit_unlearn.models.weight_files import fingerprint
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
 

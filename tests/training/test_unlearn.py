@@ -168,7 +168,7 @@ def test_nan_is_refused_before_the_step(
 def test_relative_epsilon_is_measured_over_the_whole_retain_stream(
     train_loaders_only: bool, tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]
 ) -> None:
-    module, data = unlearner(tiny_lm(), epsilon=Relative(0.5)), authors(tokenizer=tiny_lm()._tokenizer_name)
+    module, data = unlearner(tiny_lm(), epsilon=Relative(0.5)), authors(tokenizer=tiny_lm().tokenizer_name)
     module.configure_model()
     data.setup("fit")
     totals = [0.0, 0]

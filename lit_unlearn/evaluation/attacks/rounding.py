@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_unlearn.functional import upcast
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.adapters import inner_model
-from lit_unlearn.models.weight_files import load_pretrained
+from lit_unlearn.models.loading import load_pretrained
 
 
 @torch.no_grad()
@@ -74,7 +74,12 @@ def quantized_by_bitsandbytes(lm: LanguageModel, bits: int) -> LanguageModel:
     model = inner_model(lm.model)
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
     config = BitsAndBytesConfig(**({"load_in_8bit": True} if bits == 8 else four))
-    settings = {"dtype": model.dtype, "device_map": {"": model.device}, "quantization_config": config, **lm._hub}
+    settings = {
+        "dtype": model.dtype,
+        "device_map": {"": model.device},
+        "quantization_config": config,
+        **lm.hub_settings,
+    }
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_pretrained(str(lm.save(Path(folder) / "model")), use_safetensors=True, **settings)
     return LanguageModel.wrap(loaded, lm.tokenizer, lm.chunk_size)
