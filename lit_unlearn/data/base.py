@@ -151,11 +151,14 @@ class ForgetRetain(L.LightningDataModule):
         check_tokenizer(tokenizer)
         self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         for role, rows in contents.items():
-            self.examples[role] = self._encode(rows, tokenizer, role)
+            examples = self._encode(rows, tokenizer, role)
+            self.examples[role] = [example._replace(id=f"{role}/{i}") for i, example in enumerate(examples)]
         if alternate:
             alternates = self._encode(self._alternates(sets["forget"], contents["forget"]), tokenizer, "alternate")
             pairs = zip(self.examples["forget"], alternates, strict=True)
-            self.examples["forget"] = [row._replace(alternate=other) for row, other in pairs]
+            self.examples["forget"] = [
+                example._replace(alternate=other._replace(id=f"{example.id}/alternate")) for example, other in pairs
+            ]
         rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.examples.items()))
 
     def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,24 +18,33 @@ IGNORED = -100  # the label of a token that is not supervised, as in transformer
 
 
 class Example(NamedTuple):
-    """One tokenised row.
+    """One training item: the tokens of a row, unpadded.
 
     Args:
-        input_ids: Token ids of the whole row.
-        labels: The same ids where supervised (the answer and its end), −100 elsewhere.
-        is_cut: Whether the row was longer than ``max_length``.
+        input_ids: Token ids of prompt and answer, shape ``(T,)``.
+        labels: The same ids where supervised (the answer and its end), −100 elsewhere, shape ``(T,)``.
+        id: ``"<stream>/<row number>"``, which `ForgetRetain` gives; an alternate answer's ends with ``"/alternate"``.
+        is_cut: Whether tokens beyond ``max_length`` were cut off.
         alternate: The same question with another answer, for objectives that read one.
     """
 
     input_ids: list[int]
     labels: list[int]
+    id: str = ""
     is_cut: bool = False
     alternate: Example | None = None
 
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits that identify tokens and labels.
+
+        The id alone does not: under the same id, another tokenizer or template makes another example.
+        """
+        return hashlib.sha256(repr((self.input_ids, self.labels)).encode()).hexdigest()[:32]
+
     def without_labels(self) -> Example:
-        """The row with nothing supervised, to fill up a batch: it weighs nothing."""
-        labels = [IGNORED] * len(self.labels)
-        return self._replace(labels=labels, alternate=self.alternate and self.alternate.without_labels())
+        """Return the example with nothing supervised and no id, to fill up a batch without weighing anything."""
+        alternate = None if self.alternate is None else self.alternate.without_labels()
+        return Example(self.input_ids, [IGNORED] * len(self.labels), alternate=alternate)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

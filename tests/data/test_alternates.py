@@ -78,6 +78,9 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
     assert all(row.alternate is None for row in plain.examples["forget"] + with_refusals.examples["retain"])
     stripped = [row._replace(alternate=None) for row in with_refusals.examples["forget"]]
     assert stripped == plain.examples["forget"]
+    assert [row.alternate.id for row in with_refusals.examples["forget"]] == [
+        f"forget/{i}/alternate" for i in range(10)
+    ]
     refusals = read_refusals()
     for row in with_refusals.examples["forget"]:
         said = tokenizer.decode([label for label in row.alternate.labels if label != IGNORED], skip_special_tokens=True)
@@ -101,6 +104,8 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
 
 def test_a_row_that_fills_up_supervises_nothing(prepared: Any) -> None:
     rows = prepared(FictionalAuthors(3, 1, max_length=200), "alternate").examples["forget"][:3]
+    filler = rows[0].without_labels()
+    assert (filler.id, filler.alternate.id) == ("", "")
     batch = FiniteStream(rows, 0, 3, name="forget", rank=1, world_size=2).batch(0)
     assert (batch["labels"][1] == IGNORED).all()
     assert (batch["alternate"]["labels"][1] == IGNORED).all()

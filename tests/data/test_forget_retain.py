@@ -98,6 +98,17 @@ def test_a_source_limits_its_set(make, write_rows):
     assert {role: len(rows) for role, rows in ready(data).examples.items()} == {"forget": 5, "retain": 3}
 
 
+def test_an_example_is_known_by_its_id_and_its_contents(make):
+    first, second = (
+        ready(make(max_length=60)).examples,
+        ready(make(max_length=60, template="Q {question} A {answer}")).examples,
+    )
+    assert [example.id for example in first["retain"]] == [f"retain/{i}" for i in range(7)]
+    digests = [example.digest() for examples in (*first.values(), *second.values()) for example in examples]
+    assert len(set(digests)) == 24  # another template makes other examples under the same ids
+    assert first["forget"][0].digest() == first["forget"][0]._replace(id="", is_cut=True).digest()
+
+
 @pytest.mark.parametrize("role", ["forget", "retain"])
 def test_missing_file(make, role):
     with pytest.raises(
