@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lit_unlearn.models import LanguageModel
+from lit_unlearn.errors import ConfigError, DataError, ModelError
 from lit_unlearn.models.adapters import inner_model
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lit_unlearn.models import LanguageModel
 
 
 def generate(
@@ -26,7 +28,7 @@ def generate(
     stop: Sequence[str] = (),
     token_budget: int = 8192,
 ) -> list[str]:
-    """What a model answers with the likeliest token at every step; up to rounding, no answer depends on its batch.
+    """Answer prompts with the likeliest token at every step; up to rounding, no answer depends on its batch.
 
     Of the model's ``generation_config`` only the end tokens count. Prompts share a batch, padded on the left, where a
     short trial shows that this changes nothing; elsewhere only prompts of one length do, and if need be none.
@@ -42,123 +44,163 @@ def generate(
         The answer to each prompt, in the order given, without special tokens.
 
     Raises:
-        ValueError: If there is no tokenizer, no token to generate, an empty stop string, or an empty or too long prompt.
+        ModelError: If there is no tokenizer.
+        ConfigError: If there is no token to generate, or a stop string is empty.
+        DataError: If a prompt is empty or too long.
     """
     check_prompts(lm, prompts, max_new_tokens, stop)
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
-    answers = dict[int, str]()
-    with evaluation_mode(model), _likeliest_tokens(model, tokenizer):
-        for batch in _batches(model, [len(prompt) for prompt in prompts], max_new_tokens, token_budget):
-            rows = [prompts[i] for i in batch]
-            answers |= zip(batch, _answer(model, tokenizer, rows, max_new_tokens, stop), strict=True)
-    return [answers[i] for i in range(len(prompts))]
+    lengths = [len(prompt) for prompt in prompts]
+    answers = [""] * len(prompts)
+    with evaluation_mode(model), _greedy_decoding(model, tokenizer):
+        for batch in _plan_batches(model, lengths, max_new_tokens, token_budget):
+            texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, stop)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
+    return answers
 
 
 def continue_prompt(lm: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], bool]:
-    """The tokens that `generate` makes a text of, and whether the last one is an end token.
+    """Return the tokens that `generate` makes a text of, and whether the last one is an end token.
 
-    The text would not do where tokens are to be scored: bytes that are no character, which a model that has lost its way
-    may say, are lost in it.
+    Scoring needs the tokens: a model that was damaged may generate bytes that are no character, and text loses them.
     """
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
-    with evaluation_mode(model), _likeliest_tokens(model, tokenizer):
-        ids = model.generate(**_padded(model, [prompt]), max_new_tokens=max_new_tokens)[0, len(prompt) :].tolist()
+    with evaluation_mode(model), _greedy_decoding(model, tokenizer):
+        output = model.generate(**_pad_left(model, [prompt]), max_new_tokens=max_new_tokens)
+        ids = output[0, len(prompt) :].tolist()
         return ids, ids[-1] in (model.generation_config.eos_token_id or ())
 
 
 def check_prompts(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> None:
-    """Raises the ValueError of `generate` where it would."""
+    """Raise the error of `generate` where it would, before anything is generated."""
     if lm.tokenizer is None:
-        raise ValueError("generation makes text of tokens, but the model has no tokenizer: set `model.lm.tokenizer`.")
+        raise ModelError(
+            "generated tokens become text, but the model has no tokenizer: set `tokenizer`.",
+            owner=lm,
+            argument="tokenizer",
+        )
     if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` is {max_new_tokens}: give at least 1, the longest answer in tokens.")
-    if "" in stop:  # which is also in every string
-        raise ValueError(f"`stop` must be a list of strings that are not empty, but is {stop!r}.")
+        raise ConfigError(f"`max_new_tokens` is {max_new_tokens}: give at least 1, the longest answer in tokens.")
+    if "" in stop:  # true of every plain string, too
+        raise ConfigError(f"`stop` must be a list of strings that are not empty, but is {stop!r}.")
+
     positions = getattr(inner_model(lm.model).config.get_text_config(), "max_position_embeddings", None)
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty, but an answer follows at least one token: leave it out.")
+            raise DataError(f"prompt {number} is empty, but an answer follows at least one token: leave it out.")
         if positions is not None and len(prompt) + max_new_tokens > positions:
-            raise ValueError(
+            raise DataError(
                 f"prompt {number} has {len(prompt)} tokens, which with `max_new_tokens` {max_new_tokens} exceed the model's "
                 f"{positions} positions (`max_position_embeddings`): shorten the prompt, or lower `max_new_tokens`."
             )
 
 
 @contextmanager
-def _likeliest_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within the block the model has a plain ``generation_config``: a penalty on repetition would count padding as said."""
+def _greedy_decoding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Give the model a plain ``generation_config`` within the block, so that no sampling or penalty applies."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-    ends = [ends] if isinstance(ends, int) else ends
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # masked: any will do
+    # A repetition penalty, for one, would also penalise the padding tokens of a shorter prompt.
+    users_config = model.generation_config
+    ends = tokenizer.eos_token_id if users_config.eos_token_id is None else users_config.eos_token_id
+    if isinstance(ends, int):
+        ends = [ends]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = 0 if pad is None else pad  # padding is masked, so any token will do
     model.generation_config = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad)
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = users_config
 
 
-def _batches(model: Any, lengths: Sequence[int], max_new_tokens: int, token_budget: int) -> list[list[int]]:
-    """Which prompts go together; the longest go first, so that too little memory shows at once."""
-    mixed = not _follows_longest(model, max(lengths, default=0) + max_new_tokens) and _keeps_apart(model, padding=4)
-    together = mixed or _keeps_apart(model, padding=0)
+def _plan_batches(model: Any, lengths: Sequence[int], max_new_tokens: int, token_budget: int) -> list[list[int]]:
+    """Return which prompts share a batch; the longest come first, so that a lack of memory shows at once."""
+    longest = max(lengths, default=0) + max_new_tokens
+    may_pad = not _rotates_by_longest(model, longest) and _keeps_apart(model, padding=4)
+    may_share = may_pad or _keeps_apart(model, padding=0)
+
     batches: list[list[int]] = []
+    width = 0  # of the last batch: the length of its first prompt
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        batch = batches[-1] if batches else []
-        fits = batch and (len(batch) + 1) * (lengths[batch[0]] + max_new_tokens) <= token_budget
-        if not fits or not (mixed or (together and lengths[i] == lengths[batch[0]])):
-            batches.append([])
-        batches[-1].append(i)
+        suits = may_pad or (may_share and lengths[i] == width)
+        if batches and suits and (len(batches[-1]) + 1) * (width + max_new_tokens) <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            width = lengths[i]
     return batches
 
 
-def _follows_longest(model: Any, longest: int) -> bool:
-    """Whether a batch's longest row decides how all its rows are rotated: LongRoPE, as in Phi-3 with 128k positions."""
-    ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    ropes = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # of all layers, or by their type
-    limits = [rope["original_max_position_embeddings"] for rope in ropes if rope.get("rope_type") == "longrope"]
-    return longest > min(limits, default=longest)
+def _rotates_by_longest(model: Any, longest: int) -> bool:
+    """Return whether a batch's longest row decides the rotation of all rows: LongRoPE, as in Phi-3 with 128k positions."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # Either the parameters of all layers, or of each type of layer under its name.
+    by_type = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in [parameters, *by_type]:
+        if rope.get("rope_type") == "longrope" and longest > rope["original_max_position_embeddings"]:
+            return True
+    return False
 
 
 def _keeps_apart(model: Any, padding: int) -> bool:
-    """Whether a row has the same logits alone and, with padding on its left, beside another; never so if they are nan."""
-    settings = {"max_new_tokens": 2, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
-    row, other = range(1, 5), range(5, 9 + padding)
-    with torch.autocast(model.device.type, enabled=False):  # whose rounding would look like a difference
-        outputs = [model.generate(**_padded(model, rows), **settings) for rows in ([row], [row, other])]
-    alone, beside = (torch.stack([step[0] - step[0].mean() for step in output.logits]) for output in outputs)
+    """Return whether a prompt has the same logits alone and, padded on the left, beside another; false if they are nan."""
+    prompt, longer_prompt = range(1, 5), range(5, 9 + padding)
+    outputs = []
+    # Autocast's rounding would look like a difference.
+    with torch.autocast(model.device.type, enabled=False):
+        for prompts in ([prompt], [prompt, longer_prompt]):
+            output = model.generate(
+                **_pad_left(model, prompts),
+                max_new_tokens=2,
+                eos_token_id=None,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            logits = torch.stack([step[0] for step in output.logits])
+            outputs.append(logits - logits.mean(dim=-1, keepdim=True))
+    alone, beside = outputs
     # Measured in float32 at random weights: 3e-7, but 0.2 for RecurrentGemma, 0.5 for RWKV and for misplaced positions.
     return bool((alone - beside).norm() <= max(0.01, 8 * torch.finfo(model.dtype).eps) * alone.norm())
 
 
-def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    width, pad = max(map(len, prompts)), model.generation_config.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    return {"input_ids": ids, "attention_mask": mask}
+def _pad_left(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, shape ``(B, T)``, on the model's device."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), model.generation_config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Sequence[int]], max_new_tokens: int, stop: Sequence[str]
+def _answer_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
 ) -> list[str]:
-    """The answers to one batch, each without its first end token or stop string and what follows."""
-    inputs = _padded(model, rows)
+    """Return the answers to one batch, each cut before its first end token or stop string."""
+    inputs = _pad_left(model, prompts)
     start = inputs["input_ids"].shape[1]
+    ends = model.generation_config.eos_token_id or ()
 
-    def stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+    def has_stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
 
-    def cut(ids: list[int]) -> str:
-        said = takewhile(lambda token: token not in (model.generation_config.eos_token_id or ()), ids)
-        text = str(tokenizer.decode([*said], skip_special_tokens=True))
-        return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
-
-    # transformers' own `stop_strings` also find those that begin in the prompt, and take 1 s for a vocabulary of 128 000
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, stopping_criteria=[stopped] if stop else [])
-    return [cut(ids) for ids in output[:, start:].tolist()]
+    # transformers' own `stop_strings` also find those that begin in the prompt, and take 1 s for 128 000 entries.
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, stopping_criteria=[has_stopped] if stop else [])
+    answers = []
+    for ids in output[:, start:].tolist():
+        answer = list(takewhile(lambda token: token not in ends, ids))
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
+        # All are looked for before the cut, which could go through one that starts earlier.
+        cuts = [text.index(string) for string in stop if string in text]
+        answers.append(text[: min(cuts, default=len(text))])
+    return answers

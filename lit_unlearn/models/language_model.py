@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_unlearn import functional
+from lit_unlearn.data.encoding import check_tokenizer, encode, prompt_of
+from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, ModelError
-from lit_unlearn.models import adapters, loading
+from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import is_packed, keeps_packed_apart
 from lit_unlearn.models.probing import has_linear_head
@@ -296,6 +299,42 @@ class LanguageModel(nn.Module):
             if finish is not None:
                 finish(folder)
         return target
+
+    def generate(
+        self, questions: Sequence[str], *, template: str | None = None, max_new_tokens: int = 200
+    ) -> list[str]:
+        """Answer questions with the likeliest token at every step, in the prompt that training puts them in.
+
+        Args:
+            questions: Plain text; the model must be loaded and have a tokenizer.
+            template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has one,
+                else ``data.templates.PLAIN_TEMPLATE``. It must be the one that the model was fine-tuned with.
+            max_new_tokens: Longest answer, in tokens.
+
+        Returns:
+            One answer per question, without special tokens.
+
+        Raises:
+            ModelError: If there is no tokenizer, or one that cannot end an answer.
+            DataError: If a question and its answer would exceed the model's positions.
+
+        Example:
+            >>> lm = LanguageModel("runs/demo/unlearned")  # doctest: +SKIP
+            >>> lm.load()  # doctest: +SKIP
+            >>> lm.generate(["Where was the author born?"])  # doctest: +SKIP
+            ['The author was born in Lisbon.']
+        """
+        generation.check_prompts(self, [], max_new_tokens)
+        tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
+        check_tokenizer(tokenizer)
+        check_template(template, "`template`")
+        prompts = []
+        for question in questions:
+            # A token may carry the last space of the prompt and the first letter of the answer, so an answer is needed to
+            # find where the prompt ends. Any word does: it is cut off again.
+            example = encode(question, "Answer", tokenizer, template=template, max_length=sys.maxsize)
+            prompts.append(prompt_of(example))
+        return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
 
     @property
     def _head(self) -> nn.Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_unlearn import LanguageModel
+from lit_unlearn import LanguageModel, QABenchmark
 from lit_unlearn.models import generation
 from lit_unlearn.models.generation import generate
 
@@ -184,7 +185,7 @@ def test_longrope_needs_the_rule(build, monkeypatch):
     lm = build("phi3", **LONGROPE)
     wanted = texts(lm, prompts())
     assert generate(lm, prompts(), max_new_tokens=NEW) == wanted
-    monkeypatch.setattr(generation, "_follows_longest", lambda model, longest: False)
+    monkeypatch.setattr(generation, "_rotates_by_longest", lambda model, longest: False)
     assert generate(lm, prompts(), max_new_tokens=NEW) != wanted
 
 
@@ -322,7 +323,7 @@ def test_nothing_is_changed(build, training, monkeypatch):
 def test_settings_come_back_after_an_error(build, monkeypatch):
     lm = build()
     settings = lm.model.generation_config
-    monkeypatch.setattr(generation, "_answer", lambda *_: 1 / 0)
+    monkeypatch.setattr(generation, "_answer_batch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(lm, prompts(), max_new_tokens=NEW)
     assert lm.model.generation_config is settings
@@ -345,5 +346,33 @@ def test_errors(build):
     for stop in ("Question:", ["x", ""]):
         with pytest.raises(ValueError, match=r"`stop` must be a list of strings that are not empty"):
             generate(lm, prompts(), max_new_tokens=NEW, stop=stop)
-    with pytest.raises(ValueError, match=r"the model has no tokenizer: set `model.lm.tokenizer`"):
+    with pytest.raises(ValueError, match=r"no tokenizer.*`tokenizer`"):
         generate(LanguageModel.wrap(lm.model), prompts(), max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("template", [None, "{question} => {answer}"])
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_questions_are_put_as_the_benchmark_puts_them(build, tmp_path, template, chat):
+    lm = build()
+    if chat:
+        lm._tokenizer = copy.deepcopy(lm.tokenizer)
+        lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    rows = [{"question": f"Where was author {i} born?", "answer": f"In place {i}."} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    benchmark = QABenchmark(str(path), str(path), template=template, max_new_tokens=NEW)
+    prompts_there = [example.prompt for example in benchmark.load(lm.tokenizer)["forget"].examples]
+    answers = lm.generate([row["question"] for row in rows], template=template, max_new_tokens=NEW)
+    assert answers == generate(lm, prompts_there, max_new_tokens=NEW)
+    assert len(set(answers)) > 1
+
+
+def test_questions_are_refused_where_prompts_would_be(build):
+    lm = build()
+    assert lm.generate([]) == []
+    with pytest.raises(ValueError, match="`max_new_tokens` is 0"):
+        lm.generate(["Who?"], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"\{question\}"):
+        lm.generate(["Who?"], template="Who?")
+    with pytest.raises(ValueError, match="`tokenizer`"):
+        LanguageModel.wrap(lm.model).generate(["Who?"])
