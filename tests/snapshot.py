@@ -121,8 +121,6 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import TINY
 
-    from lit_unlearn.data.tokenizer import train_tokenizer
-
     with tempfile.TemporaryDirectory() as work:
         os.environ["LIT_UNLEARN_CACHE"] = work
         folder = Path(work)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import lay_out
+from lit_unlearn.models.packing import pack_or_pad
 
 
 class Scored(NamedTuple):
@@ -85,14 +85,14 @@ def _score_batch(lm: LanguageModel, rows: Sequence[Example]) -> list[Scored]:
         }
         for i, row in enumerate(rows)
     ]
-    batch = lay_out(sequences, lm.packs)
+    batch = pack_or_pad(sequences, lm.packs)
     tokens = locate(batch)
 
     def compute(tokens: SupervisedTokens) -> Tensor:
         return lm.map_logits(_token_scores, tokens, tokens.labels)
 
-    values = lm(batch, compute, located=[tokens]).double().cpu().numpy()
-    labels, owner = tokens.labels.cpu().numpy(), tokens.rows[tokens.sequence].cpu().numpy()
+    values = lm(batch, compute, index=[tokens]).double().cpu().numpy()
+    labels, owner = tokens.labels.cpu().numpy(), tokens.examples[tokens.sequence].cpu().numpy()
     return [
         Scored(labels[mine], values[mine, 1].astype(np.int64), values[mine, 0], values[mine, 2], values[mine, 3])
         for mine in (owner == i for i in range(len(rows)))

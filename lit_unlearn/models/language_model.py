@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from lit_unlearn import functional
 from lit_unlearn.data.encoding import check_tokenizer, encode, prompt_of
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.errors import ConfigError, ModelError
+from lit_unlearn.errors import BatchError, ConfigError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import is_packed, keeps_packed_apart
+from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
-from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, locate
+from lit_unlearn.models.tokens import Alignment, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.utils.io import atomic_directory, check_export_target
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class LanguageModel(nn.Module):
         # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there.
         self.model = model.train()
         self.linear_head = has_linear_head(self._loaded)
-        self.packs = keeps_packed_apart(self._loaded)
+        self.packs = separates_packed_sequences(self._loaded)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -353,10 +353,10 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        batch: Mapping[str, Any],
         compute: Callable[..., Result],
         alignment: Alignment = "next_token",
-        located: Sequence[SupervisedTokens] | None = None,
+        index: Sequence[TokenIndex] | None = None,
         reference: bool = False,
         layers: Collection[int] = (),
     ) -> Result:
@@ -368,10 +368,10 @@ class LanguageModel(nn.Module):
         Args:
             batch: ``input_ids``, ``labels`` (−100 where not supervised), shape ``(B, T)``, and either
                 ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row).
-            compute: Closure over the objectives, called with the batch's `SupervisedTokens`.
+            compute: Called with the batch's `SupervisedTokens`.
             alignment: See `LogitMargin`.
-            located: Which tokens to hand to ``compute``, one argument each, where `locate` was called before; ``None``
-                for all of the batch.
+            index: Which tokens to hand to ``compute``, one argument each, on the batch's device; ``None`` for all of the
+                batch.
             reference: Whether the reference model runs on the batch as well; see ``SupervisedTokens.reference``.
             layers: The layers whose output is to be kept, from 0; see ``SupervisedTokens.activations``.
 
@@ -379,41 +379,35 @@ class LanguageModel(nn.Module):
             What ``compute`` returns.
 
         Raises:
-            KeyError: If the batch lacks ``input_ids`` or ``labels``.
-            ValueError: If rows are packed and the model lets packed sequences see each other.
+            BatchError: If the batch lacks ``input_ids`` or ``labels``, or is packed and the model lets packed sequences
+                see each other.
             RuntimeError: If there is no reference model; see `keep_reference`.
         """
-        located = [locate(batch, alignment)] if located is None else located
+        indices = [locate(batch, alignment)] if index is None else index
         if is_packed(batch) and not self.packs:
-            raise ValueError(
+            raise BatchError(
                 f"{type(self._loaded).__name__} lets sequences that are packed in one row see each other: give it padded "
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        gather = self._run(self._loaded, inputs, layers)
-        if not reference:
-            return compute(*(gather(tokens) for tokens in located))
-        with self._reference_model() as model:
-            gather_reference = self._run(model, inputs, layers)
-        return compute(*(gather(tokens)._replace(reference=gather_reference(tokens)) for tokens in located))
+        states, activations = self._run_trunk(self._loaded, inputs, layers)
+        tokens = [token_index.gather(states, activations) for token_index in indices]
+        if reference:
+            with self._reference_model() as model:
+                states, activations = self._run_trunk(model, inputs, layers)
+            for i, token_index in enumerate(indices):
+                tokens[i] = tokens[i]._replace(reference=token_index.gather(states, activations))
+        return compute(*tokens)
 
-    def _run(
-        self, model: PreTrainedModel, inputs: Batch, layers: Collection[int]
-    ) -> Callable[[SupervisedTokens], SupervisedTokens]:
-        """Runs a model; returns what turns indices into states."""
+    def _run_trunk(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run a model up to its head; return the last states, or logits, and the outputs of layers, ``(B · T, ·)`` each."""
         trunk: Any = model.base_model if self.linear_head else model
         output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
         states = (output.last_hidden_state if self.linear_head else output.logits).flatten(0, 1)
-        kept = {layer: output.hidden_states[layer + 1].flatten(0, 1) for layer in layers}  # [0] is the embeddings
-
-        def gather(tokens: SupervisedTokens) -> SupervisedTokens:
-            return tokens._replace(
-                hidden=states[tokens.hidden],
-                activations={layer: state[tokens.hidden] for layer, state in kept.items()},
-                alternate=None if tokens.alternate is None else gather(tokens.alternate),
-            )
-
-        return gather
+        # hidden_states[0] are the embeddings, so a layer's output is one further.
+        return states, {layer: output.hidden_states[layer + 1].flatten(0, 1) for layer in layers}
 
     @contextmanager
     def _reference_model(self) -> Iterator[PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""Several sequences in one row, told apart by positions that restart at 0: no work on padding."""
+"""Packing: several sequences in one row, told apart by positions that restart at 0, so that no work goes into padding."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ROW_LENGTH = 512
 
 
 def is_packed(batch: Mapping[str, Tensor]) -> bool:
-    """Whether the rows of a batch hold several sequences each."""
+    """Return whether the rows of a batch hold several sequences each."""
     return "position_ids" in batch and "attention_mask" not in batch
 
 
-def keeps_packed_apart(model: PreTrainedModel) -> bool:
-    """Whether no sequence sees the one before it in its row; else the losses would be silently wrong.
+def separates_packed_sequences(model: PreTrainedModel) -> bool:
+    """Return whether no sequence sees the one before it in its row. Where it does, losses would be silently wrong.
 
     transformers separates packed sequences where the model hands the positions on to the mask; not every model does.
 
@@ -34,28 +34,32 @@ def keeps_packed_apart(model: PreTrainedModel) -> bool:
         model: Any causal LM; its trunk runs once on two short rows, without dropout.
     """
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
+    # The second half of both rows is the same sequence, and follows different ones.
     rows = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 1, 2, 3, 4]], device=embeddings.device)
     positions = torch.arange(4, device=rows.device).repeat(2, 2)
     with evaluation_mode(model):
         output = model.base_model(input_ids=rows % embeddings.shape[0], position_ids=positions, use_cache=False)[0]
-    one, other = output[:, 4:].float()
+
+    first, second = output[:, 4:].float()
     # Measured at random weights: exactly 0 where they are kept apart, 0.2 for OPT and GPT-OSS, 0.006 for BLOOM.
-    return bool((one - other).norm() <= max(1e-4, 2 * torch.finfo(output.dtype).eps) * one.norm())
+    tolerance = max(1e-4, 2 * torch.finfo(output.dtype).eps)
+    return bool((first - second).norm() <= tolerance * first.norm())
 
 
-def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Divides sequences into parts of about as many tokens.
+def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Divide sequences into parts with about as many tokens each.
 
     Args:
         lengths: Tokens of each sequence.
-        parts: How many parts, at least 1.
+        parts: Number of parts, at least 1.
 
     Returns:
         The indices of each part's sequences, ascending; none is empty where there are enough sequences.
     """
     shares: list[list[int]] = [[] for _ in range(parts)]
     tokens = [0] * parts
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first, to where there is least
+    # The longest first, each to the part with the fewest tokens: a simple and good rule for this scheduling problem.
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         least = min(range(parts), key=lambda part: (tokens[part], len(shares[part])))
         shares[least].append(i)
         tokens[least] += lengths[i]
@@ -63,40 +67,44 @@ def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Puts sequences one after the other into rows of bounded and nearly equal length.
+    """Put sequences one after the other into rows of bounded and nearly equal length.
 
     Args:
-        sequences: Each with ``input_ids``, ``labels`` and whatever else there is per token, shape ``(length,)``.
+        sequences: Each with ``input_ids``, ``labels`` and any further value per token, shape ``(length,)``.
 
     Returns:
         The same keys and ``position_ids``, shape ``(R, L)``. The tail of a row counts as further sequences, of zeros
         without labels.
     """
     lengths = [len(sequence["input_ids"]) for sequence in sequences]
-    rows = share_out(lengths, -(-sum(lengths) // max(ROW_LENGTH, *lengths)))
-    fills = [sum(lengths[i] for i in row) for row in rows]
-    tails = [max(fills) - fill for fill in fills]
-    positions = [
-        torch.cat([*(torch.arange(lengths[i]) for i in row), torch.arange(tail) % max(lengths)])
-        for row, tail in zip(rows, tails, strict=True)
-    ]
-    packed = _stacked([{key: torch.cat([sequences[i][key] for i in row]) for key in sequences[0]} for row in rows])
+    num_rows = -(-sum(lengths) // max(ROW_LENGTH, *lengths))
+    rows = divide_evenly(lengths, num_rows)
+    width = max(sum(lengths[i] for i in row) for row in rows)
+
+    packed_rows, positions = [], []
+    for row in rows:
+        packed_rows.append({key: torch.cat([sequences[i][key] for i in row]) for key in sequences[0]})
+        position = torch.cat([torch.arange(lengths[i]) for i in row])
+        # Positions of the tail restart before they exceed what the model has learned.
+        tail = torch.arange(width - len(position)) % max(lengths)
+        positions.append(torch.cat([position, tail]))
+    packed = _stack(packed_rows)
     return {**packed, "position_ids": torch.stack(positions).to(packed["input_ids"].device)}
 
 
-def lay_out(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict[str, Tensor]:
-    """Puts sequences into a batch without padding where that can be, and where there is any to spare.
+def pack_or_pad(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict[str, Tensor]:
+    """Put sequences into a batch, without padding where the model allows it and lengths differ.
 
     Args:
         sequences: As for `pack`.
-        packs: Whether the model keeps packed sequences apart.
+        packs: Whether the model separates packed sequences.
     """
-    even = len({len(sequence["input_ids"]) for sequence in sequences}) == 1
-    return pack(sequences) if packs and not even else pad(sequences)
+    equal = len({len(sequence["input_ids"]) for sequence in sequences}) == 1
+    return pack(sequences) if packs and not equal else pad(sequences)
 
 
 def pad(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Puts every sequence into a row of its own, for models that let packed ones see each other.
+    """Put every sequence into a row of its own, for models that let packed ones see each other.
 
     Args:
         sequences: As for `pack`.
@@ -104,12 +112,13 @@ def pad(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     Returns:
         The same keys and ``attention_mask``, shape ``(B, T)``.
     """
-    ones = [{**sequence, "attention_mask": torch.ones_like(sequence["input_ids"])} for sequence in sequences]
-    return _stacked(ones)
+    masked = [{**sequence, "attention_mask": torch.ones_like(sequence["input_ids"])} for sequence in sequences]
+    return _stack(masked)
 
 
-def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        key: pad_sequence([row[key] for row in rows], batch_first=True, padding_value=IGNORED if key == "labels" else 0)
-        for key in rows[0]
-    }
+def _stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    stacked = {}
+    for key in rows[0]:
+        fill = IGNORED if key == "labels" else 0
+        stacked[key] = pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
+    return stacked

@@ -31,9 +31,7 @@ class CEU(Objective):
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
         """Sum of the cross-entropy over the tokens that are not skipped, nats."""
         kept = self._kept(tokens)
-        chosen = tokens._replace(
-            **{name: getattr(tokens, name)[kept] for name in ("hidden", "labels", "sequence", "position")}
-        )
+        chosen = tokens._replace(**{name: getattr(tokens, name)[kept] for name in ("hidden", "labels", "sequence")})
         return Average(lm.map_logits(ceu, chosen, chosen.labels).sum(), self.count(tokens))
 
     def count(self, tokens: SupervisedTokens) -> int:

@@ -132,7 +132,7 @@ class LitMeasured(L.LightningModule):
     def _pass(self, one: Pass, consumers: Sequence[Consumer[Value]]) -> list[Value]:
         """Runs the model and hands each term's tokens to its consumer."""
         compute = partial(_apply, self.lm, [consumers[i] for i in one.terms])
-        return self.lm(one.batch, compute, located=one.tokens, reference=one.reference, layers=one.layers)  # type: ignore[no-any-return]
+        return self.lm(one.batch, compute, index=one.tokens, reference=one.reference, layers=one.layers)  # type: ignore[no-any-return]
 
     def _results(self) -> dict[str, float]:
         """Values over everything evaluated on all processes; starts afresh afterwards."""

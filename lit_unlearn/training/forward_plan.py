@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.encoding import IGNORED
-from lit_unlearn.models import Alignment, Batch, LanguageModel, SupervisedTokens, locate
-from lit_unlearn.models.packing import is_packed, lay_out, share_out
+from lit_unlearn.models import Alignment, Batch, LanguageModel, TokenIndex, locate
+from lit_unlearn.models.packing import divide_evenly, is_packed, pack_or_pad
 from lit_unlearn.models.tokens import check_batch
 from lit_unlearn.objectives import Objective, Reads
 
@@ -52,7 +52,7 @@ class Pass(NamedTuple):
 
     batch: Batch
     terms: list[int]
-    tokens: list[SupervisedTokens]
+    tokens: list[TokenIndex]
     reference: bool
     layers: frozenset[int]
 
@@ -100,7 +100,7 @@ def _needs(terms: Sequence[Term], stream: str, need: str) -> bool:
 
 def _passes(
     batches: Mapping[str, Batch], terms: Sequence[Term], packs: bool, micro_batch_size: int | None
-) -> list[tuple[Batch, list[SupervisedTokens]]]:
+) -> list[tuple[Batch, list[TokenIndex]]]:
     """Passes over the rows of some streams; the answers of a row stay together."""
     number = max(_parts(batch, micro_batch_size) for batch in batches.values())
     sources = list(dict.fromkeys((t.stream, answer) for t in terms for answer in ANSWERS[t.objective.reads]))
@@ -109,8 +109,8 @@ def _passes(
     shares = {}
     for stream in batches:
         lengths = [[len(row["labels"]) for row in rows[source]] for source in sources if source[0] == stream]
-        shares[stream] = share_out([sum(of_row) for of_row in zip(*lengths, strict=True)], number)
-    passes: list[tuple[Batch, list[SupervisedTokens]]] = []
+        shares[stream] = divide_evenly([sum(of_row) for of_row in zip(*lengths, strict=True)], number)
+    passes: list[tuple[Batch, list[TokenIndex]]] = []
     for k in range(number):
         laid = _LaidOut([(m, i, rows[src][i]) for m, src in enumerate(sources) for i in shares[src[0]][k]], packs)
         tokens = [
@@ -140,21 +140,21 @@ class _LaidOut:
             {**row, "source": torch.full_like(row["labels"], m), "sequence": torch.full_like(row["labels"], i)}
             for m, i, row in rows
         ]
-        self.batch = lay_out(marked, packs)
+        self.batch = pack_or_pad(marked, packs)
         self._source, self._sequence = self.batch.pop("source"), self.batch.pop("sequence")
 
-    def tokens(self, source: int, origin: Batch, alignment: Alignment) -> SupervisedTokens:
+    def tokens(self, source: int, origin: Batch, alignment: Alignment) -> TokenIndex:
         """The supervised tokens of one source, whose rows came from the batch ``origin``."""
         own = self.batch["labels"].masked_fill(self._source != source, IGNORED)
         tokens = locate({**self.batch, "labels": own, "sequence": self._sequence}, alignment)
         logp = origin.get("reference_logp")
-        return tokens if logp is None else tokens._replace(reference_logp=logp[tokens.rows])
+        return tokens if logp is None else tokens._replace(reference_logp=logp[tokens.examples])
 
 
-def _combined(term: Term, answers: Sequence[SupervisedTokens]) -> SupervisedTokens:
+def _combined(term: Term, answers: Sequence[TokenIndex]) -> TokenIndex:
     """What an objective is given: one answer's tokens, or a pair's."""
     first, *alternate = answers
-    if alternate and not torch.equal(first.rows, alternate[0].rows):
+    if alternate and not torch.equal(first.examples, alternate[0].examples):
         raise ValueError(
             f"'{term.name}' compares the answers of the '{term.stream}' rows with their alternate ones, but some row has "
             "supervised tokens in only one of them: drop such rows from the data."
@@ -164,7 +164,7 @@ def _combined(term: Term, answers: Sequence[SupervisedTokens]) -> SupervisedToke
 
 def _packed_passes(
     batches: Mapping[str, Batch], terms: Sequence[Term], packs: bool, micro_batch_size: int | None
-) -> list[tuple[Batch, list[SupervisedTokens]]]:
+) -> list[tuple[Batch, list[TokenIndex]]]:
     """Passes over rows that were packed by the user, left as they are."""
     ((stream, batch),) = batches.items()
     for term in terms:

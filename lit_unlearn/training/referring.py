@@ -99,7 +99,7 @@ class LitReferring(LitLanguageModel):
         def collect(lm: LanguageModel, tokens: SupervisedTokens) -> None:
             sums = tokens.by_sequence(lm.token_logp(tokens).double())
             found.extend(
-                (str(keys[row]), value) for row, value in zip(tokens.rows.tolist(), sums.tolist(), strict=True)
+                (str(keys[row]), value) for row, value in zip(tokens.examples.tolist(), sums.tolist(), strict=True)
             )
 
         self._consume(stream, batch, [(NLL(), collect)])

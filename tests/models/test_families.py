@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn import NLL, LanguageModel, LogitMargin, Objective
-from lit_unlearn.models.packing import keeps_packed_apart
+from lit_unlearn.models.packing import separates_packed_sequences
 
 VOCAB = 64
 LENGTHS = [9, 5, 7]
@@ -228,6 +228,6 @@ def test_the_packing_check_draws_no_random_numbers_and_keeps_the_mode():
     state = torch.random.get_rng_state()
     for training in (True, False):
         lm.train(training)
-        assert keeps_packed_apart(lm.model)
+        assert separates_packed_sequences(lm.model)
         assert lm.model.training == training
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_unlearn import NLL, LanguageModel, LogitMargin
-from lit_unlearn.models import SupervisedTokens, locate
+from lit_unlearn.errors import BatchError
+from lit_unlearn.models import TokenIndex, locate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -54,29 +55,29 @@ def losses(lm: LanguageModel) -> Tensor:
 # Supervised tokens ---------------------------------------------------------------------------------------------------
 
 
-def as_lists(tokens: SupervisedTokens) -> list[Any]:
-    return [tokens.hidden.tolist(), tokens.labels.tolist(), tokens.sequence.tolist(), tokens.position.tolist()]
+def as_lists(tokens: TokenIndex) -> list[Any]:
+    return [tokens.state.tolist(), tokens.labels.tolist(), tokens.sequence.tolist()]
 
 
 def test_next_token_shift_by_hand():
     """State t predicts token t + 1: labels 3, 4 in row 0, 8 in row 2. Row 1 has none and gets no number."""
     rows = batch([[-100, 3, 4, -100], [-100, -100, -100, -100], [-100, -100, -100, 8]])
     tokens = locate(rows)
-    assert as_lists(tokens) == [[0, 1, 10], [3, 4, 8], [0, 0, 1], [1, 2, 3]]
+    assert as_lists(tokens) == [[0, 1, 10], [3, 4, 8], [0, 0, 1]]
     assert tokens.num_sequences == 2
 
 
 def test_label_alignment_reads_the_labels_own_state():
     rows = batch([[-100, 3, 4, -100], [-100, -100, -100, -100], [7, -100, -100, 8]])
     tokens = locate(rows, "label")
-    assert as_lists(tokens) == [[1, 2, 8, 11], [3, 4, 7, 8], [0, 0, 1, 1], [1, 2, 0, 3]]
+    assert as_lists(tokens) == [[1, 2, 8, 11], [3, 4, 7, 8], [0, 0, 1, 1]]
     assert tokens.num_sequences == 2
 
 
 def test_nothing_predicts_the_first_token_of_a_row():
     rows = batch([[5, 6, 7], [8, -100, -100]])
     tokens = locate(rows)
-    assert as_lists(tokens) == [[0, 1], [6, 7], [0, 0], [1, 2]]
+    assert as_lists(tokens) == [[0, 1], [6, 7], [0, 0]]
     assert tokens.num_sequences == 1
 
 
@@ -84,15 +85,15 @@ def test_nothing_predicts_the_first_token_of_a_packed_sequence():
     """Three sequences, the second without labels, and a tail of padding; every position of the others has a label."""
     rows = batch([[1, 2, 3, -100, -100, 6, 7, -100]], position_ids=[[0, 1, 2, 0, 1, 0, 1, 0]])
     tokens = locate(rows)
-    assert as_lists(tokens) == [[0, 1, 5], [2, 3, 7], [0, 0, 1], [1, 2, 6]]
+    assert as_lists(tokens) == [[0, 1, 5], [2, 3, 7], [0, 0, 1]]
     assert tokens.num_sequences == 2
-    assert as_lists(locate(rows, "label"))[:3] == [[0, 1, 2, 5, 6], [1, 2, 3, 6, 7], [0, 0, 0, 1, 1]]
+    assert as_lists(locate(rows, "label")) == [[0, 1, 2, 5, 6], [1, 2, 3, 6, 7], [0, 0, 0, 1, 1]]
 
 
 def test_sequences_are_numbered_across_packed_rows():
     rows = batch([[-100, 2, -100, 4], [-100, 6, 7, 8]], position_ids=[[0, 1, 0, 1], [0, 1, 2, 3]])
     tokens = locate(rows)
-    assert as_lists(tokens) == [[0, 2, 4, 5, 6], [2, 4, 6, 7, 8], [0, 1, 2, 2, 2], [1, 3, 1, 2, 3]]
+    assert as_lists(tokens) == [[0, 2, 4, 5, 6], [2, 4, 6, 7, 8], [0, 1, 2, 2, 2]]
     assert tokens.num_sequences == 3
 
 
@@ -100,12 +101,12 @@ def test_positions_beside_a_mask_are_only_positions():
     """transformers, too, takes a row with a mask for one sequence, whatever its positions."""
     rows = batch([[-100, 2, 3, 4]], position_ids=[[0, 1, 0, 1]], attention_mask=[[1, 1, 1, 1]])
     tokens = locate(rows)
-    assert as_lists(tokens) == [[0, 1, 2], [2, 3, 4], [0, 0, 0], [1, 2, 3]]
+    assert as_lists(tokens) == [[0, 1, 2], [2, 3, 4], [0, 0, 0]]
 
 
 def test_no_supervised_tokens():
     tokens = locate(batch([[4, -100], [-100, -100]]))
-    assert as_lists(tokens) == [[], [], [], []]
+    assert as_lists(tokens) == [[], [], []]
     assert tokens.num_sequences == 0
 
 
@@ -114,7 +115,7 @@ def test_incomplete_batch_is_refused(missing, model_dir):
     rows = batch([[-100, 2]])
     rows["mask"] = rows.pop(missing)
     left = sorted(rows)
-    with pytest.raises(KeyError) as error:
+    with pytest.raises(BatchError) as error:
         loaded(model_dir)(rows, lambda tokens: tokens)
     assert "needs 'input_ids' and 'labels' (-100 where not supervised)" in str(error.value)
     assert str(left) in str(error.value)

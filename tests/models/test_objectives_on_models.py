@@ -24,7 +24,7 @@ def through_package(lm: LanguageModel, objective: Objective, rows: Iterable[int]
     return lm(
         batch(),
         lambda tokens: objective(lm, tokens),
-        located=[located(objective, rows)],
+        index=[located(objective, rows)],
         reference="reference" in objective.needs,
         layers=objective.layers,
     )
@@ -94,7 +94,7 @@ def test_every_field_has_the_states_of_its_tokens(name, linear_head, monkeypatch
     lm, objective = moved(name), CASES["DPO"][0]
     monkeypatch.setattr(lm, "linear_head", linear_head)
     indices = [located(objective), located(CASES["JensUn"][0], [2])]
-    filled = lm(batch(), lambda *tokens: tokens, located=indices, reference=True, layers={LAYER})
+    filled = lm(batch(), lambda *tokens: tokens, index=indices, reference=True, layers={LAYER})
     expected = dense(lm)
 
     def check(tokens: SupervisedTokens, index: Tensor, logits: Tensor, states: Tensor) -> None:
@@ -110,17 +110,17 @@ def test_every_field_has_the_states_of_its_tokens(name, linear_head, monkeypatch
         for own, there in ((tokens, found), (tokens.alternate, found.alternate)):
             assert torch.equal(there.labels, own.labels)
             assert torch.equal(there.reference_logp, own.reference_logp)
-            check(there, own.hidden, *expected[::2])
+            check(there, own.state, *expected[::2])
         for own, there in ((tokens, found.reference), (tokens.alternate, found.reference.alternate)):
             assert not there.hidden.requires_grad
             assert not there.activations[LAYER].requires_grad
-            check(there, own.hidden, *expected[1::2])
+            check(there, own.state, *expected[1::2])
 
 
 @every_model
 def test_activations_are_what_the_layers_put_out(name):
     """Of every layer but the last, bit for bit; and the gradient reaches this layer and those below it alone."""
-    lm, index = moved(name), locate(batch()).hidden
+    lm, index = moved(name), locate(batch()).state
     with layer_outputs(lm._loaded) as seen:
         tokens = lm(batch(), lambda tokens: tokens, layers={0, 1})
     assert tokens.activations.keys() == {0, 1}
@@ -242,7 +242,7 @@ def largest_output(lm: LanguageModel, objective: Objective, tokens: SupervisedTo
         lm(
             rows,
             lambda tokens: objective(lm, tokens).total,
-            located=[tokens],
+            index=[tokens],
             reference="reference" in objective.needs,
             layers=objective.layers,
         ).backward()

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_unlearn.data.encoding import IGNORED
-from lit_unlearn.models.packing import ROW_LENGTH, pack, share_out
+from lit_unlearn.models.packing import ROW_LENGTH, divide_evenly, pack
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(1, 8))
 def test_shares_have_every_sequence_once_and_about_as_many_tokens(lengths: list[int], parts: int) -> None:
-    shares = share_out(lengths, parts)
+    shares = divide_evenly(lengths, parts)
     assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
     assert len(shares) == parts
     tokens = [sum(lengths[i] for i in share) for share in shares]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_unlearn import objectives as package
 from lit_unlearn.functional import logit_margin, token_logp
-from lit_unlearn.models import Alignment, SupervisedTokens, locate
+from lit_unlearn.models import Alignment, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.objectives import Objective
 
 B, T, V, D = 3, 6, 11, 4
@@ -180,31 +180,29 @@ ROUNDING = {"RMU": 1e-6}  # of the direction, which is drawn and scaled in float
 # What the package hands over ------------------------------------------------------------------------------------------
 
 
-def located(objective: Objective, rows: Iterable[int] = range(B)) -> SupervisedTokens:
+def located(objective: Objective, rows: Iterable[int] = range(B)) -> TokenIndex:
     """The tokens of some rows that an objective reads, as `locate` finds them, with those of the alternate answers."""
 
-    def find(first_row: int) -> SupervisedTokens:
+    def find(first_row: int) -> TokenIndex:
         own = torch.full_like(LABELS, NOT)
         for row in rows:
             own[first_row + row] = LABELS[first_row + row]
         sequence = (torch.arange(2 * B) - first_row)[:, None].expand_as(own)
         tokens = locate({"input_ids": own, "labels": own, "sequence": sequence}, objective.alignment)
-        return tokens._replace(reference_logp=REFERENCE_LOGP[first_row + tokens.rows])
+        return tokens._replace(reference_logp=REFERENCE_LOGP[first_row + tokens.examples])
 
     alternate = find(B)
     return (alternate if objective.reads == "alternate" else find(0))._replace(alternate=alternate)
 
 
-def fill(tokens: SupervisedTokens, dense: Dense) -> SupervisedTokens:
+def fill(index: TokenIndex, dense: Dense) -> SupervisedTokens:
     """Every field, whether or not it is declared: the model's own, and what it may be compared with."""
-
-    def gather(tokens: SupervisedTokens, logits: Tensor, states: Tensor) -> SupervisedTokens:
-        logits, states = (x.flatten(0, 1)[tokens.hidden] for x in (logits, states))
-        return tokens._replace(hidden=logits, activations={LAYER: states}, alternate=None)
-
-    own, before = (gather(tokens, *dense[i::2]) for i in (0, 1))
-    alternate = None if tokens.alternate is None else fill(tokens.alternate, dense)
-    return own._replace(reference=before, alternate=alternate)
+    now, before = (
+        index.gather(logits.flatten(0, 1), {LAYER: states.flatten(0, 1)})
+        for logits, states in (dense[::2], dense[1::2])
+    )
+    alternate = None if index.alternate is None else fill(index.alternate, dense)
+    return now._replace(reference=before._replace(alternate=None), alternate=alternate)
 
 
 class FakeModel:
