@@ -102,8 +102,10 @@ class LanguageModel(nn.Module):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._use_safetensors = use_safetensors
         self._attn_implementation = attn_implementation
-        self._adapter = None if adapter is None else adapters.adapter_config(adapter)
-        self._quantization = {} if quantization is None else adapters.quantization_config(quantization, model, adapter)
+        self._adapter = None if adapter is None else adapters.adapter_config(adapter, owner=self)
+        self._quantization: dict[str, Any] = {}
+        if quantization is not None:
+            self._quantization = adapters.quantization_config(quantization, model, adapter, owner=self)
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
 
@@ -194,7 +196,7 @@ class LanguageModel(nn.Module):
         if not is_quantized:  # bitsandbytes packs its integers on the device where they are computed with
             cast(nn.Module, model).to(device)
 
-        adapted = model if self._adapter is None else adapters.attach(model, self._adapter)
+        adapted = model if self._adapter is None else adapters.attach_adapter(model, self._adapter)
         if self._activation_checkpointing:
             adapters.checkpoint_activations(model)
         self._adopt(adapted)
@@ -231,7 +233,7 @@ class LanguageModel(nn.Module):
                 "the reference model is this model with its adapter switched off, and it has none: set `adapter`, or call "
                 "`keep_reference()` after loading, for a frozen copy."
             )
-        with adapters.reference(cast("adapters.PeftModel", self.model)):
+        with adapters.adapter_switched_off(cast("adapters.PeftModel", self.model)):
             yield
 
     def keep_reference(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_unlearn.errors import MissingFileError, ModelError, reading
+from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError, reading
 from lit_unlearn.utils.io import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the small text files begin that git checks out in place of large files when git-lfs is not installed."""
+
+REASON_LENGTH = 300
+"""Characters kept of another library's message: transformers may list 150 classes."""
+
+
 def check_model_directory(name: str, use_safetensors: bool, owner: object = None, argument: str = "model") -> None:
-    """Raise if a local path holds no model, so that a run fails before anything else is loaded.
+    """Raise if a local path holds no complete model, so that a run fails before anything else is loaded.
 
     Args:
         name: Hub name or local directory; a hub name passes.
@@ -30,6 +38,7 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
 
     Raises:
         MissingFileError: If it is a path where there is nothing, or a folder without config or weights.
+        ModelError: If it is an adapter, or a file is only a git-lfs pointer.
     """
     path = Path(name)
     if not path.exists():
@@ -40,9 +49,19 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
             raise MissingFileError(message, owner=owner, argument=argument)
         return
 
+    _check_lfs_pointers(path, owner, argument)
+    has_config = (path / "config.json").is_file()
+    if not has_config and (path / "adapter_config.json").is_file():
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(
+            f"'{name}' is an adapter of the base model '{base}', not a model: merge them (peft's `merge_and_unload`) and "
+            f"point `{argument}` at the result. What lit-unlearn exports has the merged model one folder up.",
+            owner=owner,
+            argument=argument,
+        )
     patterns = ("*.safetensors",) if use_safetensors else ("*.safetensors", "*.bin")
     has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
-    if not has_weights or not (path / "config.json").is_file():
+    if not has_config or not has_weights:
         content = sorted(file.name for file in path.iterdir()) if path.is_dir() else "a file"
         allow_pickle = ", or set `use_safetensors` to false" if use_safetensors else ""
         raise MissingFileError(
@@ -53,9 +72,38 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
         )
 
 
+def _check_lfs_pointers(folder: Path, owner: object = None, argument: str | None = None) -> None:
+    # Else the reason would be "header too large" for weights, "expecting value" for a tokenizer.
+    for file in sorted(folder.glob("*")):
+        if not file.is_file() or file.stat().st_size > 1024:
+            continue
+        if file.read_bytes().startswith(LFS_POINTER):
+            raise ModelError(
+                f"'{file}' is a git-lfs pointer, not the file itself: install git-lfs and run `git lfs pull` in '{folder}'.",
+                owner=owner,
+                argument=argument,
+            )
+
+
 def default_device() -> torch.device:
     """Return the accelerator of this machine, or the CPU if there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@contextmanager
+def _reading_pretrained(what: str, name: str, remedy: str) -> Iterator[None]:
+    """Turn what transformers raises into one sentence, as `reading` does.
+
+    `reading` keeps the last line of the reason. transformers gives the reason first, and ends with advice of many lines.
+    """
+    try:
+        yield
+    except LitUnlearnError:
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error) or type(error).__name__, REASON_LENGTH, placeholder=" …").rstrip(".")
+        kind = ModelError if Path(name).exists() else MissingFileError
+        raise kind(f"{what} '{name}' cannot be read: {reason}. {remedy}") from error
 
 
 def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
@@ -67,10 +115,16 @@ def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
 
     Raises:
         MissingFileError: If there is none.
+        ModelError: If a local one is damaged.
     """
     from transformers import AutoTokenizer
 
-    with reading("the tokenizer", name, "Set `tokenizer` to a folder or a hub name that has one.", MissingFileError):
+    remedy = "Set `tokenizer` to a local directory with tokenizer files, or to a hub name that has them."
+    folder = Path(name)
+    _check_lfs_pointers(folder)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
+        raise MissingFileError(f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}")
+    with _reading_pretrained("the tokenizer", name, remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **settings)
     return tokenizer
 
@@ -100,7 +154,7 @@ def build_from_config(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
 
-    with reading("a model with random weights of type", fields["model_type"], "Check `config`.", ModelError):
+    with reading("the model config", fields, "Check `config`.", ModelError):
         config = AutoConfig.for_model(**fields)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -118,18 +172,20 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
 
     Raises:
         MissingFileError: If there is no such model.
-        ModelError: If its config or its weights cannot be read, or weights are missing.
+        ModelError: If it is no causal language model, its files cannot be read, or weights are missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
+    hub_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+    _check_architecture(name, **hub_settings)
     kind = "safetensors" if use_safetensors else "weights"
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
-    error = ModelError if Path(name).exists() else MissingFileError
-    with reading("the model", name, remedy, error), hide_progress_bars():
+    with _reading_pretrained("the model", name, remedy), hide_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             use_safetensors=use_safetensors or None,  # False would refuse safetensors
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their shapes
             **settings,
         )
     model, info = loaded
@@ -140,7 +196,29 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
             f"the model '{name}' is incomplete: it has no {', '.join(missing[:3])} ({len(missing)} missing in all), which "
             "would start at random. Get a complete copy of it."
         )
+    for key, shape, expected in info["mismatched_keys"]:
+        raise ModelError(
+            f"the weights of '{name}' do not fit its config.json: {key} has shape {tuple(shape)}, the config asks for "
+            f"{tuple(expected)}. Get a config and weights that belong together."
+        )
     return model  # type: ignore[no-any-return]
+
+
+def _check_architecture(name: str, **settings: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with _reading_pretrained(
+        "the config of the model", name, "Check `model`, and `trust_remote_code` if it comes with code."
+    ):
+        config = AutoConfig.from_pretrained(name, **settings)
+    # Code that comes with a model and that the user trusts may define any class.
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+        return
+    kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
+    raise ModelError(
+        f"'{name}' is {kind} (model type '{config.model_type}'): unlearning here needs a model that predicts each token "
+        "from those before it, one that transformers' `AutoModelForCausalLM` loads. Set `model` to such a model."
+    )
 
 
 def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:

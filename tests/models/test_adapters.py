@@ -109,11 +109,18 @@ def test_adapters_are_the_same_on_every_process():
     assert_equal(found, expected)
 
 
+# In float64 the padded rows of Gemma 2 are nan in transformers, and the experts of GPT-OSS have no kernel.
+FLOAT32_ONLY = {"gemma2", "gpt_oss"}
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_trains_its_adapter_and_merges(family, tmp_path):
-    """Against the model's own dense logits; exported and read again, the logits are the live ones."""
+    """Against the model's own dense logits; exported and read again, the logits are the live ones.
+
+    In float64, because Gemma 3 magnifies the rounding of float32: there its gradients differed by 3e-5, here by 5e-16.
+    """
     config = {"model_type": family.model_type, **COMMON, **family.fields}
-    lm = move(build(config, ADAPTER))
+    lm = move(build(config, ADAPTER, torch.float32 if family.name in FLOAT32_ONLY else torch.float64))
     assert lm.linear_head == family.linear_head
     names = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     for name, objective in OBJECTIVES.items():
@@ -218,7 +225,7 @@ def test_reference_leaves_everything_as_it_was(fails):
 
 def test_reference_needs_an_adapter():
     lm = build(SMALL, None)
-    with pytest.raises(RuntimeError, match=r"it has none: set `model\.lm\.adapter`"), lm.reference():
+    with pytest.raises(RuntimeError, match=r"`adapter`.*`keep_reference"), lm.reference():
         pass
 
 
@@ -332,7 +339,7 @@ MOVED = "the adapter changed the base model itself"
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"peft_type": "LORAA"}, r"adapter\.peft_type`: there is no 'LORAA'; did you mean 'LORA'\?"),
+        ({"peft_type": "LORAA"}, r"`peft_type`: there is no 'LORAA'; did you mean 'LORA'\?"),
         ({"lora_aplha": 8}, "of type LORA: there is no 'lora_aplha'; did you mean 'lora_alpha'"),
         ({"rank": 8, "zzz": 1}, "there is no 'rank'"),
         ({"peft_type": "loha", "lora_alpha": 8}, "of type LOHA: there is no 'lora_alpha'"),
