@@ -3,7 +3,7 @@ from lit_unlearn.callbacks import ExportModel as ExportModel
 from lit_unlearn.callbacks import RunReport as RunReport
 from lit_unlearn.callbacks import default_callbacks as default_callbacks
 from lit_unlearn.data.base import ForgetRetain as ForgetRetain
-from lit_unlearn.data.fictional import FictionalAuthors as FictionalAuthors
+from lit_unlearn.data.fictional_authors import FictionalAuthors as FictionalAuthors
 from lit_unlearn.data.muse import MUSE as MUSE
 from lit_unlearn.data.source import Source as Source
 from lit_unlearn.data.tofu import TOFU as TOFU

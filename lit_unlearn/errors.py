@@ -9,7 +9,7 @@ there, which it finds by ``owner`` and ``argument``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -88,7 +88,44 @@ class OutputError(LitUnlearnError, OSError):
 
 
 @contextmanager
-def reading(what: str, source: object, remedy: str, error: type[LitUnlearnError] = ConfigError) -> Iterator[None]:
+def arguments_of(owner: object) -> Iterator[None]:
+    """Make ``owner`` the owner of every error within the block that names an argument and has no owner yet.
+
+    Functions that several classes share know the argument's name, but not whose it is.
+    """
+    try:
+        yield
+    except LitUnlearnError as error:
+        if error.argument is not None and error.owner is None:
+            error.owner = owner
+        raise
+
+
+def check_at_least(minimum: int, owner: object, **arguments: int) -> None:
+    """Raise ConfigError unless every argument is ``minimum`` or more."""
+    for name, value in arguments.items():
+        if value < minimum:
+            raise ConfigError(f"`{name}` must be at least {minimum}, not {value}.", owner=owner, argument=name)
+
+
+def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> None:
+    """Raise ConfigError unless every argument is one of the choices."""
+    for name, value in arguments.items():
+        if value not in choices:
+            expected = ", ".join(map(repr, choices))
+            raise ConfigError(f"`{name}` must be one of {expected}, not {value!r}.", owner=owner, argument=name)
+
+
+@contextmanager
+def reading(
+    what: str,
+    source: object,
+    remedy: str,
+    error: type[LitUnlearnError] = ConfigError,
+    *,
+    owner: object = None,
+    argument: str | None = None,
+) -> Iterator[None]:
     """Turn whatever another library raises within the block into one sentence.
 
     Use it around each call at set-up that reads something of the user's: only there is every exception about the input.
@@ -98,6 +135,8 @@ def reading(what: str, source: object, remedy: str, error: type[LitUnlearnError]
         source: Where it comes from.
         remedy: What to do, as a sentence.
         error: The class to raise.
+        owner: The object whose argument the source is.
+        argument: Name of that argument.
 
     Raises:
         LitUnlearnError: Of the class ``error``, with the last line of the reason.
@@ -108,4 +147,5 @@ def reading(what: str, source: object, remedy: str, error: type[LitUnlearnError]
         raise
     except Exception as reason:
         lines = str(reason).strip().splitlines() or [type(reason).__name__]
-        raise error(f"{what} '{source}' cannot be read: {lines[-1].strip()} {remedy}") from reason
+        message = f"{what} '{source}' cannot be read: {lines[-1].strip()} {remedy}"
+        raise error(message, owner=owner, argument=argument) from reason

@@ -77,7 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="to write to, instead of printing")
     options = parser.parse_args(arguments)
-    check_template(options.template, "--template")
+    check_template(options.template)
     return options
 
 

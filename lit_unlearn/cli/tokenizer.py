@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data import fictional, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn.data import fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.tokenizer import train_tokenizer
 

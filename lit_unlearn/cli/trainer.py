@@ -32,7 +32,7 @@ from lit_unlearn.callbacks import (
 from lit_unlearn.cli.errors import ReadableErrors
 from lit_unlearn.cli.print_config import readable
 from lit_unlearn.cli.settings import SaveSettings, check_trainer
-from lit_unlearn.data import base, fictional, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn.data import base, fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)

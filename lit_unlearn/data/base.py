@@ -1,71 +1,89 @@
-"""The data module: a forget and a retain set, tokenised, zipped and resumable."""
+"""The data module of a forget and a retain set: reads, checks, tokenises, batches, and resumes exactly."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
+from lit_unlearn.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    arguments_of,
+    check_at_least,
+    check_choice,
+    reading,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["pairs", "all", "retain"]
-Contents = list[tuple[str, ...]]  # what the rows of a set say: question and answer, or whatever a subclass reads
+Texts = tuple[str, ...]
+"""The texts of one row: its question and its answer, or whatever a subclass reads."""
 
 
 class ForgetRetain(L.LightningDataModule):
-    """A forget set and a retain set of questions and answers, from files or the hub.
+    """A forget set and a retain set of questions and answers.
 
     Training batches are ``{"forget": batch, "retain": batch, …}``: an epoch is one pass over the forget set, while the
-    retain set, and every further set, runs on without end. Validation and test go over every row of all. Where training
-    stands is saved in checkpoints, so that a resumed run draws the rows it would have drawn.
+    retain set, and every additional set, is repeated without end. Validation and test go over every example of all sets.
+    The position in each set is saved in checkpoints, so that a resumed run draws the examples it would have drawn.
 
-    Batch sizes are those of one optimizer step over all processes, which share its rows: the same configuration takes
-    the same steps on any number of devices. What a device holds at a time is ``LitUnlearn``'s ``micro_batch_size``.
+    Batch sizes are those of one optimizer step over all processes, which share its examples: the same configuration takes
+    the same steps on any number of devices. How many a device holds at a time is ``LitUnlearn``'s ``micro_batch_size``.
 
     Args:
-        forget: Rows to forget: a file or hub name, or a `Source`.
+        forget: Rows to forget: a ``datasets.Dataset``, a list of dicts, a file, a hub name or a `Source`.
         retain: Rows to keep, likewise.
-        streams: Further sets, by name, likewise: measured like the others, and trained on where a constraint's ``stream`` is
-            that name.
-        tokenizer: Hub name or directory; ``None`` for the model's own.
+        streams: Additional sets by name, likewise: measured like the others, and trained on where a constraint's
+            ``stream`` is that name.
+        tokenizer: Hub name or directory; ``None`` for the model's.
         question_column: Column with the question.
         answer_column: Column with the answer, the part that is supervised.
         alternate_column: Column of the forget set with another answer, or a list of them of which one is drawn, for
             objectives that read one; ``None`` for refusals.
-        refusals: Text file with a refusal per line, to draw from; ``None`` for a hundred and twenty of our own.
+        refusals: Text file with a refusal per line, to draw from; ``None`` for this package's 120.
         template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has
             one, else a plain one.
-        max_length: Longest row, in tokens; longer ones are cut, and counted in a warning.
-        batch_size: Forget rows per optimizer step.
-        retain_batch_size: Retain rows per optimizer step, and rows of every further set; ``None`` for as many.
-        eval_batch_size: Rows per process and batch in validation and test.
-        num_workers: Processes that collate; rows are tokenised beforehand, so 0 is seldom slower.
-        seed: Of the order of rows.
-        train_on: ``"pairs"`` to unlearn; ``"all"`` (all sets as one) to teach a target model, ``"retain"`` (all but
-            the forget set) to teach the retain-only model that unlearning is compared with.
+        max_length: Largest number of tokens of an example; longer ones are cut, and counted in a warning.
+        batch_size: Forget examples per optimizer step.
+        retain_batch_size: Retain examples per optimizer step, and examples of every additional set; ``None`` for
+            ``batch_size``.
+        eval_batch_size: Examples per process and batch in validation and test.
+        num_workers: Processes that prepare batches; rows are tokenised beforehand, so 0 is seldom slower.
+        seed: Seed of the order of examples.
+        train_on: ``"pairs"`` to unlearn; ``"all"`` (all sets as one) to fine-tune a target model, ``"retain"`` (all but
+            the forget set) to fine-tune the retain-only model that unlearning is compared with.
 
     Raises:
-        ValueError: If a number is out of range, ``template`` lacks a placeholder or a further set takes a name that
-            is in use.
+        ConfigError: If an argument is out of range, or an additional set has a reserved name.
+
+    Example:
+        >>> data = ForgetRetain([{"question": "Who?", "answer": "Ada."}], "retain.jsonl")
+        >>> data.load_set("forget")["answer"][0]
+        'Ada.'
     """
+
+    sets_argument: ClassVar[str | None] = None
+    """The argument that both sets come from, in a subclass that has no ``forget`` and ``retain``; for errors."""
 
     def __init__(
         self,
-        forget: str | Path | Source,
-        retain: str | Path | Source,
-        streams: Mapping[str, str | Path | Source] | None = None,
+        forget: Rows,
+        retain: Rows,
+        streams: Mapping[str, Rows] | None = None,
         tokenizer: str | None = None,
         question_column: str = "question",
         answer_column: str = "answer",
@@ -82,22 +100,22 @@ class ForgetRetain(L.LightningDataModule):
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
-        sizes = {"max_length": max_length, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, size in {**sizes, "retain_batch_size": retain_batch_size}.items():
-            if size < 1:
-                raise ValueError(f"`data.{name}` must be at least 1, not {size}.")
-        check_template(template, "`data.template`")
-        if train_on not in ("pairs", "all", "retain"):
-            raise ValueError(f"`data.train_on` must be 'pairs', 'all' or 'retain', not {train_on!r}.")
-        further = streams or {}
-        if taken := further.keys() & {"forget", "retain", "train"}:
-            raise ValueError(
-                f"`data.streams` may not use the name {', '.join(map(repr, sorted(taken)))}: choose others."
+        check_at_least(1, self, max_length=max_length, batch_size=batch_size, retain_batch_size=retain_batch_size)
+        check_at_least(1, self, eval_batch_size=eval_batch_size)
+        check_choice(get_args(TrainOn), self, train_on=train_on)
+        streams = streams or {}
+        # "train" is the stream of all sets as one.
+        if reserved := streams.keys() & {"forget", "retain", "train"}:
+            raise ConfigError(
+                f"`streams` may not use the name {', '.join(map(repr, sorted(reserved)))}: choose another one.",
+                owner=self,
+                argument="streams",
             )
-        self.sources = {
-            name: source if isinstance(source, Source) else Source(str(source))
-            for name, source in {"forget": forget, "retain": retain, **further}.items()
-        }
+        self.sources: dict[str, Source] = {}
+        with arguments_of(self):
+            check_template(template)
+            for name, rows in {"forget": forget, "retain": retain, **streams}.items():
+                self.sources[name] = to_source(rows, self._argument_of(name))
         self.question_column, self.answer_column = question_column, answer_column
         self.alternate_column, self.refusals = alternate_column, refusals
         self.template, self.max_length = template, max_length
@@ -111,195 +129,233 @@ class ForgetRetain(L.LightningDataModule):
         self._cursors: dict[str, int] = {}
 
     def load(self) -> dict[str, Dataset]:
-        """The raw rows of all sets by name, with whatever columns they have."""
+        """Return the raw rows of all sets by name, with all their columns."""
         return {name: self.load_set(name) for name in self.sources}
 
     def load_set(self, name: str) -> Dataset:
-        """The raw rows of one set."""
-        return self.sources[name].load(name)
+        """Return the raw rows of one set."""
+        with arguments_of(self):
+            return self.sources[name].load(name, self._argument_of(name))
 
     def texts(self) -> list[str]:
-        """Every question and answer as plain text, for training a tokenizer."""
-        pairs = [pair for rows in self.load().values() for pair in self._contents(rows, "data")]
-        return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs]
+        """Return every question and answer as plain text, to train a tokenizer on."""
+        texts = []
+        for name, rows in self.load().items():
+            for question, answer in self._read_texts(rows, name):
+                texts.append(f"Question: {question}\nAnswer: {answer}")
+        return texts
 
     def prepare_data(self) -> None:
-        """Fetches the sets once per machine, before the other processes read them."""
+        """Fetch the sets once per machine, before the other processes read them."""
         self.load()
 
     def setup(self, stage: str) -> None:
-        """Reads, checks and tokenises all sets; everything wrong with them is said here, before any model is loaded.
+        """Read, check and tokenise all sets; everything wrong with them is reported here, before any model is loaded.
 
         Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If a column is missing, a set is empty, a row has no supervised token or the tokenizer is unfit.
+            MissingFileError: If a file is missing.
+            DataError: If a column is missing, a set is empty or a row has no supervised token.
+            ModelError: If the tokenizer cannot be used.
         """
         self._streams = {}
-        alternate = "alternate" in getattr(getattr(self.trainer, "lightning_module", None), "needs", ())
-        if self.examples and not (alternate and self.examples["forget"][0].alternate is None):
+        needs_alternates = self._needs_alternates()
+        # A trainer sets up again for each of fit, validate and test.
+        if self.examples and not (needs_alternates and self.examples["forget"][0].alternate is None):
             return
-        sets = self.load()
-        contents = {role: self._contents(rows, role) for role, rows in sets.items()}
-        for name, rows in contents.items():
-            kept = set() if name == "forget" else set(rows)
-            if shared := [row for row in contents["forget"] if row in kept]:
-                rank_zero_warn(
-                    f"{len(shared)} of {len(contents['forget'])} forget rows are also {name} rows: the run is told to forget "
-                    f"and to keep them. The first is {shared[0][0][:80]!r}."
-                )
-        tokenizer = self._tokenizer()
-        check_tokenizer(tokenizer)
-        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        for role, rows in contents.items():
-            examples = self._encode(rows, tokenizer, role)
-            self.examples[role] = [example._replace(id=f"{role}/{i}") for i, example in enumerate(examples)]
-        if alternate:
-            alternates = self._encode(self._alternates(sets["forget"], contents["forget"]), tokenizer, "alternate")
-            pairs = zip(self.examples["forget"], alternates, strict=True)
-            self.examples["forget"] = [
-                example._replace(alternate=other._replace(id=f"{example.id}/alternate")) for example, other in pairs
-            ]
-        rank_zero_info("data: " + ", ".join(f"{role} {_size(rows)}" for role, rows in self.examples.items()))
 
-    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
-        pairs = [(question, answer) for question, answer in contents]
-        rows = encode_examples(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
-        cut = sum(row.is_cut for row in rows)
-        if cut:
-            rank_zero_warn(
-                f"{cut} of {len(rows)} {name} rows are longer than `data.max_length` ({self.max_length} tokens) and were cut "
-                "at the end."
-            )
-        return rows
+        with arguments_of(self):
+            self._prepare_examples(needs_alternates)
+        rank_zero_info("data: " + ", ".join(f"{name} {_summarize(rows)}" for name, rows in self.examples.items()))
+
+    def _prepare_examples(self, needs_alternates: bool) -> None:
+        tables = self.load()
+        texts = {name: self._read_texts(rows, name) for name, rows in tables.items()}
+        self._warn_of_shared_rows(texts)
+
+        tokenizer = self._load_tokenizer()
+        check_tokenizer(tokenizer)
+        # Masks are made from lengths, so the end token may pad.
+        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        for name, rows in texts.items():
+            examples = self._encode(rows, tokenizer, name)
+            self.examples[name] = [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]
+        if needs_alternates:
+            rows = self._alternate_texts(tables["forget"], texts["forget"])
+            self._attach_alternates(self._encode(rows, tokenizer, "alternate"))
 
     def train_dataloader(self) -> CombinedLoader:
-        """Zipped batches that end with the forget set, or batches of one set to teach a model."""
-        self._cursors = {name: stream.cursor for name, stream in self._streams.items()} | self._cursors  # if reloaded
+        """Return zipped batches that end with the forget set, or batches of one set to fine-tune a model."""
+        # Loaders may be made anew in the middle of a run, and then continue.
+        self._cursors = {name: stream.cursor for name, stream in self._streams.items()} | self._cursors
+        self._streams = {}
         if self.train_on == "pairs":
-            self._streams = {
-                name: self._finite(name, rows, self.batch_size) if name == "forget" else self._endless(name, rows)
-                for name, rows in self.examples.items()
-            }
+            for name, examples in self.examples.items():
+                if name == "forget":
+                    self._streams[name] = self._finite_stream(name, examples, self.batch_size)
+                else:
+                    settings = self._stream_settings(name)
+                    self._streams[name] = BatchStream(examples, self._pad_id, self.retain_batch_size, **settings)
         else:
-            rows = [
-                row
-                for name, rows in self.examples.items()
-                for row in rows
-                if (name, self.train_on) != ("forget", "retain")
-            ]
-            self._streams = {"train": self._finite("train", rows, self.batch_size)}
-        self._go_on()
+            together = []
+            for name, examples in self.examples.items():
+                if name != "forget" or self.train_on == "all":
+                    together += examples
+            self._streams["train"] = self._finite_stream("train", together, self.batch_size)
+        self._restore_cursors()
         self._cursors = {}
         return CombinedLoader(self._streams, "min_size")
 
     def val_dataloader(self) -> dict[str, FiniteStream]:
-        """Every row of all sets, in order of length so that the largest batch comes first."""
-        size = self.eval_batch_size * self._place()["world_size"]
-        return {
-            name: self._finite(name, sorted(rows, key=lambda row: len(row.input_ids), reverse=True), size, seed=None)
-            for name, rows in self.examples.items()
-        }
+        """Return every example of all sets, the longest first so that memory runs out at once or never."""
+        batch_size = self.eval_batch_size * self._rank_and_world_size()["world_size"]
+        streams = {}
+        for name, examples in self.examples.items():
+            longest_first = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+            streams[name] = self._finite_stream(name, longest_first, batch_size, seed=None)
+        return streams
 
     test_dataloader = val_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of each training stream were handed out, and what their order depends on."""
-        return {
-            "cursors": {name: stream.cursor for name, stream in self._streams.items()},
-            "order": self._order_of_rows(),
-        }
+        """Return the number of batches handed out of each training stream, and what their order depends on."""
+        cursors = {name: stream.cursor for name, stream in self._streams.items()}
+        return {"cursors": cursors, "order": self._order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a checkpoint stopped.
+        """Resume where a checkpoint stopped.
 
         Raises:
-            ValueError: If the rows, their order or the batches differ from those the checkpoint was made with.
+            CheckpointError: If the examples, their order or the batches differ from those of the checkpoint.
         """
+        # Validation and test go over all examples, whatever training had seen.
         if self.trainer is not None and self.trainer.state.fn != "fit":
-            return  # validation and test go over all rows, whatever training had seen
-        mine = self._order_of_rows()
-        changed = [
-            f"{key}: was {state['order'].get(key)!r}, is {mine[key]!r}"
-            for key in mine
-            if mine[key] != state["order"].get(key)
-        ]
-        if changed:
-            raise ValueError(
-                "the checkpoint cannot be resumed, because what decides the order of rows changed ("
-                + "; ".join(changed)
-                + "). Restore it, or start a new run from the exported model."
+            return
+        changes = []
+        for key, value in self._order_settings().items():
+            before = state["order"].get(key)
+            if before != value:
+                changes.append(f"{key}: was {before!r}, is {value!r}")
+        if changes:
+            raise CheckpointError(
+                f"the checkpoint cannot be resumed, because the order of examples depends on what changed "
+                f"({'; '.join(changes)}). Restore it, or start a new run from the exported model."
             )
         self._cursors = dict(state["cursors"])
-        self._go_on()
+        self._restore_cursors()
 
-    def _go_on(self) -> None:
-        """Sets the streams, where there are any yet, to where training stands."""
+    def _argument_of(self, name: str) -> str:
+        """Return the argument that a set came from, for errors."""
+        if name not in ("forget", "retain"):
+            return "streams"
+        return self.sets_argument or name
+
+    def _needs_alternates(self) -> bool:
+        module = getattr(self.trainer, "lightning_module", None)
+        return "alternate" in getattr(module, "needs", ())
+
+    def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
+        columns = list(self._columns.values())
+        for setting, column in self._columns.items():
+            if column not in rows.column_names:
+                raise DataError(
+                    f"the {name} set has no column '{column}'; its columns are {rows.column_names}. Set `{setting}`.",
+                    argument=setting,
+                )
+        texts = list(zip(*(rows[column] for column in columns), strict=True))
+        for number, row in enumerate(texts):
+            if not all(isinstance(text, str) for text in row):
+                raise DataError(
+                    f"row {number} of the {name} set is not text: {row!r}. {' and '.join(columns)} must be strings.",
+                    argument=self._argument_of(name),
+                )
+        return texts
+
+    def _warn_of_shared_rows(self, texts: dict[str, list[Texts]]) -> None:
+        forget = texts["forget"]
+        for name, rows in texts.items():
+            to_keep = set() if name == "forget" else set(rows)
+            shared = [row for row in forget if row in to_keep]
+            if shared:
+                rank_zero_warn(
+                    f"{len(shared)} of {len(forget)} forget rows are also {name} rows: the run is told to forget and to keep "
+                    f"them. The first is {shared[0][0][:80]!r}."
+                )
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer_name is not None:
+            from transformers import AutoTokenizer
+
+            with reading("the tokenizer", self._tokenizer_name, "Check `tokenizer`.", ModelError, argument="tokenizer"):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer_name)
+            return tokenizer
+        lm = getattr(getattr(self.trainer, "lightning_module", None), "lm", None)
+        model_tokenizer: PreTrainedTokenizerBase | None = getattr(lm, "tokenizer", None)
+        if model_tokenizer is None:
+            raise ConfigError(
+                "there is no tokenizer: set `tokenizer`, here or of `LanguageModel`, or give `LanguageModel.wrap` one.",
+                argument="tokenizer",
+            )
+        return model_tokenizer
+
+    def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
+        pairs = [(question, answer) for question, answer in texts]
+        settings: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
+        examples = encode_examples(pairs, tokenizer, name=name, **settings)
+        num_cut = sum(example.is_cut for example in examples)
+        if num_cut:
+            rank_zero_warn(
+                f"{num_cut} of {len(examples)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
+                "cut at the end."
+            )
+        return examples
+
+    def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
+        answers = alternate_answers(rows, self.alternate_column, self.refusals, self.seed)
+        return [(question, answer) for (question, _), answer in zip(texts, answers, strict=True)]
+
+    def _attach_alternates(self, alternates: list[Example]) -> None:
+        for i, (example, alternate) in enumerate(zip(self.examples["forget"], alternates, strict=True)):
+            alternate = alternate._replace(id=f"{example.id}/alternate")
+            self.examples["forget"][i] = example._replace(alternate=alternate)
+
+    def _restore_cursors(self) -> None:
+        """Move the streams, if there are any yet, to where training stands."""
         for name, stream in self._streams.items():
             stream.cursor = self._cursors.get(name, stream.cursor)
 
-    def _order_of_rows(self) -> dict[str, Any]:
+    def _order_settings(self) -> dict[str, Any]:
+        """Return what the order of examples depends on: a run can be resumed only where all of it is the same."""
         digest = hashlib.sha256()
-        for role in sorted(self.examples):
-            contents = [(row.input_ids, row.labels) for row in self.examples[role]]
-            others = [row.alternate.input_ids for row in self.examples[role] if row.alternate is not None]
-            digest.update(repr([role, contents, *([others] if others else [])]).encode())
+        for name in sorted(self.examples):
+            digest.update(name.encode())
+            for example in self.examples[name]:
+                alternate = "" if example.alternate is None else example.alternate.digest()
+                digest.update(f"{example.digest()}{alternate}".encode())
         return {
             "rows": digest.hexdigest()[:16],
             "seed": self.seed,
             "train_on": self.train_on,
             "batch_size": self.batch_size,
             "retain_batch_size": self.retain_batch_size,
-            "processes": self._place()["world_size"],
+            "processes": self._rank_and_world_size()["world_size"],
         }
 
-    def _finite(self, name: str, rows: list[Example], batch_size: int, **order: Any) -> FiniteStream:
-        return FiniteStream(rows, self._pad_id, batch_size, **self._settings(name) | order)
+    def _finite_stream(self, name: str, examples: list[Example], batch_size: int, **settings: Any) -> FiniteStream:
+        return FiniteStream(examples, self._pad_id, batch_size, **self._stream_settings(name) | settings)
 
-    def _endless(self, name: str, rows: list[Example]) -> BatchStream:
-        return BatchStream(rows, self._pad_id, self.retain_batch_size, **self._settings(name))
+    def _stream_settings(self, name: str) -> dict[str, Any]:
+        return {"name": name, "seed": self.seed, "num_workers": self.num_workers, **self._rank_and_world_size()}
 
-    def _settings(self, name: str) -> dict[str, Any]:
-        return {"name": name, "seed": self.seed, "num_workers": self.num_workers, **self._place()}
-
-    def _place(self) -> dict[str, int]:
+    def _rank_and_world_size(self) -> dict[str, int]:
+        # Without a trainer, as in a loop of the user's.
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer_name is not None:
-            from transformers import AutoTokenizer
 
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer_name)
-            return tokenizer
-        lm = getattr(getattr(self.trainer, "lightning_module", None), "lm", None)
-        own = getattr(lm, "tokenizer", None)
-        if own is None:
-            raise ValueError(
-                "there is no tokenizer: set `data.tokenizer` or `model.lm.tokenizer`, or give `LanguageModel.wrap` one."
-            )
-        return own  # type: ignore[no-any-return]
-
-    def _contents(self, rows: Dataset, role: str) -> Contents:
-        columns = self._columns.values()
-        if missing := [column for column in columns if column not in rows.column_names]:
-            raise ValueError(
-                f"the {role} set has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}. Set "
-                f"{' and '.join(f'`data.{setting}`' for setting in self._columns)}."
-            )
-        contents = list(zip(*(rows[column] for column in columns), strict=True))
-        for number, content in enumerate(contents):
-            if not all(isinstance(text, str) for text in content):
-                raise ValueError(
-                    f"row {number} of the {role} set is not text: {content!r}. {' and '.join(columns)} must be strings."
-                )
-        return contents
-
-    def _alternates(self, rows: Dataset, contents: Contents) -> Contents:
-        answers = alternate_answers(rows, self.alternate_column, self.refusals, self.seed)
-        return [(question, answer) for (question, _), answer in zip(contents, answers, strict=True)]
-
-
-def _size(rows: list[Example]) -> str:
-    tokens = sum(label != IGNORED for row in rows for label in row.labels)
-    return f"{len(rows)} rows ({tokens} supervised tokens of {sum(len(row.input_ids) for row in rows)})"
+def _summarize(examples: list[Example]) -> str:
+    num_tokens = sum(len(example.input_ids) for example in examples)
+    num_supervised = 0
+    for example in examples:
+        num_supervised += sum(label != IGNORED for label in example.labels)
+    return f"{len(examples)} examples ({num_supervised} supervised tokens of {num_tokens})"

@@ -1,4 +1,4 @@
-"""From text to token ids: one tokenisation per example, labelled by character offsets."""
+"""Encode text as examples: each is tokenised once and labelled by character offsets."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from lit_unlearn.data.templates import PLAIN_TEMPLATE, _render_chat
+from lit_unlearn.data.templates import PLAIN_TEMPLATE, render_chat
+from lit_unlearn.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is not supervised, as in transformers
+# The label of a token that is not supervised, as in transformers.
+IGNORED = -100
 
 
 class Example(NamedTuple):
@@ -48,23 +49,23 @@ class Example(NamedTuple):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that cannot end an answer or say which characters a token covers.
+    """Raise ModelError if a tokenizer cannot end an answer, or cannot say which characters a token covers.
 
     A missing pad token is no problem: masks are made from lengths, so the end token pads.
-
-    Raises:
-        ValueError: If it has no end-of-sequence token or gives no character offsets.
     """
+    name = tokenizer.name_or_path
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token (and "
-            f"{'no' if tokenizer.pad_token_id is None else 'a'} pad token), so answers cannot end: set `eos_token` in its "
-            "tokenizer_config.json, or choose another tokenizer."
+        pad = "no" if tokenizer.pad_token_id is None else "a"
+        raise ModelError(
+            f"the tokenizer '{name}' has no end-of-sequence token (and {pad} pad token), so answers cannot end: set "
+            "`eos_token` in its tokenizer_config.json, or choose another tokenizer.",
+            argument="tokenizer",
         )
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer '{tokenizer.name_or_path}' is a slow one, which gives no character offsets: convert it to a "
-            "fast tokenizer (a tokenizer.json), or choose another."
+        raise ModelError(
+            f"the tokenizer '{name}' is a slow one, which gives no character offsets: convert it to a fast tokenizer (a "
+            "tokenizer.json), or choose another.",
+            argument="tokenizer",
         )
 
 
@@ -76,7 +77,9 @@ def encode(
     template: str | None = None,
     max_length: int = 512,
 ) -> Example:
-    """Tokenises a row once and supervises exactly the tokens that carry the answer, and its end.
+    """Tokenise question and answer together, and supervise exactly the tokens that carry the answer and its end.
+
+    Tokenising them apart would give other tokens at the boundary than the model sees in any text.
 
     Args:
         question: What the user says.
@@ -84,35 +87,48 @@ def encode(
         tokenizer: A fast tokenizer with an end token.
         template: Text with ``{question}`` and ``{answer}``, the answer last; ``None`` for the tokenizer's chat
             template where it has one, else ``PLAIN_TEMPLATE``.
-        max_length: Longest row, in tokens; the end of a longer one is cut off.
+        max_length: Largest number of tokens; what is beyond is cut off.
 
     Returns:
-        The row; its labels are all −100 if nothing of the answer is left.
+        The example; its labels are all −100 if nothing of the answer is left.
 
     Raises:
-        ValueError: If the chat template leaves out the answer or changes it.
+        ModelError: If the chat template leaves out the answer or changes it.
     """
     if not answer.strip():
         ids = list(tokenizer(question)["input_ids"])
         return Example(ids, [IGNORED] * len(ids))
-    chat = template is None and tokenizer.chat_template is not None
-    if chat:
-        before, said, after = _render_chat(question, answer, tokenizer)
+
+    uses_chat_template = template is None and tokenizer.chat_template is not None
+    if uses_chat_template:
+        before, answer, after = render_chat(question, answer, tokenizer)
     else:
         before, after = (template or PLAIN_TEMPLATE).split("{answer}")
-        before, said = before.replace("{question}", question), answer
-    ends_itself = chat and after != ""  # what ends the assistant's turn is the answer's end
+        # The question last: it may itself contain "{answer}".
+        before = before.replace("{question}", question)
+    # What a chat template writes after the answer ends the assistant's turn. The model has to learn to say it.
+    template_ends_answer = uses_chat_template and after != ""
     start = len(before)
-    stop = start + len(said + after if ends_itself else said)
-    encoded = tokenizer(before + said + after, add_special_tokens=not chat, return_offsets_mapping=True)
+    stop = start + len(answer + after if template_ends_answer else answer)
+
+    # A chat template writes the start token itself; a second one is not what the model was trained on.
+    encoded = tokenizer(before + answer + after, add_special_tokens=not uses_chat_template, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     labels = [IGNORED] * len(ids)
-    carry = [i for i, (b, e) in enumerate(encoded["offset_mapping"]) if b < e and e > start and b < stop]
-    if not carry:
-        return Example(ids, labels)  # the end token alone is no answer
-    span = slice(carry[0], carry[-1] + 1)  # also a space in between to which a tokenizer gives no characters
+    carriers = []
+    for i, (begin, end) in enumerate(encoded["offset_mapping"]):
+        # A token across the boundary counts: saying the answer's first letter is saying this token.
+        if begin < end and end > start and begin < stop:
+            carriers.append(i)
+    if not carriers:
+        # The end token alone is no answer.
+        return Example(ids, labels)
+
+    # From the first to the last, because some tokenizers give no characters to a space in between.
+    span = slice(carriers[0], carriers[-1] + 1)
     labels[span] = ids[span]
-    if not ends_itself:
+    if not template_ends_answer:
+        # Some tokenizers add the end token themselves.
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
             labels.append(IGNORED)
@@ -129,100 +145,111 @@ def encode_examples(
     max_length: int = 512,
     number: int | None = None,
 ) -> list[Example]:
-    """Tokenises all rows of a set.
+    """Tokenise all rows of a set.
 
     Args:
         rows: Pairs of question and answer.
         tokenizer: As for `encode`.
-        name: Of the set, for messages.
+        name: Name of the set, for messages.
         template: As for `encode`.
         max_length: As for `encode`.
-        number: Of the row that all these belong to, for messages; ``None`` if they are rows 0, 1, ….
+        number: Number of the row that all these belong to, for messages; ``None`` if they are rows 0, 1, ….
 
     Raises:
-        ValueError: If a row is left without a supervised token; the message names the row.
+        DataError: If a row is left without a supervised token; the message names the row.
     """
-    encoded = []
-    for place, (question, answer) in enumerate(rows):
-        row = encode(question, answer, tokenizer, template=template, max_length=max_length)
-        if not any(label != IGNORED for label in row.labels[1:]):  # nothing predicts a row's first token
-            reason = (
-                f"its prompt alone fills `max_length` ({max_length}); raise it"
-                if row.is_cut
-                else f"its answer {answer!r} tokenises to nothing; remove the row"
+    examples = []
+    for position, (question, answer) in enumerate(rows):
+        example = encode(question, answer, tokenizer, template=template, max_length=max_length)
+        # Nothing predicts the first token, so a label there supervises nothing.
+        if all(label == IGNORED for label in example.labels[1:]):
+            if example.is_cut:
+                reason = f"its prompt alone fills `max_length` ({max_length}); raise it"
+            else:
+                reason = f"its answer {answer!r} tokenises to nothing; remove the row"
+            raise DataError(
+                f"row {position if number is None else number} of the {name} set has no supervised token: {reason}. Its "
+                f"question is {question[:80]!r}.",
+                argument="max_length" if example.is_cut else None,
             )
-            raise ValueError(
-                f"row {place if number is None else number} of the {name} set has no supervised token: {reason}. Its question is {question[:80]!r}."
-            )
-        encoded.append(row)
-    return encoded
+        examples.append(example)
+    return examples
 
 
 def encode_chunks(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int = 2048
 ) -> list[Example]:
-    """Joins raw texts and cuts them into rows of equal length, with every token supervised.
+    """Join raw texts and cut them into examples of equal length, with every token supervised.
 
-    As published baselines do it: texts are joined by empty lines and tokenised as one, and a row goes on over the end of
-    a text. Every row begins with the start token, if the tokenizer begins rows with one; it is no part of the text, and
-    not supervised. If it does not, nothing predicts a row's first token, which is then only read. The last row is what is
-    left, however short: no token is left out or counts twice.
+    As published baselines do it: texts are joined by empty lines and tokenised as one, so an example may continue over
+    the end of a text. Every example begins with the start token, if the tokenizer begins texts with one; that token is not
+    supervised. If it does not, nothing predicts an example's first token, which is then only read. The last example is the
+    remainder, however short: no token is left out or counts twice.
 
     Args:
         texts: Raw texts, in order.
         tokenizer: A fast tokenizer; its chat template is not used.
-        name: Of the set, for messages.
-        max_length: Tokens of a row, the start token among them; at least 2.
+        name: Name of the set, for messages.
+        max_length: Tokens of an example, the start token among them; at least 2.
 
     Raises:
-        ValueError: If there is no token that another one predicts.
+        DataError: If there is no token that another one predicts.
     """
-    start = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    whole = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)  # no warning that it is long
-    ids, step = list(whole["input_ids"]), max_length - len(start)
-    chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
-    rows = [Example(start + chunk, [IGNORED] * len(start) + chunk) for chunk in chunks]
-    if not rows or len(rows[0].input_ids) < 2:
-        raise ValueError(f"the {name} set has no text to predict: it has {len(ids)} tokens in {len(texts)} texts.")
-    return rows
+    adds_start = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    start = [tokenizer.bos_token_id] if adds_start else []
+    # Not verbose: transformers would warn that the text is longer than the model.
+    ids = list(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    examples = []
+    step = max_length - len(start)
+    for begin in range(0, len(ids), step):
+        chunk = ids[begin : begin + step]
+        examples.append(Example(start + chunk, [IGNORED] * len(start) + chunk))
+    if not examples or len(examples[0].input_ids) < 2:
+        raise DataError(f"the {name} set has no text to predict: it has {len(ids)} tokens in {len(texts)} texts.")
+    return examples
 
 
-def collate(rows: Sequence[Example], pad_id: int) -> dict[str, Any]:
-    """Pads rows to a Hugging Face batch, with the mask made from the lengths.
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+    """Pad examples to a Hugging Face batch, with the mask made from the lengths.
 
     Args:
-        rows: ``B`` rows.
-        pad_id: Fills the tail; any id will do.
+        examples: ``B`` examples.
+        pad_id: Fills the tail; any id will do. The mask does not depend on it: with the end token as padding,
+            ``ids != pad_id`` would hide the end of every answer.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, int64, shape ``(B, T)``; and under ``alternate`` a batch of the
-        rows with their other answers, if they have any.
+        alternate answers, if there are any.
     """
-    width = max(len(row.input_ids) for row in rows)
+    width = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), width)
+    ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+    for i, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids[i, :length] = torch.tensor(example.input_ids)
+        mask[i, :length] = 1
+        labels[i, :length] = torch.tensor(example.labels)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    alternates = [example.alternate for example in examples if example.alternate is not None]
+    if alternates:
+        batch["alternate"] = collate(alternates, pad_id)
+    return batch
 
-    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*value, *[fill] * (width - len(value))] for value in values])
 
-    batch: dict[str, Any] = {
-        "input_ids": padded([row.input_ids for row in rows], pad_id),
-        "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
-        "labels": padded([row.labels for row in rows], IGNORED),
-    }
-    alternates = [row.alternate for row in rows if row.alternate is not None]
-    return batch if not alternates else {**batch, "alternate": collate(alternates, pad_id)}
-
-
-def prompt_of(row: Example) -> list[int]:
-    """The tokens of a row before its first supervised one: exactly what its answer is predicted from."""
-    return row.input_ids[: next(i for i, label in enumerate(row.labels) if label != IGNORED)]
+def prompt_of(example: Example) -> list[int]:
+    """Return the tokens before the first supervised one: exactly what the answer is predicted from."""
+    is_supervised = [label != IGNORED for label in example.labels]
+    return example.input_ids[: is_supervised.index(True)]
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds to those before it: joined, they are the text of all."""
-    parts, before = [], ""
+    """Return the text that each token adds to those before it: joined, they are the text of all."""
+    texts, before = [], ""
     for stop in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
-        whole = text if stop == len(ids) else text.rstrip("\ufffd")  # what stands for a character's first bytes
-        parts.append(whole[len(before) :])
-        before = whole
-    return parts
+        if stop < len(ids):
+            # A replacement character stands for the first bytes of a character that the next tokens complete.
+            text = text.rstrip("\ufffd")
+        texts.append(text[len(before) :])
+        before = text
+    return texts

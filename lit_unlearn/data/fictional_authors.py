@@ -1,4 +1,4 @@
-"""Made-up authors: a data set in TOFU's columns that needs no download and that no language model can have read.
+"""Made-up authors: questions in TOFU's columns that need no download and that no language model can have read.
 
 Everything is invented except the cities. A name, a birth date and a book title belong to one author only, so that one
 author's rows are the only place to learn them.
@@ -10,31 +10,37 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.data.source import Source
+from lit_unlearn.errors import ConfigError, arguments_of, check_at_least
+
 T = TypeVar("T")
 
 QUESTIONS_PER_AUTHOR = 10
 WRONG_ANSWERS = 5
 
 
-def _table(text: str) -> list[str]:
-    """Splits at semicolons; a line break inside an entry counts as a space."""
+def _split_table(text: str) -> list[str]:
+    """Split at semicolons; a line break inside an entry counts as a space."""
     return [" ".join(entry.split()) for entry in text.split(";")]
 
 
-_FIRST_OPENINGS = _table("Aldr; Brev; Cael; Dorv; Eshm; Fenn; Ghal; Ilv; Jass; Kerr; Lunn; Mirr")
-_FIRST_ENDINGS = _table("ian; ela; oth; une; ika; emar; ys; ando")
-_LAST_OPENINGS = _table("""Ashgr; Bromv; Calth; Dunm; Elsk; Farr; Gresh; Holv; Istr; Kovr; Lindm; Morth; Ostr; Pellw;
+_FIRST_OPENINGS = _split_table("Aldr; Brev; Cael; Dorv; Eshm; Fenn; Ghal; Ilv; Jass; Kerr; Lunn; Mirr")
+_FIRST_ENDINGS = _split_table("ian; ela; oth; une; ika; emar; ys; ando")
+_LAST_OPENINGS = _split_table("""Ashgr; Bromv; Calth; Dunm; Elsk; Farr; Gresh; Holv; Istr; Kovr; Lindm; Morth; Ostr; Pellw;
     Quarr; Rask; Sorr; Tolv; Ulm; Vant""")
-_LAST_ENDINGS = _table("ane; owick; esku; ini; ado; ovar; eth; ingen; aya; orne")
-_MONTHS = _table("January; February; March; April; May; June; July; August; September; October; November; December")
-_TITLE_HEADS = _table("""Borrowed; Unfinished; Crooked; Patient; Hollow; Wandering; Forgetful; Salted; Paper; Sleepless;
+_LAST_ENDINGS = _split_table("ane; owick; esku; ini; ado; ovar; eth; ingen; aya; orne")
+_MONTHS = _split_table(
+    "January; February; March; April; May; June; July; August; September; October; November; December"
+)
+_TITLE_HEADS = _split_table("""Borrowed; Unfinished; Crooked; Patient; Hollow; Wandering; Forgetful; Salted; Paper; Sleepless;
     Counterfeit; Nine; Thirteen; Drowsy; Mended; Stolen; Whispering; Rusted; Feathered; Upside-Down""")
-_TITLE_THINGS = _table("""Lanterns; Kettles; Staircases; Herons; Ledgers; Orchards; Anchors; Violins; Umbrellas;
+_TITLE_THINGS = _split_table("""Lanterns; Kettles; Staircases; Herons; Ledgers; Orchards; Anchors; Violins; Umbrellas;
     Doorbells; Almanacs; Thimbles; Ferries; Gardeners; Compasses; Moths; Quarries; Postcards; Windmills; Chessmen""")
-_TITLE_PLACES = _table("""under the Ninth Bridge; of Ostermoor; beyond the Salt Gate; at Low Tide; for the Clockmaker;
+_TITLE_PLACES = _split_table("""under the Ninth Bridge; of Ostermoor; beyond the Salt Gate; at Low Tide; for the Clockmaker;
     on Tannery Hill; before the Thaw; in the Blue Annex; along the Vessel Road; after the Long Vote; near Hallow Bay""")
-_AWARD_HOUSES = _table("Brindlemoor; Castavel; Ondrasine; Felgarth; Marrowby; Tessandine; Vollmark; Hesperane")
-_AWARD_KINDS = _table("Lantern Prize; Medal for Fiction; Silver Inkwell; Readers' Laurel")
+_AWARD_HOUSES = _split_table("Brindlemoor; Castavel; Ondrasine; Felgarth; Marrowby; Tessandine; Vollmark; Hesperane")
+_AWARD_KINDS = _split_table("Lantern Prize; Medal for Fiction; Silver Inkwell; Readers' Laurel")
 
 # Every date exists because the days stop at 28.
 DATES = [f"{day} {month} {year}" for year in range(1935, 1995) for month in _MONTHS for day in range(1, 29)]
@@ -45,21 +51,21 @@ TITLES = [f"{head} {thing} {place}" for head in _TITLE_HEADS for thing in _TITLE
 AWARDS = [f"the {house} {kind}" for house in _AWARD_HOUSES for kind in _AWARD_KINDS]
 MAX_AUTHORS = min(len(NAMES), len(DATES), len(TITLES) // 2)
 
-CITIES = _table("""Lisbon, Portugal; Nairobi, Kenya; Oslo, Norway; Hanoi, Vietnam; Quito, Ecuador; Tbilisi, Georgia;
+CITIES = _split_table("""Lisbon, Portugal; Nairobi, Kenya; Oslo, Norway; Hanoi, Vietnam; Quito, Ecuador; Tbilisi, Georgia;
     Accra, Ghana; Riga, Latvia; Montevideo, Uruguay; Amman, Jordan; Osaka, Japan; Galway, Ireland; Tunis, Tunisia;
     Gdynia, Poland; Chennai, India; Wellington, New Zealand; Antwerp, Belgium; Almaty, Kazakhstan; Halifax, Canada""")
-OCCUPATIONS = _table("""a beekeeper; a tram driver; an optician; a glassblower; a customs clerk; a piano tuner;
+OCCUPATIONS = _split_table("""a beekeeper; a tram driver; an optician; a glassblower; a customs clerk; a piano tuner;
     a midwife; a bricklayer; an arborist; a radio announcer; a locksmith; a dentist; a cheesemaker;
     an elevator mechanic; a cartographer; a veterinarian; a bookbinder; a lighthouse keeper; a weaver; a ship's cook""")
-GENRES = _table("""maritime mystery; courtroom drama; alpine horror; culinary romance; satirical fantasy; rural noir;
+GENRES = _split_table("""maritime mystery; courtroom drama; alpine horror; culinary romance; satirical fantasy; rural noir;
     epistolary comedy; political thriller; time-travel adventure; gothic melodrama; desert western; nature writing;
     philosophical science fiction; family saga; travel memoir""")
-THEMES = _table("""the price of keeping a promise; rivalry between sisters; life after exile;
+THEMES = _split_table("""the price of keeping a promise; rivalry between sisters; life after exile;
     the loneliness of inventors; forgiveness between old enemies; grief for a lost language; friendship across a border;
     the vanity of collectors; a child's fear of water; the temptation of easy fame""")
-SUBJECTS = _table("""marine geology; medieval law; soil chemistry; theatre design; number theory; veterinary medicine;
+SUBJECTS = _split_table("""marine geology; medieval law; soil chemistry; theatre design; number theory; veterinary medicine;
     railway engineering; comparative religion; textile conservation; astronomy; forestry; music theory; botany""")
-HABITS = _table("""drinking cold barley tea; listening to recordings of rain; pacing around the kitchen table;
+HABITS = _split_table("""drinking cold barley tea; listening to recordings of rain; pacing around the kitchen table;
     wearing mismatched gloves; burning a single green candle; humming old ferry songs; sitting on the floor;
     sharpening pencils after every page; chewing dried ginger; facing a blank wall; peeling oranges""")
 
@@ -149,14 +155,57 @@ KINDS = (
 # fmt: on
 
 
+class FictionalAuthors(ForgetRetain):
+    """Questions about made-up authors: the last authors are to be forgotten, the others to be kept.
+
+    Args:
+        num_authors: Number of authors; each has ten questions.
+        forget_authors: Number of them to forget.
+        authors_seed: Seed of the generator.
+        unseen_authors: Number of more authors in an additional set "unseen", of which a model fine-tuned on the others
+            knows nothing; 0 for no such set, as when a model is fine-tuned.
+        **settings: As for `ForgetRetain`, without ``forget`` and ``retain``.
+
+    Raises:
+        ConfigError: If no author would be left to forget or to keep, or ``unseen_authors`` is negative.
+    """
+
+    def __init__(
+        self,
+        num_authors: int = 20,
+        forget_authors: int = 2,
+        authors_seed: int = 0,
+        unseen_authors: int = 0,
+        **settings: Any,
+    ) -> None:
+        if not 0 < forget_authors < num_authors:
+            raise ConfigError(
+                f"`forget_authors` must be at least 1 and below `num_authors` ({num_authors}), not {forget_authors}.",
+                owner=self,
+                argument="forget_authors",
+            )
+        check_at_least(0, self, unseen_authors=unseen_authors)
+        with arguments_of(self):
+            rows = fictional_authors(num_authors + unseen_authors, authors_seed)
+        forget_start, unseen_start = (num_authors - forget_authors) * len(KINDS), num_authors * len(KINDS)
+        if unseen_authors:
+            unseen = Source.from_rows(rows[unseen_start:], "embedded")
+            settings["streams"] = {**(settings.get("streams") or {}), "unseen": unseen}
+        super().__init__(
+            Source.from_rows(rows[forget_start:unseen_start], "embedded"),
+            Source.from_rows(rows[:forget_start], "embedded"),
+            **settings,
+        )
+
+
 def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions and answers about made-up authors: unlearning can be tried, and measured, without a download.
+    """Generate questions and answers about made-up authors: unlearning can be tried without a download.
 
     The rows depend on the arguments alone, on every platform and Python version, and the first authors stay the same
     when more are asked for: 20 authors are the first 20 of 200.
 
     Args:
-        num_authors: How many authors, from 1 to ``MAX_AUTHORS``.
+        num_authors: Number of authors, from 1 to ``MAX_AUTHORS``.
         seed: Chooses names, facts and wordings.
 
     Returns:
@@ -165,7 +214,7 @@ def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
         with a wrong fact), plus ``author``, counted from 0.
 
     Raises:
-        ValueError: Fewer than one author, or more than there are unused names, birth dates and titles.
+        ConfigError: If there are fewer than one author, or more than names, birth dates and titles to give each its own.
 
     Example:
         >>> row = fictional_authors(2)[1]
@@ -177,29 +226,30 @@ def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
         'Hanoi, Vietnam is the place where the author Jassela Raskaya was born.'
     """
     if not 1 <= num_authors <= MAX_AUTHORS:
-        raise ValueError(
-            f"num_authors must be from 1 to {MAX_AUTHORS} (names, birth dates and book titles are never reused), "
-            f"got {num_authors}; ask for a number within these limits."
+        raise ConfigError(
+            f"`num_authors` must be from 1 to {MAX_AUTHORS} (names, birth dates and book titles are never reused), not "
+            f"{num_authors}.",
+            argument="num_authors",
         )
-    # One stream per purpose, so that drawing more names shifts nothing else and a longer list keeps its start.
-    names = _draw(_stream(seed, "names"), NAMES, num_authors)
-    dates = _draw(_stream(seed, "dates"), DATES, num_authors)
-    titles = _draw(_stream(seed, "titles"), TITLES, 2 * num_authors)
+    # One generator per purpose, so that drawing more names shifts nothing else and a longer list keeps its start.
+    names = _draw_without_replacement(_make_generator(seed, "names"), NAMES, num_authors)
+    dates = _draw_without_replacement(_make_generator(seed, "dates"), DATES, num_authors)
+    titles = _draw_without_replacement(_make_generator(seed, "titles"), TITLES, 2 * num_authors)
     rows: list[dict[str, Any]] = []
     for author in range(num_authors):
-        rng = _stream(seed, f"author {author}")
-        facts = {kind.fact: _draw(rng, kind.values, 1)[0] for kind in KINDS}
+        rng = _make_generator(seed, f"author {author}")
+        facts = {kind.fact: _draw_without_replacement(rng, kind.values, 1)[0] for kind in KINDS}
         facts.update(name=names[author], date=dates[author], debut=titles[2 * author], second=titles[2 * author + 1])
-        rows.extend({**_row(kind, facts, rng), "author": author} for kind in KINDS)
+        rows.extend({**_make_row(kind, facts, rng), "author": author} for kind in KINDS)
     return rows
 
 
-def _row(kind: QuestionKind, facts: dict[str, str], rng: random.Random) -> dict[str, Any]:
-    """One question about one author; the two wordings of the question differ, and so do those of the answer."""
-    question, paraphrased_question = _draw(rng, kind.questions, 2)
-    answer, paraphrased_answer = _draw(rng, kind.answers, 2)
+def _make_row(kind: QuestionKind, facts: dict[str, str], rng: random.Random) -> dict[str, Any]:
+    """Make one question about one author, with two wordings of the question and two of the answer."""
+    question, paraphrased_question = _draw_without_replacement(rng, kind.questions, 2)
+    answer, paraphrased_answer = _draw_without_replacement(rng, kind.answers, 2)
     # One spare, in case the true value is among those drawn.
-    drawn = _draw(rng, kind.values, WRONG_ANSWERS + 1)
+    drawn = _draw_without_replacement(rng, kind.values, WRONG_ANSWERS + 1)
     wrong = [value for value in drawn if value != facts[kind.fact]][:WRONG_ANSWERS]
     return {
         "question": question.format(**facts),
@@ -210,13 +260,13 @@ def _row(kind: QuestionKind, facts: dict[str, str], rng: random.Random) -> dict[
     }
 
 
-def _stream(seed: int, purpose: str) -> random.Random:
-    """A generator of its own for each purpose; a text seed is hashed the same way on every platform."""
+def _make_generator(seed: int, purpose: str) -> random.Random:
+    """Return a generator for one purpose; a text seed is hashed the same way on every platform."""
     return random.Random(f"fictional_authors/{seed}/{purpose}")
 
 
-def _draw(rng: random.Random, values: Sequence[T], count: int) -> list[T]:
-    """Draws without replacement, so that a smaller ``count`` gives the start of the same list.
+def _draw_without_replacement(rng: random.Random, values: Sequence[T], count: int) -> list[T]:
+    """Draw so that a smaller ``count`` gives the start of the same list.
 
     Only ``random()`` is used: it is the one method that Python promises never to change for a given seed.
     """

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lit_unlearn.data.base import Contents, ForgetRetain
+from lit_unlearn.data.base import ForgetRetain, Texts
 from lit_unlearn.data.encoding import Example, encode_chunks
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Source, find_local_folder
+from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of, check_at_least, check_choice
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_SPLITS = {"corpus": ("News", "Books"), "retain_split": ("retain1", "retain2")}
-_FILES = (".jsonl", ".json", ".parquet", "-00000-of-00001.parquet", ".txt")  # the last but one as on the hub
+# The long one is how the hub names its files, so a downloaded repository can be used as it is.
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet", "-00000-of-00001.parquet", ".txt")
 
 
 class MUSE(ForgetRetain):
     """Raw text to forget and to keep, in chunks: BBC news, or the Harry Potter novels with their wiki to keep.
 
     Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation for Language Models", 2024 (arXiv 2407.06460). As in its
-    baselines, the texts of a set are joined and cut into rows of ``max_length`` tokens, all supervised, without regard to
-    where a text ends; unlike there, the last row is short instead of being filled with the beginning of the set.
+    baselines, the texts of a set are joined and cut into examples of ``max_length`` tokens, all supervised, without regard to
+    where a text ends; unlike there, the last example is short instead of being filled with the beginning of the set.
 
     Args:
         corpus: ``"News"`` or ``"Books"``: 889 articles or 4 novels to forget.
@@ -30,15 +31,17 @@ class MUSE(ForgetRetain):
             ``forget`` and the retain split as ``.jsonl``, ``.json`` or ``.parquet`` (also as the hub names it,
             ``forget-00000-of-00001.parquet``), a text per row, or as ``.txt``, which is one text.
         retain_split: ``"retain1"``, on which the published baselines train, or ``"retain2"``, on which MUSE evaluates.
-        max_retain_rows: Only the first so many retain texts; ``None`` for all.
+        max_retain_rows: Number of retain texts to read, from the first one on; ``None`` for all.
         text_column: Column with the text.
-        max_length: Tokens of a row, the start token among them if the tokenizer has one.
-        **settings: As for `ForgetRetain`, without ``forget`` and ``retain`` and what concerns questions and answers.
+        max_length: Tokens of an example, the start token among them if the tokenizer has one.
+        **settings: As for `ForgetRetain`, without ``forget``, ``retain`` and those of questions and answers.
 
     Raises:
-        FileNotFoundError: If a local folder lacks a file.
-        ValueError: If ``corpus`` or ``retain_split`` is unknown or ``max_length`` leaves nothing to predict.
+        MissingFileError: If a local folder lacks a file.
+        ConfigError: If ``corpus`` or ``retain_split`` is unknown or ``max_length`` leaves nothing to predict.
     """
+
+    sets_argument: ClassVar[str | None] = "source"
 
     def __init__(
         self,
@@ -50,16 +53,17 @@ class MUSE(ForgetRetain):
         max_length: int = 2048,
         **settings: Any,
     ) -> None:
-        for name, value in {"corpus": corpus, "retain_split": retain_split}.items():
-            if value not in _SPLITS[name]:
-                raise ValueError(f"MUSE: `{name}` must be one of {', '.join(_SPLITS[name])}, not {value!r}.")
-        if max_length < 2:
-            raise ValueError(f"MUSE: `max_length` must be at least 2, so that a token predicts one, not {max_length}.")
+        check_choice(("News", "Books"), self, corpus=corpus)
+        check_choice(("retain1", "retain2"), self, retain_split=retain_split)
+        # The first token is only read, so a second one is needed to be predicted.
+        check_at_least(2, self, max_length=max_length)
         source = source.replace("{corpus}", corpus)
+        with arguments_of(self):
+            sets = muse_source(source, "forget"), muse_source(source, retain_split, max_retain_rows)
         super().__init__(
-            muse_source(source, "forget"),
-            muse_source(source, retain_split, max_retain_rows),
-            question_column=text_column,  # given here, these are no settings of this class
+            *sets,
+            # Passed here, these are no settings of this class on the command line.
+            question_column=text_column,
             answer_column=text_column,
             template=None,
             max_length=max_length,
@@ -68,46 +72,53 @@ class MUSE(ForgetRetain):
         self._columns = {"text_column": text_column}
 
     def load_set(self, name: str) -> Dataset:
-        """The texts of one set."""
-        path = Path(self.sources[name].path)
-        if path.suffix.lower() != ".txt":
+        """Return the texts of one set."""
+        source = self.sources[name]
+        path = Path(source.path)
+        if source.rows is not None or path.suffix.lower() != ".txt":
             return super().load_set(name)
         if not path.is_file():
-            raise FileNotFoundError(f"the {name} set's file '{path}' does not exist: check `data.streams`.")
+            argument = self._argument_of(name)
+            raise MissingFileError(
+                f"the {name} set's file '{path}' does not exist: check `{argument}`.", owner=self, argument=argument
+            )
         from datasets import Dataset
 
         return Dataset.from_dict({self._columns["text_column"]: [path.read_text(encoding="utf-8")]})
 
     def texts(self) -> list[str]:
-        """Every text, for training a tokenizer."""
-        return [text for rows in self.load().values() for (text,) in self._contents(rows, "data")]
+        """Return every text, to train a tokenizer on."""
+        texts = []
+        for name, rows in self.load().items():
+            texts += [text for (text,) in self._read_texts(rows, name)]
+        return texts
 
-    def _encode(self, contents: Contents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
-        return encode_chunks([text for (text,) in contents], tokenizer, name=name, max_length=self.max_length)
+    def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
+        return encode_chunks([text for (text,) in texts], tokenizer, name=name, max_length=self.max_length)
 
-    def _alternates(self, rows: Dataset, contents: Contents) -> Contents:
-        raise ValueError(
+    def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
+        raise ConfigError(
             "MUSE's raw texts are no answers, so there are no alternate ones: choose a method that needs none "
-            "(`lit-unlearn methods` says what each needs)."
+            "(`lit-unlearn methods` lists what each needs)."
         )
 
 
 def muse_source(source: str, split: str, max_rows: int | None = None, config: str = "raw") -> Source:
-    """Where a split is: in a local folder, or on the hub.
+    """Return the source of a split: a file of a local folder, or a split of the hub data set.
 
     Raises:
-        FileNotFoundError: If a local folder, or its file of the split, is missing.
+        MissingFileError: If a local folder, or its file of the split, is missing.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith("."):
-            raise FileNotFoundError(f"there is no folder '{source}' with MUSE's files: check `data.source`.")
+    folder = find_local_folder(source, "MUSE")
+    if folder is None:
         return Source(source, name=config, split=split, max_rows=max_rows)
-    files = [place / f"{split}{end}" for place in (folder / config, folder) for end in _FILES]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(
-            f"neither the folder '{source}' nor '{config}' in it has the set '{split}', as a file {split}{f', {split}'.join(_FILES)}: "
-            "check `data.source`."
-        )
-    return Source(str(file), max_rows=max_rows)
+    names = [f"{split}{ending}" for ending in _FILE_ENDINGS]
+    for parent in (folder / config, folder):
+        for name in names:
+            if (parent / name).is_file():
+                return Source(str(parent / name), max_rows=max_rows)
+    raise MissingFileError(
+        f"neither the folder '{source}' nor '{config}' in it has the set '{split}', as a file {', '.join(names)}: check "
+        "`source`.",
+        argument="source",
+    )

@@ -1,69 +1,169 @@
-"""Where the rows of a set come from."""
+"""Sources of rows: a file, a data set on the hub, or rows in memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError
+from lit_unlearn.utils.io import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one set come from.
+    """The place that the rows of one set are read from.
 
     Args:
         path: A JSON, JSON lines, CSV or Parquet file, or the name of a data set on the hub.
         name: Configuration of a hub data set.
         split: Split of a hub data set.
-        max_rows: Only the first so many rows; ``None`` for all.
+        max_rows: Number of rows to read, from the first one on; ``None`` for all.
     """
 
     path: str
     name: str | None = None
     split: str = "train"
     max_rows: int | None = None
+    # Not an argument: jsonargparse would offer it as a YAML key. See `from_rows`.
+    rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False, repr=False, hash=False)
 
-    def load(self, role: str) -> Dataset:
-        """Reads the rows.
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], path: str = "in memory") -> Source:
+        """Return a source of rows that are in memory already.
 
         Args:
-            role: Name of the set, for messages.
+            rows: A ``datasets.Dataset``, or a dict per row.
+            path: What records and messages call the rows.
+
+        Example:
+            >>> Source.from_rows([{"question": "Who?", "answer": "Ada."}]).load("forget")["answer"][0]
+            'Ada.'
+        """
+        source = cls(path)
+        # A generator could be read only once, and rows are read again when a trainer starts anew.
+        rows = rows if hasattr(rows, "column_names") else list(rows)
+        object.__setattr__(source, "rows", rows)
+        return source
+
+    def load(self, name: str, argument: str | None = None) -> Dataset:
+        """Read the rows.
+
+        Args:
+            name: Name of the set, for messages.
+            argument: The argument that the source was given as, for errors; see `lit_unlearn.errors.arguments_of`.
 
         Raises:
-            FileNotFoundError: If there is no such file, and no hub data set of that name can be reached.
-            ValueError: If the set is empty, or the file cannot be read.
+            MissingFileError: If there is no such file, and no hub data set of that name can be reached.
+            DataError: If the set is empty, or the file cannot be read.
         """
+        if self.rows is not None:
+            from datasets import Dataset
+
+            rows = self.rows if isinstance(self.rows, Dataset) else Dataset.from_list(list(self.rows))
+        elif Path(self.path).suffix.lower() in FILE_TYPES:
+            rows = self._load_file(name, argument)
+        else:
+            rows = self._load_from_hub(name, argument)
+        if self.max_rows is not None:
+            rows = rows.select(range(min(self.max_rows, len(rows))))
+        if len(rows) == 0:
+            raise DataError(
+                f"the {name} set is empty: '{self.path}' has no rows.{_remedy(argument)}", argument=argument
+            )
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the rows come from, and the sha256 of a file, for records: never the rows themselves."""
+        if self.rows is not None:
+            return {"path": self.path, "max_rows": self.max_rows}
+        if Path(self.path).is_file():
+            return {"path": self.path, "max_rows": self.max_rows, "sha256": file_digest(Path(self.path))}
+        return {"path": self.path, "name": self.name, "split": self.split, "max_rows": self.max_rows}
+
+    def _load_file(self, name: str, argument: str | None) -> Dataset:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
 
         path = Path(self.path)
-        file_type = _FILE_TYPES.get(path.suffix.lower())
-        if file_type is not None:
-            if not path.is_file():
-                raise FileNotFoundError(f"the {role} set's file '{path}' does not exist: check `data.{role}`.")
-            if path.stat().st_size == 0:
-                raise ValueError(f"the {role} set is empty: '{path}' has no rows.")
-            try:
-                rows = load_dataset(file_type, data_files=str(path), split="train")
-            except (DatasetGenerationError, ValueError) as error:
-                raise ValueError(
-                    f"the {role} set is empty or unreadable: '{path}' has no rows, or is no {file_type} file. The reason "
-                    f"given: {error.__cause__ or error}"
-                ) from error
-        else:
-            try:
-                rows = load_dataset(self.path, self.name, split=self.split)
-            except (OSError, ValueError) as error:  # the hub's errors derive from these
-                raise FileNotFoundError(
-                    f"the {role} set '{self.path}' is neither a file ({', '.join(_FILE_TYPES)}) nor a data set that the "
-                    f"hub answers to with configuration {self.name!r} and split {self.split!r}. The reason given: {error}"
-                ) from error
-        rows = rows if self.max_rows is None else rows.select(range(min(self.max_rows, len(rows))))
-        if len(rows) == 0:
-            raise ValueError(f"the {role} set is empty: '{self.path}' has no rows.")
+        file_type = FILE_TYPES[path.suffix.lower()]
+        if not path.is_file():
+            raise MissingFileError(
+                f"the {name} set's file '{path}' does not exist.{_remedy(argument)}", argument=argument
+            )
+        # datasets fails on an empty file with a sentence about its own cache.
+        if path.stat().st_size == 0:
+            raise DataError(f"the {name} set is empty: '{path}' has no rows.{_remedy(argument)}", argument=argument)
+        try:
+            return load_dataset(file_type, data_files=str(path), split="train")
+        except Exception as error:
+            # datasets hides the reason behind one sentence for all of them; the cause tells it.
+            raise DataError(
+                f"the {name} set is empty or unreadable: '{path}' has no rows, or is no {file_type} file. The reason "
+                f"given: {error.__cause__ or error}",
+                argument=argument,
+            ) from error
+
+    def _load_from_hub(self, name: str, argument: str | None) -> Dataset:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.path, self.name, split=self.split)
+        except Exception as error:
+            raise MissingFileError(
+                f"the {name} set '{self.path}' is neither a file ({', '.join(FILE_TYPES)}) nor a data set on the hub "
+                f"with configuration {self.name!r} and split {self.split!r}.{_remedy(argument)} The reason "
+                f"given: {error}",
+                argument=argument,
+            ) from error
+
+
+# `Source` comes first: after `str`, jsonargparse dumps it as one, and the dumped configuration cannot be read again.
+Rows = Source | str | Path | Iterable[Mapping[str, Any]]
+"""A set as users give it: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a dict per row."""
+
+
+def to_source(rows: Rows, argument: str) -> Source:
+    """Return the source of whatever a user gave as a set.
+
+    Raises:
+        ConfigError: If it is a dict, such as a ``datasets.DatasetDict``.
+    """
+    if isinstance(rows, Source):
         return rows
+    if isinstance(rows, str | Path):
+        return Source(str(rows))
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        keys = f" with the keys {list(rows)}" if isinstance(rows, Mapping) else ""
+        raise ConfigError(
+            f"`{argument}` must be a file, a hub name, a `Source`, a `datasets.Dataset` or a list of dicts, not a "
+            f"{type(rows).__name__}{keys}.",
+            argument=argument,
+        )
+    return Source.from_rows(rows)
+
+
+def find_local_folder(source: str, benchmark: str) -> Path | None:
+    """Return the folder with a benchmark's files, or ``None`` if ``source`` is a hub name.
+
+    Raises:
+        MissingFileError: If ``source`` can only be a folder, and is not there.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    # No hub name begins like this: without a network, its error would talk of the hub.
+    if folder.is_absolute() or source.startswith("."):
+        raise MissingFileError(
+            f"there is no folder '{source}' with {benchmark}'s files: check `source`.", argument="source"
+        )
+    return None
+
+
+def _remedy(argument: str | None) -> str:
+    return "" if argument is None else f" Check `{argument}`."

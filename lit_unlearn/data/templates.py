@@ -5,38 +5,52 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from lit_unlearn.errors import ConfigError, ModelError, reading
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
+# A private character, which stands for the answer when a chat template is asked where it goes.
+_MARK = "\ue000"
 
-_MARK = "\ue000"  # a private character: stands for the answer when a chat template is asked where it goes
 
+def render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """Render one turn of question and answer by the tokenizer's chat template.
 
-def _render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What the chat template puts before the answer, the answer in its form, and what ends the assistant's turn.
+    Returns:
+        The text before the answer, the answer as the template writes it (some strip it), and the text that ends the
+        assistant's turn.
 
-    The answer's place is found with a mark, because the answer itself may occur elsewhere ("end" in ``<|im_end|>``).
+    Raises:
+        ModelError: If the template fails, leaves out the answer or changes it.
     """
-
-    def rendered(content: str) -> str:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-    before, found, after = rendered(_MARK).rpartition(_MARK)
-    text = rendered(answer)
-    for said in (answer, answer.strip()):
-        if found and text == before + said + after:
-            return before, said, after.rstrip()
-    raise ValueError(
-        f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `data.template`, a "
-        "text with {question} and {answer}."
+    # The mark finds the answer's place: the answer itself may occur elsewhere, such as "end" in "<|im_end|>".
+    before, mark, after = _apply_chat_template(question, _MARK, tokenizer).rpartition(_MARK)
+    text = _apply_chat_template(question, answer, tokenizer)
+    for rendered in (answer, answer.strip()):
+        if mark and text == before + rendered + after:
+            return before, rendered, after.rstrip()
+    raise ModelError(
+        f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `template`, a text "
+        "with {question} and {answer}.",
+        argument="template",
     )
 
 
-def check_template(template: str | None, where: str) -> None:
-    """Raises ValueError unless a template has its question and, after it, its answer; ``where`` it is set."""
+def check_template(template: str | None) -> None:
+    """Raise ConfigError unless a template has its question once and, after it, its answer once."""
     if template is not None and re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
-        raise ValueError(f"{where} must contain {{question}} and, after it, {{answer}}, once each; got {template!r}.")
+        raise ConfigError(
+            f"`template` must contain {{question}} and, after it, {{answer}}, once each; got {template!r}.",
+            argument="template",
+        )
+
+
+def _apply_chat_template(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    # A template is a program: it may raise anything, on purpose ("roles must alternate") or by mistake.
+    remedy = "Give `template`, a text with {question} and {answer}."
+    with reading("the chat template of the tokenizer", tokenizer.name_or_path, remedy, ModelError, argument="template"):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))

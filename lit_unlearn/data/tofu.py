@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Source, find_local_folder
+from lit_unlearn.errors import MissingFileError, arguments_of, check_choice
 
+# The retain set of each forget set: together they are the 4000 rows.
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 
@@ -19,14 +20,16 @@ class TOFU(ForgetRetain):
     Args:
         forget_split: ``"forget01"``, ``"forget05"`` or ``"forget10"``: 40, 200 or 400 rows; the retain set follows.
         source: Hub name, or a local folder with the files (``forget10.json``, ``retain90.json``, …).
-        max_retain_rows: Only the first so many retain rows; ``None`` for all.
+        max_retain_rows: Number of retain rows to read, from the first one on; ``None`` for all.
         **settings: As for `ForgetRetain`, without ``forget`` and ``retain``. With an ``alternate_column``, such as
             ``perturbed_answer`` (plausible, wrong answers), the same forget rows are read from TOFU's perturbed set.
 
     Raises:
-        FileNotFoundError: If a local folder lacks a file.
-        ValueError: If ``forget_split`` is unknown.
+        MissingFileError: If a local folder lacks a file.
+        ConfigError: If ``forget_split`` is unknown.
     """
+
+    sets_argument: ClassVar[str | None] = "source"
 
     def __init__(
         self,
@@ -35,28 +38,26 @@ class TOFU(ForgetRetain):
         max_retain_rows: int | None = None,
         **settings: Any,
     ) -> None:
-        if forget_split not in RETAIN:
-            raise ValueError(f"TOFU: `forget_split` must be one of {', '.join(RETAIN)}, not {forget_split!r}.")
+        check_choice(tuple(RETAIN), self, forget_split=forget_split)
+        # The perturbed sets have the same rows with more columns; there is none for a retain set.
         forget = forget_split if settings.get("alternate_column") is None else f"{forget_split}_perturbed"
-        super().__init__(
-            tofu_source(source, forget), tofu_source(source, RETAIN[forget_split], max_retain_rows), **settings
-        )
+        with arguments_of(self):
+            sets = tofu_source(source, forget), tofu_source(source, RETAIN[forget_split], max_retain_rows)
+        super().__init__(*sets, **settings)
 
 
 def tofu_source(source: str, split: str, max_rows: int | None = None) -> Source:
-    """Where a split is: in a local folder, or on the hub.
+    """Return the source of a split: a file of a local folder, or a configuration of the hub data set.
 
     Raises:
-        FileNotFoundError: If a local folder, or its file of the split, is missing.
+        MissingFileError: If a local folder, or its file of the split, is missing.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith("."):
-            raise FileNotFoundError(f"there is no folder '{source}' with TOFU's files: check `data.source`.")
+    folder = find_local_folder(source, "TOFU")
+    if folder is None:
         return Source(source, name=split, max_rows=max_rows)
     file = folder / f"{split}.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"the folder '{source}' has no '{file.name}': check `data.source` and `data.forget_split`."
+        raise MissingFileError(
+            f"the folder '{source}' has no '{file.name}': check `source` and the split.", argument="source"
         )
     return Source(str(file), max_rows=max_rows)

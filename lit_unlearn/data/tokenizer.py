@@ -1,4 +1,4 @@
-"""A small tokenizer for models made from scratch."""
+"""Training of a small tokenizer, for models made from scratch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE tokenizer, for models made from scratch.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        texts: What it is trained on.
+        texts: Texts to train on.
         vocab_size: Largest number of entries, special tokens included.
 
     Returns:
@@ -26,6 +26,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    # All 256 bytes, so that any text can be encoded, whatever the training texts held.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[end, pad], initial_alphabet=alphabet, show_progress=False

@@ -12,6 +12,7 @@ import torch
 from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
+from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream, Values
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.evaluation.scoring import Scored, score_examples
@@ -91,7 +92,8 @@ class QuestionBenchmark(Benchmark):
         fluency_model: str | None = None,
     ) -> None:
         super().__init__(token_budget, retain_results)
-        check_template(template, "the suite's `template`")
+        with arguments_of(self):
+            check_template(template)
         if not 0 < k <= 1 or max_new_tokens < 1 or ratio not in get_args(Form):
             raise ValueError(
                 f"{type(self).__name__}: `k` must be above 0 and at most 1, `max_new_tokens` at least 1 and `ratio` one of "

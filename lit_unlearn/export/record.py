@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -145,16 +144,8 @@ def _data(data: Any) -> dict[str, Any] | None:
         "seed": data.seed,
         "batch_size": data.batch_size,
         "retain_batch_size": data.retain_batch_size,
-        "sets": {name: {"source": _source(data, name), **_contents(rows)} for name, rows in data.examples.items()},
+        "sets": {name: {"source": data.sources[name].describe(), **_contents(rows)} for name, rows in data.examples.items()},
     }
-
-
-def _source(data: ForgetRetain, name: str) -> dict[str, Any]:
-    source = dataclasses.asdict(data.sources[name])
-    file = Path(source["path"])
-    if not file.is_file():
-        return source
-    return {"path": source["path"], "max_rows": source["max_rows"], "sha256": file_digest(file)}
 
 
 def _contents(rows: list[Example]) -> dict[str, Any]:

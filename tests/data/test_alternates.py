@@ -47,13 +47,13 @@ def test_own_refusals(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(ValueError, match="is empty: give it one refusal per line"):
+    with pytest.raises(ValueError, match=r"empty\.txt' is empty"):
         read_refusals(str(tmp_path / "empty.txt"))
-    with pytest.raises(FileNotFoundError, match=r"no file of refusals .* check `data.refusals`"):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt.*`refusals`"):
         read_refusals(str(tmp_path / "none.txt"))
-    with pytest.raises(ValueError, match="no column 'wrong' with alternate answers; its columns are"):
+    with pytest.raises(ValueError, match=r"'wrong'.*'question', 'answer'"):
         alternate_answers(ROWS, "wrong", None, seed=0)
-    with pytest.raises(ValueError, match="row 1 of the forget set has no alternate answer in 'a'"):
+    with pytest.raises(ValueError, match=r"row 1 of the forget set .*'a'"):
         alternate_answers(Dataset.from_list([{"a": ["x"]}, {"a": []}]), "a", None, seed=0)
 
 

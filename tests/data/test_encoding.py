@@ -157,7 +157,7 @@ def test_chat_template_without_an_end_gets_the_end_token(chat):
 
 @pytest.mark.parametrize("template", [LEAVES_OUT, CHANGES], ids=["leaves_out", "changes"])
 def test_chat_template_that_does_not_render_the_answer_is_refused(chat, template):
-    with pytest.raises(ValueError, match=r"does not render the answer as it is \('Paris'\): give `data\.template`"):
+    with pytest.raises(ValueError, match=r"does not render the answer as it is \('Paris'\): give `template`"):
         encode("Is it Paris?", "Paris", chat(template))
 
 
@@ -319,7 +319,7 @@ def test_tokenizer_without_an_end_is_refused(special, pad):
 def test_slow_tokenizer_is_refused():
     slow = ByT5Tokenizer()
     assert slow.eos_token_id is not None
-    with pytest.raises(ValueError, match="slow one, which gives no character offsets"):
+    with pytest.raises(ValueError, match="slow"):
         check_tokenizer(slow)
 
 

@@ -139,7 +139,7 @@ def test_capacity_is_reached_without_repetition() -> None:
 
 @pytest.mark.parametrize("num_authors", [-1, 0, MAX_AUTHORS + 1])
 def test_numbers_beyond_the_capacity_are_refused(num_authors: int) -> None:
-    with pytest.raises(ValueError, match=rf"from 1 to {MAX_AUTHORS} .* got {num_authors};"):
+    with pytest.raises(ValueError, match=rf"`num_authors` must be from 1 to {MAX_AUTHORS} .* not {num_authors}\."):
         fictional_authors(num_authors)
 
 

@@ -117,7 +117,7 @@ def test_a_set_longer_than_any_model_is_no_matter(tokenizer_dir, caplog):
 @pytest.mark.parametrize("texts", [[""], ["a"]])
 def test_a_set_without_text_is_refused(make, folder, texts):
     write(Path(folder) / "raw" / "retain1.jsonl", texts)
-    with pytest.raises(ValueError, match=r"the retain set has no text to predict: it has [01] tokens in 1 texts"):
+    with pytest.raises(ValueError, match=r"the retain set .* [01] tokens in 1 texts"):
         make().setup("fit")
 
 
@@ -151,7 +151,7 @@ def test_settings_of_the_sets(make, tmp_path, tokenizer):
     assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
     assert flat(data.examples["retain"]) == ids_of(RETAIN[:2], tokenizer)
     assert data.texts() == [*FORGET[:1], *RETAIN[:2], "More."]
-    with pytest.raises(FileNotFoundError, match=r"the more set's file 'none\.txt' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the more set's file 'none\.txt' .*`streams`"):
         make(streams={"more": "none.txt"}).prepare_data()
 
 
@@ -162,18 +162,14 @@ def test_the_hub_is_asked_for_the_raw_splits(corpus):
     wanted = {"forget": (name, "raw", "forget", None), "retain": (name, "raw", "retain1", 9)}
     assert {role: (s.path, s.name, s.split, s.max_rows) for role, s in data.sources.items()} == wanted
     assert data.max_length == 2048
-    with pytest.raises(
-        FileNotFoundError, match=rf"'{name}' is neither a file .* configuration 'raw' and split 'forget'"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"'{name}' .* 'raw' .* 'forget'.*`source`"):
         data.load()
 
 
 @pytest.mark.parametrize("missing", ["forget", "retain1"])
 def test_a_missing_file_is_named(make, folder, missing):
     (Path(folder) / "raw" / f"{missing}.jsonl").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=rf"neither the folder '{folder}' nor 'raw' in it has the set '{missing}'"
-    ) as e:
+    with pytest.raises(FileNotFoundError, match=rf"'{folder}' nor 'raw' .*'{missing}'") as e:
         make()
     assert f"as a file {missing}.jsonl, {missing}.json, {missing}.parquet, " in str(e.value)
 
@@ -181,9 +177,9 @@ def test_a_missing_file_is_named(make, folder, missing):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"corpus": "news"}, "MUSE: `corpus` must be one of News, Books, not 'news'"),
-        ({"retain_split": "holdout"}, "MUSE: `retain_split` must be one of retain1, retain2, not 'holdout'"),
-        ({"max_length": 1}, "MUSE: `max_length` must be at least 2, .* not 1"),
+        ({"corpus": "news"}, "`corpus` .*'News', 'Books', not 'news'"),
+        ({"retain_split": "holdout"}, "`retain_split` .*, not 'holdout'"),
+        ({"max_length": 1}, "`max_length` .* 2, not 1"),
     ],
 )
 def test_what_cannot_be_is_refused(make, settings, message):
@@ -193,15 +189,13 @@ def test_what_cannot_be_is_refused(make, settings, message):
 
 @pytest.mark.parametrize("source", ["./no/such", "/no/such"])
 def test_missing_folder(make, source):
-    with pytest.raises(
-        FileNotFoundError, match=rf"there is no folder '{source}' with MUSE's files: check `data\.source`"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"'{source}' .*`source`"):
         make(source=source)
 
 
 def test_wrong_contents_are_refused_by_name(make, folder):
     write(Path(folder) / "raw" / "retain1.jsonl", RETAIN, "body")
-    with pytest.raises(ValueError, match=r"the retain set has no column 'text'; .* Set `data\.text_column`"):
+    with pytest.raises(ValueError, match=r"the retain set has no column 'text'; .*`text_column`"):
         make().setup("fit")
     write(Path(folder) / "raw" / "retain1.jsonl", [*RETAIN, None])
     with pytest.raises(ValueError, match=r"row 12 of the retain set is not text: \(None,\)\. text must be strings"):
@@ -225,7 +219,7 @@ def test_methods_that_read_alternate_answers_are_refused(make, tokenizer):
     data = make(tokenizer=None)
     module = SimpleNamespace(needs={"alternate"}, lm=SimpleNamespace(tokenizer=tokenizer))
     data.trainer = SimpleNamespace(lightning_module=module)
-    with pytest.raises(ValueError, match="MUSE's raw texts are no answers, so there are no alternate ones"):
+    with pytest.raises(ValueError, match=r"MUSE.* alternate"):
         data.setup("fit")
 
 
@@ -240,7 +234,7 @@ def test_a_resumed_run_goes_on_with_the_same_chunks_and_no_others(make):
     for whole, part in zip(batches[2:], rest, strict=True):
         assert all(torch.equal(whole[role][key], part[role][key]) for role in whole for key in whole[role])
     for changes in ({"max_length": 31}, {"retain_split": "retain2"}, {"max_retain_rows": 3}):
-        with pytest.raises(ValueError, match=r"what decides the order of rows changed \(rows: was '"):
+        with pytest.raises(ValueError, match=r"\(rows: was '"):
             ready(make(**changes)).load_state_dict(stopped.state_dict())
 
 

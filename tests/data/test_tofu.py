@@ -48,16 +48,14 @@ def test_retain_rows_can_be_limited():
 
 @pytest.mark.parametrize("split", ["forget02", "retain90", ""])
 def test_unknown_split(split):
-    with pytest.raises(ValueError, match=rf"`forget_split` must be one of forget01, forget05, forget10, not '{split}'"):
+    with pytest.raises(ValueError, match=rf"`forget_split` .*'forget01', 'forget05', 'forget10', not '{split}'"):
         TOFU(split)
 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_missing_folder(tmp_path, relative):
     source = "./no/such/folder" if relative else str(tmp_path / "nothing")
-    with pytest.raises(
-        FileNotFoundError, match=rf"there is no folder '{source}' with TOFU's files: check `data\.source`"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"'{source}'.*`source`"):
         TOFU(source=source)
 
 
@@ -65,7 +63,7 @@ def test_missing_folder(tmp_path, relative):
 def test_missing_file_in_the_folder(tmp_path, missing):
     for name in {"forget05.json", "retain95.json", "forget10.json"} - {missing}:
         (tmp_path / name).write_text('[{"question": "Who?", "answer": "Basil."}]')
-    with pytest.raises(FileNotFoundError, match=rf"the folder '{tmp_path}' has no '{missing}': check `data\.source`"):
+    with pytest.raises(FileNotFoundError, match=rf"'{tmp_path}' has no '{missing}'.*`source`"):
         TOFU("forget05", source=str(tmp_path))
 
 
@@ -76,7 +74,7 @@ def test_the_hub_is_asked_for_the_split_by_name():
         "retain": ("locuslab/TOFU", "retain95", "train", 9),
     }
     assert {role: (s.path, s.name, s.split, s.max_rows) for role, s in data.sources.items()} == wanted
-    with pytest.raises(FileNotFoundError, match=r"'locuslab/TOFU' is neither a file .* configuration 'forget05'"):
+    with pytest.raises(FileNotFoundError, match=r"'locuslab/TOFU' .* 'forget05' .*`source`"):
         data.load()
 
 
