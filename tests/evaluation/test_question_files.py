@@ -45,7 +45,7 @@ def test_a_row_without_its_texts(row, settings, message, tmp_path, tokenizer):
         ({"k": 0}, "`k` must be above 0 and at most 1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` at least 1"),
         ({"ratio": "harmonic"}, "`ratio` one of geometric, arithmetic"),
-        ({"template": "no"}, "the suite's `template` must contain {question} and, after it, {answer}"),
+        ({"template": "no"}, "`template` must contain {question} and, after it, {answer}"),
         ({"fluency_model": "./nowhere"}, r"there is no model directory '\./nowhere'"),
     ],
 )
