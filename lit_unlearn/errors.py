@@ -29,6 +29,7 @@ class LitUnlearnError(Exception):
         super().__init__(message)
         self.owner = owner
         self.argument = argument
+        self.keys: list[str] = []  # the YAML keys that the argument was set by, which only the command line knows
 
     def __str__(self) -> str:
         # A KeyError's own form would be a repr.
@@ -85,6 +86,10 @@ class RequirementNotMet(LitUnlearnError, RuntimeError):
 
 class OutputError(LitUnlearnError, OSError):
     """A file cannot be written, or an upload failed."""
+
+
+class EndpointError(LitUnlearnError, ConnectionError):
+    """A judge's endpoint refuses, cannot be reached, or answered no request."""
 
 
 @contextmanager

@@ -1,87 +1,111 @@
-"""``lit-unlearn inspect``: models answer the same questions side by side, with the probability of every token."""
+"""Run ``lit-unlearn inspect``: models answer the same questions side by side, with the probability of every token."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import takewhile
+from itertools import dropwhile, groupby, takewhile
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
-from lit_unlearn.cli.compare import short_names
+from lit_unlearn.cli.compare import shorten_names
+from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.evaluation.inspection import Asked, Page, Reply, ask, record
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask, mean_scores, record
+from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
 
-Question = tuple[str, str | None]  # and its right answer, where that is known
+Question = tuple[str, str | None]  # with its right answer, where that is known
+Cell = tuple[str, int]  # a character, and the eighth that the probability of its token is in
+
+_BARS = "▁▂▃▄▅▆▇█"  # for a token's probability, in eighths
+# The same on a terminal of 256 colours: orange to blue, which no colour-blindness confuses.
+_COLOURS = (166, 208, 215, 223, 195, 153, 75, 32)
+_END_MARK, _EXACT_MARK = "∎", "✓"
+_BOLD, _RESET = "\x1b[1m", "\x1b[0m"
 
 
-def run(arguments: list[str]) -> None:
-    """Asks every model the same questions and shows what they say.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        ValueError: If there is no question, or a column of the file is missing or not text.
-        FileNotFoundError: If there is no such file or model.
-    """
-    options = _parse(arguments)
-    names = short_names([Path(f"{Path(model).absolute()}.model") for model in options.models])  # 3.2-1B has no suffix
-    models = {name: LanguageModel(model) for name, model in zip(names, options.models, strict=True)}  # not loaded yet
-    page = Page(shutil.get_terminal_size().columns, _has_colours(options))
-    talks = not (options.questions or options.asked) and sys.stdin.isatty() and sys.stdout.isatty()
-    asked = _talk(models, options, page) if talks else _ask_all(models, _questions(options), options)
-    if options.format == "json":
-        content = {"models": {name: lm.name for name, lm in models.items()}, **record(asked)}
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-    else:
-        text = page.whole(asked)
-    if options.output is not None:
-        with atomic_file(options.output) as file:
-            file.write_text(text + "\n", encoding="utf-8")
-    elif not talks or options.format == "json":
-        print(text)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser(
         prog="lit-unlearn inspect",
         description="Asks models the same questions; shows their answers and the probability of every token.",
         epilog="Without --questions or -q, questions are typed, or piped in: one a line, up to an empty line or the end.",
     )
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="model directories or hub names, such as before and after"
+        "models", nargs="+", type=str, metavar="MODEL", help="Model directories or hub names, such as before and after."
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--questions", type=Path, metavar="FILE", help=".json, .jsonl, .csv or .parquet")
-    source.add_argument("-q", dest="asked", action="append", metavar="TEXT", help="a question; may be repeated")
-    parser.add_argument("--question_column", default="question", help="of the file (default: question)")
-    parser.add_argument("--answer_column", help="of the file, with right answers (default: answer, if there is one)")
-    parser.add_argument("--max_rows", type=int, default=10, help="only the file's first so many (default: 10)")
-    parser.add_argument("--template", help="text with {question} and {answer} (default: as `data.template` has it)")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="A .json, .jsonl, .csv or .parquet file.")
+    parser.add_argument("-q", dest="question", action="append", metavar="TEXT", help="A question; may be repeated.")
+    parser.add_argument("--question_column", type=str, default="question", help="Column of the file.")
+    parser.add_argument("--answer_column", type=str, help="Column with right answers; `answer`, if there is one.")
+    parser.add_argument("--max_rows", type=int, default=10, help="Only this many rows of the file.")
+    parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the data.")
+    parser.add_argument("--max_length", type=int, default=512, help="Tokens of a question with its right answer.")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="Tokens of an answer.")
     parser.add_argument(
-        "--max_length", type=int, default=512, help="of question and right answer, in tokens (default: 512)"
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
     )
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="of an answer (default: 100)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="instead of bars")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="to write to, instead of printing")
+    parser.add_argument(
+        "--color", type=Literal["auto", "always", "never"], default="auto", help="Colours instead of bars."
+    )
+    parser.add_argument("--format", type=Literal["text", "json"], default="text", help="Of the output.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="File to write to, instead of printing.")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Ask every model the same questions and show the answers.
+
+    Args:
+        arguments: After the command's name.
+
+    Raises:
+        ConfigError: If there is no question.
+        DataError: If a column of the file is missing or not text.
+        MissingFileError: If there is no such file or model.
+    """
+    parser = build_parser()
     options = parser.parse_args(arguments)
+    if options.questions and options.question:
+        parser.error("give either --questions or -q, not both")
     check_template(options.template)
-    return options
+
+    # Of a directory such as 3.2-1B, ".2-1B" is no suffix: a real one is added, which is then cut off.
+    files = [Path(f"{Path(model).absolute()}.model") for model in options.models]
+    models = {name: LanguageModel(model) for name, model in zip(shorten_names(files), options.models, strict=True)}
+
+    page = AnswerPage(shutil.get_terminal_size().columns, _use_colours(options))
+    is_dialogue = not (options.questions or options.question) and sys.stdin.isatty() and sys.stdout.isatty()
+    if is_dialogue:
+        asked = _answer_typed_questions(models, options, page)
+    else:
+        asked = _answer_questions(models, _read_questions(options), options)
+
+    if options.format == "json":
+        content = {"models": {name: lm.name for name, lm in models.items()}, **record(asked)}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+    else:
+        text = page.format_page(asked)
+    if options.output is not None:
+        with atomic_file(options.output) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    elif not is_dialogue or options.format == "json":
+        print(text)
 
 
-def _has_colours(options: argparse.Namespace) -> bool:
+def _use_colours(options: Namespace) -> bool:
     if options.color != "auto":
         return bool(options.color == "always")
     to_terminal = options.output is None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -91,79 +115,182 @@ def _has_colours(options: argparse.Namespace) -> bool:
 # Questions ------------------------------------------------------------------------------------------------------------
 
 
-def _questions(options: argparse.Namespace) -> list[Question]:
-    if options.asked:
-        return [(question, None) for question in options.asked]
+def _read_questions(options: Namespace) -> list[Question]:
     if options.questions is not None:
-        return _read(options)
-    typed = [*takewhile(bool, map(str.strip, sys.stdin))]
-    if not typed:
-        raise ValueError("there is no question: give --questions FILE or -q TEXT, or pipe in a line for each.")
-    return [(question, None) for question in typed]
+        return _read_question_file(options)
+    questions = options.question or [*takewhile(bool, map(str.strip, sys.stdin))]
+    if not questions:
+        raise ConfigError("there is no question: give --questions FILE or -q TEXT, or pipe in a line for each.")
+    return [(question, None) for question in questions]
 
 
-def _read(options: argparse.Namespace) -> list[Question]:
+def _read_question_file(options: Namespace) -> list[Question]:
     import datasets
 
     if not options.questions.is_file():
-        raise FileNotFoundError(f"there is no file of questions '{options.questions}'.")
+        raise MissingFileError(f"there is no file of questions '{options.questions}'.")
     datasets.disable_progress_bars()
     rows = Source(str(options.questions), max_rows=options.max_rows).load("questions")
-    answer = options.answer_column or ("answer" if "answer" in rows.column_names else None)
-    columns = [options.question_column, *([answer] if answer else [])]
-    if missing := [column for column in columns if column not in rows.column_names]:
-        raise ValueError(
-            f"'{options.questions}' has no column {', '.join(map(repr, missing))}; its columns are {rows.column_names}. "
+
+    columns = [options.question_column]
+    if options.answer_column:
+        columns.append(options.answer_column)
+    elif "answer" in rows.column_names:
+        columns.append("answer")
+    missing = [repr(column) for column in columns if column not in rows.column_names]
+    if missing:
+        raise DataError(
+            f"'{options.questions}' has no column {', '.join(missing)}; its columns are {rows.column_names}. "
             "Set --question_column and --answer_column."
         )
-    questions = []
+
+    questions: list[Question] = []
     for number, row in enumerate(rows.to_list()):
         texts = [row[column] for column in columns]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {number} of '{options.questions}' is not text: {' and '.join(columns)} are {texts}.")
-        questions.append((texts[0], texts[1] if answer else None))
+            raise DataError(f"row {number} of '{options.questions}' is not text: {' and '.join(columns)} are {texts}.")
+        questions.append((texts[0], texts[1] if len(texts) == 2 else None))
     return questions
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def _load(lm: LanguageModel, dtype: str) -> None:
+def _load_model(lm: LanguageModel, dtype: str) -> None:
     lm.load(getattr(torch, dtype))
     lm.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _ask(lm: LanguageModel, question: Question, number: int, options: argparse.Namespace) -> Reply:
+def _ask_model(lm: LanguageModel, question: Question, number: int, options: Namespace) -> Reply:
     limits = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
     return ask(lm, *question, template=options.template, number=number, **limits)
 
 
-def _ask_all(
-    models: Mapping[str, LanguageModel], questions: Sequence[Question], options: argparse.Namespace
+def _answer_questions(
+    models: Mapping[str, LanguageModel], questions: Sequence[Question], options: Namespace
 ) -> list[Asked]:
-    """Has one model after the other answer all questions, so that only one is in memory."""
     replies: list[dict[str, Reply]] = [{} for _ in questions]
+    # One model after the other answers all questions, so that only one is in memory.
     for name, lm in models.items():
-        _load(lm, options.dtype)
+        _load_model(lm, options.dtype)
         for number, question in enumerate(questions):
-            replies[number][name] = _ask(lm, question, number, options)
-        lm.model = None  # frees it
-    return [Asked(*question, replies=said) for question, said in zip(questions, replies, strict=True)]
+            replies[number][name] = _ask_model(lm, question, number, options)
+        lm.model = None
+    return [Asked(*question, replies=by_model) for question, by_model in zip(questions, replies, strict=True)]
 
 
-def _talk(models: Mapping[str, LanguageModel], options: argparse.Namespace, page: Page) -> list[Asked]:
-    """Shows the answers to each question as soon as it is typed."""
+def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namespace, page: AnswerPage) -> list[Asked]:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` arrow keys and a history)
     for lm in models.values():
-        _load(lm, options.dtype)
+        _load_model(lm, options.dtype)
     asked: list[Asked] = []
-    print(f"{page.legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
+    print(f"{page.format_legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
     try:
         while question := input("\n> ").strip():
-            replies = {name: _ask(lm, (question, None), len(asked), options) for name, lm in models.items()}
+            replies = {name: _ask_model(lm, (question, None), len(asked), options) for name, lm in models.items()}
             asked.append(Asked(question, None, replies))
-            print(f"\n{page.answers(asked[-1])}")
+            print(f"\n{page.format_answers(asked[-1])}")
     except (EOFError, KeyboardInterrupt):
         print()
     return asked
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+class AnswerPage(NamedTuple):
+    """Answers for a terminal: every token above a bar as high as its probability, or on a colour for it.
+
+    Args:
+        width: Of a line, in characters.
+        coloured: Whether the terminal shows 256 colours.
+    """
+
+    width: int
+    coloured: bool
+
+    def format_page(self, asked: Sequence[Asked]) -> str:
+        """Return all questions with their answers and, where there are right ones, the means over all."""
+        blocks = [self.format_legend(any(question.answer is not None for question in asked))]
+        for question in asked:
+            text = textwrap.fill(_make_printable(question.question), self.width)
+            blocks.append(f"{_BOLD}{text}{_RESET}" if self.coloured else text)
+            blocks.append(self.format_answers(question))
+        if means := mean_scores(asked):
+            rows = [[name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"] for name, mean in means.items()]
+            blocks.append(format_table(rows, [f"questions: {len(asked)}", "answer probability", "exact answers"]))
+        return "\n\n".join(blocks)
+
+    def format_legend(self, right: bool = False) -> str:
+        """Return what the signs mean.
+
+        Args:
+            right: Whether right answers are shown.
+        """
+        scale = "".join(_paint(" ", level) for level in range(8)) if self.coloured else _BARS
+        signs = f"probability of each token: 0 {scale} 1   {_END_MARK} end of the answer"
+        if not right:
+            return signs
+        return f"{signs}   {_EXACT_MARK} the right one\nright: the right answer, and its answer probability"
+
+    def format_answers(self, asked: Asked) -> str:
+        """Return each model's answer and, where that is not the right one, how probable it finds the right one."""
+        name_width = max(map(len, asked.replies)) + 2
+        lines: list[str] = []
+        for name, reply in asked.replies.items():
+            label = f"{name:<{name_width}}"
+            if not reply.exact:
+                lines += self._format_answer(f"{label}{'says':<{6 if reply.right is None else 15}}", reply.said)
+                label = " " * name_width
+            if reply.right is not None:
+                kind = f"says {_EXACT_MARK}" if reply.exact else "right"
+                lines += self._format_answer(f"{label}{kind:<6} {reply.right.probability:<8.2g}", reply.right)
+        return "\n".join(lines)
+
+    def _format_answer(self, label: str, answer: Answer) -> Iterator[str]:
+        indent = f"  {label}"
+        for cells in _wrap_cells(_answer_cells(answer), max(self.width - len(indent), 20)):
+            text = "".join(char for char, _ in cells)
+            if self.coloured:
+                painted = ""
+                for level, run_of_cells in groupby(cells, key=lambda cell: cell[1]):
+                    painted += _paint("".join(char for char, _ in run_of_cells), level)
+                yield indent + painted
+            else:
+                yield indent + text
+                yield " " * len(indent) + "".join(_BARS[level] for _, level in cells)
+            indent = " " * len(indent)
+
+
+def _answer_cells(answer: Answer) -> list[Cell]:
+    tokens = [*answer.tokens[:-1], _END_MARK if answer.ended else f"{answer.tokens[-1]}…"]
+    cells: list[Cell] = []
+    for token, probability in zip(tokens, answer.probabilities, strict=True):
+        level = min(int(8 * probability), 7)
+        cells += [(char, level) for char in _make_printable(token)]
+    return list(dropwhile(lambda cell: cell[0] == " ", cells))
+
+
+def _wrap_cells(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
+    # textwrap knows texts only; here every character brings its token's probability along.
+    while len(cells) > width:
+        space = next((i for i in range(width, 0, -1) if cells[i][0] == " "), None)
+        yield cells[: space or width]
+        cells = cells[space + 1 if space else width :]
+    yield cells
+
+
+def _paint(text: str, level: int) -> str:
+    return f"\x1b[38;5;16;48;5;{_COLOURS[level]}m{text}{_RESET}"
+
+
+def _make_printable(text: str) -> str:
+    # Control characters in a model's answer would steer the terminal.
+    characters = []
+    for char in text:
+        if char.isprintable():
+            characters.append(char)
+        else:
+            characters.append("↵" if char == "\n" else "\ufffd")
+    return "".join(characters)

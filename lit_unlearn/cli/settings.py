@@ -1,75 +1,114 @@
-"""The configuration as a whole: what in it cannot work, and what changed since the run that is resumed."""
+"""Check, print and save the configuration of a run as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.training.strategies import check_strategy
 
-_MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
+_MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")  # in a resumed run
+_PRINTED_FIRST = ("model", "data", "trainer", "logs", "report", "picture", "export")
+_NOT_SET = "# not set"
 
 
 def check_trainer(trainer: Namespace) -> None:
-    """Refuses Trainer flags that cannot work here, before anything is made.
+    """Refuse Trainer flags that cannot work with manual optimisation, before anything is built.
 
     Args:
         trainer: The Trainer's part of the configuration.
 
     Raises:
-        ValueError: With what to write instead.
+        ConfigError: With what to set instead.
     """
+    reasons = {}
     if (trainer.accumulate_grad_batches or 1) != 1:
-        raise ValueError(
-            f"`trainer.accumulate_grad_batches` ({trainer.accumulate_grad_batches}) is refused: one batch is one optimizer "
-            "step. Set `data.batch_size` to the rows of a whole step and `model.micro_batch_size` to what fits in memory; "
-            "the gradient is that of the whole step."
+        reasons["accumulate_grad_batches"] = (
+            "one batch is one optimizer step. Set the data's `batch_size` to the examples of a whole step and the model's "
+            "`micro_batch_size` to what fits in memory; the gradient is that of the whole step."
         )
     if trainer.gradient_clip_algorithm not in (None, "norm"):
-        raise ValueError(
-            f"`trainer.gradient_clip_algorithm` {trainer.gradient_clip_algorithm!r} is refused: only clipping by the norm "
-            "of the whole gradient is exact over processes. Leave it out and set `trainer.gradient_clip_val`."
+        reasons["gradient_clip_algorithm"] = (
+            "only clipping by the norm of the whole gradient is exact over processes. Leave it out and set "
+            "`gradient_clip_val`."
         )
     if trainer.overfit_batches:
-        raise ValueError(
-            "`trainer.overfit_batches` is refused: it would stop the retain stream. Set `max_rows` of the data instead."
-        )
+        reasons["overfit_batches"] = "it would stop the retain stream. Set `max_rows` of the data instead."
     if trainer.reload_dataloaders_every_n_epochs:
-        raise ValueError(
-            "`trainer.reload_dataloaders_every_n_epochs` is refused: every epoch has its own order anyway."
-        )
+        reasons["reload_dataloaders_every_n_epochs"] = "every epoch has its own order anyway. Leave it out."
+    for flag, reason in reasons.items():
+        raise ConfigError(f"`{flag}={trainer[flag]}` is refused: {reason}", owner=L.Trainer, argument=flag)
     strategy = trainer.strategy
     check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
 
 
+def format_settings(settings: dict[str, Any], changed: dict[str, Any], header: str) -> str:
+    """Format a configuration for people: important sections first, unset options in one comment per section.
+
+    A null that was written in place of another default stays, so that the text, read again, gives the same settings.
+
+    Args:
+        settings: The whole configuration.
+        changed: The part of it that differs from the defaults.
+        header: The first line.
+    """
+    ordered = {key: settings[key] for key in (*_PRINTED_FIRST, *settings) if key in settings}
+    text = yaml.safe_dump(
+        _collapse_unset(ordered, changed), sort_keys=False, allow_unicode=True, default_flow_style=False, width=10_000
+    )
+    # YAML has no comments to dump: the line is a key that needs quotes, until they are taken off.
+    return f"{header}\n" + text.replace(f"'{_NOT_SET}':", f"{_NOT_SET}:")
+
+
+def _collapse_unset(settings: dict[str, Any], changed: Any) -> dict[str, Any]:
+    if not isinstance(changed, dict):
+        changed = {}
+    unset = []
+    shown: dict[str, Any] = {}
+    for key, value in settings.items():
+        if value is None and key not in changed:
+            unset.append(key)
+        elif isinstance(value, dict):
+            shown[key] = _collapse_unset(value, changed.get(key))
+        else:
+            shown[key] = value
+    if unset:
+        shown[_NOT_SET] = ", ".join(unset)
+    return shown
+
+
 class SaveSettings(SaveConfigCallback):
-    """Saves the configuration beside the logs and in checkpoints; a resumed run says which settings changed."""
+    """Saves the configuration beside the logs and in checkpoints; a resumed run logs which settings changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The configuration, flat."""
-        return {"settings": self._flat()}
+        """Return the configuration, flat."""
+        return {"settings": self._flatten_config()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Says what changed; the new settings are the ones used."""
-        old, new = state_dict["settings"], self._flat()
-        changed = [
-            f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}"
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER)
-        ]
-        if changed:
-            rank_zero_info("resumed with changed settings: " + "; ".join(changed))
+        """Log what changed; the new settings are the ones used."""
+        old, new = state_dict["settings"], self._flatten_config()
+        changes = []
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER):
+                changes.append(f"{key}: {old.get(key, 'not set')} → {new.get(key, 'not set')}")
+        if changes:
+            rank_zero_info("resumed with changed settings: " + "; ".join(changes))
 
-    def _flat(self) -> dict[str, str]:
+    def _flatten_config(self) -> dict[str, str]:
         return _flatten(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, Mapping):
         return {prefix.removesuffix("."): str(value)}
-    return {key: text for name, part in value.items() for key, text in _flatten(part, f"{prefix}{name}.").items()}
+    flat: dict[str, str] = {}
+    for name, child in value.items():
+        flat |= _flatten(child, f"{prefix}{name}.")
+    return flat

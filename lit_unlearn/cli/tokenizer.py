@@ -1,6 +1,8 @@
-"""``lit-unlearn tokenizer``: a small tokenizer for models made from scratch."""
+"""Run ``lit-unlearn tokenizer``: a small tokenizer for models made from scratch."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data import fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
@@ -8,15 +10,28 @@ from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.tokenizer import train_tokenizer
 
 
-def run(arguments: list[str]) -> None:
-    """Trains a byte-level BPE tokenizer on a data module's questions and answers and saves it."""
-    parser = CommandParser(prog="lit-unlearn tokenizer", description=run.__doc__)
-    parser.add_argument("--config", action="config")
+def build_parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser(
+        prog="lit-unlearn tokenizer",
+        description="Trains a byte-level BPE tokenizer on a data module's questions and answers and saves it.",
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with these options.")
     parser.add_subclass_arguments(ForgetRetain, "data", required=True)
-    parser.add_argument("--vocab_size", type=int, default=4096, help="Largest number of entries.")
-    parser.add_argument("--output", type=str, required=True, help="Folder to write to.")
-    config = parser.parse_args(arguments)
-    data = parser.instantiate(config).data
-    tokenizer = train_tokenizer(data.texts(), config.vocab_size)
-    tokenizer.save_pretrained(config.output)
-    print(f"tokenizer: {len(tokenizer)} entries, {config.output}")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="Largest number of vocabulary entries.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to write to.")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Train a tokenizer and save it.
+
+    Args:
+        arguments: After the command's name.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    data = parser.instantiate(options).data
+    tokenizer = train_tokenizer(data.texts(), options.vocab_size)
+    tokenizer.save_pretrained(options.output)
+    print(f"tokenizer: {len(tokenizer)} entries, {options.output}")

@@ -1,4 +1,4 @@
-"""``lit-unlearn fit|validate|test``: LightningCLI with this package's classes and defaults."""
+"""Run ``lit-unlearn fit|validate|test``: LightningCLI with this package's classes and defaults."""
 
 from __future__ import annotations
 
@@ -7,79 +7,102 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.plugins import CheckpointIO
 
 from lit_unlearn import training  # noqa: F401
-from lit_unlearn.callbacks import (
-    AtomicCheckpointIO,
-    ExportModel,
-    ProgressBar,
-    ResumeCheckpoint,
-    RunAdvice,
-    RunPicture,
-    RunReport,
-)
-from lit_unlearn.cli.errors import ReadableErrors
-from lit_unlearn.cli.print_config import readable
-from lit_unlearn.cli.settings import SaveSettings, check_trainer
+from lit_unlearn.callbacks import ExportModel, RunPicture, RunReport, default_callbacks, default_plugins
+from lit_unlearn.cli.keys import find_keys
+from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
+from lit_unlearn.cli.settings import SaveSettings, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
+from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError, MissingFileError, reading
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.training.strategies import leave_process_group
 
+_NAMED_CHECKPOINTS = ("best", "last", "hpc")  # which Lightning looks for
+
 
 class Parser(ReadableErrors, LightningArgumentParser):
-    """Says what is wrong in a line or two, and prints a configuration in the order in which people read it."""
+    """LightningArgumentParser with readable errors, and a ``--print_config`` in the order in which people read."""
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        """YAML; that of `--print_config` is for people unless a flag, as in ``=skip_default``, asks for another."""
+        """Return YAML, for people unless a flag of ``--print_config``, as in ``=skip_default``, asks for something else."""
         text: str = super().dump(namespace, *args, **kwargs)
-        printed = getattr(getattr(self, "parent_parser", None), "print_config", {})
-        if not printed or {"skip_default", "with_comments"} & printed.keys() or printed.get("skip_unset"):
+        flags = getattr(getattr(self, "parent_parser", None), "print_config", {})
+        if not flags or {"skip_default", "with_comments"} & flags.keys() or flags.get("skip_unset"):
             return text
         changed = super().dump(namespace, *args, **kwargs, skip_default=True)
-        return readable(yaml.safe_load(text), yaml.safe_load(changed), text.partition("\n")[0])
+        return format_settings(yaml.safe_load(text), yaml.safe_load(changed), text.partition("\n")[0])
 
 
 @dataclass(frozen=True)
 class Logs:
-    """Where a run's numbers go, as CSV and for TensorBoard: ``<save_dir>/<name>/version_<n>``, unless `trainer.logger` is set.
+    """Folder of a run's numbers, as CSV and for TensorBoard: ``<save_dir>/<name>/version_<n>``, unless `trainer.logger` is set.
 
     Args:
         save_dir: Folder of all runs.
-        name: Of the run; every start of it has a version of its own.
+        name: Of the run; every start of it has its own version.
     """
 
     save_dir: str = "runs"
     name: str = "unlearn"
 
-    def loggers(self) -> list[Logger]:
-        """The loggers, which share a folder."""
+    def build_loggers(self) -> list[Logger]:
+        """Return the loggers, which share a folder."""
         table = CSVLogger(self.save_dir, self.name)
         return [table, TensorBoardLogger(self.save_dir, self.name, version=table.version)]
 
 
 class UnlearnCLI(LightningCLI):
-    """LightningCLI that knows `LitUnlearn` as the default model and ends a fit with report, picture and export."""
+    """LightningCLI that knows `LitUnlearn` as the default model and ends a fit with report, picture and export.
+
+    Args:
+        commands: The commands to build parsers for. All three take three times as long as the one that runs.
+    """
+
+    def __init__(self, commands: tuple[str, ...]) -> None:
+        self._commands = commands
+        try:
+            super().__init__(
+                L.LightningModule,
+                subclass_mode_model=True,
+                auto_configure_optimizers=False,
+                parser_class=Parser,
+                seed_everything_default=0,
+                save_config_callback=SaveSettings,
+                save_config_kwargs={"overwrite": True},
+            )
+        except LitUnlearnError as error:
+            # Whatever has raised it knows a Python argument; only here is known what the argument came from.
+            if config := getattr(self, "config", None):
+                error.keys = find_keys(config[config.subcommand].as_dict(), error)
+            raise
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the commands, with the arguments of the Trainer's methods that are no options."""
+        return {command: arguments for command, arguments in super().subcommands().items() if command in self._commands}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks of every run and the defaults of short runs."""
+        """Add the callbacks of every run and the defaults of short runs."""
         parser.add_class_arguments(Logs, "logs")
-        parser.add_lightning_class_args(RunReport, "report")
-        parser.add_lightning_class_args(RunPicture, "picture")
-        parser.add_lightning_class_args(ExportModel, "export")
+        parser.add_class_arguments(RunReport, "report")
+        parser.add_class_arguments(RunPicture, "picture")
+        parser.add_class_arguments(ExportModel, "export")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_unlearn.training.LitUnlearn"},
@@ -89,61 +112,100 @@ class UnlearnCLI(LightningCLI):
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's own reads all weights in search of hyperparameters, which our modules do not save, and ends with a
+        # traceback if the file is damaged.
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is None or path in _NAMED_CHECKPOINTS or ":" in path:  # an address, or a name in a registry
+            return
+        if not Path(path).exists():
+            raise MissingFileError(f"there is no checkpoint '{path}'.", argument="ckpt_path")
+        if Path(path).is_file():
+            with reading("the checkpoint", path, "Resume from another one.", CheckpointError):
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
     def before_instantiate_classes(self) -> None:
-        """Refuses Trainer flags that cannot work; moves the clipping flag to the module, where it can."""
+        """Refuse Trainer flags that cannot work; move the clipping flag to the module, where it can."""
         config = self.config[self.subcommand]
         check_trainer(config.trainer)
-        benchmark_only = config.model.class_path.endswith("LitEvaluate")
-        if benchmark_only and "verbose" in config:
+        is_evaluation = config.model.class_path.endswith("LitEvaluate")
+        if is_evaluation and "verbose" in config:
             config.verbose = False  # the benchmark prints its own table
-        if config.get("data") is None and not benchmark_only:
-            raise ValueError(
-                "there are no rows: set `data`, such as `{class_path: ForgetRetain, init_args: {forget: …, retain: …}}`. Only "
-                "LitEvaluate, which runs a benchmark, needs none."
+        if config.get("data") is None and not is_evaluation:
+            raise ConfigError(
+                "`data` is missing: set it, for example to `{class_path: ForgetRetain, init_args: {forget: …, retain: …}}`. "
+                "Only LitEvaluate, which runs a benchmark, needs none."
             )
         if config.trainer.gradient_clip_val is not None:
             config.model.init_args.gradient_clip_val = config.trainer.gradient_clip_val
             config.trainer.gradient_clip_val = None
 
+    def instantiate_classes(self) -> None:
+        """Build all objects, and turn a refusal of their arguments into a `ConfigError`."""
+        # Not every exception: the bugs of a user's own class keep their traceback.
+        with _refusals_as_config_errors(ValueError, MisconfigurationException, OSError, ImportError):
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds loggers, progress, resumable checkpoints and whole-or-absent writing, unless there are or shall be none."""
-        config, logs = self.config_init[self.subcommand].trainer, self.config_init[self.subcommand].logs
-        if config.logger is None:
-            kwargs["logger"] = logs.loggers()
-        callbacks, plugins = _listed(config.callbacks), _listed(config.plugins)
-        if config.enable_progress_bar is not False and not _has(callbacks, BaseProgressBar):
-            callbacks.append(ProgressBar())
-        if not _has(callbacks, RunAdvice):
-            callbacks.append(RunAdvice())
-        if config.enable_checkpointing is not False and not _has(callbacks, ResumeCheckpoint):
-            callbacks.append(ResumeCheckpoint())
-        if not _has(plugins, CheckpointIO):
-            plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        """Build the Trainer with loggers, and with the default callbacks and plugins that the configuration does not replace."""
+        config = self.config_init[self.subcommand]
+        if config.trainer.logger is None:
+            kwargs["logger"] = config.logs.build_loggers()
+        callbacks = _as_list(config.trainer.callbacks)
+        callbacks += default_callbacks(
+            config.report,
+            config.picture,
+            config.export,
+            progress_bar=config.trainer.enable_progress_bar is not False,
+            checkpoint=config.trainer.enable_checkpointing is not False,
+            given=callbacks,
+        )
+        plugins = _as_list(config.trainer.plugins)
+        plugins += default_plugins(plugins)
+        with _refusals_as_config_errors(Exception):
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
 
-def _listed(value: Any) -> list[Any]:
-    return [*value] if isinstance(value, list) else [] if value is None else [value]
+@contextmanager
+def _refusals_as_config_errors(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except LitUnlearnError:
+        raise
+    except kinds as error:
+        raise_typed_cause(error)
+        raise ConfigError(explain(str(error))) from error
 
 
-def _has(objects: list[Any], kind: type) -> bool:
-    return any(isinstance(thing, kind) for thing in objects)
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [*value] if isinstance(value, list) else [value]
+
+
+def build_parsers() -> dict[str, LightningArgumentParser]:
+    """Return the parsers of the three commands, for shell completion."""
+
+    class ParsersBuilt(Exception):
+        """Ends LightningCLI, which would go on to run a command."""
+
+    class ParserBuilder(UnlearnCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            raise ParsersBuilt(self._subcommand_parsers)
+
+    try:
+        ParserBuilder(("fit", "validate", "test"))
+    except ParsersBuilt as built:
+        parsers: dict[str, LightningArgumentParser] = built.args[0]
+    return parsers
 
 
 def run(arguments: list[str]) -> None:
-    """Parses and runs one command."""
-    _quieten()
-    sys.argv[1:] = arguments  # where LightningCLI, and the processes it may start, look for them
+    """Parse and run one command."""
+    _silence_libraries()
+    sys.argv[1:] = arguments  # where LightningCLI, and the processes that it may start, look for them
     try:
-        UnlearnCLI(
-            L.LightningModule,
-            subclass_mode_model=True,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            seed_everything_default=0,
-            save_config_callback=SaveSettings,
-            save_config_kwargs={"overwrite": True},
-        )
+        UnlearnCLI((arguments[0],))
     finally:
         leave_process_group()
 
@@ -159,29 +221,30 @@ _CHATTERERS = (
     "lightning.fabric.utilities.distributed",
     "bitsandbytes.backends.cpu.ops",
 )
+_IRRELEVANT_WARNINGS = (
+    "LeafSpec",
+    "does not have many workers",
+    "pre-optimization state was saved",
+    "dataloader is not resum",
+    "Checkpoint directory .* exists and is not empty",  # the runs of a name share it
+    "sync_dist=True",  # what is logged is the same on every process
+)
 _format_warning = warnings.formatwarning
 
 
-def _quieten() -> None:
-    """Leaves one line per phase and per warning: drops what libraries say of themselves and nobody can act on."""
+def _silence_libraries() -> None:
+    # One line per phase and per warning is left; what libraries say of themselves is nothing that a user can act on.
     for name in _CHATTERERS:
         logging.getLogger(name).addFilter(lambda record: not _CHATTER.match(record.getMessage()))
-    for message in (
-        "LeafSpec",
-        "does not have many workers",
-        "pre-optimization state was saved",
-        "dataloader is not resum",
-        "Checkpoint directory .* exists and is not empty",  # the runs of a name share it
-        "sync_dist=True",  # what is logged is the same on every process
-    ):
+    for message in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = _format_our_warnings
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def _one_line(
+def _format_our_warnings(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning of this package without the place in its code, which says nothing to users."""
-    ours = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
-    return f"warning: {message}\n" if ours else _format_warning(message, category, filename, lineno, line)
+    # Our warnings speak of settings: the line of our code that gives them would only distract.
+    is_ours = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
+    return f"warning: {message}\n" if is_ours else _format_warning(message, category, filename, lineno, line)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
-from itertools import dropwhile, groupby
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -18,11 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANY = "A"  # stands for an answer that is not known: a letter, which tokenizers join to a space before it like most answers
-
-_BARS = "▁▂▃▄▅▆▇█"  # for a token's probability, in eighths
-# Likewise, of 256: orange to blue, which no colour-blindness confuses.
-_COLOURS = (166, 208, 215, 223, 195, 153, 75, 32)
-_END, _EXACT = "∎", "✓"
 
 
 class Answer(NamedTuple):
@@ -150,10 +143,11 @@ def record(asked: Sequence[Asked]) -> dict[str, Any]:
         }
         for one in asked
     ]
-    return {"questions": questions, "means": _means(asked)}
+    return {"questions": questions, "means": mean_scores(asked)}
 
 
-def _means(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+def mean_scores(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+    """Return by model the means of the right answers' ``probability`` and of ``exact``, where there are right answers."""
     means = {}
     for name in asked[0].replies if asked else ():
         replies = [one.replies[name] for one in asked]
@@ -161,91 +155,3 @@ def _means(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
         if found:
             means[name] = {"probability": float(np.mean(found)), "exact": float(np.mean([r.exact for r in replies]))}
     return means
-
-
-class Page(NamedTuple):
-    """What people see: every token above a bar as high as its probability or, on a terminal, on a colour for it.
-
-    Args:
-        width: Of a line, in characters.
-        coloured: Whether it is for a terminal that shows 256 colours.
-    """
-
-    width: int
-    coloured: bool
-
-    def whole(self, asked: Sequence[Asked]) -> str:
-        """All questions with their answers and, where there are right ones, the means over all."""
-        parts = [self.legend(any(one.answer is not None for one in asked))]
-        for one in asked:
-            question = textwrap.fill(_visible(one.question), self.width)
-            parts += [f"\x1b[1m{question}\x1b[0m" if self.coloured else question, self.answers(one)]
-        if means := _means(asked):
-            rows = [(f"questions: {len(asked)}", "answer probability", "exact answers")]
-            rows += [(name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}") for name, mean in means.items()]
-            first = max(len(name) for name, *_ in rows)
-            parts.append("\n".join(f"{name:<{first}}  {p:>18}  {exact:>13}" for name, p, exact in rows))
-        return "\n\n".join(parts)
-
-    def legend(self, right: bool = False) -> str:
-        """What the signs mean.
-
-        Args:
-            right: Whether right answers are shown.
-        """
-        scale = "".join(_paint(" ", level) for level in range(8)) if self.coloured else _BARS
-        signs = f"probability of each token: 0 {scale} 1   {_END} end of the answer"
-        return (
-            f"{signs}   {_EXACT} the right one\nright: the right answer, and its answer probability" if right else signs
-        )
-
-    def answers(self, one: Asked) -> str:
-        """What every model says to a question and, where that is not the right answer, how likely it finds that."""
-        first = max(map(len, one.replies)) + 2
-        lines: list[str] = []
-        for name, reply in one.replies.items():
-            label = f"{name:<{first}}"
-            if not reply.exact:
-                lines += self._answer(f"{label}{'says':<{6 if reply.right is None else 15}}", reply.said)
-                label = " " * first
-            if reply.right is not None:
-                kind = f"says {_EXACT}" if reply.exact else "right"
-                lines += self._answer(f"{label}{kind:<6} {reply.right.probability:<8.2g}", reply.right)
-        return "\n".join(lines)
-
-    def _answer(self, label: str, answer: Answer) -> Iterator[str]:
-        indent = f"  {label}"
-        for cells in _wrap(_cells(answer), max(self.width - len(indent), 20)):
-            if self.coloured:
-                runs = groupby(cells, key=lambda cell: cell[1])
-                yield indent + "".join(_paint("".join(char for char, _ in run), level) for level, run in runs)
-            else:
-                yield indent + "".join(char for char, _ in cells)
-                yield " " * len(indent) + "".join(_BARS[level] for _, level in cells)
-            indent = " " * len(indent)
-
-
-def _cells(answer: Answer) -> list[tuple[str, int]]:
-    """The characters of an answer, and the eighth that the probability of their token is in."""
-    tokens = [*answer.tokens[:-1], _END] if answer.ended else [*answer.tokens[:-1], f"{answer.tokens[-1]}…"]
-    levels = [min(int(8 * probability), 7) for probability in answer.probabilities]
-    cells = [(char, level) for token, level in zip(tokens, levels, strict=True) for char in _visible(token)]
-    return list(dropwhile(lambda cell: cell[0] == " ", cells))
-
-
-def _wrap(cells: list[tuple[str, int]], width: int) -> Iterator[list[tuple[str, int]]]:
-    """Lines that end, where possible, at a space."""
-    while len(cells) > width:
-        space = next((i for i in range(width, 0, -1) if cells[i][0] == " "), None)
-        yield cells[: space or width]
-        cells = cells[space + 1 if space else width :]
-    yield cells
-
-
-def _paint(text: str, level: int) -> str:
-    return f"\x1b[38;5;16;48;5;{_COLOURS[level]}m{text}\x1b[0m"
-
-
-def _visible(text: str) -> str:
-    """The text in one line; what a model says must not steer a terminal."""
-    return "".join(char if char.isprintable() else "↵" if char == "\n" else "\ufffd" for char in text)

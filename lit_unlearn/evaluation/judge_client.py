@@ -93,7 +93,7 @@ class Endpoint:
         from openai import OpenAIError, omit
 
         client = self._client.with_options(max_retries=retries)
-        headers = {"Authorization": f"Bearer {self._key}", **dict.fromkeys(_FOREIGN_HEADERS, omit)}
+        headers: dict[str, Any] = {"Authorization": f"Bearer {self._key}", **dict.fromkeys(_FOREIGN_HEADERS, omit)}
         messages: list[Any] = [{"role": "user", "content": prompt}]
         try:
             completion = client.chat.completions.create(
@@ -110,7 +110,9 @@ class Endpoint:
         text = f"{error} {cause or ''}".replace(self._key, "[key]")
         reason = " ".join(text.split())[:300]
         if status in (401, 402, 403) or getattr(error, "code", None) == "insufficient_quota":
-            return EndpointError(f"the judge at {self.url} refuses ({reason}): set {KEY_VARIABLE} to a key that may use it.")
+            return EndpointError(
+                f"the judge at {self.url} refuses ({reason}): set {KEY_VARIABLE} to a key that may use it."
+            )
         if status == 404:
             return EndpointError(f"at {self.url} there is no model '{self.model}' or no /chat/completions ({reason}).")
         # Names, not classes: they are httpx's or httpx2's, depending on openai's version.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lit_unlearn import cli
-from lit_unlearn.cli.compare import short_names
+from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import write_json
@@ -107,10 +107,10 @@ def test_markdown_and_csv_hold_any_name(write: Any, capsys: Any) -> None:
 
 
 def test_names_are_the_shortest_ends_that_tell_files_apart() -> None:
-    assert short_names([Path("runs/a.json"), Path("b.v2.json")]) == ["a", "b.v2"]
+    assert shorten_names([Path("runs/a.json"), Path("b.v2.json")]) == ["a", "b.v2"]
     same = [Path(f"{folder}/tofu.json") for folder in ("x/npo", "x/pdu", "y/pdu")]
-    assert short_names(same) == ["npo/tofu", "x/pdu/tofu", "y/pdu/tofu"]
-    assert short_names([Path("a.json"), Path("a.json"), Path("b.json")]) == ["a (1)", "a (2)", "b"]
+    assert shorten_names(same) == ["npo/tofu", "x/pdu/tofu", "y/pdu/tofu"]
+    assert shorten_names([Path("a.json"), Path("a.json"), Path("b.json")]) == ["a (1)", "a (2)", "b"]
 
 
 def test_output_is_written_whole_or_not_at_all(write: Any, tmp_path: Path, capsys: Any) -> None:

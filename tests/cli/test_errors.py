@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from command_line import quick
 
-from lit_unlearn import cli
-from lit_unlearn.cli.errors import explain
+from lit_unlearn import NLL, Constraint, FixedMultiplier, ForgetRetain, cli
+from lit_unlearn.cli.keys import find_keys
+from lit_unlearn.cli.parser import explain
+from lit_unlearn.errors import ConfigError
 
 
 def failed(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
@@ -69,7 +71,7 @@ def failed(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int =
         ("--trainer.accelerator=gpuu", "You selected an invalid accelerator name: `accelerator='gpuu'`"),
         ("--trainer.devices=abc", "`devices` selected with `CPUAccelerator` should be an int > 0"),
         ("--model.lm.model=./nowhere", "there is no model directory './nowhere'"),
-        ("--ckpt_path=nowhere.ckpt", "Checkpoint file not found: nowhere.ckpt"),
+        ("--ckpt_path=nowhere.ckpt", "there is no checkpoint 'nowhere.ckpt'.\n  set in the configuration: `ckpt_path`"),
     ],
 )
 def test_a_mistake_on_the_command_line(
@@ -111,19 +113,61 @@ def test_a_file_that_is_not_there(wrong: str, right: str, in_tmp: Path, capsys: 
 
 def test_what_is_required(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failed(["fit", "--model.forget=LogitMargin", "--data=FictionalAuthors"], capsys)
-    assert message.startswith("model: LitUnlearn needs constraints, optimizer; start from a whole configuration")
+    assert message.startswith("model: LitUnlearn needs constraints, optimizer; start from a complete configuration")
 
 
 def test_a_failed_run_has_another_code_than_a_wrong_command(
     in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = ["--model.optimizer.lr=1e30", "--model.scheduler=null", "--trainer.max_epochs=3"]
-    assert "gradient's norm is nan" in failed(quick(model_dir, *huge), capsys, code=1)
-    assert "there is no results file" in failed(["compare", "nowhere.json"], capsys, code=1)
-    with pytest.raises(SystemExit) as end:
-        cli.main(["fti"])
-    assert end.value.code == 2
-    assert "there is no command 'fti': did you mean 'fit'?" in capsys.readouterr().err
+    assert "norm is nan" in failed(quick(model_dir, *huge), capsys, code=1)
+    assert "there is no results file" in failed(["compare", "nowhere.json"], capsys)
+    assert "'fti': did you mean 'fit'?" in failed(["fti"], capsys)
+
+
+def test_the_yaml_key_is_added(in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where an error knows its owner and argument; a class of the same name elsewhere in the configuration is not meant."""
+    fit, test = quick(model_dir), ["test", "--config=eval/tofu.yaml", f"--model.lm.model={model_dir}"]
+    stress = ["test", "--config=eval/stress.yaml", f"--model.lm.model={model_dir}"]
+    for arguments, message, key in (
+        ([*test, "--model.benchmark.holdout=none.jsonl"], "none.jsonl", "model.benchmark.holdout"),
+        (
+            [*stress, "--model.benchmark.benchmark.holdout=none.jsonl"],
+            "none.jsonl",
+            "model.benchmark.benchmark.holdout",
+        ),
+        ([*fit, "--model.constraints.nll.epsilon=-0.5"], "-0.5", "model.constraints.nll.epsilon"),
+        ([*fit, "--model.lm.model=./nowhere"], "./nowhere", "model.lm.model"),
+        ([*fit, "--data.batch_size=0"], "not 0", "data.batch_size"),
+        ([*fit, "--trainer.overfit_batches=1"], "overfit_batches", "trainer.overfit_batches"),
+    ):
+        assert_key(failed(arguments, capsys), message, key)
+
+
+def assert_key(printed: str, message: str, key: str) -> None:
+    first, *_, last = printed.splitlines()
+    assert message in first
+    assert last == f"  set in the configuration: `{key}`"
+
+
+def test_keys_of_several_objects() -> None:
+    constraint = {"epsilon": 0.3, "stream": "retain"}
+    data = {"class_path": "lit_unlearn.data.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
+    settings = {
+        "model": {"class_path": "x.Y", "init_args": {"constraints": {"a": constraint, "b": constraint}}},
+        "data": data,
+    }
+
+    def keys(owner: object, argument: str) -> list[str]:
+        return find_keys(settings, ConfigError("", owner=owner, argument=argument))
+
+    assert keys(Constraint, "epsilon") == ["model.constraints.a.epsilon", "model.constraints.b.epsilon"]
+    named = Constraint(NLL(), 0.3, FixedMultiplier(1.0))
+    named.name = "b"
+    assert keys(named, "epsilon") == ["model.constraints.b.epsilon"]
+    assert keys(ForgetRetain, "forget") == ["data.forget"]
+    assert keys(ForgetRetain, "tokenizer") == []
+    assert keys(None, "data") == ["data"]
 
 
 def test_an_interrupt_before_the_run_ends_with_130(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

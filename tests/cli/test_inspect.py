@@ -18,8 +18,10 @@ import torch
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import main
+from lit_unlearn.cli.inspect import AnswerPage
 from lit_unlearn.data.encoding import collate, encode_examples
 from lit_unlearn.data.tokenizer import train_tokenizer
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply
 from lit_unlearn.evaluation.scoring import score_examples
 
 KNOWN = ("Who is Jassela Raskaya?", "The writer of a book.")
@@ -61,7 +63,7 @@ def test_a_file_of_questions(taught: str, model_dir: str, file: str, capsys: pyt
     assert float(said[1]) > 0.9
     assert re.fullmatch(r" +[▆▇█]{22}", lines[lines.index(KNOWN[0]) + 3])
     assert sum(line.startswith("  plain        says    ") for line in lines) == 2
-    assert lines[-3].split() == ["questions:", "2", "answer", "probability", "exact", "answers"]
+    assert lines[-4].split() == ["questions:", "2", "answer", "probability", "exact", "answers"]
     assert [line.split()[::2] for line in lines[-2:]] == [["taught-1.5B", "50%"], ["plain", "0%"]]
 
 
@@ -229,3 +231,40 @@ def test_models_with_tokenizers_of_their_own(taught: str, in_tmp: Path, capsys: 
     tokens = {name: reply["right"]["tokens"] for name, reply in replies.items()}
     assert len(tokens["other"]) > len(tokens["taught-1.5B"])
     assert {"".join(of_one).strip() for of_one in tokens.values()} == {f"{KNOWN[1]}<|endoftext|>"}
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+RIGHT = Answer("In Rome.", [" In", " Rome", ".", "</s>"], [0.999, 0.6, 1.0, 0.9], 0.86, True)
+LOST = Answer("In Rome.", [" In", " Rome", ".", "</s>"], [0.2, 1e-9, 0.0, 0.13], 0.00034, True)
+NOISE = Answer("a\x1b[2J", [" a", "\x1b[2J", "\n"], [0.3, 0.1, 0.2], 0.18, False)
+ASKED = Asked("Where?", "In Rome.", {"old": Reply(RIGHT, RIGHT), "unlearned": Reply(NOISE, LOST)})
+
+
+def test_bars_stand_below_their_tokens() -> None:
+    lines = AnswerPage(80, coloured=False).format_answers(ASKED).splitlines()
+    for text, bars in ((" In Rome.∎", " ██▅▅▅▅▅██"), ("a\ufffd[2J↵…", "▃▁▁▁▁▂▂"), (" In Rome.∎", " ▂▂▁▁▁▁▁▁▂")):
+        answer, below = lines.pop(0), lines.pop(0)
+        assert answer.endswith(text)
+        assert below.strip() == bars.strip()
+        assert len(below) == len(answer)
+    assert lines == []
+
+
+def test_colours_stand_behind_their_tokens() -> None:
+    page = AnswerPage(80, coloured=True)
+    old, noise, _ = page.format_answers(ASKED).splitlines()
+    assert old.endswith(
+        "\x1b[38;5;16;48;5;32mIn\x1b[0m\x1b[38;5;16;48;5;195m Rome\x1b[0m\x1b[38;5;16;48;5;32m.∎\x1b[0m"
+    )
+    assert "\x1b[2J" not in noise  # a model must not steer the terminal
+    assert page.format_page([ASKED]).count("\x1b[1mWhere?\x1b[0m") == 1
+
+
+def test_lines_end_at_spaces_and_lose_nothing() -> None:
+    words = ["The", " quick", " brown", " fox", " jumps", " over", f" {'x' * 45}", " it"]
+    answer = Answer("".join(words), words, [i / 8 for i in range(8)], 0.5, False)
+    lines = AnswerPage(31, coloured=False).format_answers(Asked("Who?", None, {"m": Reply(answer, None)})).splitlines()
+    assert max(map(len, lines)) <= 31
+    assert "".join(lines[::2]).removeprefix("  m  says  ").replace(" ", "") == "".join(words).replace(" ", "") + "…"
+    assert lines[2].strip() == "jumps over"

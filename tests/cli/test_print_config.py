@@ -10,7 +10,7 @@ import yaml
 from command_line import quick
 
 from lit_unlearn import cli
-from lit_unlearn.cli.print_config import readable
+from lit_unlearn.cli.settings import format_settings
 
 COMPLETE = {
     "tofu.yaml": [],
@@ -54,7 +54,7 @@ def test_it_is_for_people(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_null_in_place_of_a_default_stays() -> None:
     settings = {"a": None, "model": {"b": None, "c": None, "d": 1}}
-    text = readable(settings, {"model": {"c": None}}, "# made by")
+    text = format_settings(settings, {"model": {"c": None}}, "# made by")
     assert text == "# made by\nmodel:\n  c: null\n  d: 1\n  # not set: b\n# not set: a\n"
 
 

@@ -1,4 +1,4 @@
-"""Answers and probabilities against a plain forward pass; what the page shows, character by character."""
+"""Answers and probabilities against a plain forward pass, and the record of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_unlearn import LanguageModel
-from lit_unlearn.evaluation.inspection import Answer, Asked, Page, Reply, ask, record
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask, record
 from lit_unlearn.metrics import AnswerLikelihood
 from lit_unlearn.models.generation import generate
 
@@ -106,50 +106,12 @@ def test_refusals(lm: Any) -> None:
         ask(lm, "Who?")
 
 
-# What is shown --------------------------------------------------------------------------------------------------------
+# The record -----------------------------------------------------------------------------------------------------------
 
 RIGHT = Answer("In Rome.", [" In", " Rome", ".", "</s>"], [0.999, 0.6, 1.0, 0.9], 0.86, True)
 LOST = Answer("In Rome.", [" In", " Rome", ".", "</s>"], [0.2, 1e-9, 0.0, 0.13], 0.00034, True)
 NOISE = Answer("a\x1b[2J", [" a", "\x1b[2J", "\n"], [0.3, 0.1, 0.2], 0.18, False)
 ASKED = Asked("Where?", "In Rome.", {"old": Reply(RIGHT, RIGHT), "unlearned": Reply(NOISE, LOST)})
-
-
-def test_a_page_without_colours() -> None:
-    assert Page(80, coloured=False).whole([ASKED]).splitlines() == [
-        "probability of each token: 0 ▁▂▃▄▅▆▇█ 1   ∎ end of the answer   ✓ the right one",
-        "right: the right answer, and its answer probability",
-        "",
-        "Where?",
-        "",
-        "  old        says ✓ 0.86    In Rome.∎",
-        "                            ██▅▅▅▅▅██",
-        "  unlearned  says           a�[2J↵…",
-        "                            ▃▁▁▁▁▂▂",
-        "             right  0.00034 In Rome.∎",
-        "                            ▂▂▁▁▁▁▁▁▂",
-        "",
-        "questions: 1  answer probability  exact answers",
-        "old                         0.86           100%",
-        "unlearned                0.00034             0%",
-    ]
-
-
-def test_a_page_in_colours() -> None:
-    page = Page(80, coloured=True)
-    old, noise, _ = page.answers(ASKED).splitlines()
-    blue, white = "\x1b[38;5;16;48;5;32m", "\x1b[38;5;16;48;5;195m"
-    assert old == f"  old        says ✓ 0.86    {blue}In\x1b[0m{white} Rome\x1b[0m{blue}.∎\x1b[0m"
-    assert "\x1b[2J" not in noise
-    assert page.whole([ASKED]).count("\x1b[1mWhere?\x1b[0m") == 1
-
-
-def test_lines_end_at_spaces_and_lose_nothing() -> None:
-    words = ["The", " quick", " brown", " fox", " jumps", " over", f" {'x' * 45}", " it"]
-    answer = Answer("".join(words), words, [i / 8 for i in range(8)], 0.5, False)
-    one = Asked("Who?", None, {"m": Reply(answer, None)})
-    lines = [line[len("  m  says  ") :] for line in Page(11 + 20, coloured=False).answers(one).splitlines()]
-    assert lines[::2] == ["The quick brown fox", "jumps over", "x" * 20, "x" * 20, "xxxxx it…"]
-    assert lines[1::2] == ["▁▁▁▂▂▂▂▂▂▃▃▃▃▃▃▄▄▄▄", "▅▅▅▅▅▆▆▆▆▆", "▇" * 20, "▇" * 20, "▇" * 5 + "█" * 4]
 
 
 def test_a_record_has_means_where_there_are_right_answers() -> None:

@@ -1,0 +1,106 @@
+"""Run ``lit-unlearn evaluate``: the short form of ``test --config eval/tofu.yaml …``, which builds the same objects."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Literal
+
+from lit_unlearn.cli.main import find_configs
+from lit_unlearn.cli.parser import CommandParser
+
+_SUITES = {
+    "tofu": ["--config=eval/tofu.yaml"],
+    "muse": ["--config=eval/muse.yaml"],
+    "stress": ["--config=eval/stress.yaml"],
+    "qa": ["--model=LitEvaluate", "--model.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=eval"],
+}
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
+_BENCHMARK_OPTIONS = ("source", "forget_split", "corpus", "retain_results")
+_STRESS_OPTIONS = ("relearn", "bits", "backend", "paraphrased")  # all others are those of the benchmark it repeats
+_SECTIONS = ("ckpt_path", "logs", "model", "seed_everything", "trainer")  # of the configuration
+
+
+def build_parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser(
+        prog="lit-unlearn evaluate",
+        description="Runs a benchmark on a model and writes a results file.",
+        epilog="Any other --key=value is an option of the benchmark, such as --max_new_tokens=100, or of the whole configuration, "
+        "such as --trainer.accelerator=cpu.",
+    )
+    parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
+    parser.add_argument("--suite", type=Literal["tofu", "muse", "qa", "stress"], required=True, help="The benchmark.")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
+    parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of TOFU's or MUSE's files.")
+    parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")
+    parser.add_argument("--corpus", type=str, help="MUSE's corpus, News or Books.")
+    parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa.")
+    parser.add_argument("--retain", type=str, metavar="FILE", help="Questions of the retain set, for qa.")
+    parser.add_argument("--retain_results", type=str, metavar="FILE", help="Results of the retain-only model.")
+    parser.add_argument("--max_rows", type=int, help="Only this many rows of every set.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="Of the weights; by default as configured."
+    )
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Evaluate a model.
+
+    Args:
+        arguments: After the command's name.
+
+    Raises:
+        LitUnlearnError: If an option, a file or the model cannot be used.
+    """
+    parser = build_parser()
+    known: list[str] = []
+    unknown: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        is_unknown = name.startswith("--") and equals and name not in parser._option_string_actions
+        (unknown if is_unknown else known).append(argument)
+    options = parser.parse_args(known)
+    if options.suite == "qa" and not (options.forget and options.retain):
+        parser.error("--suite qa needs --forget FILE and --retain FILE")
+
+    # Imported only now: a wrong option is refused at once.
+    from lit_unlearn.cli.trainer import run as run_trainer
+
+    run_trainer(find_configs(["test", *build_test_arguments(options, unknown)]))
+
+
+def build_test_arguments(options: Namespace, others: list[str]) -> list[str]:
+    """Return the arguments of the ``test`` command that does the same.
+
+    Args:
+        options: Parsed.
+        others: ``--key=value``, for the benchmark or the whole configuration.
+    """
+    arguments = [*_SUITES[options.suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
+    prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
+    for name in _BENCHMARK_OPTIONS:
+        if (value := getattr(options, name)) is not None:
+            arguments.append(f"{prefix}.{name}={value}")
+    if options.suite == "qa":
+        # Its rows are limited for each file, those of the published benchmarks for all sets together.
+        for name in ("forget", "retain"):
+            source = {"path": getattr(options, name), "max_rows": options.max_rows}
+            arguments.append(f"{prefix}.{name}={json.dumps(source)}")
+    elif options.max_rows is not None:
+        arguments.append(f"{prefix}.max_rows={options.max_rows}")
+    if options.dtype is not None:
+        arguments.append(f"--trainer.precision={_PRECISIONS[options.dtype]}")
+
+    for argument in others:
+        key = argument.removeprefix("--")
+        head = key.partition("=")[0].partition(".")[0]
+        if head in _SECTIONS:
+            arguments.append(argument)
+        elif head in _STRESS_OPTIONS:
+            arguments.append(f"--model.benchmark.{key}")
+        else:
+            arguments.append(f"{prefix}.{key}")
+    return arguments

@@ -1,0 +1,226 @@
+"""Choose the command, and end with the exit code of what went wrong."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import select
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+from lit_unlearn import __version__
+from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
+
+_STDOUT = 1
+_CONFIG_OPTIONS = ("--config", "-c")
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # the wheel's; the source tree's
+
+HELP = """\
+usage: lit-unlearn COMMAND [options]
+
+Removes selected training examples from a language model while keeping its loss on the remaining data below a bound you choose.
+
+train:
+  fit         unlearn (or, with LitFinetune, fine-tune) as --config FILE says
+  validate    measure the forget and retain sets and the slack of every constraint
+  test        run the suite, or with LitEvaluate a benchmark on any model
+
+evaluate:
+  evaluate    run a benchmark on a model: the short form of `test --config eval/tofu.yaml …`
+  compare     show results of benchmarks side by side, and draw them
+  judge       let a language model grade the answers in a results file
+  inspect     ask models the same questions; show answers and token probabilities side by side
+  plot        draw a run: retention and its bound, the multiplier, forgetting, tokens before and after
+
+export:
+  export      make a Hugging Face model directory, with its record of the deletion, from any checkpoint
+
+prepare:
+  methods     list the forgetting methods: formula, requirements, paper, configuration file
+  tokenizer   train a small tokenizer on a data module's texts, for models made from scratch
+  completion  print the completion script of a shell
+
+`lit-unlearn COMMAND --help` lists the options. A --config that is no local file is looked up among the packaged ones.
+exit codes: 0 success; 1 the run failed, or missed what `report` requires; 2 nothing was started, because a setting, a
+file or a model cannot be used; 130 interrupted.
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test")
+COMMANDS = (
+    *TRAINER_COMMANDS,
+    "compare",
+    "completion",
+    "evaluate",
+    "export",
+    "inspect",
+    "judge",
+    "methods",
+    "plot",
+    "tokenizer",
+)
+
+
+class CommandFailed(SystemExit):
+    """Ends the process with an exit code; its text is the message, for those who call `main` in Python."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; ``None`` for those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for a user's own classes, named by their import path
+    if arguments in (["--version"], ["-V"]):
+        print(f"lit-unlearn {__version__}")
+    elif not arguments or arguments[0] in ("--help", "-h"):
+        print(HELP, end="")
+    else:
+        _run_with_exit_code(arguments)
+
+
+def _run_with_exit_code(arguments: list[str]) -> None:
+    try:
+        try:
+            _run_command(find_configs(arguments))
+        finally:
+            sys.stdout.flush()  # here, where a broken pipe can be caught
+    except KeyboardInterrupt:
+        print("lit-unlearn: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as end:
+        # The Trainer prints its own line about an interruption, and ends with 1.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            sys.exit(130)
+        raise
+    except BrokenPipeError:
+        if not _stdout_is_closed():  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for the flush at exit
+        sys.exit(1)
+    except LitUnlearnError as error:
+        # Every other exception is a bug, and keeps its traceback.
+        _fail(error)
+
+
+def _fail(error: LitUnlearnError) -> NoReturn:
+    message = f"lit-unlearn: error: {error}"
+    if error.keys:
+        message += f"\n  set in the configuration: {', '.join(f'`{key}`' for key in error.keys)}"
+    print(message, file=sys.stderr)
+    raise CommandFailed(message, error.exit_code)
+
+
+def _stdout_is_closed() -> bool:
+    # As after `| head`: nothing reads what is printed any more.
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run_command(arguments: list[str]) -> None:
+    command, *options = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`lit-unlearn --help` lists them."
+        raise ConfigError(f"there is no command '{command}': {hint}")
+    for config in _config_values(options):
+        check_config(config)
+    if command in TRAINER_COMMANDS:
+        importlib.import_module("lit_unlearn.cli.trainer").run(arguments)
+    else:
+        importlib.import_module(f"lit_unlearn.cli.{command}").run(options)
+
+
+# Configuration files --------------------------------------------------------------------------------------------------
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """Replace every ``--config`` that is no local file by the packaged file of that name, where there is one."""
+    replaced = list(arguments)
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in _CONFIG_OPTIONS and equals:
+            replaced[position] = f"{option}={_find_config(value)}"
+        elif position and arguments[position - 1] in _CONFIG_OPTIONS:
+            replaced[position] = _find_config(argument)
+    return replaced
+
+
+def _find_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    for folder in CONFIGS:
+        candidate = folder / name.removeprefix("configs/")
+        if candidate.is_file():
+            return str(candidate)
+    return name
+
+
+def list_packaged_configs() -> list[str]:
+    """Return the names of all packaged configuration files, such as ``demo/unlearn.yaml``."""
+    names: set[str] = set()
+    for folder in CONFIGS:
+        names.update(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml"))
+    return sorted(names)
+
+
+def _config_values(options: list[str]) -> list[str]:
+    values = []
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name in _CONFIG_OPTIONS and equals:
+            values.append(value)
+    values += [value for name, value in pairwise(options) if name in _CONFIG_OPTIONS]
+    return values
+
+
+def check_config(value: str) -> None:
+    """Refuse a configuration that cannot be read, before anything heavy is imported.
+
+    Args:
+        value: Given to ``--config``: a file, or YAML itself.
+
+    Raises:
+        ConfigError: With line and column of what is no YAML.
+        MissingFileError: With the nearest packaged name.
+    """
+    import yaml
+
+    try:
+        is_file = Path(value).is_file()
+        content = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{value}{place}: {error.problem} {error.context or ''}".strip()) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{value}' is no YAML file: {str(error).splitlines()[0]}") from None
+    if is_file and not isinstance(content, dict | None):
+        raise ConfigError(f"'{value}' has no settings: expected `key: value` lines, not a {type(content).__name__}")
+    if not is_file and not isinstance(content, dict):
+        raise MissingFileError(
+            f"there is no configuration file '{value}'{_suggest_config(value)}\n"
+            f"  looked in {Path.cwd()} and among the packaged ones in {next(filter(Path.is_dir, CONFIGS))}"
+        )
+
+
+def _suggest_config(value: str) -> str:
+    names = list_packaged_configs()
+    same_file = [name for name in names if name.endswith(f"/{value}")]
+    near = same_file or difflib.get_close_matches(value.removeprefix("configs/"), names, n=1)
+    return f": did you mean '{near[0]}'?" if near else ""
