@@ -1,266 +1,191 @@
-"""Measuring a model on whole streams: Lightning's validation and test, and the same at any other time."""
+"""Measuring a module's model on whole streams: in Lightning's validation and test, and at any other time."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 
+from lit_unlearn.errors import BatchError, ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
-from lit_unlearn.evaluation.results import results_table
-from lit_unlearn.evaluation.suite import Suite
+from lit_unlearn.metrics import ConstraintSlack
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Objective
-from lit_unlearn.training.forward_plan import Pass, Term, plan_passes
-from lit_unlearn.utils.io import write_json
+from lit_unlearn.training.evaluate import prepare_benchmark, run_benchmark
+from lit_unlearn.training.forward_plan import Term, build_forward_plan
 
-_TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+if TYPE_CHECKING:
+    from lit_unlearn.training.module import LitLanguageModel
 
-Value = TypeVar("Value")
-Consumer = Callable[[LanguageModel, SupervisedTokens], Value]
+Reader = Callable[[LanguageModel, SupervisedTokens], None]
 
 
 class Measurement(NamedTuple):
-    """What the model measured on whole streams after one step.
+    """Values that were measured on whole streams after one step.
 
     Args:
         step: Optimizer steps taken before.
-        values: As `LitMeasured.measure` gives them.
+        values: As `Evaluator.measure` gives them.
     """
 
     step: int
     values: dict[str, float]
 
 
-class LitMeasured(L.LightningModule):
-    """A language model that a suite measures, on any number of processes.
+class Evaluator:
+    """Measures a module's suite and objectives on whole streams, on any number of processes, and runs its benchmark.
 
     Args:
-        lm: The model.
-        suite: What is measured on which stream.
-        suite_every_n_epochs: Epochs between two runs of the suite's benchmark in a fit; ``None`` for none.
+        module: Has the model, the suite and the terms.
+        benchmark: Run by a test and, if asked for, during a fit; ``None`` for none.
+        benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit; ``None`` for none.
 
     Raises:
-        ValueError: If there is a number of epochs below 1, or one without a benchmark.
+        ConfigError: If there is a number of epochs below 1, or one without a benchmark.
     """
 
-    def __init__(self, lm: LanguageModel, suite: Suite, suite_every_n_epochs: int | None = None) -> None:
-        super().__init__()
-        if suite_every_n_epochs is not None and (suite_every_n_epochs < 1 or not isinstance(suite, Benchmark)):
-            raise ValueError(
-                f"`model.suite_every_n_epochs` ({suite_every_n_epochs}) must be at least 1 and goes with a `model.suite` that has "
-                f"a benchmark, such as TOFUBenchmark, not {type(suite).__name__}; null for none during the fit."
+    def __init__(
+        self, module: LitLanguageModel, benchmark: Benchmark | None, benchmark_every_n_epochs: int | None
+    ) -> None:
+        every = benchmark_every_n_epochs
+        if every is not None and (every < 1 or benchmark is None):
+            raise ConfigError(
+                f"`benchmark_every_n_epochs` ({every}) must be at least 1 and needs a `benchmark`, such as TOFUBenchmark; None "
+                "for no benchmark during the fit.",
+                owner=module,
+                argument="benchmark_every_n_epochs",
             )
-        self.lm = lm
-        self.suite = suite
-        self.suite_every_n_epochs = suite_every_n_epochs
+        self.benchmark = benchmark
+        self.benchmark_every_n_epochs = every
+        self.last: Measurement | None = None  # of whole streams
+        self._module = module
         self._answers = NLL()  # reads what suites read
-        self._measured: Measurement | None = None
-
-    # Loading ---------------------------------------------------------------------------------------------------------
+        self._means: dict[str, ConstraintSlack] = {}  # of the module's objectives, by name of the term
 
     def setup(self, stage: str) -> None:
-        """Forgets what an earlier run measured; reads the benchmark's rows, where it will be run.
+        """Forget an earlier run's measurements; read the benchmark's examples where it will be run.
 
         Raises:
-            ValueError: If the model will be sharded, with which no answers can be generated.
+            ConfigError: If the model will be sharded, with which no answers can be generated.
         """
-        self._measured = None
-        if isinstance(self.suite, Benchmark) and (stage == "test" or (stage == "fit" and self.suite_every_n_epochs)):
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise ValueError(
-                    f"{type(self.suite).__name__} generates answers, which a sharded model cannot: leave out "
-                    "`model.suite_every_n_epochs`, and run `lit-unlearn test` on the exported model."
-                )
-            self.suite.prepare(self.lm.tokenizer)
+        self.last = None
+        runs = stage == "test" or (stage == "fit" and self.benchmark_every_n_epochs is not None)
+        if self.benchmark is not None and runs:
+            prepare_benchmark(self._module, self.benchmark, self._module.lm)
 
-    def configure_model(self) -> None:
-        """Loads the model in the dtype that the Trainer's precision calls for."""
-        if not self.lm.is_loaded:
-            precision = "32-true" if self._trainer is None else self.trainer.precision
-            # Mixed precision keeps float32 weights; the strategy moves them to its device.
-            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32), device="cpu")
-            rank_zero_info(f"model: {_describe(self.lm)}")
-        self._prepare_reference()
-        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
+    # Whole streams ------------------------------------------------------------------------------------------------
 
-    def _prepare_reference(self) -> None:
-        """Does what must be done with the model as it was loaded, before a checkpoint or a step changes it."""
+    def update(self, stream: str, batch: Batch) -> None:
+        """Add one batch of one stream to everything that is measured on it, in as few passes as that takes."""
+        terms = [Term("suite", stream, self._answers, 0.0)]
+        readers: list[Reader] = [partial(self._module.suite.update, stream)]
+        for term in self._module.terms():
+            if term.stream == stream:
+                terms.append(term)
+                readers.append(partial(self._add_to_mean, term.name, term.objective))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint has all weights that it must have.
+        lm = self._module.lm
+        logp = self._module.reference_cache.logp
+        for forward_pass in build_forward_plan({stream: batch}, terms, lm.packs, None, "joint", logp):
+            forward_pass.run(lm, readers)
 
-        Raises:
-            KeyError: If some are missing.
-        """
-        if "state_dict" in checkpoint:  # which sharding strategies load by themselves
-            missing = self._saved_names() - checkpoint["state_dict"].keys()
-            if missing:
-                raise KeyError(
-                    f"the checkpoint lacks {len(missing)} of the {'adapter' if self.lm.has_adapter else 'model'}'s tensors, such "
-                    f"as '{min(missing)}': it was made with another `model.lm`. Give the same, or start a new run."
-                )
+    def _add_to_mean(self, name: str, objective: Objective, lm: LanguageModel, tokens: SupervisedTokens) -> None:
+        values = objective(lm, tokens)
+        if name not in self._means:
+            self._means[name] = ConstraintSlack(None).to(values.device)
+        self._means[name].update(values.sum(), values.numel())
 
-    def _saved_names(self) -> set[str]:
-        if self.lm.has_adapter:
-            return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name for name in self.state_dict() if not name.startswith("lm.frozen.")}
-
-    # Measuring -------------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, stream: str, batch: Batch) -> None:
-        """Adds one batch of one stream to everything that is measured on it, in as few passes as that takes."""
-        self._consume(stream, batch, self._consumers(stream))
-
-    def _consumers(self, stream: str) -> list[tuple[Objective, Consumer[Any]]]:
-        """What is measured on a stream: an objective that says what it reads, and what is done with it."""
-        return [(self._answers, partial(self.suite.update, stream))]
-
-    def _consume(self, stream: str, batch: Batch, consumers: Sequence[tuple[Objective, Consumer[Any]]]) -> None:
-        terms = [Term(stream, stream, objective, 0.0) for objective, _ in consumers]
-        for one in plan_passes({stream: batch}, terms, self.lm, None, "joint"):
-            self._pass(one, [consume for _, consume in consumers])
-
-    def _pass(self, one: Pass, consumers: Sequence[Consumer[Value]]) -> list[Value]:
-        """Runs the model and hands each term's tokens to its consumer."""
-        compute = partial(_apply, self.lm, [consumers[i] for i in one.terms])
-        return self.lm(one.batch, compute, index=one.tokens, reference=one.reference, layers=one.layers)  # type: ignore[no-any-return]
-
-    def _results(self) -> dict[str, float]:
-        """Values over everything evaluated on all processes; starts afresh afterwards."""
-        values = self.suite.compute()
-        self.suite.reset()
-        return values
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds one batch of one stream; the loaders are a dict from stream name to loader."""
-        self._evaluate(self._stream_name(dataloader_idx), batch)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the values over the whole validation set."""
-        values = self._results()
-        if not self.trainer.sanity_checking:
-            if self.trainer.limit_val_batches == 1.0:  # else it is a part that was measured
-                self._keep(values)
-            self._log_results("val", values)
-            every = self.suite_every_n_epochs
-            if self.trainer.state.fn == "fit" and every and (self.current_epoch + 1) % every == 0:
-                self._benchmark("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the values over the whole test set, and runs the benchmark, if the suite has one."""
-        values = self._results()
-        if values:
-            self._log_results("test", values)
-        if isinstance(self.suite, Benchmark):
-            self._benchmark("test")
-
-    @torch.no_grad()
-    def _benchmark(self, stage: str) -> None:
-        """Runs the benchmark: a JSON file, logged values and, at a test, a table."""
-        suite = cast(Benchmark, self.suite)
-        file = self._results_file(
-            f"{suite.name}.json" if stage == "test" else f"{suite.name}-step={self.global_step}.json"
-        )
-        started = time.monotonic()
-        with self.trainer.precision_plugin.val_step_context():
-            found = suite.run(self.lm, file.with_suffix(".partial") if stage == "test" else None)
-        if self.trainer.is_global_zero:
-            write_json(file, found)
-            shutil.rmtree(file.with_suffix(".partial"), ignore_errors=True)
-            if stage == "test":
-                print(results_table([found], [str(self.lm.name)]))
-        for name, reason in found["missing"].items() if stage == "test" else ():
-            rank_zero_info(f"{name} is missing: {reason}")
-        rank_zero_info(f"results: {file} ({suite.name}, {time.monotonic() - started:.0f} s)")
-        values = {name: value for name, value in found["aggregate"].items() if value is not None}
-        self.log_dict({f"{stage}/{suite.name}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-    def _results_file(self, name: str) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / name  # asks the first process
-
-    def _log_results(self, stage: str, values: dict[str, float]) -> None:
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+    def compute(self) -> dict[str, float]:
+        """Return the values over everything added on all processes, and start anew."""
+        suite = self._module.suite
+        values = suite.compute()
+        suite.reset()
+        means = {name: mean.compute()["value"].item() for name, mean in self._means.items()}
+        self._means = {}
+        return values | self._module.name_means(means)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Evaluates the current weights on every validation row, outside of Lightning's own validation.
+        """Evaluate the current weights on every validation example, outside of Lightning's own validation.
 
         Returns:
-            The suite's and the constraints' values by name, over all processes; those of a validation that was just
-            made with the same weights are used again.
+            Values of suite and objectives by name, over all processes. Those of a validation that was just made with the
+            same weights are used again.
         """
-        if self._measured is not None and self._measured.step == self.global_step:
-            return self._measured.values
-        for stream, batch in self._evaluation_batches():
-            self._evaluate(stream, batch)
-        values = self._results()
-        self._keep(values)
+        if self.last is not None and self.last.step == self._module.global_step:
+            return self.last.values
+        for stream, batch in self.batches():
+            self.update(stream, batch)
+        values = self.compute()
+        self._module.remember(values)
         return values
 
-    def _evaluation_batches(self) -> Iterator[tuple[str, Batch]]:
-        """Every batch of every validation stream, on the device; in between, the model is in evaluation mode."""
-        training = self.lm.training
-        self.lm.eval()
+    @torch.no_grad()
+    def measure_objective(self, objective: Objective, stream: str) -> float | None:
+        """Return the mean of an objective over a whole validation stream; ``None`` if there is no such stream."""
+        mean: ConstraintSlack | None = None
+        lm = self._module.lm
+        for name, batch in self.batches():
+            if name != stream:
+                continue
+            terms = [Term(stream, stream, objective, 0.0)]
+            for forward_pass in build_forward_plan({stream: batch}, terms, lm.packs, None, "joint"):
+                (values,) = forward_pass.run(lm, [objective])
+                mean = mean or ConstraintSlack(None).to(values.device)
+                mean.update(values.sum(), values.numel())
+        return None if mean is None else mean.compute()["value"].item()
+
+    def batches(self) -> Iterator[tuple[str, Batch]]:
+        """Yield every batch of every validation stream; in between, the model is in evaluation mode."""
+        lm = self._module.lm
+        training = lm.training
+        lm.eval()
         try:
-            with self.trainer.precision_plugin.val_step_context():
-                for stream, batches in self._evaluation_streams().items():
+            with self._module.trainer.precision_plugin.val_step_context():
+                for stream, batches in self._streams().items():
                     for batch in batches:
-                        yield stream, self.trainer.strategy.batch_to_device(batch)
+                        yield stream, batch
         finally:
-            self.lm.train(training)
+            lm.train(training)
 
-    @property
-    def kept_step(self) -> int:
-        """Optimizer steps that the model had taken which the run keeps so far: here the last one."""
-        return self.global_step
-
-    def _keep(self, values: dict[str, float]) -> None:
-        self._measured = Measurement(self.global_step, values)
-
-    def _evaluation_streams(self) -> dict[str, Iterable[Batch]]:
-        """The validation loaders, or else the training loaders that come to an end."""
-        if self.trainer.datamodule is not None:  # type: ignore[attr-defined]
-            return dict(self.trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-        own = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-        loaders = own or self.trainer.train_dataloader
+    def _streams(self) -> dict[str, Iterable[Batch]]:
+        """Return the validation loaders, or else the training loaders that come to an end."""
+        trainer = self._module.trainer
+        if trainer.datamodule is not None:  # type: ignore[attr-defined]
+            return dict(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        loaders = (trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders) or trainer.train_dataloader
         if isinstance(loaders, Mapping):
             return dict(loaders)
-        raise ValueError(
-            "the model before unlearning is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
+        raise BatchError(
+            "the reference model is measured on the validation loaders: pass `val_dataloaders={'forget': …, 'retain': …}` "
             f"(or a dict of finite training loaders), not {type(loaders).__name__}; or set an absolute epsilon."
         )
 
-    def _stream_name(self, index: int) -> str:
-        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+    def stream_name(self, dataloader_idx: int) -> str:
+        """Return the stream of a validation or test loader.
+
+        Raises:
+            BatchError: If the loaders have no names.
+        """
+        trainer = self._module.trainer
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         if not isinstance(loaders, Mapping):
-            raise ValueError(
+            raise BatchError(
                 "validation and test loaders must be a dict from stream name to loader, such as {'forget': …, "
                 f"'retain': …}}, so that results can be named; got {type(loaders).__name__}."
             )
-        return str(list(loaders)[index])
+        return str(list(loaders)[dataloader_idx])
 
+    # Benchmark ----------------------------------------------------------------------------------------------------
 
-def _apply(lm: LanguageModel, consumers: Sequence[Consumer[Value]], *tokens: SupervisedTokens) -> list[Value]:
-    return [consume(lm, own) for consume, own in zip(consumers, tokens, strict=True)]
+    def is_benchmark_due(self) -> bool:
+        """Return whether the benchmark is run with the validation at the end of this epoch of a fit."""
+        module, every = self._module, self.benchmark_every_n_epochs
+        return module.trainer.state.fn == "fit" and every is not None and (module.current_epoch + 1) % every == 0
 
-
-def _describe(lm: LanguageModel) -> str:
-    trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
-    rows = "" if lm.packs else ", padded rows, because it lets sequences that share a row see each other"
-    dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
-    model: Any = lm.model
-    kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
-    count, total = (sum(p.numel() for p in parameters) for parameters in (trainable, model.parameters()))
-    return f"{kind}, {count:,} trainable parameters of {total:,}, {dtypes}, {head}{rows}"
+    def run_benchmark(self, stage: str) -> None:
+        """Run the benchmark, if there is one: a JSON file, logged values and, in a test, a table."""
+        if self.benchmark is not None:
+            run_benchmark(self._module, self.benchmark, self._module.lm, stage)

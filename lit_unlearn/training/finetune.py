@@ -1,4 +1,4 @@
-"""Teaching: the target model that knows every row, or the retain-only model."""
+"""`LitFinetune`: fine-tuning of the target model on every example, or of the retain-only model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.models import Batch, LanguageModel
 from lit_unlearn.objectives import NLL
@@ -14,19 +15,20 @@ from lit_unlearn.training.module import LitLanguageModel, Schedule
 
 
 class LitFinetune(LitLanguageModel):
-    """Teaches a model rows by NLL: the target that knows them all, or the retain-only model to compare with.
+    """Fine-tunes a model by NLL: the target model that knows every example, or the retain-only model to compare with.
 
-    Every stream of a batch is taught; ``ForgetRetain`` gives the right one with ``train_on: all`` or ``retain``.
+    Every stream of a batch is trained on; ``ForgetRetain`` gives the right one with ``train_on`` ``"all"`` or ``"retain"``.
 
     Args:
-        lm: The model to teach, usually with random weights or pretrained.
+        lm: The model to fine-tune, pretrained or with random weights.
         optimizer: As for `LitUnlearn`.
-        scheduler: As for `LitUnlearn`; its epochs are passes over the training rows.
+        scheduler: As for `LitUnlearn`; its epochs are passes over the training examples.
         suite: As for `LitUnlearn`.
         micro_batch_size: As for `LitUnlearn`.
         gradient_clip_val: As for `LitUnlearn`.
         seed: Of dropout.
-        suite_every_n_epochs: As for `LitUnlearn`.
+        benchmark: As for `LitUnlearn`.
+        benchmark_every_n_epochs: As for `LitUnlearn`.
     """
 
     def __init__(
@@ -38,16 +40,29 @@ class LitFinetune(LitLanguageModel):
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
         seed: int = 0,
-        suite_every_n_epochs: int | None = None,
+        benchmark: Benchmark | None = None,
+        benchmark_every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
-            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "joint", suite_every_n_epochs
+            lm,
+            optimizer,
+            scheduler,
+            suite,
+            benchmark,
+            benchmark_every_n_epochs,
+            micro_batch_size,
+            gradient_clip_val,
+            seed,
         )
         self._nll = NLL()
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:
-        """One optimizer step on the token mean of every stream."""
-        sums = self._backward(batch, [Term(stream, stream, self._nll, 1.0) for stream in batch])
-        self._step()
-        for stream, value in zip(batch, (sums[:, 0] / sums[:, 1]).tolist(), strict=True):
-            self.log(f"{stream}/nll", value, prog_bar=True)
+        """Take one optimizer step on the token mean of every stream."""
+        terms = [Term(stream, stream, self._nll, 1.0) for stream in batch]
+        plan = self.plan_step(batch, terms)
+        sums = self.primal_step.backward(plan, terms)
+        losses = (sums[:, 0] / sums[:, 1]).tolist()
+
+        self.primal_step.step()
+        for stream, loss in zip(batch, losses, strict=True):
+            self.log(f"{stream}/nll", loss, prog_bar=True)

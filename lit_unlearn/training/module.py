@@ -1,23 +1,27 @@
-"""What both LightningModules share: loading, the primal step, evaluation."""
+"""The base of both LightningModules that train: it has a model, a primal step, an evaluator and a reference cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
 
+from lit_unlearn.errors import CheckpointError, ConfigError
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 from lit_unlearn.models import Batch, LanguageModel
-from lit_unlearn.training.evaluator import LitMeasured
-from lit_unlearn.training.forward_plan import Order, Term, plan_passes
-from lit_unlearn.training.strategies import check_strategy, shard, total_norm
+from lit_unlearn.training.evaluator import Evaluator, Measurement
+from lit_unlearn.training.forward_plan import ForwardPass, PassOrder, Term, build_forward_plan
+from lit_unlearn.training.primal_step import PrimalStep
+from lit_unlearn.training.reference_cache import ReferenceCache
+from lit_unlearn.training.strategies import check_strategy, shard
+from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,25 @@ class Schedule:
     warmup_epochs: float = 0.0
 
 
-class LitLanguageModel(LitMeasured):
-    """A language model that is trained by weighted objectives on named streams.
+class LitLanguageModel(L.LightningModule):
+    """A language model that is trained by weighted objectives on named streams, and measured on them.
 
-    One ``training_step`` is one optimizer step over the whole per-device batch. Gradients are those of the means over
-    all values of the step, on all processes and in all micro-batches.
+    One ``training_step`` is one optimizer step over the whole batch of this process.
+
+    Args:
+        lm: The model.
+        optimizer: Builds the optimizer from the trainable parameters.
+        scheduler: A `Schedule`, or a callable from optimizer to scheduler; ``None`` for a constant rate.
+        suite: What validation and test measure; ``None`` for an `AnswerSuite`.
+        benchmark: What a test runs as well; ``None`` for none.
+        benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit; ``None`` for none.
+        micro_batch_size: Examples per pass through the model; ``None`` for all.
+        gradient_clip_val: Largest gradient norm; ``None`` for no clipping.
+        seed: Of dropout.
+        passes: Whether streams share passes, see `LitUnlearn`.
+
+    Raises:
+        ConfigError: If a number is out of range.
     """
 
     def __init__(
@@ -46,215 +64,225 @@ class LitLanguageModel(LitMeasured):
         optimizer: OptimizerCallable,
         scheduler: Schedule | LRSchedulerCallable | None,
         suite: Suite | None,
+        benchmark: Benchmark | None,
+        benchmark_every_n_epochs: int | None,
         micro_batch_size: int | None,
         gradient_clip_val: float | None,
         seed: int,
-        passes: Order,
-        suite_every_n_epochs: int | None,
+        passes: PassOrder = "joint",
     ) -> None:
-        super().__init__(lm, AnswerSuite() if suite is None else suite, suite_every_n_epochs)
+        super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(
-                f"`model.micro_batch_size` must be at least 1, or null for one part; got {micro_batch_size}."
+            raise ConfigError(
+                f"`micro_batch_size` must be at least 1, or None for one pass; got {micro_batch_size}.",
+                owner=self,
+                argument="micro_batch_size",
             )
         if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ValueError(
-                f"`model.gradient_clip_val` must be above 0, or null for no clipping; got {gradient_clip_val}."
+            raise ConfigError(
+                f"`gradient_clip_val` must be above 0, or None for no clipping; got {gradient_clip_val}.",
+                owner=self,
+                argument="gradient_clip_val",
             )
         if passes not in ("joint", "sequential"):
-            raise ValueError(f"`model.passes` must be 'joint' or 'sequential', not {passes!r}.")
+            raise ConfigError(
+                f"`passes` must be 'joint' or 'sequential', not {passes!r}.", owner=self, argument="passes"
+            )
         self.automatic_optimization = False
-        self.passes = passes
+        self.lm = lm
+        self.suite = AnswerSuite() if suite is None else suite
         self.micro_batch_size = micro_batch_size
-        self.gradient_clip_val = gradient_clip_val
-        self.seed = seed
+        self.passes = passes
+        self.primal_step = PrimalStep(self, gradient_clip_val, seed)
+        self.evaluator = Evaluator(self, benchmark, benchmark_every_n_epochs)
+        self.reference_cache = ReferenceCache(self)
         self._optimizer, self._scheduler = optimizer, scheduler
-        self._settings: list[dict[str, Any]] = []  # the optimizer's, as configured
+        self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] = []  # the same in the checkpoint that is resumed
 
-    # Loading ---------------------------------------------------------------------------------------------------------
+    @property
+    def attached_trainer(self) -> L.Trainer | None:
+        """The Trainer; ``None`` while there is none, where ``trainer`` raises."""
+        return self._trainer
+
+    def terms(self) -> list[Term]:
+        """Return the objectives with their present weights; they are measured in validation, too."""
+        return []
+
+    # Loading ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuses strategies that would take wrong steps.
+        """Refuse strategies that would take wrong steps; forget an earlier run.
 
         Raises:
-            ValueError: See `check_strategy`.
+            ConfigError: See `check_strategy`.
         """
-        super().setup(stage)
-        check_strategy(type(self.trainer.strategy).__name__)
-        if getattr(self.trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
-            raise ValueError(
+        strategy = self.trainer.strategy
+        check_strategy(type(strategy).__name__)
+        if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise ConfigError(
                 "DDPStrategy(static_graph=True) is refused: a step has several backward passes. Leave it out."
             )
+        self.evaluator.setup(stage)
 
     def configure_model(self) -> None:
-        """Loads the model, and shards it where that is asked for."""
-        super().configure_model()
+        """Load the model, and shard it where that is asked for."""
+        load_for_trainer(self.lm, self._trainer)
+        self.reference_cache.prepare()
+        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
         if self.device_mesh is not None:
             shard(self.lm, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the trainable parameters, and its schedule."""
-        optimizer = self._optimizer([p for p in self.lm.parameters() if p.requires_grad])
-        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        """Return the optimizer over the trainable parameters, and its schedule."""
+        optimizer = self._optimizer([parameter for parameter in self.lm.parameters() if parameter.requires_grad])
+        self._settings = []
+        for group in optimizer.param_groups:
+            self._settings.append({key: value for key, value in group.items() if key != "params"})
         if self._scheduler is None:
             return optimizer
         if not isinstance(self._scheduler, Schedule):
             return [optimizer], [self._scheduler(optimizer)]
+
         from transformers import get_scheduler
 
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(self._scheduler.warmup_epochs * self.trainer.num_training_batches)
         return [optimizer], [get_scheduler(self._scheduler.name, optimizer, warmup, total)]
 
-    # Checkpoints -----------------------------------------------------------------------------------------------------
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch on the CPU: it is packed there, and each pass goes to the device when it is run."""
+        return batch
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves what decides the next step beside weights and optimizer, in plain types.
+    # Training -----------------------------------------------------------------------------------------------------
 
-        Of an adapted model only the adapter is saved, and no copy of the reference model. Where every process saves its
-        shard, all weights are: they are loaded by name, without exception.
-        """
-        checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings}
-        state = checkpoint["state_dict"]
-        if not self.strict_loading and not any(isinstance(value, DTensor) for value in state.values()):
-            names = self._saved_names()
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in names}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that this run can go on from a checkpoint.
-
-        Raises:
-            ValueError: If dropout was seeded otherwise.
-            KeyError: If weights are missing.
-        """
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            if checkpoint["run"]["seed"] != self.seed:
-                raise ValueError(
-                    f"the checkpoint cannot be resumed: `model.seed` was {checkpoint['run']['seed']}, is {self.seed}. "
-                    "Restore it, or start a new run from the exported model."
-                )
-            self._saved_settings = checkpoint["run"]["optimizer"]
-        super().on_load_checkpoint(checkpoint)
+    def plan_step(self, batch: Mapping[str, Batch], terms: list[Term]) -> list[ForwardPass]:
+        """Return the passes of one optimizer step."""
+        return build_forward_plan(
+            batch, terms, self.lm.packs, self.micro_batch_size, self.passes, self.reference_cache.logp
+        )
 
     def on_train_start(self) -> None:
-        """Lets changed optimizer settings win over those that came with the checkpoint.
-
-        On a single device the losses may add to the head's gradient directly, which saves a buffer of its size.
-        """
+        """Let changed optimizer settings win over those that came with the checkpoint."""
+        # On a single device losses may add to the head's gradient directly, which saves a buffer of its size.
         self.lm.accumulate_head = isinstance(self.trainer.strategy, SingleDeviceStrategy)
         loop = self.trainer.fit_loop
         epochs: Any = loop.epoch_progress.current
         if loop.restarted_mid_epoch and epochs.processed == epochs.started:
-            loop.reset_restart_stage()  # Lightning forgets to count the epoch that begins after one's last step
-        optimizers, schedulers = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+            # Lightning does not count the epoch that begins after the last step of one.
+            loop.reset_restart_stage()
         for i, (new, old) in enumerate(zip(self._settings, self._saved_settings, strict=False)):
-            group = optimizers[0].param_groups[i]
-            changed = {key: value for key, value in new.items() if value != old.get(key)}
-            if "lr" in changed and old["lr"] > 0:
-                changed |= {"lr": group["lr"] * new["lr"] / old["lr"], "initial_lr": new["lr"]}  # keeps the schedule
-                for config in schedulers:
-                    if hasattr(config.scheduler, "base_lrs"):
-                        config.scheduler.base_lrs[i] = new["lr"]
-            group.update(changed)
+            self._apply_settings(i, new, old)
         self._saved_settings = []
+        self.reference_cache.measure()
 
-    def on_train_end(self) -> None:
-        """Leaves the gradients to autograd again."""
-        self.lm.accumulate_head = False
-
-    # The primal step -------------------------------------------------------------------------------------------------
-
-    def _backward(self, batch: Mapping[str, Batch], terms: list[Term]) -> Tensor:
-        """Accumulates the gradient of Σ weight · mean over everything this step sees on all processes.
-
-        Args:
-            batch: One batch per stream.
-            terms: The parts of the sum.
-
-        Returns:
-            ``[total, count]`` of every term over all processes, float64, shape ``(len(terms), 2)``.
-        """
-        torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)  # resumes dropout exactly
-        passes = plan_passes(batch, terms, self.lm, self.micro_batch_size, self.passes)
-        counts = [0] * len(terms)
-        for one in passes:
-            for i, tokens in zip(one.terms, one.tokens, strict=True):
-                counts[i] += terms[i].objective.count(tokens)
-        sums = torch.zeros(len(terms), 2, dtype=torch.float64, device=self.device)
-        sums[:, 1] = torch.tensor(counts)
-        all_counts = self._add_over_processes(sums)[:, 1].tolist() if self.trainer.world_size > 1 else counts
-        for term, count in zip(terms, all_counts, strict=True):
-            if count == 0:
-                raise ValueError(
-                    f"no row of the '{term.stream}' batch has a supervised token that {type(term.objective).__name__} reads, on any "
-                    "process: `labels` are all -100 (or only on a row's first token, which nothing predicts), or answers are "
-                    "too short. Drop such rows from the data."
-                )
-        for number, one in enumerate(passes):
-            scales = [terms[i].weight * self.trainer.world_size / all_counts[i] for i in one.terms]
-            last = number + 1 == len(passes)
-            with nullcontext() if last else self._no_gradient_sync():
-                averages = self._pass(one, [term.objective for term in terms])
-                weighted = [average.total * scale for average, scale in zip(averages, scales, strict=True)]
-                loss = torch.stack(weighted).sum()
-                if last and any(one.layers for one in passes):
-                    loss = loss + self._touch_all()
-                self.manual_backward(loss)
-            for i, average in zip(one.terms, averages, strict=True):
-                sums[i, 0] += average.total.detach().double()
-        return self._add_over_processes(sums)
-
-    def _touch_all(self) -> Tensor | float:
-        """Zero, with a gradient of zero for every weight where DDP waits for all: layers may be left out of a loss."""
-        if not isinstance(self.trainer.strategy, DDPStrategy):
-            return 0.0
-        return 0.0 * torch.stack([p.sum() for p in self.lm.parameters() if p.requires_grad]).sum()
-
-    def _step(self) -> bool:
-        """Steps the optimizer with the accumulated gradient, then the schedule.
-
-        Returns:
-            Whether the step was taken: a gradient scaler leaves it out where half precision overflowed.
-        """
-        optimizer, scaler = self.optimizers(), self._scaler
-        scale = 0.0 if scaler is None else scaler.get_scale()
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        if scaler is not None and scaler.get_scale() < scale:
-            return False
-        scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
-        return True
+    def _apply_settings(self, number: int, new: dict[str, Any], old: dict[str, Any]) -> None:
+        """Apply what changed in one group of parameters since the checkpoint; the schedule's present factor stays."""
+        group = self.trainer.optimizers[0].param_groups[number]
+        changed = {key: value for key, value in new.items() if value != old.get(key)}
+        if "lr" in changed and old["lr"] > 0:
+            changed |= {"lr": group["lr"] * new["lr"] / old["lr"], "initial_lr": new["lr"]}
+            for config in self.trainer.lr_scheduler_configs:
+                if hasattr(config.scheduler, "base_lrs"):
+                    config.scheduler.base_lrs[number] = new["lr"]
+        group.update(changed)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measures and clips here, where a gradient scaler has unscaled the gradients.
+        """Measure and clip the gradient here, where a gradient scaler has unscaled it."""
+        self.log("grad_norm", self.primal_step.clip_gradients())
 
-        Raises:
-            ValueError: If the gradient is not finite and no scaler will leave the step out.
+    def on_train_end(self) -> None:
+        """Leave the gradients to autograd again."""
+        self.lm.accumulate_head = False
+
+    # Measuring ----------------------------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, float]:
+        """Evaluate the current weights on every validation example; see `Evaluator.measure`."""
+        self.reference_cache.measure()
+        return self.evaluator.measure()
+
+    def name_means(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the objectives' means over whole streams under the names that they are logged by.
+
+        Args:
+            means: By name of the term.
         """
-        parameters = [p for p in self.lm.parameters() if p.grad is not None]
-        norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        self.log("grad_norm", norm)
-        if self._scaler is None and not norm.isfinite():
-            raise ValueError(
-                f"the gradient's norm is {norm.item()}; the step was not taken and the weights are still good. Lower "
-                "`model.optimizer.init_args.lr` or the multiplier's, or use a wider `trainer.precision`."
-            )
-        if self.gradient_clip_val is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        return {f"{name}/loss": mean for name, mean in means.items()}
+
+    def remember(self, values: dict[str, float]) -> None:
+        """Keep values that were measured on whole streams."""
+        self.evaluator.last = Measurement(self.global_step, values)
 
     @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+    def kept_step(self) -> int:
+        """Global step of the model that this run would keep now; the current step unless overridden."""
+        return self.global_step
 
-    def _no_gradient_sync(self) -> AbstractContextManager[Any]:
-        """Saves DDP an all-reduce; FSDP2 scatters every time, lest each process hold the gradient of the whole model."""
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if block is None else block()
+    def on_validation_epoch_start(self) -> None:
+        """Measure the reference model's log-probabilities, unless they are known."""
+        self.reference_cache.measure()
 
-    def _add_over_processes(self, sums: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return sums
-        return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")  # works in place
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one batch of one stream; the loaders are a dict from stream name to loader."""
+        self.evaluator.update(self.evaluator.stream_name(dataloader_idx), batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the values over the whole validation set; run the benchmark where it is due."""
+        values = self.evaluator.compute()
+        if self.trainer.sanity_checking:
+            return
+        if self.trainer.limit_val_batches == 1.0:  # otherwise only a part was measured
+            self.remember(values)
+        self.log_values("val", values)
+        if self.evaluator.is_benchmark_due():
+            self.evaluator.run_benchmark("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the values over the whole test set, and run the benchmark, if there is one."""
+        self.log_values("test", self.evaluator.compute())
+        self.evaluator.run_benchmark("test")
+
+    def log_values(self, stage: str, values: dict[str, float]) -> None:
+        """Log values of whole streams, which are the same on every process."""
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what decides the next step beside weights and optimizer, in plain types.
+
+        Of an adapted model only the adapter is saved, and no copy of the reference model. Where every process saves its
+        shard, all weights are: they are loaded by name, without exception.
+        """
+        checkpoint["run"] = {"seed": self.primal_step.seed, "optimizer": self._settings}
+        if self.reference_cache.is_needed:
+            checkpoint["run"]["reference_logp"] = self.reference_cache.state_dict()
+        state = checkpoint["state_dict"]
+        is_sharded = any(isinstance(value, DTensor) for value in state.values())
+        if not self.strict_loading and not is_sharded:
+            names = saved_tensor_names(self, self.lm)
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that this run can resume from a checkpoint.
+
+        Raises:
+            CheckpointError: If dropout was seeded otherwise, or weights or reference log-probabilities are missing.
+        """
+        run, seed = checkpoint["run"], self.primal_step.seed
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            if run["seed"] != seed:
+                raise CheckpointError(
+                    f"the checkpoint cannot be resumed: `seed` was {run['seed']}, is {seed}. Restore it, or start a new run "
+                    "from the exported model.",
+                    owner=self,
+                    argument="seed",
+                )
+            self._saved_settings = run["optimizer"]
+        check_tensors(checkpoint, self, self.lm)
+        self.reference_cache.load_state_dict(run.get("reference_logp"))

@@ -1,153 +1,241 @@
-"""What objectives need of the model before unlearning: checked at set-up, measured once, kept on disk."""
+"""The reference model: what objectives need of it is checked at set-up, measured once, and kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED
-from lit_unlearn.models import Batch, LanguageModel
+from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.errors import BatchError, CheckpointError, ConfigError
+from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.models.packing import is_packed
-from lit_unlearn.training.forward_plan import ANSWERS, Term
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.objectives import NLL
+from lit_unlearn.training.forward_plan import ANSWERS_READ, Answer, Term, as_examples, build_forward_plan, select_answer
+from lit_unlearn.utils.distributed import gather_objects
+from lit_unlearn.utils.io import cache_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from lit_unlearn.training.module import LitLanguageModel
 
 
-def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:
-    """Says everything that objectives need and will not find, before any work is done.
+class ReferenceCache:
+    """Log-probabilities of examples under the reference model, measured once.
 
-    Args:
-        terms: All objectives of the run.
-        lm: Loaded.
-        data: The data module; of any but this package's the batches tell.
-
-    Raises:
-        ValueError: With a line for each need that is not met, and what to add.
-    """
-    unmet = [line for term in terms for line in _unmet(term, lm, data)]
-    if unmet:
-        raise ValueError("\n- ".join(["the objectives need what is not there:", *unmet]))
-
-
-def _unmet(term: Term, lm: LanguageModel, data: object) -> list[str]:
-    who, lines = f"{term.name} ({type(term.objective).__name__})", []
-    for layer in sorted(term.objective.layers):
-        if layer >= lm.num_layers - 1:
-            lines.append(
-                f"{who} reads the output of layer {layer}, but those of this model's layers that can be read are 0 to "
-                f"{lm.num_layers - 2} (the last one's ends in the final norm): set its `layer`."
-            )
-    rows = data.examples.get(term.stream, []) if isinstance(data, ForgetRetain) else []
-    if term.objective.reads != "answer" and rows and rows[0].alternate is None:
-        lines.append(
-            f"{who} reads alternate answers, which the data module has for its forget set alone: use it as `model.forget`, or "
-            f"give the '{term.stream}' rows the other answers as their own."
-        )
-    return lines
-
-
-class ReferenceLogp:
-    """The reference model's log-probability of every row, by what the row consists of.
-
-    A row is known by its token ids and labels, so that another tokenizer, template or answer is another row. Files are
-    known by the model's fingerprint and the precision it ran in. So nothing stale can be found, and what one run
-    measured serves the next.
+    An example is known by its digest, so that another tokenizer, template or answer is another example; within a run its
+    id finds it without hashing. Files are known by the model's fingerprint and the precision it ran in: nothing stale can
+    be found, and a measurement of one run serves the next.
 
     Args:
-        folder: Of the files; ``None`` for ``$LIT_UNLEARN_CACHE``, or else ``~/.cache/lit_unlearn``.
+        module: The module whose objectives need them.
+        folder: Folder of the files; ``None`` for ``reference_logp`` in the cache folder of this package.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        home = os.environ.get("LIT_UNLEARN_CACHE") or Path.home() / ".cache" / "lit_unlearn"
-        self.folder = Path(home) / "reference_logp" if folder is None else folder
-        self.values: dict[str, float] = {}  # of this run's rows
+    def __init__(self, module: LitLanguageModel, folder: Path | None = None) -> None:
+        self.folder = cache_folder() / "reference_logp" if folder is None else folder
+        self.values: dict[str, float] = {}  # of this run's examples, by digest
         self.is_measured = False
+        self._by_id: dict[str, float] = {}
+        self._module = module
+        self._name: str | None = None
 
-    def add_to(self, batch: Batch, terms: Sequence[Term]) -> Batch:
-        """A batch with a ``reference_logp`` for its rows, and for their alternate answers, where an objective needs it.
+    @property
+    def is_needed(self) -> bool:
+        """Whether an objective needs log-probabilities of the reference model."""
+        return any("reference_logp" in term.objective.needs for term in self._module.terms())
 
-        Args:
-            batch: Padded; one that came packed, or with values of its own, is left as it is.
-            terms: The objectives that read it.
+    def prepare(self) -> None:
+        """Check what objectives need, and keep the reference model, before a checkpoint or a step changes the weights.
 
         Raises:
-            KeyError: If a row has not been measured.
+            ConfigError: With a line for each need that is not met.
         """
-        added = dict(batch)
-        for answer, part in answers_to_measure(batch, terms).items():
-            value = {"reference_logp": self._of(part)}
-            added = added | value if answer == "answer" else {**added, "alternate": {**part, **value}}
-        return added
+        module, lm = self._module, self._module.lm
+        terms = module.terms()
+        check_needs(terms, lm, module.attached_trainer and module.attached_trainer.datamodule)  # type: ignore[attr-defined]
+        if any("reference" in term.objective.needs for term in terms):
+            lm.keep_reference()
+        if self.is_needed and self._name is None:
+            precision = None if module.attached_trainer is None else module.attached_trainer.precision
+            self._name = f"{lm.fingerprint()} {precision}"
 
-    def _of(self, batch: Batch) -> Tensor:
-        """The values of a batch's rows, float64, shape ``(B,)``; zero for a row without supervised tokens."""
-        keys = example_keys(batch)
-        unknown = [key for key in keys if key is not None and key not in self.values]
-        if unknown:
-            raise KeyError(
-                f"{len(unknown)} of {len(keys)} rows have no log-probability under the reference model, because they were in "
-                "none of the validation loaders at the start: validate on every row that is trained on, or give the batch a "
-                "`reference_logp` of shape (B,)."
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measure every example that an objective needs it of, or read an earlier run's values; once."""
+        if self.is_measured or not self.is_needed:
+            return
+        module, trainer = self._module, self._module.trainer
+        digests = set[str]()
+        for _, examples in self._examples_to_measure():
+            digests.update(example.digest() for example in examples)
+        digests = set[str]().union(*gather_objects(digests))
+
+        known = trainer.strategy.broadcast(self._read_file())
+        is_known = digests <= known.keys()
+        if is_known:
+            self.values = {digest: known[digest] for digest in digests}
+        else:
+            measured: dict[str, float] = {}
+            with module.lm.reference() if module.lm.has_adapter else nullcontext():
+                for stream, examples in self._examples_to_measure():
+                    measured |= self._measure_examples(stream, examples)
+            for part in gather_objects(measured):
+                self.values |= part
+            if trainer.is_global_zero:
+                self._write_file()
+        self.is_measured = True
+        source = "known from an earlier run" if is_known else "measured"
+        rank_zero_info(f"reference: log-probabilities of {len(digests)} answers, {source}")
+
+    def logp(self, example: Example) -> float:
+        """Return the log-probability of an example's answer, nats; zero without supervised tokens.
+
+        Raises:
+            BatchError: If it has not been measured.
+        """
+        if example.id in self._by_id:
+            return self._by_id[example.id]
+        if not _is_supervised(example):
+            return 0.0
+        value = self.values.get(example.digest())
+        if value is None:
+            raise BatchError(
+                f"the example {example.id or example.digest()} has no log-probability under the reference model, because it "
+                "was in none of the validation loaders at the start: validate on every example that is trained on, or give "
+                "the batch a `reference_logp` of shape (B,)."
             )
-        values = [0.0 if key is None else self.values[key] for key in keys]
-        return torch.tensor(values, dtype=torch.float64).to(batch["labels"].device)
+        if example.id:
+            self._by_id[example.id] = value
+        return value
 
-    def read(self, name: str) -> dict[str, float]:
-        """What earlier runs measured; nothing if there is no such file, or it is damaged."""
+    def state_dict(self) -> dict[str, float] | None:
+        """Return the values, if they are needed, for a checkpoint."""
+        return self.values if self.is_needed else None
+
+    def load_state_dict(self, values: Mapping[str, float] | None) -> None:
+        """Restore the values of a checkpoint.
+
+        Raises:
+            CheckpointError: If it has none, and they cannot be measured any more.
+        """
+        if not self.is_needed:
+            return
+        if not values and not self._module.lm.has_adapter:
+            raise CheckpointError(
+                "the checkpoint has no log-probabilities of the reference model, which an objective needs: it was made with "
+                "another objective. Resume with that one, or start a new run."
+            )
+        self.values, self.is_measured = dict(values or {}), bool(values)
+        self._by_id = {}
+
+    # Measuring ----------------------------------------------------------------------------------------------------
+
+    def _examples_to_measure(self) -> Iterator[tuple[str, list[Example]]]:
+        for stream, batch in self._module.evaluator.batches():
+            terms = [term for term in self._module.terms() if term.stream == stream]
+            for part in answers_to_measure(batch, stream, terms):
+                yield stream, [example for example in as_examples(part) if _is_supervised(example)]
+
+    def _measure_examples(self, stream: str, examples: list[Example]) -> dict[str, float]:
+        if not examples:
+            return {}
+        lm, nll = self._module.lm, NLL()
+        values: dict[str, float] = {}
+
+        def collect(lm: LanguageModel, tokens: SupervisedTokens) -> None:
+            sums = tokens.by_sequence(lm.token_logp(tokens).double())
+            for i, value in zip(tokens.examples.tolist(), sums.tolist(), strict=True):
+                values[examples[i].digest()] = value
+
+        for forward_pass in build_forward_plan(
+            {stream: examples}, [Term(stream, stream, nll, 0.0)], lm.packs, None, "joint"
+        ):
+            forward_pass.run(lm, [collect])
+        return values
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    def _file(self) -> Path:
+        return self.folder / f"{hashlib.sha256(str(self._name).encode()).hexdigest()[:32]}.json"
+
+    def _read_file(self) -> dict[str, float]:
+        """Return what earlier runs measured; nothing if there is no such file, or it is damaged."""
         try:
-            return {str(key): float(value) for key, value in read_json(self._file(name)).items()}
+            return {str(digest): float(value) for digest, value in read_json(self._file()).items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            rank_zero_warn(f"'{self._file(name)}' cannot be read and is measured again: {error}")
+            rank_zero_warn(f"'{self._file()}' cannot be read and is measured again: {error}")
             return {}
 
-    def write(self, name: str) -> None:
-        """Adds this run's values to what earlier runs measured."""
+    def _write_file(self) -> None:
+        """Add this run's values to those of earlier runs."""
         try:
-            write_json(self._file(name), {**self.read(name), **self.values})
+            write_json(self._file(), {**self._read_file(), **self.values})
         except OSError as error:
             rank_zero_warn(
                 f"the reference model's log-probabilities cannot be kept for later runs: {error}. Set LIT_UNLEARN_CACHE to a "
                 "folder that can be written to."
             )
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
-
-def answers_to_measure(batch: Batch, terms: Sequence[Term]) -> dict[str, Batch]:
-    """The parts of a batch whose log-probability under the reference model is needed and not given.
+def answers_to_measure(batch: Batch, stream: str, terms: Sequence[Term]) -> list[Batch]:
+    """Return the answers of a batch whose log-probability under the reference model is needed and not given.
 
     Args:
-        batch: Of one stream.
-        terms: The objectives that read it.
+        batch: Examples or a Hugging Face batch of one stream.
+        stream: Its name, for messages.
+        terms: The terms that read it.
     """
-    needing = [term.objective for term in terms if "reference_logp" in term.objective.needs]
-    needed = dict.fromkeys(answer for objective in needing for answer in ANSWERS[objective.reads])
-    parts = {answer: batch if answer == "answer" else batch.get("alternate") for answer in needed}
-    return {
-        answer: part
-        for answer, part in parts.items()
-        if isinstance(part, Mapping) and "reference_logp" not in part and not is_packed(part)
-    }
+    answers: list[Answer] = []
+    for term in terms:
+        if "reference_logp" in term.objective.needs:
+            answers.extend(ANSWERS_READ[term.objective.reads])
+    parts = []
+    for answer in dict.fromkeys(answers):
+        part = select_answer(batch, stream, answer)
+        given = isinstance(part, Mapping) and ("reference_logp" in part or is_packed(part))
+        if not given:
+            parts.append(part)
+    return parts
 
 
-def example_keys(batch: Batch) -> list[str | None]:
-    """A key for each row of a padded batch, from its token ids and labels without the padding.
+def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:
+    """Raise an error that lists everything that objectives need and will not find, before any work is done.
 
-    ``None`` for a row without supervised tokens, as fills up the batches of several processes.
+    Args:
+        terms: All objectives of the run.
+        lm: Loaded.
+        data: The data module; with any but this package's, the batches decide.
+
+    Raises:
+        ConfigError: With a line for each need that is not met, and what to add.
     """
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    keys: list[str | None] = []
-    for kept, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
-        row = ids[kept].tolist(), labels[kept].tolist()
-        supervised = any(label != IGNORED for label in row[1][1:])  # nothing predicts a row's first token
-        keys.append(hashlib.sha256(repr(row).encode()).hexdigest()[:32] if supervised else None)
-    return keys
+    unmet: list[str] = []
+    for term in terms:
+        name = f"{term.name} ({type(term.objective).__name__})"
+        for layer in sorted(term.objective.layers):
+            if layer >= lm.num_layers - 1:
+                unmet.append(
+                    f"{name} reads the output of layer {layer}, but those of this model's layers that can be read are 0 to "
+                    f"{lm.num_layers - 2} (the last one's ends in the final norm): set its `layer`."
+                )
+        examples: list[Any] = data.examples.get(term.stream, []) if isinstance(data, ForgetRetain) else []
+        if term.objective.reads != "answer" and examples and examples[0].alternate is None:
+            unmet.append(
+                f"{name} reads alternate answers, which the data module has for its forget set alone: use it as `forget`, or "
+                f"give the '{term.stream}' rows the other answers as their own."
+            )
+    if unmet:
+        raise ConfigError("\n- ".join(["the objectives need what is not there:", *unmet]))
+
+
+def _is_supervised(example: Example) -> bool:
+    # Nothing predicts the first token of a sequence.
+    return any(label != IGNORED for label in example.labels[1:])

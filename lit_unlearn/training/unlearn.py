@@ -1,62 +1,60 @@
-"""Unlearning under constraints: forget pass, retain passes, primal step, dual step."""
+"""`LitUnlearn`: primal-dual steps for *minimise the forgetting loss subject to retention loss ≤ ε*."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_unlearn.dual import Constraint
+from lit_unlearn.errors import CheckpointError, ConfigError, DataError, DivergedError
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import Suite
-from lit_unlearn.metrics import ConstraintSlack
-from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
+from lit_unlearn.models import Batch, LanguageModel
 from lit_unlearn.objectives import Objective
-from lit_unlearn.training.evaluator import Consumer, Measurement
-from lit_unlearn.training.forward_plan import Order, Term
-from lit_unlearn.training.module import Schedule
-from lit_unlearn.training.referring import LitReferring
+from lit_unlearn.training.evaluator import Measurement
+from lit_unlearn.training.forward_plan import PassOrder, Term
+from lit_unlearn.training.module import LitLanguageModel, Schedule
 
 
-class LitUnlearn(LitReferring):
+class LitUnlearn(LitLanguageModel):
     """Minimises a forgetting objective subject to constraints on retention, by primal-dual steps.
 
     Each optimizer step descends ``forget_weight · forget + Σ λ · constraint`` and then moves every multiplier λ once by
     what the same step measured. Entesari et al., "Constrained Entropic Unlearning", NeurIPS 2025 (arXiv 2506.05314).
 
-    Training batches are ``{"forget": batch, "retain": batch, …}`` of ordinary Hugging Face batches, from
-    ``ForgetRetain`` or from any loader; validation loaders are a dict with the same keys. On several processes, own
-    loaders must hand each the same number of rows, as a ``DistributedSampler`` does, and take their own state along.
+    Training batches are ``{"forget": batch, "retain": batch, …}``: lists of examples from ``ForgetRetain``, or ordinary
+    Hugging Face batches from any loader; validation loaders are a dict with the same keys. On several processes, your own
+    loaders must hand each the same number of examples, as a ``DistributedSampler`` does, and save their own state.
 
     Args:
         lm: The model to unlearn from.
-        forget: What is minimised on the forget stream.
+        forget: Objective that is minimised on the forget stream.
         constraints: The bounds, by name; logs call them ``constraint/<name>`` and ``multiplier/<name>``.
         optimizer: Builds the primal optimizer from the trainable parameters.
         scheduler: A `Schedule`, or a callable from optimizer to scheduler, stepped once per optimizer step.
-        suite: What validation and test measure; ``None`` for an `AnswerSuite`. One with a benchmark, such as
-            `TOFUBenchmark`, runs it at a test.
+        suite: What validation and test measure on the streams; ``None`` for an `AnswerSuite`.
         forget_weight: Factor of the forgetting objective, > 0.
-        micro_batch_size: Rows per pass through the model, on average: the passes have about as many tokens. Smaller
+        micro_batch_size: Examples per pass through the model, on average: the passes have about as many tokens. Smaller
             saves memory and gives the same gradients. ``None``: all.
         gradient_clip_val: Largest gradient norm; ``None`` for no clipping.
         seed: Of dropout.
-        keep: The model a run ends with. ``"best"``: of those measured on whole streams after a step, the one with the
-            lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as published
-            baselines have it. What is in memory after the fit is the last model in any case: `ExportModel` writes the
-            kept one.
-        passes: ``"joint"``: rows of all streams go through the model together, which spares a second gradient of the
+        keep: The model that a run ends with. ``"best"``: of those measured on whole streams after a step, the one with
+            the lowest forget loss among the feasible, else the least violating one. ``"last"``: the last, as in published
+            baselines. In memory is the last model in any case: `ExportModel` writes the kept one.
+        passes: ``"joint"``: examples of all streams go through the model together, which spares a second gradient of the
             embeddings; where they cannot be packed, as ``"sequential"``: one stream after the other, with the graph of
             one alive. The gradients are the same.
-        suite_every_n_epochs: Epochs between two runs of the suite's benchmark, with the validation at their end; its
-            values are logged as ``val/<suite>/<value>``. ``None`` for none before the test.
+        benchmark: Benchmark with examples of its own, such as `TOFUBenchmark`, that a test runs; ``None`` for none.
+        benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit, with the validation at their end; its
+            values are logged as ``val/<benchmark>/<value>``. ``None`` for none before the test.
 
     Raises:
-        ValueError: If there is no constraint or a number is out of range.
+        ConfigError: If there is no constraint or a number is out of range.
     """
 
     def __init__(
@@ -72,224 +70,261 @@ class LitUnlearn(LitReferring):
         gradient_clip_val: float | None = None,
         seed: int = 0,
         keep: Literal["best", "last"] = "best",
-        passes: Order = "joint",
-        suite_every_n_epochs: int | None = None,
+        passes: PassOrder = "joint",
+        benchmark: Benchmark | None = None,
+        benchmark_every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
-            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes, suite_every_n_epochs
+            lm,
+            optimizer,
+            scheduler,
+            suite,
+            benchmark,
+            benchmark_every_n_epochs,
+            micro_batch_size,
+            gradient_clip_val,
+            seed,
+            passes,
         )
         if not constraints:
-            raise ValueError(
+            raise ConfigError(
                 "LitUnlearn: `constraints` is empty; give at least one, such as {'nll': Constraint(NLL(), 0.3, "
-                "DualAscent(lr=5, init=100))} (a FixedMultiplier(0) switches it off and still reports it)."
+                "DualAscent(lr=5, init=100))} (a FixedMultiplier(0) switches it off and still reports it).",
+                owner=self,
+                argument="constraints",
             )
         if not (math.isfinite(forget_weight) and forget_weight > 0):
-            raise ValueError(f"LitUnlearn: `forget_weight` must be finite and above 0, not {forget_weight!r}.")
+            raise ConfigError(
+                f"LitUnlearn: `forget_weight` must be finite and above 0, not {forget_weight!r}.",
+                owner=self,
+                argument="forget_weight",
+            )
         if keep not in ("best", "last"):
-            raise ValueError(f"LitUnlearn: `keep` must be 'best' or 'last', not {keep!r}.")
-        for name, constraint in constraints.items():
-            constraint.name = name
+            raise ConfigError(
+                f"LitUnlearn: `keep` must be 'best' or 'last', not {keep!r}.", owner=self, argument="keep"
+            )
         self.keep = keep
         self.forget = forget
         self.forget_weight = forget_weight
         self.constraints = constraints
-        self._objectives = nn.ModuleDict({name: c.objective for name, c in constraints.items()})
-        self._slack = nn.ModuleDict({name: ConstraintSlack(c.epsilon) for name, c in constraints.items()})
-        self._forget_loss = ConstraintSlack(None)
+        # Registered, so that objectives with buffers follow the model to its device.
+        self._objectives = nn.ModuleDict({name: constraint.objective for name, constraint in constraints.items()})
         self.best: Measurement | None = None
         self._dual_epochs = 0  # epochs whose dual step was taken
-        self._unseen_nll: float | None = None
 
     def terms(self) -> list[Term]:
-        """The objectives with their present weights."""
-        bounds = [Term(n, c.stream, c.objective, c.multiplier.value) for n, c in self.constraints.items()]
-        return [Term("forget", "forget", self.forget, self.forget_weight), *bounds]
-
-    def setup(self, stage: str) -> None:
-        """As the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
-        super().setup(stage)
-        if stage == "fit":
-            self.best, self._dual_epochs, self._unseen_nll = None, 0, None
-
-    def on_train_start(self) -> None:
-        """Measures the reference model's loss for what is relative to it, unless a checkpoint brought it.
-
-        Raises:
-            ValueError: If the rows that it is to be measured on are missing.
-        """
-        super().on_train_start()
-        self._calibrate()
+        """Return the objectives with their present weights."""
+        terms = [Term("forget", "forget", self.forget, self.forget_weight)]
         for name, constraint in self.constraints.items():
-            if constraint.is_relative and constraint.reference is None:
-                constraint.set_reference(self._whole_value(name))
-            rank_zero_info(f"constraint: {constraint}")
+            terms.append(Term(name, constraint.stream, constraint.objective, constraint.multiplier.value))
+        return terms
 
-    def measure(self) -> dict[str, float]:
-        """As the base class does; the forget objective is calibrated first, if it is to be."""
-        self._calibrate()
-        return super().measure()
-
-    @torch.no_grad()
-    def _calibrate(self) -> None:
-        """Tells the forget objective the model's NLL on rows that it never saw, once and before the first step."""
-        stream = self.forget.unseen
-        if stream is None or self._unseen_nll is not None:
-            return
-        for name, batch in self._evaluation_batches():
-            if name == stream:
-                self._evaluate(name, batch)
-        self._unseen_nll = self._results().get(f"{stream}/nll")
-        if self._unseen_nll is None:
-            raise ValueError(
-                f"{type(self.forget).__name__} needs the NLL of rows that the model has never seen, but there is no stream "
-                f"'{stream}': name their file in `data.streams`, as {{{stream}: FILE}}."
-            )
-        self.forget.calibrate(self._unseen_nll)
-        rank_zero_info(f"unseen: the model before unlearning has an NLL of {self._unseen_nll:.4g} on '{stream}'")
-
-    def _whole_value(self, name: str) -> float:
-        value = self.measure().get(f"constraint/{name}/value")
-        if value is None:
-            raise ValueError(
-                f"constraint '{name}' is measured on its whole stream (for a relative epsilon, or `update_every: epoch`), "
-                f"but there are no such rows: add a '{self.constraints[name].stream}' validation loader, or change that."
-            )
-        return value
+    # Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Batch], batch_idx: int) -> None:
-        """One primal step on the model, one dual step on every multiplier."""
-        self._dual_step_of_epoch()
-        sums = self._backward(self._with_reference_logp(batch), self.terms())
-        forget, *values = (sums[:, 0] / sums[:, 1]).tolist()
+        """Take one primal step on the model and one dual step on every multiplier."""
+        self._take_dual_steps_of_epoch()
+
+        terms = self.terms()
+        plan = self.plan_step(batch, terms)
+        sums = self.primal_step.backward(plan, terms)
+        forget_loss, *values = (sums[:, 0] / sums[:, 1]).tolist()
+
+        self._check_finite(forget_loss, values)  # before the step: the weights are still good
+        step_taken = self.primal_step.step()
+        self._log_step(forget_loss, values)
+        if step_taken:  # a gradient scaler that skips the primal step skips the dual one
+            self._take_dual_steps(values)
+
+    def _check_finite(self, forget_loss: float, values: list[float]) -> None:
         for constraint, value in zip(self.constraints.values(), values, strict=True):
-            constraint.check(value)  # before the step: the weights are still good
-        if not math.isfinite(forget):
-            raise ValueError(
-                f"the forget loss is {forget}; the step was not taken. Lower `model.optimizer.init_args.lr`, or look for rows "
-                "without supervised tokens in the 'forget' stream."
+            constraint.check(value)
+        if not math.isfinite(forget_loss):
+            raise DivergedError(
+                f"the forget loss is {forget_loss}; the step was not taken. Lower the optimizer's learning rate, or look for "
+                "examples without supervised tokens in the 'forget' stream."
             )
-        stepped = self._step()
-        self.log("forget/loss", forget)
+
+    def _log_step(self, forget_loss: float, values: list[float]) -> None:
+        """Log what the step measured, and the λ that it used."""
+        self.log("forget/loss", forget_loss)
         for (name, constraint), value in zip(self.constraints.items(), values, strict=True):
             violation = constraint.violation(value)
             self.log_dict({f"constraint/{name}/value": value, f"constraint/{name}/violation": violation})
             self.log(f"constraint/{name}/slack", -violation, prog_bar=True)
-            self.log(f"multiplier/{name}", constraint.multiplier.value, prog_bar=True)  # the λ of this primal step
-            if stepped and constraint.update_every == "step":  # equally on every process
+            self.log(f"multiplier/{name}", constraint.multiplier.value, prog_bar=True)
+
+    def _take_dual_steps(self, values: list[float]) -> None:
+        """Move the multipliers by the step's values, which are the same on every process."""
+        for constraint, value in zip(self.constraints.values(), values, strict=True):
+            if constraint.update_every == "step":
                 constraint.update(value, self.current_epoch)
 
-    def _dual_step_of_epoch(self) -> None:
-        """Dual steps of the epoch that ended before this step, from whole streams.
+    def _take_dual_steps_of_epoch(self) -> None:
+        """Take the dual steps of the epoch that ended before this step, from whole streams.
 
-        Taken here and not when the epoch ends, so that a checkpoint made anywhere in between resumes alike.
+        They are taken here and not when the epoch ends, so that a checkpoint made anywhere in between resumes alike.
         """
-        if self._dual_epochs < self.current_epoch:
-            best = self.best  # what is measured here is not exported, so it is not to be kept
-            for name, constraint in self.constraints.items():
-                if constraint.update_every == "epoch":
-                    constraint.update(self._whole_value(name), self.current_epoch - 1)
-            self.best, self._dual_epochs = best, self.current_epoch
+        if self._dual_epochs >= self.current_epoch:
+            return
+        best = self.best  # this measurement is of no exported model, so it must not decide which one is kept
+        for name, constraint in self.constraints.items():
+            if constraint.update_every == "epoch":
+                constraint.update(self._measure_constraint(name), self.current_epoch - 1)
+        self.best, self._dual_epochs = best, self.current_epoch
 
-    # Measuring --------------------------------------------------------------------------------------------------------
+    def _measure_constraint(self, name: str) -> float:
+        value = self.measure().get(f"constraint/{name}/value")
+        if value is None:
+            raise DataError(
+                f"constraint '{name}' is measured on its whole stream (for a relative epsilon, or `update_every` 'epoch'), "
+                f"but there are no such examples: add a '{self.constraints[name].stream}' validation loader, or change that."
+            )
+        return value
 
-    def _consumers(self, stream: str) -> list[tuple[Objective, Consumer[Any]]]:
-        meters = {"forget": self._forget_loss, **cast(dict[str, ConstraintSlack], dict(self._slack.items()))}
-        metered = [(t.objective, _metered(meters[t.name], t.objective)) for t in self.terms() if t.stream == stream]
-        return [*super()._consumers(stream), *metered]
+    # The reference model ------------------------------------------------------------------------------------------
 
-    def _results(self) -> dict[str, float]:
-        values = super()._results()
-        for name, slack in cast(Iterable[tuple[str, ConstraintSlack]], self._slack.items()):
-            slack.epsilon = self.constraints[name].epsilon
-            if slack.update_called:
-                values |= {f"constraint/{name}/{key}": value.item() for key, value in slack.compute().items()}
-            slack.reset()
-        if self._forget_loss.update_called:
-            values["forget/loss"] = self._forget_loss.compute()["value"].item()
-        self._forget_loss.reset()
+    def setup(self, stage: str) -> None:
+        """Set up as the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
+        super().setup(stage)
+        if stage == "fit":
+            self.best, self._dual_epochs = None, 0
+            if self.forget.level is not None:
+                self.forget.level.measured = None
+
+    def on_train_start(self) -> None:
+        """Measure the reference model for what is relative to it, unless a checkpoint brought the values.
+
+        Raises:
+            DataError: If the examples that it is to be measured on are missing.
+        """
+        super().on_train_start()
+        self._set_forget_level()
+        for name, constraint in self.constraints.items():
+            if constraint.level is not None and constraint.level.measured is None:
+                # All constraints are measured together, in one pass over the streams.
+                constraint.level.set(self._measure_constraint(name))
+            rank_zero_info(f"constraint {name}: {constraint}")
+
+    def measure(self) -> dict[str, float]:
+        """Evaluate the current weights on every validation example; see `Evaluator.measure`."""
+        self._set_forget_level()
+        return super().measure()
+
+    def _set_forget_level(self) -> None:
+        """Measure the level that the forget objective aims at, once and before the first step."""
+        level = self.forget.level
+        if level is None or level.measured is not None:
+            return
+        measured = self.evaluator.measure_objective(level.objective, level.stream)
+        if measured is None:
+            raise DataError(
+                f"{type(self.forget).__name__} needs examples that the model has never seen, but there is no stream "
+                f"'{level.stream}': name their file in the data module's `streams`, as {{{level.stream}: FILE}}."
+            )
+        level.set(measured)
+        objective = type(level.objective).__name__
+        rank_zero_info(f"level: the reference model has {objective} {measured:.4g} on '{level.stream}'")
+
+    # Measuring ----------------------------------------------------------------------------------------------------
+
+    def name_means(self, means: dict[str, float]) -> dict[str, float]:
+        """Return ``forget/loss``, and value, violation and slack of every constraint that was measured."""
+        values = {}
+        for name, constraint in self.constraints.items():
+            if name in means:
+                values[f"constraint/{name}/value"] = means[name]
+                if constraint.epsilon is not None:
+                    violation = constraint.violation(means[name])
+                    values[f"constraint/{name}/violation"] = violation
+                    values[f"constraint/{name}/slack"] = -violation
+        if "forget" in means:
+            values["forget/loss"] = means["forget"]
         return values
 
-    def _log_results(self, stage: str, values: dict[str, float]) -> None:
-        """Logs ``feasible_forget`` as well: the forget loss where every constraint holds, infinite elsewhere.
+    def log_values(self, stage: str, values: dict[str, float]) -> None:
+        """Log ``feasible_forget`` as well: the forget loss where every constraint is feasible, infinite elsewhere.
 
         ``ModelCheckpoint(monitor="val/feasible_forget")`` then keeps the best feasible model.
         """
         if "forget/loss" in values and all(c.epsilon is not None for c in self.constraints.values()):
-            feasible = self.excess(values) <= 0
-            values = {**values, "feasible_forget": values["forget/loss"] if feasible else math.inf}
-        super()._log_results(stage, values)
+            is_feasible = self.excess(values) <= 0
+            values = {**values, "feasible_forget": values["forget/loss"] if is_feasible else math.inf}
+        super().log_values(stage, values)
 
-    # Which model to keep ----------------------------------------------------------------------------------------------
+    # Which model to keep ------------------------------------------------------------------------------------------
 
     def excess(self, values: dict[str, float]) -> float:
-        """How far the worst constraint is from holding, as a fraction of its epsilon.
+        """Return the largest violation, as a fraction of its epsilon.
 
         Args:
-            values: What `measure` gave; a constraint that it could not measure is left out.
+            values: As `measure` gives them; a constraint that is not among them is left out.
 
         Returns:
-            Largest violation / epsilon; 0 or less where all constraints hold, infinite where one is not finite.
+            0 or less where all constraints are feasible, infinite where a value is not finite.
         """
-        ratios = [
-            constraint.violation(values[f"constraint/{name}/value"]) / cast(float, constraint.epsilon)
-            for name, constraint in self.constraints.items()
-            if f"constraint/{name}/value" in values
-        ]
-        return max((math.inf if math.isnan(ratio) else ratio for ratio in ratios), default=0.0)
+        largest = -math.inf
+        for name, constraint in self.constraints.items():
+            value = values.get(f"constraint/{name}/value")
+            if value is None:
+                continue
+            ratio = constraint.violation(value) / cast(float, constraint.epsilon)
+            largest = max(largest, math.inf if math.isnan(ratio) else ratio)
+        return 0.0 if largest == -math.inf else largest
 
     @property
     def kept_step(self) -> int:
-        """As in the base class; of the best model, once one was measured."""
+        """Global step of the best model, once one was measured."""
         return self.best.step if self.best else self.global_step
 
-    def _keep(self, values: dict[str, float]) -> None:
-        super()._keep(values)
-        better = self.keep == "last" or self.best is None or self._rank(values) <= self._rank(self.best.values)
-        if self.global_step > 0 and better:
+    def remember(self, values: dict[str, float]) -> None:
+        """Keep values of whole streams, and which model they recommend."""
+        super().remember(values)
+        if self.global_step == 0:
+            return
+        if self.keep == "last" or self.best is None or self._rank(values) <= self._rank(self.best.values):
             self.best = Measurement(self.global_step, values)
 
     def _rank(self, values: dict[str, float]) -> tuple[float, float]:
-        """Feasible models first, the most forgetful in front; then the others by their excess."""
-        forget = values.get("forget/loss", 0.0)
-        return max(0.0, self.excess(values)), math.inf if math.isnan(forget) else forget
+        """Return a key that sorts feasible models first, by their forget loss; then the others, by their excess."""
+        forget_loss = values.get("forget/loss", 0.0)
+        return max(0.0, self.excess(values)), math.inf if math.isnan(forget_loss) else forget_loss
 
-    # Checkpoints ------------------------------------------------------------------------------------------------------
+    # Checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves λ, controllers, references and the best measurement, which no precision or sharding setting touches."""
+        """Save λ, controllers, levels and the best measurement, which no precision or sharding setting touches."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["constraints"] = {name: constraint.state_dict() for name, constraint in self.constraints.items()}
-        best = self.best and self.best._asdict()
-        checkpoint["run"] |= {"best": best, "dual_epochs": self._dual_epochs, "unseen_nll": self._unseen_nll}
+        level = self.forget.level
+        checkpoint["run"] |= {
+            "best": self.best and self.best._asdict(),
+            "dual_epochs": self._dual_epochs,
+            "forget_level": level and level.measured,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what `on_save_checkpoint` saved.
+        """Restore what `on_save_checkpoint` saved.
 
         Raises:
-            KeyError: If the checkpoint was made with other constraints, of another kind of module, or with an objective
-                that needed less of the model before unlearning.
+            CheckpointError: If the checkpoint was made with other constraints, of another kind of module, or with an
+                objective that needed less of the reference model.
         """
         if "constraints" not in checkpoint:
-            raise KeyError(
+            raise CheckpointError(
                 "the checkpoint is of no LitUnlearn run: it has no constraints. Start a new run from its exported model."
             )
         super().on_load_checkpoint(checkpoint)
         saved, run = checkpoint["constraints"], checkpoint["run"]
         if saved.keys() != self.constraints.keys():
-            raise KeyError(
+            raise CheckpointError(
                 f"the checkpoint has the constraints {sorted(saved)}, this run {sorted(self.constraints)}: give the same names "
-                "to resume, or start a new run from the exported model."
+                "to resume, or start a new run from the exported model.",
+                owner=self,
+                argument="constraints",
             )
         for name, constraint in self.constraints.items():
             constraint.load_state_dict(saved[name])
         self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]
-        self._unseen_nll = run.get("unseen_nll")
-        if self._unseen_nll is not None:
-            self.forget.calibrate(self._unseen_nll)
-
-
-def _metered(meter: ConstraintSlack, objective: Objective) -> Consumer[None]:
-    def consume(lm: LanguageModel, tokens: SupervisedTokens) -> None:
-        meter.update(*objective(lm, tokens))
-
-    return consume
+        if self.forget.level is not None:
+            self.forget.level.measured = run.get("forget_level")

@@ -9,7 +9,6 @@ from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 
 KINDS = [BatchStream, FiniteStream]
-PAD = 999
 
 
 def make_rows(count):
@@ -18,20 +17,12 @@ def make_rows(count):
 
 
 def make(kind=BatchStream, count=7, batch_size=2, **settings):
-    return kind(make_rows(count), PAD, batch_size, **{"name": "retain", **settings})
+    return kind(make_rows(count), batch_size, **{"name": "retain", **settings})
 
 
 def real_rows(batch):
     """The rows of a batch that have supervised tokens."""
-    supervised = (batch["labels"] != IGNORED).any(dim=1)
-    return batch["input_ids"][supervised, 0].tolist()
-
-
-def equal(batches, others):
-    return len(batches) == len(others) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        for a, b in zip(batches, others, strict=True)
-    )
+    return [example.input_ids[0] for example in batch if set(example.labels) != {IGNORED}]
 
 
 def take(stream, number):
@@ -42,15 +33,8 @@ def take(stream, number):
     return batches
 
 
-def test_a_batch_is_padded_rows():
-    batch = make(seed=None, batch_size=3).batch(0)
-    assert batch["input_ids"].tolist() == [[0, 500, PAD, PAD], [1, 501, 501, PAD], [2, 502, 502, 502]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [
-        [IGNORED, 500, IGNORED, IGNORED],
-        [IGNORED, 501, 501, IGNORED],
-        [IGNORED, 502, 502, 502],
-    ]
+def test_a_batch_is_the_examples_as_they_are():
+    assert make(seed=None, batch_size=3).batch(0) == make_rows(3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,48 +42,35 @@ def test_a_batch_is_padded_rows():
 def test_resume_from_any_cursor_equals_the_uninterrupted_run(kind, rank, world_size):
     place = {"rank": rank, "world_size": world_size}
     whole = take(make(kind, **place), 11)
-    assert not equal(whole[:4], whole[4:8])
+    assert not whole[:4] == whole[4:8]
     for cursor in range(11):
         resumed = make(kind, **place)
         resumed.cursor = cursor
-        assert equal(take(resumed, 11 - cursor), whole[cursor:])
+        assert take(resumed, 11 - cursor) == whole[cursor:]
         assert resumed.cursor == 11
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_worker_processes_change_nothing(kind):
-    """They prepare batches ahead of time, which the cursor must not count."""
-    whole = take(make(kind), 7)
-    stream = make(kind, num_workers=2)
-    first = list(islice(stream, 3))
-    assert stream.cursor == 3
-    resumed = make(kind, num_workers=2)
-    resumed.cursor = stream.cursor
-    assert equal(first + take(resumed, 4), whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_do_not_depend_on_what_was_asked_before(kind):
     whole = take(make(kind), 9)
     stream = make(kind)
-    assert equal([stream.batch(k) for k in reversed(range(9))], whole[::-1])
+    assert [stream.batch(k) for k in reversed(range(9))] == whole[::-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_global_random_state_is_left_alone(kind, num_workers):
+def test_the_global_random_state_is_left_alone(kind):
     state = torch.random.get_rng_state()
-    batches = take(make(kind, num_workers=num_workers), 5)
+    batches = take(make(kind), 5)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(1)
-    assert equal(take(make(kind), 5), batches)
+    assert take(make(kind), 5) == batches
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_depends_on_seed_name_and_pass(kind):
     def passes(**settings):
         stream = make(kind, count=20, batch_size=10, **settings)
-        return [[*stream.row_indices(2 * number), *stream.row_indices(2 * number + 1)] for number in range(3)]
+        return [[*stream.example_indices(2 * number), *stream.example_indices(2 * number + 1)] for number in range(3)]
 
     same, other_seed, other_name = passes(seed=3), passes(seed=4), passes(seed=3, name="forget")
     assert same == passes(seed=3)
@@ -116,12 +87,12 @@ def test_processes_share_the_batches_of_one(kind, world_size):
     one = make(kind, count=20, batch_size=6)
     many = [make(kind, count=20, batch_size=6, rank=r, world_size=world_size) for r in range(world_size)]
     for number in range(9):  # over the end of two passes
-        parts = [stream.row_indices(number) for stream in many]
-        together = one.row_indices(number)
+        parts = [stream.example_indices(number) for stream in many]
+        together = one.example_indices(number)
         assert [part == together[rank::world_size] for rank, part in enumerate(parts)] == [True] * world_size
         assert sorted(chain(*parts)) == sorted(together)
         assert [real_rows(stream.batch(number)) for stream in many] == parts
-    assert len(set(chain(*(stream.row_indices(0) for stream in many)))) == 6
+    assert len(set(chain(*(stream.example_indices(0) for stream in many)))) == 6
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -131,7 +102,7 @@ def test_endless_passes_are_without_replacement(count, batch_size, world_size):
     streams = [make(BatchStream, count, batch_size, rank=r, world_size=world_size) for r in range(world_size)]
     drawn = []
     for number in range(4 * count):
-        parts = [stream.row_indices(number) for stream in streams]
+        parts = [stream.example_indices(number) for stream in streams]
         assert sum(map(len, parts)) == batch_size  # never a short batch
         drawn += [parts[place % world_size][place // world_size] for place in range(batch_size)]
     for start in range(0, len(drawn) - count + 1, count):
@@ -152,14 +123,11 @@ def test_a_finite_pass_has_every_row_once_on_any_number_of_processes(count, worl
 def test_every_process_has_as_many_rows_as_the_others():
     """7 rows in batches of 5 on 3 processes: 2, 2 and 1 row, then 1, 1 and none; the gaps weigh nothing."""
     streams = [make(FiniteStream, batch_size=5, seed=None, rank=r, world_size=3) for r in range(3)]
-    assert [stream.row_indices(0) for stream in streams] == [[0, 3], [1, 4], [2]]
-    assert [stream.row_indices(1) for stream in streams] == [[5], [6], []]
-    assert [[len(stream.batch(k)["labels"]) for stream in streams] for k in (0, 1)] == [[2, 2, 2], [1, 1, 1]]
+    assert [stream.example_indices(0) for stream in streams] == [[0, 3], [1, 4], [2]]
+    assert [stream.example_indices(1) for stream in streams] == [[5], [6], []]
+    assert [[len(stream.batch(k)) for stream in streams] for k in (0, 1)] == [[2, 2, 2], [1, 1, 1]]
     assert [real_rows(stream.batch(0)) for stream in streams] == [[0, 3], [1, 4], [2]]
-    batch = streams[2].batch(1)
-    assert batch["input_ids"].tolist() == [[0, 500]]
-    assert batch["attention_mask"].tolist() == [[1, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
+    assert streams[2].batch(1) == [Example([0, 500], [IGNORED, IGNORED])]
 
 
 def test_a_finite_stream_goes_pass_by_pass():
@@ -168,6 +136,6 @@ def test_a_finite_stream_goes_pass_by_pass():
     assert (len(first), len(second), stream.cursor) == (4, 4, 8)
     assert not equal(first, second)
     stream.cursor = 6
-    assert equal(list(stream), second[2:])  # the rest of the pass it stands in
+    assert list(stream) == second[2:]  # the rest of the pass it stands in
     stream.cursor = 8
     assert len(list(stream)) == 4  # at the end of one pass the next begins
