@@ -62,7 +62,6 @@ class ForgetRetain(L.LightningDataModule):
         retain_batch_size: Retain examples per optimizer step, and examples of every additional set; ``None`` for
             ``batch_size``.
         eval_batch_size: Examples per process and batch in validation and test.
-        num_workers: Processes that prepare batches; rows are tokenised beforehand, so 0 is seldom slower.
         seed: Seed of the order of examples.
         train_on: ``"pairs"`` to unlearn; ``"all"`` (all sets as one) to fine-tune a target model, ``"retain"`` (all but
             the forget set) to fine-tune the retain-only model that unlearning is compared with.
@@ -94,7 +93,6 @@ class ForgetRetain(L.LightningDataModule):
         batch_size: int = 8,
         retain_batch_size: int | None = None,
         eval_batch_size: int = 32,
-        num_workers: int = 0,
         seed: int = 0,
         train_on: TrainOn = "pairs",
     ) -> None:
@@ -120,11 +118,10 @@ class ForgetRetain(L.LightningDataModule):
         self.alternate_column, self.refusals = alternate_column, refusals
         self.template, self.max_length = template, max_length
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
-        self.eval_batch_size, self.num_workers, self.seed, self.train_on = eval_batch_size, num_workers, seed, train_on
+        self.eval_batch_size, self.seed, self.train_on = eval_batch_size, seed, train_on
         self.examples: dict[str, list[Example]] = {}
         self._columns = {"question_column": question_column, "answer_column": answer_column}
         self._tokenizer_name = tokenizer
-        self._pad_id = 0
         self._streams: dict[str, BatchStream] = {}
         self._cursors: dict[str, int] = {}
 
@@ -175,7 +172,6 @@ class ForgetRetain(L.LightningDataModule):
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
         # Masks are made from lengths, so the end token may pad.
-        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         for name, rows in texts.items():
             examples = self._encode(rows, tokenizer, name)
             self.examples[name] = [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]
@@ -194,7 +190,7 @@ class ForgetRetain(L.LightningDataModule):
                     self._streams[name] = self._finite_stream(name, examples, self.batch_size)
                 else:
                     settings = self._stream_settings(name)
-                    self._streams[name] = BatchStream(examples, self._pad_id, self.retain_batch_size, **settings)
+                    self._streams[name] = BatchStream(examples, self.retain_batch_size, **settings)
         else:
             together = []
             for name, examples in self.examples.items():
@@ -341,10 +337,10 @@ class ForgetRetain(L.LightningDataModule):
         }
 
     def _finite_stream(self, name: str, examples: list[Example], batch_size: int, **settings: Any) -> FiniteStream:
-        return FiniteStream(examples, self._pad_id, batch_size, **self._stream_settings(name) | settings)
+        return FiniteStream(examples, batch_size, **self._stream_settings(name) | settings)
 
     def _stream_settings(self, name: str) -> dict[str, Any]:
-        return {"name": name, "seed": self.seed, "num_workers": self.num_workers, **self._rank_and_world_size()}
+        return {"name": name, "seed": self.seed, **self._rank_and_world_size()}
 
     def _rank_and_world_size(self) -> dict[str, int]:
         # Without a trainer, as in a loop of the user's.

@@ -63,7 +63,9 @@ class ForwardPass(NamedTuple):
     reference: bool
     layers: frozenset[int]
 
-    def run(self, lm: LanguageModel, readers: Sequence[Callable[[LanguageModel, SupervisedTokens], Value]]) -> list[Value]:
+    def run(
+        self, lm: LanguageModel, readers: Sequence[Callable[[LanguageModel, SupervisedTokens], Value]]
+    ) -> list[Value]:
         """Run the model and hand each term's tokens to its reader.
 
         The readers are called inside of the model's forward, because FSDP2 has the head's weight whole only there.

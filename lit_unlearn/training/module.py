@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
 from lit_unlearn.training.strategies import check_strategy, shard
 from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
+
+# Lightning warns that only one of module and data module can transfer batches. Here it is the module, for any data module.
+warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `LightningModule`")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class LitLanguageModel(L.LightningModule):
         self.suite = AnswerSuite() if suite is None else suite
         self.micro_batch_size = micro_batch_size
         self.passes = passes
-        self.primal_step = PrimalStep(self, gradient_clip_val, seed)
+        self.gradient_clip_val = gradient_clip_val
+        self.seed = seed
+        self.primal_step = PrimalStep(self)
         self.evaluator = Evaluator(self, benchmark, benchmark_every_n_epochs)
         self.reference_cache = ReferenceCache(self)
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -259,7 +265,7 @@ class LitLanguageModel(L.LightningModule):
         Of an adapted model only the adapter is saved, and no copy of the reference model. Where every process saves its
         shard, all weights are: they are loaded by name, without exception.
         """
-        checkpoint["run"] = {"seed": self.primal_step.seed, "optimizer": self._settings}
+        checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings}
         if self.reference_cache.is_needed:
             checkpoint["run"]["reference_logp"] = self.reference_cache.state_dict()
         state = checkpoint["state_dict"]
@@ -274,11 +280,11 @@ class LitLanguageModel(L.LightningModule):
         Raises:
             CheckpointError: If dropout was seeded otherwise, or weights or reference log-probabilities are missing.
         """
-        run, seed = checkpoint["run"], self.primal_step.seed
+        run = checkpoint["run"]
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            if run["seed"] != seed:
+            if run["seed"] != self.seed:
                 raise CheckpointError(
-                    f"the checkpoint cannot be resumed: `seed` was {run['seed']}, is {seed}. Restore it, or start a new run "
+                    f"the checkpoint cannot be resumed: `seed` was {run['seed']}, is {self.seed}. Restore it, or start a new run "
                     "from the exported model.",
                     owner=self,
                     argument="seed",

@@ -26,14 +26,10 @@ class PrimalStep:
     processes changes nothing but rounding.
 
     Args:
-        module: Has the model, the Trainer and the optimizer.
-        gradient_clip_val: Largest gradient norm; ``None`` for no clipping.
-        seed: Of dropout.
+        module: Has the model, the Trainer, the optimizer, ``gradient_clip_val`` and ``seed``.
     """
 
-    def __init__(self, module: LitLanguageModel, gradient_clip_val: float | None, seed: int) -> None:
-        self.gradient_clip_val = gradient_clip_val
-        self.seed = seed
+    def __init__(self, module: LitLanguageModel) -> None:
         self._module = module
 
     def backward(self, plan: Sequence[ForwardPass], terms: Sequence[Term]) -> Tensor:
@@ -123,8 +119,8 @@ class PrimalStep:
                 f"the gradient's norm is {norm.item()}; the step was not taken and the weights are still good. Lower the "
                 "learning rate of the optimizer or of the multiplier, or use a wider precision."
             )
-        if self.gradient_clip_val is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        if self._module.gradient_clip_val is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._module.gradient_clip_val, norm)
         return norm
 
     @contextmanager
@@ -134,7 +130,7 @@ class PrimalStep:
         Lightning saves no random state: seeded by step, dropout is the same after a resume, and differs between processes.
         """
         module = self._module
-        key = f"{self.seed}/{module.global_step}/{module.global_rank}"
+        key = f"{module.seed}/{module.global_step}/{module.global_rank}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

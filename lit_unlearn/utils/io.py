@@ -95,6 +95,4 @@ def check_export_target(target: Path) -> None:
     else:
         occupied = target.is_file()
     if occupied:
-        raise OccupiedError(
-            f"'{target}' is not empty and not a model directory: choose another place to export to."
-        )
+        raise OccupiedError(f"'{target}' is not empty and not a model directory: choose another place to export to.")

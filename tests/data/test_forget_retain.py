@@ -387,7 +387,7 @@ def test_resuming_on_another_number_of_processes_is_refused(make):
 
 
 def test_what_leaves_the_order_alone_may_change(make):
-    data = ready(make(num_workers=1, eval_batch_size=4, max_length=300))
+    data = ready(make(eval_batch_size=4, max_length=300))
     data.load_state_dict({**ready(make()).state_dict(), "cursors": {"forget": 2, "retain": 2}})
     data.train_dataloader()
     assert data.state_dict()["cursors"] == {"forget": 2, "retain": 2}

@@ -39,6 +39,7 @@ from lit_unlearn import (
     Schedule,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint
+from lit_unlearn.data.encoding import Example
 from lit_unlearn.training import FSDP2Strategy
 from lit_unlearn.training.strategies import whole_state
 
@@ -91,8 +92,9 @@ class Stop(L.Callback):
 
 
 def unpadded(batch: dict[str, Tensor]) -> list[list[int]]:
-    masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+    if isinstance(batch, list):
+        return [example.input_ids for example in batch]
+    return batch["input_ids"].tolist()  # type: ignore[no-any-return]
 
 
 class SpoiledNLL(NLL):
@@ -104,9 +106,9 @@ class SpoiledNLL(NLL):
         self.now = lambda: [0, 0]
 
     def forward(self, lm: Any, tokens: Any) -> Any:
-        average = super().forward(lm, tokens)
+        values = super().forward(lm, tokens)
         spoilt = torch.is_grad_enabled() and self.spoil == self.now()
-        return average._replace(total=average.total * math.nan) if spoilt else average
+        return values * math.nan if spoilt else values
 
 
 class PackedForgetRetain(ForgetRetain):
@@ -116,13 +118,11 @@ class PackedForgetRetain(ForgetRetain):
         return {name: pack(part) for name, part in batch.items()} if "forget" in batch else batch
 
 
-def pack(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    lengths = batch["attention_mask"].sum(1).tolist()
-    packed = {
-        key: torch.cat([row[:n] for row, n in zip(batch[key], lengths, strict=True)])[None]
-        for key in ("input_ids", "labels")
-    }
-    return {**packed, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+def pack(batch: list[Example]) -> dict[str, Tensor]:
+    ids = torch.cat([torch.tensor(example.input_ids) for example in batch])
+    labels = torch.cat([torch.tensor(example.labels) for example in batch])
+    positions = torch.cat([torch.arange(len(example.labels)) for example in batch])
+    return {"input_ids": ids[None], "labels": labels[None], "position_ids": positions[None]}
 
 
 def make_module(settings: dict[str, Any]) -> LitUnlearn:
@@ -164,7 +164,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     L.seed_everything(settings.get("seed", 0), verbose=False)
     module = make_module(settings)
-    module._reference_logp.folder = folder / "reference_logp"  # of this run alone
+    module.reference_cache.folder = folder / "reference_logp"  # of this run alone
     if settings.get("padded"):
         load = module.configure_model
 
@@ -182,17 +182,16 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
         batch_size=4,
         retain_batch_size=5,
         eval_batch_size=3,
-        num_workers=settings.get("num_workers", 0),
     )
     recorder = Recorder()
     result: dict[str, Any] = {}
-    add = module._add_over_processes
+    add = module.primal_step._sum_over_processes
 
     def spy(sums: Tensor) -> Tensor:
         recorder.steps[-1]["local"].append(sums.clone())
         return sums if settings.get("no_reduction") else add(sums)
 
-    module._add_over_processes = spy  # type: ignore[method-assign]
+    module.primal_step._sum_over_processes = spy  # type: ignore[method-assign]
     module.constraints["nll"].objective.now = lambda: [module.global_step, module.global_rank]  # type: ignore[attr-defined]
     callbacks: list[L.Callback] = [recorder]
     if settings.get("checkpoints") == "own":
@@ -233,7 +232,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
         "values": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "multipliers": {name: constraint.multiplier.value for name, constraint in module.constraints.items()},
         "best": module.best and module.best._asdict(),
-        "reference_logp": module._reference_logp.values,
+        "reference_logp": module.reference_cache.values,
     }
 
 

@@ -43,7 +43,7 @@ SETTINGS = {
     },
     "data": {
         "class_path": "FictionalAuthors",
-        "init_args": {"num_authors": 8, "forget_authors": 4, "max_length": 200, "batch_size": 4, "num_workers": 2},
+        "init_args": {"num_authors": 8, "forget_authors": 4, "max_length": 200, "batch_size": 4},
     },
     "trainer": {
         "max_epochs": 9,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn import DPO, NLL, RMU, UNDIAL, ActivationMatch, IdkNLL, KLToReference, LanguageModel, LogitMargin
-from lit_unlearn.training.forward_plan import Pass, Term, plan_passes
+from lit_unlearn.errors import BatchError
+from lit_unlearn.training.forward_plan import ForwardPass, Term, build_forward_plan
 
 
 def batch(lengths: list[int], first: int, left: bool = False) -> dict[str, Tensor]:
@@ -45,13 +46,13 @@ def terms(alignment: Any = "next_token") -> list[Term]:
     ]
 
 
-def read(passes: list[Pass], terms: list[Term]) -> list[list[tuple[int, int]]]:
+def read(passes: list[ForwardPass], terms: list[Term]) -> list[list[tuple[int, int]]]:
     """For each term the (state's token id, label) that it reads, over all passes."""
     seen: list[list[tuple[int, int]]] = [[] for _ in terms]
     for one in passes:
         ids = one.batch["input_ids"].flatten()
-        for i, tokens in zip(one.terms, one.tokens, strict=True):
-            seen[i] += zip(ids[tokens.hidden].tolist(), tokens.labels.tolist(), strict=True)
+        for i, tokens in zip(one.terms, one.indices, strict=True):
+            seen[i] += zip(ids[tokens.state].tolist(), tokens.labels.tolist(), strict=True)
     return [sorted(pairs) for pairs in seen]
 
 
@@ -62,7 +63,7 @@ def test_every_term_reads_its_tokens_once(
     order: Any, micro_batch_size: int | None, packs: bool, lm: LanguageModel
 ) -> None:
     lm.packs = packs
-    passes = plan_passes(STEP, terms(), lm, micro_batch_size, order)
+    passes = build_forward_plan(STEP, terms(), lm.packs, micro_batch_size, order)
     expected = [
         sorted(
             (ids[column - 1], label)
@@ -80,16 +81,16 @@ def test_every_term_reads_its_tokens_once(
 
 def test_there_is_no_padding_to_work_on(lm: LanguageModel) -> None:
     tokens = sum(int(part["attention_mask"].sum()) for part in STEP.values())
-    (one,) = plan_passes(STEP, terms(), lm, None, "joint")
+    (one,) = build_forward_plan(STEP, terms(), lm.packs, None, "joint")
     assert one.batch["input_ids"].numel() == tokens
-    forget, retain = plan_passes(STEP, terms(), lm, None, "sequential")
+    forget, retain = build_forward_plan(STEP, terms(), lm.packs, None, "sequential")
     assert forget.batch["input_ids"].numel() == int(STEP["forget"]["attention_mask"].sum())
     assert (forget.terms, retain.terms) == ([0], [1, 2])  # both constraints on the stream share its pass
 
 
 def test_rows_of_equal_length_are_left_as_they_are(lm: LanguageModel) -> None:
     step = {"forget": batch([6, 6, 6], 10), "retain": batch([6, 6], 200)}
-    for one in plan_passes(step, terms(), lm, None, "sequential"):
+    for one in build_forward_plan(step, terms(), lm.packs, None, "sequential"):
         assert "attention_mask" in one.batch
         assert one.batch["input_ids"].shape[1] == 6
 
@@ -98,14 +99,17 @@ def test_passes_have_about_as_many_tokens(lm: LanguageModel) -> None:
     step = {"forget": batch([20, 2, 2, 2, 12, 4], 10), "retain": batch([5] * 6, 200)}
     for packs in (True, False):
         lm.packs = packs
-        sizes = [int((one.batch["input_ids"] > 0).sum()) for one in plan_passes(step, terms()[:1], lm, 3, "sequential")]
+        sizes = [
+            int((one.batch["input_ids"] > 0).sum())
+            for one in build_forward_plan(step, terms()[:1], lm.packs, 3, "sequential")
+        ]
         assert sizes == [22, 20]
 
 
 def test_left_padding_packs_alike(lm: LanguageModel) -> None:
     left = {"forget": batch([3, 9, 6, 4, 9], 10, left=True), "retain": batch([12, 5, 5], 200, left=True)}
     for order in ("joint", "sequential"):
-        plans = [plan_passes(step, terms(), lm, 2, order) for step in (STEP, left)]  # type: ignore[arg-type]
+        plans = [build_forward_plan(step, terms(), lm.packs, 2, order) for step in (STEP, left)]  # type: ignore[arg-type]
         assert [one.batch["input_ids"].tolist() for one in plans[0]] == [
             one.batch["input_ids"].tolist() for one in plans[1]
         ]
@@ -113,16 +117,18 @@ def test_left_padding_packs_alike(lm: LanguageModel) -> None:
 
 def test_alignments_may_differ_in_a_joint_pass(lm: LanguageModel) -> None:
     mixed = terms("label")
-    assert read(plan_passes(STEP, mixed, lm, None, "joint"), mixed) == read(
-        plan_passes(STEP, mixed, lm, None, "sequential"), mixed
+    assert read(build_forward_plan(STEP, mixed, lm.packs, None, "joint"), mixed) == read(
+        build_forward_plan(STEP, mixed, lm.packs, None, "sequential"), mixed
     )
 
 
 def test_a_stream_that_is_missing_is_named(lm: LanguageModel) -> None:
-    with pytest.raises(KeyError, match=r"with 'retain' among its keys.*got \['forget'\]"):
-        plan_passes({"forget": STEP["forget"]}, terms(), lm, None, "joint")
-    with pytest.raises(KeyError, match="a batch needs 'input_ids' and 'labels'"):
-        plan_passes({"forget": {"input_ids": STEP["forget"]["input_ids"]}}, terms()[:1], lm, None, "sequential")
+    with pytest.raises(BatchError, match=r"with 'retain' among its keys.*got \['forget'\]"):
+        build_forward_plan({"forget": STEP["forget"]}, terms(), lm.packs, None, "joint")
+    with pytest.raises(BatchError, match="a batch needs 'input_ids' and 'labels'"):
+        build_forward_plan(
+            {"forget": {"input_ids": STEP["forget"]["input_ids"]}}, terms()[:1], lm.packs, None, "sequential"
+        )
 
 
 # Pairs, needs and values of rows ---------------------------------------------------------------------------------------
@@ -142,18 +148,18 @@ def test_pairs_stay_together_with_their_values(
 ) -> None:
     lm.packs = packs
     mixed = [Term("forget", "forget", DPO(), 1.0), Term("idk", "forget", IdkNLL(), 1.0), *terms()[1:]]
-    passes = plan_passes(PAIRS, mixed, lm, micro_batch_size, order)
+    passes = build_forward_plan(PAIRS, mixed, lm.packs, micro_batch_size, order)
     found = {}
     for one in passes:
         ids = one.batch["input_ids"].flatten()
-        for term, tokens in zip(one.terms, one.tokens, strict=True):
+        for term, tokens in zip(one.terms, one.indices, strict=True):
             if term > 1:
                 continue
             for kind, part in (("answer", tokens), ("alternate", tokens.alternate)):
                 for place in range(0 if part is None else part.num_sequences):
-                    states = ids[part.hidden[part.sequence == place]]
+                    states = ids[part.state[part.sequence == place]]
                     row = int(states[0] - (10 if kind == "answer" and term == 0 else 400)) // 20
-                    assert int(part.rows[place]) == row  # rows are told apart by their ids
+                    assert int(part.examples[place]) == row  # rows are told apart by their ids
                     assert part.reference_logp[place] == (-row if kind == "answer" and term == 0 else -10 - row)
                     found[term, kind, row] = len(states)
     wanted = {(0, "answer", row): n - n // 3 for row, n in enumerate([3, 9, 6, 4, 9])}
@@ -163,27 +169,31 @@ def test_pairs_stay_together_with_their_values(
 
 
 def test_only_what_is_read_goes_through_the_model(lm: LanguageModel) -> None:
-    (one,) = plan_passes(PAIRS, [Term("forget", "forget", IdkNLL(), 1.0)], lm, None, "joint")
+    (one,) = build_forward_plan(PAIRS, [Term("forget", "forget", IdkNLL(), 1.0)], lm.packs, None, "joint")
     assert one.batch["input_ids"].max() >= 400
     assert not ((one.batch["input_ids"] >= 10) & (one.batch["input_ids"] < 200)).any()
 
 
 def test_streams_that_need_the_reference_model_have_passes_of_their_own(lm: LanguageModel) -> None:
     plan = [Term("forget", "forget", UNDIAL(), 1.0), Term("nll", "retain", NLL(), 1.0)]
-    passes = plan_passes(STEP, plan, lm, None, "joint")
+    passes = build_forward_plan(STEP, plan, lm.packs, None, "joint")
     assert [(one.terms, one.reference) for one in passes] == [([1], False), ([0], True)]
     both = [plan[0], Term("kl", "retain", KLToReference(), 1.0)]
-    assert [(one.terms, one.reference) for one in plan_passes(STEP, both, lm, None, "joint")] == [([0, 1], True)]
+    assert [(one.terms, one.reference) for one in build_forward_plan(STEP, both, lm.packs, None, "joint")] == [
+        ([0, 1], True)
+    ]
     deep = [Term("forget", "forget", RMU(layer=1), 1.0), Term("match", "retain", ActivationMatch(layer=0), 1.0)]
-    assert [one.layers for one in plan_passes(STEP, deep, lm, None, "joint")] == [{1}, {0}]
+    assert [one.layers for one in build_forward_plan(STEP, deep, lm.packs, None, "joint")] == [{1}, {0}]
 
 
 def test_a_pair_with_half_an_answer_is_refused(lm: LanguageModel) -> None:
     labels = PAIRS["forget"]["alternate"]["labels"].clone()
     labels[2] = -100
     half = {**PAIRS["forget"], "alternate": {**PAIRS["forget"]["alternate"], "labels": labels}}
-    with pytest.raises(ValueError, match="some row has supervised tokens in only one of them"):
-        plan_passes({"forget": half}, [Term("forget", "forget", DPO(), 1.0)], lm, None, "joint")
+    with pytest.raises(ValueError, match="some example has supervised tokens in only one of them"):
+        build_forward_plan({"forget": half}, [Term("forget", "forget", DPO(), 1.0)], lm.packs, None, "joint")
     short = {key: value[:3] for key, value in PAIRS["forget"]["alternate"].items()}
-    with pytest.raises(KeyError, match="reads alternate answers of the 'forget' rows, but the batch has none"):
-        plan_passes({"forget": {**half, "alternate": short}}, [Term("f", "forget", DPO(), 1.0)], lm, None, "joint")
+    with pytest.raises(BatchError, match="reads alternate answers of the 'forget' examples, but the batch has none"):
+        build_forward_plan(
+            {"forget": {**half, "alternate": short}}, [Term("f", "forget", DPO(), 1.0)], lm.packs, None, "joint"
+        )

@@ -69,25 +69,25 @@ def test_log_probabilities_are_those_of_the_model_before(cache: Path, fit: Any, 
     fit(module, data, max_steps=4)
     before = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     whole = [row for forget in data.examples["forget"] for row in (forget, forget.alternate) if row is not None]
-    assert len(whole) == len(module._reference_logp.values) == 20
+    assert len(whole) == len(module.reference_cache.values) == 20
     for row in whole:
         batch = collate([row._replace(alternate=None)], 0)
         with torch.no_grad():
             logp = before(batch["input_ids"]).logits[0, :-1].log_softmax(-1)
         labels = batch["labels"][0, 1:]
         expected = sum(logp[place, label].item() for place, label in enumerate(labels) if label != -100)
-        (value,) = module._reference_logp._of(batch).tolist()
+        value = module.reference_cache.logp(row)
         assert value == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_one_run_measured_serves_the_next(cache: Path, fit: Any, model_dir: str, rows_dir: str) -> None:
     first, again, dpo = make(model_dir, NPO()), make(model_dir, NPO(beta=0.5)), make(model_dir, DPO())
-    assert "log-probabilities of 10 rows, measured" in fit(first, rows(rows_dir))
-    assert "log-probabilities of 10 rows, known from an earlier run" in fit(again, rows(rows_dir, batch_size=3))
-    assert again._reference_logp.values == first._reference_logp.values
-    assert "log-probabilities of 20 rows, measured" in fit(dpo, rows(rows_dir))  # the alternate answers are new
-    assert "log-probabilities of 20 rows, known" in fit(make(model_dir, DPO()), rows(rows_dir))
-    assert "log-probabilities of 10 rows, known" in fit(make(model_dir, NPO()), rows(rows_dir))
+    assert "log-probabilities of 10 answers, measured" in fit(first, rows(rows_dir))
+    assert "log-probabilities of 10 answers, known from an earlier run" in fit(again, rows(rows_dir, batch_size=3))
+    assert again.reference_cache.values == first.reference_cache.values
+    assert "log-probabilities of 20 answers, measured" in fit(dpo, rows(rows_dir))  # the alternate answers are new
+    assert "log-probabilities of 20 answers, known" in fit(make(model_dir, DPO()), rows(rows_dir))
+    assert "log-probabilities of 10 answers, known" in fit(make(model_dir, NPO()), rows(rows_dir))
     assert len(list((cache / "reference_logp").iterdir())) == 1
 
 
@@ -117,7 +117,7 @@ def test_it_is_measured_again_when_anything_changes(
 
         AutoTokenizer.from_pretrained(model_dir, eos_token="<|pad|>").save_pretrained(tmp_path / "tokenizer")
         data = rows(rows_dir, tokenizer=str(tmp_path / "tokenizer"))
-    assert "log-probabilities of 10 rows, measured" in fit(module, data, **settings)
+    assert "log-probabilities of 10 answers, measured" in fit(module, data, **settings)
 
 
 def test_a_damaged_or_forbidden_cache_costs_a_measurement(
@@ -241,13 +241,13 @@ def test_own_loaders(make_trainer: Any, model_dir: str, tokenizer: Any, cache: P
         return module
 
     npo = run(NPO(), forget)
-    assert len(npo._reference_logp.values) == 3
+    assert len(npo.reference_cache.values) == 3
     paired = [{**rows, "alternate": other} for rows, other in zip(forget, refusals, strict=True)]
     dpo = run(DPO(), paired, {"forget": loader(paired), "retain": loader(retain)})
-    assert len(dpo._reference_logp.values) == 6
+    assert len(dpo.reference_cache.values) == 6
     given = [{**rows, "reference_logp": torch.full((len(rows["labels"]),), -50.0)} for rows in forget]
     own = run(NPO(), given, {"forget": loader(given), "retain": loader(retain)}, steps=1)
-    assert own._reference_logp.values == {}
+    assert own.reference_cache.values == {}
     with pytest.raises(KeyError, match="1 of 1 rows have no log-probability under the reference model"):
         run(NPO(), [batch("unheard of")])
     with pytest.raises(KeyError, match="reads alternate answers of the 'forget' rows, but the batch has none"):

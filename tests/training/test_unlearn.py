@@ -27,6 +27,7 @@ from lit_unlearn import (
     Relative,
     Schedule,
 )
+from lit_unlearn.data.encoding import collate
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -58,7 +59,7 @@ class Recorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.batches.append(batch)
+        self.batches.append({name: collate(part, 0) for name, part in batch.items()})
         logged = {n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith("val/")}
         self.steps.append({**logged, "after": pl_module.constraints["nll"].multiplier.value})  # type: ignore[union-attr, index]
 
@@ -174,6 +175,7 @@ def test_relative_epsilon_is_measured_over_the_whole_retain_stream(
     totals = [0.0, 0]
     with torch.no_grad():
         for batch in data.val_dataloader()["retain"]:
+            batch = collate(batch, 0)
             count = int((batch["labels"][:, 1:] != -100).sum())
             totals[0] += dense_terms(module.lm.model, batch)[1].item() * count
             totals[1] += count
