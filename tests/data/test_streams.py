@@ -42,7 +42,7 @@ def test_a_batch_is_the_examples_as_they_are():
 def test_resume_from_any_cursor_equals_the_uninterrupted_run(kind, rank, world_size):
     place = {"rank": rank, "world_size": world_size}
     whole = take(make(kind, **place), 11)
-    assert not whole[:4] == whole[4:8]
+    assert whole[:4] != whole[4:8]
     for cursor in range(11):
         resumed = make(kind, **place)
         resumed.cursor = cursor
