@@ -66,7 +66,7 @@ class Assistant(L.LightningModule):
         values = self.suite.compute()
         self.suite.reset()
         if self.bound.reference is None:  # the first validation, of the model as it came
-            self.bound.set_reference(values["retain/nll"])
+            self.bound.level.set(values["retain/nll"])
         feasible = self.bound.violation(values["retain/nll"]) <= 0
         values["feasible_forget"] = values["forget/margin"] if feasible else float("inf")
         self.log_dict({f"val/{name}": value for name, value in values.items()})

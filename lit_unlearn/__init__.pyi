@@ -33,7 +33,6 @@ from lit_unlearn.objectives import RMU as RMU
 from lit_unlearn.objectives import UNDIAL as UNDIAL
 from lit_unlearn.objectives import WGA as WGA
 from lit_unlearn.objectives import ActivationMatch as ActivationMatch
-from lit_unlearn.objectives import Average as Average
 from lit_unlearn.objectives import GradAscent as GradAscent
 from lit_unlearn.objectives import IdkNLL as IdkNLL
 from lit_unlearn.objectives import JensenShannonToReference as JensenShannonToReference
@@ -43,8 +42,8 @@ from lit_unlearn.objectives import KLToUniform as KLToUniform
 from lit_unlearn.objectives import LogitMargin as LogitMargin
 from lit_unlearn.objectives import MatchUnseen as MatchUnseen
 from lit_unlearn.objectives import Objective as Objective
+from lit_unlearn.objectives import ReferenceLevel as ReferenceLevel
 from lit_unlearn.objectives import SatImp as SatImp
-from lit_unlearn.objectives import SequenceObjective as SequenceObjective
 from lit_unlearn.objectives import SimNPO as SimNPO
 from lit_unlearn.training import LitEvaluate as LitEvaluate
 from lit_unlearn.training import LitFinetune as LitFinetune

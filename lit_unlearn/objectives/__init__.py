@@ -1,6 +1,6 @@
-"""Objectives: what is minimised on the forget set, a file per published method, and what is bounded on the retain set."""
+"""Objectives: one file per published forgetting method, and the retention losses that constraints bound."""
 
-from lit_unlearn.objectives.base import Average, Need, Objective, Reads, SequenceObjective
+from lit_unlearn.objectives.base import Need, Objective, Per, Reads
 from lit_unlearn.objectives.ceu import CEU
 from lit_unlearn.objectives.dpo import DPO
 from lit_unlearn.objectives.grad_ascent import GradAscent
@@ -10,6 +10,7 @@ from lit_unlearn.objectives.kl_to_uniform import KLToUniform
 from lit_unlearn.objectives.logit_margin import LogitMargin
 from lit_unlearn.objectives.match_unseen import MatchUnseen
 from lit_unlearn.objectives.npo import NPO
+from lit_unlearn.objectives.reference_level import ReferenceLevel
 from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
 from lit_unlearn.objectives.rmu import RMU
 from lit_unlearn.objectives.satimp import SatImp
@@ -26,7 +27,6 @@ __all__ = [
     "UNDIAL",
     "WGA",
     "ActivationMatch",
-    "Average",
     "GradAscent",
     "IdkNLL",
     "JensUn",
@@ -37,8 +37,9 @@ __all__ = [
     "MatchUnseen",
     "Need",
     "Objective",
+    "Per",
     "Reads",
+    "ReferenceLevel",
     "SatImp",
-    "SequenceObjective",
     "SimNPO",
 ]

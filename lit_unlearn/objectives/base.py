@@ -1,25 +1,32 @@
-"""What an objective is: a loss over supervised tokens, with its hyperparameters and its needs."""
+"""The interface of objectives: losses of supervised tokens, with their hyperparameters and requirements."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, final
 
+import torch
 from torch import Tensor, nn
 
+from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Alignment, SupervisedTokens
+from lit_unlearn.objectives.reference_level import ReferenceLevel
 
-Need = Literal["reference", "reference_logp", "alternate", "activations"]
-"""What must be at hand beside the model.
+if TYPE_CHECKING:
+    from lit_unlearn.models.tokens import TokenIndex
 
-``reference``: the reference model runs on every batch. ``reference_logp``: its log-probability of every row, measured
-once. ``alternate``: another answer to every question. ``activations``: what the layers named by ``layers`` put out.
+Need = Literal["reference", "reference_logp"]
+"""Parts of the reference model that an objective uses.
+
+``reference``: it runs on every batch. ``reference_logp``: its log-probability of every answer, measured once.
 """
 
 Reads = Literal["answer", "alternate", "pair"]
-"""Which answers an objective is given: the rows' own, the alternate ones in their place, or both."""
+"""Answers that an objective is given: those of the examples, the alternate ones in their place, or both."""
+
+Per = Literal["token", "answer"]
+"""Unit over which an objective is averaged."""
 
 
 class TokenModel(Protocol):
@@ -29,114 +36,116 @@ class TokenModel(Protocol):
     """
 
     def logit_margin(self, tokens: SupervisedTokens) -> Tensor:
-        """Logit margins, shape ``(N,)``."""
+        """Return logit margins, shape ``(N,)``."""
 
     def token_logp(self, tokens: SupervisedTokens) -> Tensor:
-        """Log-probabilities of the labels, shape ``(N,)``, nats."""
+        """Return log-probabilities of the labels, shape ``(N,)``, nats."""
 
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """``function(logits, *token_args)``, applied in chunks; shape ``(N,)`` or ``(N, k)``."""
+        """Apply ``function(logits, *token_args)`` in chunks; shape ``(N,)`` or ``(N, k)``."""
 
     def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """``function(logits, reference_logits, *token_args)``, likewise, for an objective that needs ``"reference"``."""
-
-
-class Average(NamedTuple):
-    """A sum and the number of things summed, which add up exactly over micro-batches and processes.
-
-    Args:
-        total: Sum of the values, a scalar that carries the gradient.
-        count: Number of values.
-    """
-
-    total: Tensor
-    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody wants here
-
-    def mean(self) -> Tensor:
-        """The average value, a scalar."""
-        return self.total / self.count
+        """Apply ``function(logits, reference_logits, *token_args)`` in chunks, for an objective that needs ``"reference"``."""
 
 
 class Objective(nn.Module, ABC):
-    """A loss over the supervised tokens of a batch, averaged over tokens (or sequences: see `count`).
+    """A loss of supervised tokens, not reduced: a value for every token, or for every answer.
 
-    A subclass holds its hyperparameters, declares in `needs` what must be at hand beside the model and in `reads` which
-    answers it is given, and never sees Lightning. What it declares it finds in the fields of `SupervisedTokens`. The
-    module computes `count` from the labels alone before any forward pass, so that micro-batches and processes of unequal
-    length weigh every token alike.
+    A subclass holds its hyperparameters and never sees Lightning. It declares what it uses, and finds that in the fields
+    of `SupervisedTokens`: ``needs`` says what of the reference model, ``reads`` which answers, ``layers`` the output of
+    which layers. ``per`` says what a value belongs to. The training step divides the sum of all values by their number
+    over all micro-batches and processes, so that every token (or answer) has the same weight.
+
+    Attributes:
+        unit: Unit of the values, for messages.
+        formula: The mean of the values in one line, for ``lit-unlearn methods``.
+        paper: Its publication.
+        alignment: States that belong to the labels, see ``locate``.
+        level: Number that is measured on the reference model before the first step, if there is one.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     reads: ClassVar[Reads] = "answer"
-    formula: ClassVar[str] = ""  # the value in a line, for `lit-unlearn methods`
+    per: ClassVar[Per] = "token"
+    formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    unit: str = ""
     alignment: Alignment = "next_token"
-
-    unseen: str | None = None
-    """Stream whose NLL before unlearning, nats per token, it is told by `calibrate` at the start of fit."""
-
-    def calibrate(self, nll: float) -> None:
-        """Takes the NLL that the model has on its `unseen` stream before unlearning; a resumed run brings it again."""
+    level: ReferenceLevel | None = None
 
     @property
     def layers(self) -> frozenset[int]:
-        """The layers, from 0, whose output it reads; none unless it needs ``"activations"``."""
+        """Transformer blocks, numbered from 0, whose output it reads."""
         return frozenset()
 
+    @property
+    def requirements(self) -> list[str]:
+        """Everything it uses beside the model's logits, by name."""
+        names: list[str] = sorted(self.needs)
+        if self.reads != "answer":
+            names.append("alternate")
+        if self.layers:
+            names.append("activations")
+        return names
+
     @abstractmethod
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """The objective over ``tokens``.
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the values that the objective is the mean of.
 
         Args:
             lm: Gives token-wise functions of the logits.
-            tokens: The ``N`` supervised tokens of the batch.
+            tokens: The ``N`` selected tokens of ``S`` answers.
 
         Returns:
-            The sum, with gradient, over `count` values.
+            With gradient, shape ``(N,)``, or ``(S,)`` if ``per`` is ``"answer"``.
         """
 
-    def count(self, tokens: SupervisedTokens) -> int:
-        """How many values the average runs over: here every supervised token.
+    def select(self, index: TokenIndex) -> TokenIndex:
+        """Return the tokens that the objective reads; the default is all.
+
+        Whoever runs the model calls this first, so that nothing is computed for the tokens left out.
 
         Args:
-            tokens: The supervised tokens; ``hidden`` is not read.
+            index: Supervised tokens of a batch.
         """
-        return tokens.labels.numel()
+        return index
+
+    @final
+    def count(self, tokens: TokenIndex | SupervisedTokens) -> int:
+        """Return the number of values that `forward` gives, which needs no pass through the model.
+
+        Args:
+            tokens: What `select` returned, before or after the pass.
+        """
+        return tokens.num_sequences if self.per == "answer" else tokens.labels.numel()
 
 
-class SequenceObjective(Objective):
-    """An objective that is averaged over whole answers, whatever their length."""
-
-    def count(self, tokens: SupervisedTokens) -> int:
-        """How many answers there are."""
-        return tokens.num_sequences
-
-
-def checked(owner: Objective, name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> float:
-    """``value`` if it is finite, ≥ ``least`` and > ``above``.
-
-    Args:
-        owner: Whose hyperparameter it is, for the message.
-        name: Its name.
-        value: As configured.
-        least: Smallest value allowed.
-        above: Largest value not allowed.
+def compute_answer_logp(lm: TokenModel, tokens: SupervisedTokens) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each answer under the model and under the reference model, both ``(S,)``, nats.
 
     Raises:
-        ValueError: If it is not.
+        BatchError: If the latter was not measured.
     """
-    if math.isfinite(value) and value >= least and value > above:
-        return value
-    wanted = f"above {above:g}" if math.isfinite(above) else f"{least:g} or more" if math.isfinite(least) else "finite"
-    raise ValueError(f"{type(owner).__name__}: `{name}` must be a finite number {wanted}, not {value!r}.")
+    if tokens.reference_logp is None:
+        raise BatchError(
+            "`reference_logp`, the answers' log-probabilities under the reference model, is missing: an objective that uses "
+            'it must need "reference_logp", and your own loop must give batches a `reference_logp` of shape (B,).'
+        )
+    logp = tokens.by_sequence(lm.token_logp(tokens))
+    return logp, tokens.reference_logp.to(logp.dtype)
 
 
-def whole(owner: Objective, name: str, value: int) -> int:
-    """``value`` if it is a whole number, 0 or more; as for `checked`.
+def count_answer_tokens(tokens: SupervisedTokens) -> Tensor:
+    """Return the number of tokens of each answer, shape ``(S,)``."""
+    return torch.bincount(tokens.sequence, minlength=tokens.num_sequences)
+
+
+def get_layer_output(tokens: SupervisedTokens, layer: int) -> Tensor:
+    """Return the output of a layer for each token, shape ``(N, D)``.
 
     Raises:
-        ValueError: If it is not.
+        BatchError: If it was not kept.
     """
-    if checked(owner, name, value, least=0) != int(value):
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be a whole number, not {value!r}.")
-    return int(value)
+    if tokens.activations is None or layer not in tokens.activations:
+        raise BatchError(f"the output of layer {layer} was not kept: the objective must name it in `layers`.")
+    return tokens.activations[layer]

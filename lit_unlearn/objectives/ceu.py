@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
 from lit_unlearn.functional import ceu
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Objective, TokenModel, whole
+from lit_unlearn.objectives.base import Objective, TokenModel
+from lit_unlearn.utils.validation import check_integer
+
+if TYPE_CHECKING:
+    from lit_unlearn.models.tokens import TokenIndex
 
 
 class CEU(Objective):
@@ -15,31 +22,28 @@ class CEU(Objective):
     Yang, "CE-U: Cross Entropy Unlearning", 2025 (arXiv 2503.01224).
 
     Args:
-        skip: Tokens at the start of every answer that are left out, ≥ 0: the first ones carry grammar, not facts.
+        skip: Number of tokens at the start of every answer that are left out, ≥ 0: the first ones carry grammar, not facts.
 
     Raises:
-        ValueError: If ``skip`` is negative.
+        ConfigError: If ``skip`` is negative.
     """
 
+    unit = "nats per token"
     formula = "token mean of CE(sg softmax(z with z_label = −∞), z), without the first `skip` tokens"
     paper = "Yang 2025, arXiv 2503.01224"
 
     def __init__(self, skip: int = 1) -> None:
         super().__init__()
-        self.skip = whole(self, "skip", skip)
+        self.skip = check_integer(self, "skip", skip)
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the cross-entropy over the tokens that are not skipped, nats."""
-        kept = self._kept(tokens)
-        chosen = tokens._replace(**{name: getattr(tokens, name)[kept] for name in ("hidden", "labels", "sequence")})
-        return Average(lm.map_logits(ceu, chosen, chosen.labels).sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the cross-entropy of each token, shape ``(N,)``, nats."""
+        return lm.map_logits(ceu, tokens, tokens.labels)
 
-    def count(self, tokens: SupervisedTokens) -> int:
-        """How many tokens are not skipped."""
-        return int(self._kept(tokens).sum())
-
-    def _kept(self, tokens: SupervisedTokens) -> torch.Tensor:
-        """Which tokens have ``skip`` tokens of their answer before them, shape ``(N,)``."""
-        place = torch.arange(len(tokens.labels), device=tokens.labels.device)  # an answer's tokens follow each other
-        first = place.new_full((tokens.num_sequences,), len(place)).scatter_reduce(0, tokens.sequence, place, "amin")
-        return place - first[tokens.sequence] >= self.skip
+    def select(self, index: TokenIndex) -> TokenIndex:
+        """Drop the first ``skip`` tokens of every answer; a short answer has none left."""
+        # An answer's tokens follow each other, but they need not be neighbours in the batch: labels may have gaps.
+        number = torch.arange(len(index.labels), device=index.labels.device)
+        start = number.new_full((index.num_sequences,), len(number))
+        start = start.scatter_reduce(0, index.sequence, number, "amin")
+        return index.keep(number - start[index.sequence] >= self.skip)

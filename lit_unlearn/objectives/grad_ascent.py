@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Objective, TokenModel
+from lit_unlearn.objectives.base import Objective, TokenModel
 
 
 class GradAscent(Objective):
@@ -12,9 +14,10 @@ class GradAscent(Objective):
     Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", 2024 (arXiv 2401.06121).
     """
 
+    unit = "nats per token"
     formula = "token mean of log p"
     paper = "Maini et al. 2024, arXiv 2401.06121"
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of log p(label) over the ``N`` tokens."""
-        return Average(lm.token_logp(tokens).sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute log p(label) of each token, shape ``(N,)``, nats."""
+        return lm.token_logp(tokens)

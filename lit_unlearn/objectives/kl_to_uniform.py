@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import get_args
 
+from torch import Tensor
+
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.functional import Direction, kl_to_uniform
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Objective, TokenModel
+from lit_unlearn.objectives.base import Objective, TokenModel
 
 
 class KLToUniform(Objective):
@@ -20,19 +23,23 @@ class KLToUniform(Objective):
             log V − H(p), whose gradient vanishes where the model is certain.
 
     Raises:
-        ValueError: If ``direction`` is another word.
+        ConfigError: If ``direction`` is neither.
     """
 
+    unit = "nats per token"
     formula = "token mean of KL(U‖p), or of KL(p‖U)"
     paper = "Yuan et al. 2025, arXiv 2410.08109"
 
     def __init__(self, direction: Direction = "uniform_to_model") -> None:
         super().__init__()
         if direction not in get_args(Direction):
-            raise ValueError(f"KLToUniform: `direction` must be one of {get_args(Direction)}, not {direction!r}.")
+            raise ConfigError(
+                f"KLToUniform: `direction` must be one of {get_args(Direction)}, not {direction!r}.",
+                owner=self,
+                argument="direction",
+            )
         self.direction = direction
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the divergence over the ``N`` tokens, nats."""
-        divergence = lm.map_logits(partial(kl_to_uniform, direction=self.direction), tokens)
-        return Average(divergence.sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the divergence for each token, shape ``(N,)``, nats."""
+        return lm.map_logits(partial(kl_to_uniform, direction=self.direction), tokens)

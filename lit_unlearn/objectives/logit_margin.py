@@ -1,11 +1,15 @@
-"""The logit margin, the forgetting loss of the constrained method."""
+"""The logit margin, the forgetting loss of constrained entropic unlearning."""
 
 from __future__ import annotations
 
 from typing import get_args
 
+from torch import Tensor
+
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import Alignment, SupervisedTokens
-from lit_unlearn.objectives.base import Average, Objective, TokenModel, checked
+from lit_unlearn.objectives.base import Objective, TokenModel
+from lit_unlearn.utils.validation import check_number
 
 
 class LogitMargin(Objective):
@@ -21,7 +25,7 @@ class LogitMargin(Objective):
             answer tokens' own positions, as the authors' public code does: only for comparison with it.
 
     Raises:
-        ValueError: If ``power`` or ``alignment`` is out of range.
+        ConfigError: If ``power`` or ``alignment`` is out of range.
     """
 
     formula = "token mean of (max z − mean z)^power"
@@ -29,11 +33,16 @@ class LogitMargin(Objective):
 
     def __init__(self, power: float = 2.0, alignment: Alignment = "next_token") -> None:
         super().__init__()
-        self.power = checked(self, "power", power, above=0)
         if alignment not in get_args(Alignment):
-            raise ValueError(f"LogitMargin: `alignment` must be 'next_token' or 'label', not {alignment!r}.")
+            raise ConfigError(
+                f"LogitMargin: `alignment` must be one of {get_args(Alignment)}, not {alignment!r}.",
+                owner=self,
+                argument="alignment",
+            )
+        self.power = check_number(self, "power", power, above=0)
         self.alignment = alignment
+        self.unit = f"logit margin^{power:g} per token"
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of margin^power over the ``N`` tokens."""
-        return Average(lm.logit_margin(tokens).pow(self.power).sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute margin^power of each token, shape ``(N,)``."""
+        return lm.logit_margin(tokens).pow(self.power)

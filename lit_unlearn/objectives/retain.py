@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_unlearn.errors import BatchError
 from lit_unlearn.functional import activation_distance, jensen_shannon, kl
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, whole
+from lit_unlearn.objectives.base import Need, Objective, TokenModel, get_layer_output
+from lit_unlearn.utils.validation import check_integer
 
 
 class NLL(Objective):
-    """Negative log-likelihood of the answers: nats per supervised token, the retention loss of the paper."""
+    """Negative log-likelihood of the answers: nats per supervised token, the usual retention loss."""
 
+    unit = "nats per token"
     formula = "token mean of −log p"
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of −log p(label) over the ``N`` tokens."""
-        return Average(-lm.token_logp(tokens).sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute −log p(label) of each token, shape ``(N,)``, nats."""
+        return -lm.token_logp(tokens)
 
 
 class KLToReference(Objective):
@@ -26,12 +29,12 @@ class KLToReference(Objective):
     """
 
     needs = frozenset[Need]({"reference"})
+    unit = "nats per token"
     formula = "token mean of KL(p_ref‖p)"
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the divergence over the ``N`` tokens, nats."""
-        divergence = lm.map_logit_pairs(_kl_from_reference, tokens)
-        return Average(divergence.sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the divergence for each token, shape ``(N,)``, nats."""
+        return lm.map_logit_pairs(_kl_from_reference, tokens)
 
 
 class JensenShannonToReference(Objective):
@@ -41,57 +44,51 @@ class JensenShannonToReference(Objective):
     """
 
     needs = frozenset[Need]({"reference"})
+    unit = "nats per token"
     formula = "token mean of JSD(p_ref‖p)"
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the divergence over the ``N`` tokens, nats."""
-        return Average(lm.map_logit_pairs(jensen_shannon, tokens).sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the divergence for each token, shape ``(N,)``, nats."""
+        return lm.map_logit_pairs(jensen_shannon, tokens)
 
 
 class ActivationMatch(Objective):
     """Mean squared difference of a layer's output from the reference model's: the retention loss of `RMU`.
 
     Li et al., "The WMDP Benchmark", ICML 2024 (arXiv 2403.03218). Its epsilon is absolute, in squares of the
-    activations' own unit.
+    activations' unit.
 
     Args:
-        layer: Which transformer block's output, from 0; not the last one's, which ends in the final norm.
+        layer: Transformer block whose output is read, from 0; not the last one's, which ends in the final norm.
 
     Raises:
-        ValueError: If ``layer`` is negative.
+        ConfigError: If ``layer`` is negative.
     """
 
-    needs = frozenset[Need]({"reference", "activations"})
+    needs = frozenset[Need]({"reference"})
+    unit = "squared activation per component"
     formula = "token mean of ‖h_layer − h_layer,ref‖²/D"
 
     def __init__(self, layer: int = 7) -> None:
         super().__init__()
-        self.layer = whole(self, "layer", layer)
+        self.layer = check_integer(self, "layer", layer)
 
     @property
     def layers(self) -> frozenset[int]:
-        """The one layer."""
+        """The layer whose output is compared."""
         return frozenset({self.layer})
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the distance over the ``N`` tokens."""
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the distance for each token, shape ``(N,)``.
+
+        Raises:
+            BatchError: If the reference model did not run on the batch, or the layer's output was not kept.
+        """
         if tokens.reference is None:
-            raise ValueError("ActivationMatch: the reference model did not run on these tokens.")
-        states, target = (layer_output(t, self.layer) for t in (tokens, tokens.reference))
-        return Average(activation_distance(states, target).sum(), self.count(tokens))
-
-
-def layer_output(tokens: SupervisedTokens, layer: int) -> Tensor:
-    """What a layer put out for each token, shape ``(N, D)``.
-
-    Raises:
-        ValueError: If it was not kept.
-    """
-    if tokens.activations is None or layer not in tokens.activations:
-        raise ValueError(
-            f'the output of layer {layer} was not kept: the objective must need "activations" and name it in `layers`.'
+            raise BatchError("ActivationMatch: the reference model did not run on these tokens (`reference=True`).")
+        return activation_distance(
+            get_layer_output(tokens, self.layer), get_layer_output(tokens.reference, self.layer)
         )
-    return tokens.activations[layer]
 
 
 def _kl_from_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:

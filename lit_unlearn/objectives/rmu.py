@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lit_unlearn.functional import activation_distance
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked, whole
-from lit_unlearn.objectives.retain import layer_output
+from lit_unlearn.objectives.base import Objective, TokenModel, get_layer_output
+from lit_unlearn.utils.validation import check_integer, check_number
 
 
 class RMU(Objective):
@@ -17,32 +18,34 @@ class RMU(Objective):
 
     Args:
         coefficient: Length c > 0 of the vector that the output is drawn to.
-        layer: Which transformer block's output, from 0; not the last one's, which ends in the final norm.
+        layer: Transformer block whose output is read, from 0; not the last one's, which ends in the final norm.
         seed: Of the direction, which is uniform on the positive side, as in the authors' code.
 
     Raises:
-        ValueError: If a number is out of range.
+        ConfigError: If a number is out of range.
     """
 
-    needs = frozenset[Need]({"activations"})
+    unit = "squared activation per component"
     formula = "token mean of ‖h_layer − c·u‖²/D, u a fixed random unit vector"
     paper = "Li et al. 2024, arXiv 2403.03218"
 
     def __init__(self, coefficient: float = 2.0, layer: int = 7, seed: int = 0) -> None:
         super().__init__()
-        self.coefficient = checked(self, "coefficient", coefficient, above=0)
-        self.layer = whole(self, "layer", layer)
+        self.coefficient = check_number(self, "coefficient", coefficient, above=0)
+        self.layer = check_integer(self, "layer", layer)
         self.seed = seed
 
     @property
     def layers(self) -> frozenset[int]:
-        """The one layer."""
+        """The layer whose output is drawn away."""
         return frozenset({self.layer})
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the distance over the ``N`` tokens."""
-        states = layer_output(tokens, self.layer)
-        draw = torch.Generator().manual_seed(self.seed)  # the same on every process and after every resume
-        direction = torch.rand(states.shape[-1], generator=draw, dtype=torch.float32)
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the distance for each token, shape ``(N,)``."""
+        states = get_layer_output(tokens, self.layer)
+        # Drawn anew in every pass from its own generator: the same on every process and after every resume, without a
+        # buffer that checkpoints would have to carry.
+        generator = torch.Generator().manual_seed(self.seed)
+        direction = torch.rand(states.shape[-1], generator=generator, dtype=torch.float32)
         target = self.coefficient * direction / direction.norm()
-        return Average(activation_distance(states, target.to(states)).sum(), self.count(tokens))
+        return activation_distance(states, target.to(states))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from lit_unlearn.functional import undial
 from lit_unlearn.models import SupervisedTokens
-from lit_unlearn.objectives.base import Average, Need, Objective, TokenModel, checked
+from lit_unlearn.objectives.base import Need, Objective, TokenModel
+from lit_unlearn.utils.validation import check_number
 
 
 class UNDIAL(Objective):
@@ -16,21 +19,21 @@ class UNDIAL(Objective):
     2025 (arXiv 2402.10052).
 
     Args:
-        beta: By how much the label's logit is lowered, ≥ 0.
+        beta: Amount by which the label's logit is lowered, ≥ 0.
 
     Raises:
-        ValueError: If ``beta`` is negative or not finite.
+        ConfigError: If ``beta`` is negative or not finite.
     """
 
     needs = frozenset[Need]({"reference"})
+    unit = "nats per token"
     formula = "token mean of CE(softmax(z_ref − β·1[label]), z)"
     paper = "Dong et al. 2025, arXiv 2402.10052"
 
     def __init__(self, beta: float = 10.0) -> None:
         super().__init__()
-        self.beta = checked(self, "beta", beta, least=0)
+        self.beta = check_number(self, "beta", beta, at_least=0)
 
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-        """Sum of the cross-entropy over the ``N`` tokens, nats."""
-        loss = lm.map_logit_pairs(partial(undial, beta=self.beta), tokens, tokens.labels)
-        return Average(loss.sum(), self.count(tokens))
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the cross-entropy of each token, shape ``(N,)``, nats."""
+        return lm.map_logit_pairs(partial(undial, beta=self.beta), tokens, tokens.labels)
