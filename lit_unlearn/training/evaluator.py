@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
-from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Objective
+from lit_unlearn.training.evaluate import prepare_benchmark, run_benchmark
 from lit_unlearn.training.forward_plan import Pass, Term, plan_passes
-from lit_unlearn.utils.io import write_json
-
-_TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
 
 Value = TypeVar("Value")
 Consumer = Callable[[LanguageModel, SupervisedTokens], Value]
@@ -46,22 +40,32 @@ class LitMeasured(L.LightningModule):
     Args:
         lm: The model.
         suite: What is measured on which stream.
-        suite_every_n_epochs: Epochs between two runs of the suite's benchmark in a fit; ``None`` for none.
+        benchmark: Run at a test, and during a fit; ``None`` for none.
+        benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit; ``None`` for none.
 
     Raises:
-        ValueError: If there is a number of epochs below 1, or one without a benchmark.
+        ConfigError: If there is a number of epochs below 1, or one without a benchmark.
     """
 
-    def __init__(self, lm: LanguageModel, suite: Suite, suite_every_n_epochs: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        suite: Suite,
+        benchmark: Benchmark | None = None,
+        benchmark_every_n_epochs: int | None = None,
+    ) -> None:
         super().__init__()
-        if suite_every_n_epochs is not None and (suite_every_n_epochs < 1 or not isinstance(suite, Benchmark)):
-            raise ValueError(
-                f"`model.suite_every_n_epochs` ({suite_every_n_epochs}) must be at least 1 and goes with a `model.suite` that has "
-                f"a benchmark, such as TOFUBenchmark, not {type(suite).__name__}; null for none during the fit."
+        if benchmark_every_n_epochs is not None and (benchmark_every_n_epochs < 1 or benchmark is None):
+            raise ConfigError(
+                f"`benchmark_every_n_epochs` ({benchmark_every_n_epochs}) must be at least 1 and goes with a `benchmark`; null "
+                "for none during the fit.",
+                owner=self,
+                argument="benchmark_every_n_epochs",
             )
         self.lm = lm
         self.suite = suite
-        self.suite_every_n_epochs = suite_every_n_epochs
+        self.benchmark = benchmark
+        self.benchmark_every_n_epochs = benchmark_every_n_epochs
         self._answers = NLL()  # reads what suites read
         self._measured: Measurement | None = None
 
@@ -74,21 +78,13 @@ class LitMeasured(L.LightningModule):
             ValueError: If the model will be sharded, with which no answers can be generated.
         """
         self._measured = None
-        if isinstance(self.suite, Benchmark) and (stage == "test" or (stage == "fit" and self.suite_every_n_epochs)):
-            if isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise ValueError(
-                    f"{type(self.suite).__name__} generates answers, which a sharded model cannot: leave out "
-                    "`model.suite_every_n_epochs`, and run `lit-unlearn test` on the exported model."
-                )
-            self.suite.prepare(self.lm.tokenizer)
+        is_run = stage == "test" or (stage == "fit" and self.benchmark_every_n_epochs is not None)
+        if self.benchmark is not None and is_run:
+            prepare_benchmark(self, self.benchmark, self.lm)
 
     def configure_model(self) -> None:
         """Loads the model in the dtype that the Trainer's precision calls for."""
-        if not self.lm.is_loaded:
-            precision = "32-true" if self._trainer is None else self.trainer.precision
-            # Mixed precision keeps float32 weights; the strategy moves them to its device.
-            self.lm.load(_TRUE_PRECISION.get(str(precision), torch.float32), device="cpu")
-            rank_zero_info(f"model: {_describe(self.lm)}")
+        load_for_trainer(self.lm, self._trainer)
         self._prepare_reference()
         self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
 
@@ -99,20 +95,12 @@ class LitMeasured(L.LightningModule):
         """Checks that the checkpoint has all weights that it must have.
 
         Raises:
-            KeyError: If some are missing.
+            CheckpointError: If some are missing.
         """
-        if "state_dict" in checkpoint:  # which sharding strategies load by themselves
-            missing = self._saved_names() - checkpoint["state_dict"].keys()
-            if missing:
-                raise KeyError(
-                    f"the checkpoint lacks {len(missing)} of the {'adapter' if self.lm.has_adapter else 'model'}'s tensors, such "
-                    f"as '{min(missing)}': it was made with another `model.lm`. Give the same, or start a new run."
-                )
+        check_tensors(checkpoint, self, self.lm)
 
     def _saved_names(self) -> set[str]:
-        if self.lm.has_adapter:
-            return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name for name in self.state_dict() if not name.startswith("lm.frozen.")}
+        return saved_tensor_names(self, self.lm)
 
     # Measuring -------------------------------------------------------------------------------------------------------
 
@@ -153,41 +141,18 @@ class LitMeasured(L.LightningModule):
             if self.trainer.limit_val_batches == 1.0:  # else it is a part that was measured
                 self._keep(values)
             self._log_results("val", values)
-            every = self.suite_every_n_epochs
-            if self.trainer.state.fn == "fit" and every and (self.current_epoch + 1) % every == 0:
-                self._benchmark("val")
+            every = self.benchmark_every_n_epochs
+            is_due = self.trainer.state.fn == "fit" and every is not None and (self.current_epoch + 1) % every == 0
+            if self.benchmark is not None and is_due:
+                run_benchmark(self, self.benchmark, self.lm, "val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the values over the whole test set, and runs the benchmark, if the suite has one."""
+        """Logs the values over the whole test set, and runs the benchmark, if there is one."""
         values = self._results()
         if values:
             self._log_results("test", values)
-        if isinstance(self.suite, Benchmark):
-            self._benchmark("test")
-
-    @torch.no_grad()
-    def _benchmark(self, stage: str) -> None:
-        """Runs the benchmark: a JSON file, logged values and, at a test, a table."""
-        suite = cast(Benchmark, self.suite)
-        file = self._results_file(
-            f"{suite.name}.json" if stage == "test" else f"{suite.name}-step={self.global_step}.json"
-        )
-        started = time.monotonic()
-        with self.trainer.precision_plugin.val_step_context():
-            found = suite.run(self.lm, file.with_suffix(".partial") if stage == "test" else None)
-        if self.trainer.is_global_zero:
-            write_json(file, found)
-            shutil.rmtree(file.with_suffix(".partial"), ignore_errors=True)
-            if stage == "test":
-                print(results_table([found], [str(self.lm.name)]))
-        for name, reason in found["missing"].items() if stage == "test" else ():
-            rank_zero_info(f"{name} is missing: {reason}")
-        rank_zero_info(f"results: {file} ({suite.name}, {time.monotonic() - started:.0f} s)")
-        values = {name: value for name, value in found["aggregate"].items() if value is not None}
-        self.log_dict({f"{stage}/{suite.name}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-    def _results_file(self, name: str) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / name  # asks the first process
+        if self.benchmark is not None:
+            run_benchmark(self, self.benchmark, self.lm, "test")
 
     def _log_results(self, stage: str, values: dict[str, float]) -> None:
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
@@ -253,14 +218,3 @@ class LitMeasured(L.LightningModule):
 
 def _apply(lm: LanguageModel, consumers: Sequence[Consumer[Value]], *tokens: SupervisedTokens) -> list[Value]:
     return [consume(lm, own) for consume, own in zip(consumers, tokens, strict=True)]
-
-
-def _describe(lm: LanguageModel) -> str:
-    trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
-    rows = "" if lm.packs else ", padded rows, because it lets sequences that share a row see each other"
-    dtypes = ", ".join(sorted({str(parameter.dtype)[6:] for parameter in trainable}))
-    model: Any = lm.model
-    kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
-    count, total = (sum(p.numel() for p in parameters) for parameters in (trainable, model.parameters()))
-    return f"{kind}, {count:,} trainable parameters of {total:,}, {dtypes}, {head}{rows}"

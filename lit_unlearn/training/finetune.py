@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.models import Batch, LanguageModel
 from lit_unlearn.objectives import NLL
@@ -26,7 +27,8 @@ class LitFinetune(LitLanguageModel):
         micro_batch_size: As for `LitUnlearn`.
         gradient_clip_val: As for `LitUnlearn`.
         seed: Of dropout.
-        suite_every_n_epochs: As for `LitUnlearn`.
+        benchmark: As for `LitUnlearn`.
+        benchmark_every_n_epochs: As for `LitUnlearn`.
     """
 
     def __init__(
@@ -38,10 +40,20 @@ class LitFinetune(LitLanguageModel):
         micro_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
         seed: int = 0,
-        suite_every_n_epochs: int | None = None,
+        benchmark: Benchmark | None = None,
+        benchmark_every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
-            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, "joint", suite_every_n_epochs
+            lm,
+            optimizer,
+            scheduler,
+            suite,
+            micro_batch_size,
+            gradient_clip_val,
+            seed,
+            "joint",
+            benchmark,
+            benchmark_every_n_epochs,
         )
         self._nll = NLL()
 

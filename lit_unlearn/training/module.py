@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 from lit_unlearn.models import Batch, LanguageModel
 from lit_unlearn.training.evaluator import LitMeasured
@@ -50,9 +51,10 @@ class LitLanguageModel(LitMeasured):
         gradient_clip_val: float | None,
         seed: int,
         passes: Order,
-        suite_every_n_epochs: int | None,
+        benchmark: Benchmark | None,
+        benchmark_every_n_epochs: int | None,
     ) -> None:
-        super().__init__(lm, AnswerSuite() if suite is None else suite, suite_every_n_epochs)
+        super().__init__(lm, AnswerSuite() if suite is None else suite, benchmark, benchmark_every_n_epochs)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
                 f"`model.micro_batch_size` must be at least 1, or null for one part; got {micro_batch_size}."

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_unlearn.dual import Constraint
+from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.metrics import ConstraintSlack
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
@@ -38,8 +39,7 @@ class LitUnlearn(LitReferring):
         constraints: The bounds, by name; logs call them ``constraint/<name>`` and ``multiplier/<name>``.
         optimizer: Builds the primal optimizer from the trainable parameters.
         scheduler: A `Schedule`, or a callable from optimizer to scheduler, stepped once per optimizer step.
-        suite: What validation and test measure; ``None`` for an `AnswerSuite`. One with a benchmark, such as
-            `TOFUBenchmark`, runs it at a test.
+        suite: What validation and test measure; ``None`` for an `AnswerSuite`.
         forget_weight: Factor of the forgetting objective, > 0.
         micro_batch_size: Rows per pass through the model, on average: the passes have about as many tokens. Smaller
             saves memory and gives the same gradients. ``None``: all.
@@ -52,8 +52,9 @@ class LitUnlearn(LitReferring):
         passes: ``"joint"``: rows of all streams go through the model together, which spares a second gradient of the
             embeddings; where they cannot be packed, as ``"sequential"``: one stream after the other, with the graph of
             one alive. The gradients are the same.
-        suite_every_n_epochs: Epochs between two runs of the suite's benchmark, with the validation at their end; its
-            values are logged as ``val/<suite>/<value>``. ``None`` for none before the test.
+        benchmark: Run at a test, and every ``benchmark_every_n_epochs``; ``None`` for none.
+        benchmark_every_n_epochs: Epochs between two runs of the benchmark, after the validation; its values are logged
+            as ``val/<benchmark>/<value>``. ``None`` for none before the test.
 
     Raises:
         ValueError: If there is no constraint or a number is out of range.
@@ -73,10 +74,20 @@ class LitUnlearn(LitReferring):
         seed: int = 0,
         keep: Literal["best", "last"] = "best",
         passes: Order = "joint",
-        suite_every_n_epochs: int | None = None,
+        benchmark: Benchmark | None = None,
+        benchmark_every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
-            lm, optimizer, scheduler, suite, micro_batch_size, gradient_clip_val, seed, passes, suite_every_n_epochs
+            lm,
+            optimizer,
+            scheduler,
+            suite,
+            micro_batch_size,
+            gradient_clip_val,
+            seed,
+            passes,
+            benchmark,
+            benchmark_every_n_epochs,
         )
         if not constraints:
             raise ValueError(

@@ -192,7 +192,7 @@ def test_results_without_rows_to_compare_are_said_to_gain_nothing(write: Any, ca
 def test_results_of_other_suites_or_forget_rows_are_refused(retain: bool, write: Any, capsys: Any) -> None:
     file = write("a.json")
     others = {
-        "suite: 'qa' here, 'tofu' there": write("suite.json", suite="qa"),
+        "benchmark: 'qa' here, 'tofu' there": write("suite.json", suite="qa"),
         "number of rows: 1 here, 20 there": write("rows.json", [0.5]),
         "questions and answers (another split?): 'forget01' here": write("texts.json", rows={"forget": "forget01"}),
     }
