@@ -94,8 +94,11 @@ class Results:
             )
         # Files written before a key existed lack it, and stay comparable; keys that are no longer known are dropped.
         values = {key: content[key] for key in cls.__dataclass_fields__ if key in content}
-        # Early files had null where a value was missing.
-        values["aggregate"] = {name: value for name, value in content["aggregate"].items() if value is not None}
+        # Early files had null among the values, where one was missing.
+        aggregate = content["aggregate"]
+        absent = {name: "it has no value" for name, value in aggregate.items() if value is None}
+        values["aggregate"] = {name: value for name, value in aggregate.items() if name not in absent}
+        values["missing"] = {**absent, **content.get("missing", {})}
         return cls(benchmark=content["suite"], **values)
 
     def to_dict(self) -> Values:

@@ -152,9 +152,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(dtype, adapter, tmp_path):
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused():
-    with pytest.raises(
-        ValueError, match=r"adapter cannot be merged .*`relearn`.*`bits`"
-    ):
+    with pytest.raises(ValueError, match=r"adapter cannot be merged .*`relearn`.*`bits`"):
         copy_model(build(adapter={"peft_type": "LILY"}))
 
 
@@ -224,9 +222,7 @@ def test_dropout_and_random_numbers_are_left_alone(tokenizer_dir):
 
 def test_divergence_is_an_error(tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, 0), torch.float32)
-    with pytest.raises(
-        ValueError, match=r"NLL is nan at step \d+; lower `lr` \(1e\+30"
-    ):
+    with pytest.raises(ValueError, match=r"NLL is nan at step \d+; lower `lr` \(1e\+30"):
         relearn(lm, encoded(lm), Relearn(5, 5, 1e30), 8192)
 
 

@@ -120,7 +120,11 @@ def test_a_model_that_says_nothing(files, tokenizer_dir):
     assert found["aggregate"]["forget/empty"] == 1.0
     assert "forget/fluency_nll" in found["missing"]
     assert all(math.isfinite(row["nll"]) for row in rows)
-    line = next(line for line in results_table([Results.from_dict(found)], ["mute"]).splitlines() if line.startswith("forget/fluency_nll"))
+    line = next(
+        line
+        for line in results_table([Results.from_dict(found)], ["mute"]).splitlines()
+        if line.startswith("forget/fluency_nll")
+    )
     assert line.split() == ["forget/fluency_nll", "–"]
 
 

@@ -128,5 +128,5 @@ def test_wrong_columns_are_named(folder: Path, lm: LanguageModel) -> None:
         ValueError, match=r"row 0 of MUSE's forget set has no text in 'gt'.*columns are \['prompt', 'text'\]"
     ):
         suite(folder).run(lm).to_dict()
-    with pytest.raises(ValueError, match="`corpus`.*Tales"):
+    with pytest.raises(ValueError, match=r"`corpus`.*Tales"):
         MUSEBenchmark("Tales", str(folder))  # type: ignore[arg-type]

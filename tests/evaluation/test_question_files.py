@@ -126,7 +126,7 @@ def test_missing_and_empty_files(tmp_path, tokenizer):
 
 def test_settings_out_of_range(tmp_path):
     files = write_qa(tmp_path)
-    with pytest.raises(ValueError, match="`token_budget`.*0"):
+    with pytest.raises(ValueError, match=r"`token_budget`.*0"):
         QABenchmark(**files, token_budget=0)
 
 

@@ -88,7 +88,9 @@ def by_hand(stress: str, lm: LanguageModel, suite: QABenchmark) -> LanguageModel
     other = copy_model(lm)
     if stress == "relearn":
         streams = suite.prepare(lm.tokenizer)
-        relearn(other, [streams["forget"].examples[i].sequences["answer"][0] for i in CHOSEN], ATTACK, suite.token_budget)
+        relearn(
+            other, [streams["forget"].examples[i].sequences["answer"][0] for i in CHOSEN], ATTACK, suite.token_budget
+        )
     elif stress.endswith("bit"):
         round_weights(other.model, int(stress[0]))
     return other
@@ -176,7 +178,11 @@ def test_an_adapter_is_merged(lm, files, tokenizer_dir, tmp_path):
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     results = StressBenchmark(inner(files), **STRESSES).run(adapted).to_dict()
-    exported = StressBenchmark(inner(files), **STRESSES).run(loaded(str(adapted.save(tmp_path / "out")), torch.float32)).to_dict()
+    exported = (
+        StressBenchmark(inner(files), **STRESSES)
+        .run(loaded(str(adapted.save(tmp_path / "out")), torch.float32))
+        .to_dict()
+    )
     for stress in NAMES[:3]:
         assert under(results, stress) == under(exported, stress)
     for name in ("forget/nll", "paraphrased/forget/nll"):
@@ -321,7 +327,7 @@ def test_refused_at_once(settings, message, files):
 
 def test_bitsandbytes_is_asked_for(files, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="`backend` .*pip install bitsandbytes"):
+    with pytest.raises(ValueError, match=r"`backend` .*pip install bitsandbytes"):
         StressBenchmark(inner(files), bits=[4], backend="bitsandbytes")
 
 
@@ -329,13 +335,11 @@ def test_refused_before_anything_is_measured(lm, files, tmp_path):
     with pytest.raises(ValueError, match=r"`relearn.rows`.* 6.* 5 "):
         StressBenchmark(inner(files), Relearn(6, 1, 1.0)).prepare(lm.tokenizer)
     plain = write(tmp_path / "plain.jsonl", FORGET)
-    with pytest.raises(ValueError, match="'paraphrased_question'.*`paraphrased`"):
+    with pytest.raises(ValueError, match=r"'paraphrased_question'.*`paraphrased`"):
         StressBenchmark(inner({**files, "forget": plain}), paraphrased=True).prepare(lm.tokenizer)
     lm.model.is_quantized = True
     for settings in ({"bits": [4]}, {"relearn": ATTACK}):
-        with pytest.raises(
-            ValueError, match="quantised.*`relearn`.*`bits`"
-        ):
+        with pytest.raises(ValueError, match=r"quantised.*`relearn`.*`bits`"):
             StressBenchmark(inner(files), **settings).run(lm).to_dict()
     assert "paraphrased/forget/nll" in StressBenchmark(inner(files), paraphrased=True).run(lm).to_dict()["aggregate"]
 
@@ -389,7 +393,9 @@ def measured(model: str, files: dict[str, str], folder: Path) -> Results:
             for parameter in drifting.parameters():
                 parameter *= 1 + 1e-6
     apart = gather_objects(fingerprint(drifting.model))
-    relearn(drifting, [suite.benchmark.prepare(lm.tokenizer)["forget"].examples[0].sequences["answer"][0]], ATTACK, 8192)
+    relearn(
+        drifting, [suite.benchmark.prepare(lm.tokenizer)["forget"].examples[0].sequences["answer"][0]], ATTACK, 8192
+    )
     return {"results": results, "keys": keys, "apart": apart, "together": gather_objects(fingerprint(drifting.model))}
 
 

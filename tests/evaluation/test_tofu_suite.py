@@ -119,7 +119,9 @@ def test_all_real_rows_are_taken_without_a_warning(tokenizer):
     sizes = {name: len(stream.examples) for name, stream in streams.items()}
     assert sizes == {"forget": 200, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert {stream.max_new_tokens for stream in streams.values()} == {200}
-    assert not any(row.is_cut for stream in streams.values() for one in stream.examples for row in one.sequences["answer"])
+    assert not any(
+        row.is_cut for stream in streams.values() for one in stream.examples for row in one.sequences["answer"]
+    )
 
 
 def test_forget_quality_against_itself_and_with_a_holdout_set(folder, tmp_path, tokenizer_dir):
@@ -205,7 +207,9 @@ def test_an_unknown_split(split, folder):
 
 def test_the_hub_is_asked_for_every_set_by_name():
     suite = TOFUBenchmark("forget05", max_rows=9)
-    assert {name: (one.source.path, one.source.name, one.source.max_rows) for name, one in suite.questions.sets.items()} == {
+    assert {
+        name: (one.source.path, one.source.name, one.source.max_rows) for name, one in suite.questions.sets.items()
+    } == {
         "forget": ("locuslab/TOFU", "forget05_perturbed", None),
         "retain": ("locuslab/TOFU", "retain_perturbed", 9),
         "real_authors": ("locuslab/TOFU", "real_authors_perturbed", 9),

@@ -101,7 +101,9 @@ def _note(written: list[str], write: Any, path: Path, content: Any) -> None:
 def _unlearner(model: str, suite: QABenchmark) -> LitUnlearn:
     constraints = {"nll": Constraint(NLL(), 0.5, FixedMultiplier(1.0))}
     optimizer = partial(torch.optim.SGD, lr=0.05)
-    return LitUnlearn(LanguageModel(model), LogitMargin(), constraints, optimizer, benchmark=suite, benchmark_every_n_epochs=1)
+    return LitUnlearn(
+        LanguageModel(model), LogitMargin(), constraints, optimizer, benchmark=suite, benchmark_every_n_epochs=1
+    )
 
 
 def _data(files: dict[str, str]) -> ForgetRetain:
