@@ -144,7 +144,9 @@ def _data(data: Any) -> dict[str, Any] | None:
         "seed": data.seed,
         "batch_size": data.batch_size,
         "retain_batch_size": data.retain_batch_size,
-        "sets": {name: {"source": data.sources[name].describe(), **_contents(rows)} for name, rows in data.examples.items()},
+        "sets": {
+            name: {"source": data.sources[name].describe(), **_contents(rows)} for name, rows in data.examples.items()
+        },
     }
 
 
