@@ -33,7 +33,7 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
     Args:
         name: Hub name or local directory; a hub name passes.
         use_safetensors: Whether other weight files do not count.
-        owner: Whose argument it is, for the error.
+        owner: The object whose argument it is, for the error.
         argument: Name of that argument.
 
     Raises:
@@ -107,11 +107,7 @@ def _reading_pretrained(what: str, name: str, remedy: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or a local directory.
-
-    Args:
-        name: Hub name or local directory.
-        settings: For ``AutoTokenizer.from_pretrained``.
+    """Load the tokenizer of a hub name or a local directory; ``settings`` are for ``AutoTokenizer.from_pretrained``.
 
     Raises:
         MissingFileError: If there is none.
@@ -135,13 +131,7 @@ def build_from_config(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    """Build a model with random weights, which the global seed decides.
-
-    Args:
-        fields: ``model_type`` and the fields of its config.
-        tokenizer: Gives ``vocab_size`` and the special token ids where ``fields`` does not; ``None`` for the type's own.
-        dtype: Of the parameters.
-        attn_implementation: Passed to transformers; ``None`` for its default.
+    """Build a model with random weights, which the global seed decides; arguments as for `LanguageModel`.
 
     Raises:
         ModelError: If transformers has no such type, or refuses its fields.
@@ -168,7 +158,7 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
     Args:
         name: Hub name or local directory.
         use_safetensors: Whether to insist on safetensors.
-        settings: For ``AutoModelForCausalLM.from_pretrained``.
+        **settings: For ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         MissingFileError: If there is no such model.
@@ -183,9 +173,11 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
     with _reading_pretrained("the model", name, remedy), hide_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            use_safetensors=use_safetensors or None,  # False would refuse safetensors
+            # None takes safetensors where there are any, which False would refuse.
+            use_safetensors=use_safetensors or None,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, with their shapes
+            # They are refused below, with their shapes; transformers would only log them.
+            ignore_mismatched_sizes=True,
             **settings,
         )
     model, info = loaded
@@ -224,23 +216,20 @@ def _check_architecture(name: str, **settings: Any) -> None:
 def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:
     """Return ``commit`` and ``weights`` (sha256 by file name) of a model that was loaded; reads the files completely.
 
-    Args:
-        name: Hub name or local directory; ``None`` for a model that came from neither.
-        revision: Branch, tag or commit on the hub.
-        use_safetensors: Whether other weight files were not read.
+    Both are empty for a model that came from neither a directory nor the hub, and after the hub's cache was emptied.
     """
     from huggingface_hub import try_to_load_from_cache
 
     if name is None:
         return {"commit": None, "weights": {}}
-
     folder, commit = Path(name), None
     if not folder.is_dir():
         config = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(config, str):  # a cache that was emptied after loading
+        if not isinstance(config, str):
             return {"commit": None, "weights": {}}
+        # The hub's cache names the folder of each snapshot by its commit.
         folder = Path(config).parent
-        commit = folder.name  # the hub's cache calls each snapshot by its commit
+        commit = folder.name
 
     # transformers reads safetensors where there are any, whatever else lies beside them.
     files = sorted(folder.glob("*.safetensors"))
@@ -254,7 +243,8 @@ def hide_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars over weights, which fill log files; the hub's over downloads stay."""
     from transformers.utils import logging
 
-    set_hook = getattr(logging, "set_tqdm_hook", None)  # transformers 5.0 does not have it yet
+    # transformers 5.0 does not have it yet.
+    set_hook = getattr(logging, "set_tqdm_hook", None)
     if set_hook is None:
         yield
         return
