@@ -342,7 +342,7 @@ class LanguageModel(nn.Module):
         generation.check_prompts(self, [], max_new_tokens)
         tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
         check_tokenizer(tokenizer)
-        check_template(template, "`template`")
+        check_template(template)
         prompts = []
         for question in questions:
             # A token may carry the last space of the prompt and the first letter of the answer, so an answer is needed to
