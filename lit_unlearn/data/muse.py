@@ -59,9 +59,12 @@ class MUSE(ForgetRetain):
         check_at_least(2, self, max_length=max_length)
         source = source.replace("{corpus}", corpus)
         with arguments_of(self):
-            sets = muse_source(source, "forget"), muse_source(source, retain_split, max_retain_rows)
+            forget_set = muse_source(source, "forget")
+            retain_set = muse_source(source, retain_split, max_retain_rows)
         super().__init__(
-            *sets,
+            # Not `*sets`: jsonargparse reads in this call which arguments are left for a configuration.
+            forget_set,
+            retain_set,
             # Passed here, these are no settings of this class on the command line.
             question_column=text_column,
             answer_column=text_column,
