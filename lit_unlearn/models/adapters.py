@@ -53,7 +53,7 @@ def adapter_config(fields: Mapping[str, Any], owner: object = None) -> PeftConfi
     for name, default in {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}.items():
         if name in field_names:
             values.setdefault(name, default)
-    with reading("the adapter config", dict(fields), "Check `adapter`."):
+    with reading("the adapter config", dict(fields), "Check `adapter`.", owner=owner, argument="adapter"):
         config: PeftConfig = config_class(**values)
     _check_config(config, owner)
     return config
@@ -94,7 +94,8 @@ def quantization_config(
     if adapter is None:
         message = f"`quantization` without `adapter`: {UNTRAINABLE}"
         raise ConfigError(message, owner=owner, argument="adapter")
-    with reading("the quantisation config", dict(fields), "Check `quantization`."):
+    remedy = "Check `quantization`."
+    with reading("the quantisation config", dict(fields), remedy, owner=owner, argument="quantization"):
         config = AutoQuantizationConfig.from_dict(dict(fields))
     # transformers ignores unknown fields.
     field_names = [*inspect.signature(type(config).__init__).parameters, "quant_method"]

@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, loaded on first use; ``None`` if the model came without one."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, **self.hub_settings)
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **self.hub_settings)
         return self._tokenizer
 
     @property
@@ -186,11 +186,12 @@ class LanguageModel(nn.Module):
 
         if self.config is not None:
             dtype = dtype or torch.float32
-            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation)
+            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation, owner=self)
         else:
             model = loading.load_pretrained(
                 str(self.name),
                 self._use_safetensors,
+                owner=self,
                 dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
                 attn_implementation=self._attn_implementation,
                 **self.hub_settings,
