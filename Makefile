@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 
 # The same on real TOFU rows, beside a retain-only model, and TOFU's benchmark on all three:
 # make tofu TOFU=<folder with forget01.json, forget01_perturbed.json, retain99.json, …>
-TOFU_TEST = $(BIN)/lit-unlearn test --config configs/eval/tofu.yaml --config configs/demo/tofu_eval.yaml --model.suite.source $(TOFU)
+TOFU_TEST = $(BIN)/lit-unlearn test --config configs/eval/tofu.yaml --config configs/demo/tofu_eval.yaml --model.benchmark.source $(TOFU)
 tofu: $(VENV)/.installed
 	$(BIN)/lit-unlearn tokenizer --config configs/demo/tofu_tokenizer.yaml --data.source $(TOFU)
 	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU)

@@ -17,6 +17,7 @@ from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
 from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark
 from lit_unlearn.evaluation.qa import QABenchmark as QABenchmark
+from lit_unlearn.evaluation.results import Results as Results
 from lit_unlearn.evaluation.stress import StressBenchmark as StressBenchmark
 from lit_unlearn.evaluation.suite import AnswerSuite as AnswerSuite
 from lit_unlearn.evaluation.suite import Suite as Suite

@@ -65,8 +65,8 @@ def collect(model_dir: str, folder: Path) -> dict[str, Any]:
 
 def _benchmark_arguments(rows: Path, folder: Path) -> list[str]:
     init = {"forget": str(rows), "retain": str(rows), "max_new_tokens": 2}
-    suite = json.dumps({"class_path": "QABenchmark", "init_args": init})
-    return [f"--model.suite={suite}", f"--model.results={folder}/results.json"]
+    benchmark = json.dumps({"class_path": "QABenchmark", "init_args": init})
+    return [f"--model.benchmark={benchmark}", f"--model.results={folder}/results.json"]
 
 
 _OUR_CHECKPOINT_KEYS = ("run", "constraints", "ForgetRetain", "FictionalAuthors")

@@ -58,9 +58,9 @@ def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
     for name, rows in TOFU.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         Path("tofu", f"{name.replace('forget01', 'forget10')}.json").write_text(lines, encoding="utf-8")
-    measure = ["--config=eval/tofu.yaml", f"--model.lm.model={model_dir}", "--model.suite.source=tofu"]
+    measure = ["--config=eval/tofu.yaml", f"--model.lm.model={model_dir}", "--model.benchmark.source=tofu"]
     cli.main(
-        ["test", *measure, "--model.suite.max_new_tokens=4", "--trainer.accelerator=cpu", "--model.results=a.json"]
+        ["test", *measure, "--model.benchmark.max_new_tokens=4", "--trainer.accelerator=cpu", "--model.results=a.json"]
     )
     for name in ("b", "retain_only", "target", "unlearned"):
         shutil.copy("a.json", f"{name}.json")
@@ -78,7 +78,7 @@ def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         elif words[0] == "fit":
             words += ["--trainer.max_epochs=1"]
         elif words[0] == "test":
-            words += ["--model.suite.max_new_tokens=4"]
+            words += ["--model.benchmark.max_new_tokens=4"]
         if "hardware" in command or "configs/tofu.yaml" in words:
             instantiate([word.replace("devices=8", "devices=1") for word in words], monkeypatch)
             return

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_unlearn.callbacks.report import RunReport
-from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.export.hub import obstacle, upload
 from lit_unlearn.export.record import RECORD, Record, benchmark, describe, with_outcome, write_record
 from lit_unlearn.models.loading import fingerprint
@@ -132,9 +131,11 @@ class ExportModel(Callback):
 
 
 def _benchmarks(folder: Path, step: int, module: LitLanguageModel) -> list[dict[str, Any]]:
-    """What the suite's benchmark measured on this very model, if it was run at this step."""
-    file = folder / f"{getattr(module.suite, 'name', None)}-step={step}.json"
-    if not (isinstance(module.suite, Benchmark) and file.is_file()):
+    """What the benchmark measured on this very model, if it was run at this step."""
+    if module.benchmark is None:
+        return []
+    file = folder / f"{module.benchmark.name}-step={step}.json"
+    if not file.is_file():
         return []
     found = benchmark(file)
     weights = fingerprint(cast(nn.Module, module.lm.model))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import DataError
-from lit_unlearn.evaluation.qa import against_retain
-from lit_unlearn.evaluation.results import Results, check_same_rows, differences, read_results, results_table
+from lit_unlearn.evaluation.questions import compare_with_retain
+from lit_unlearn.evaluation.results import Results, check_same_rows, list_differences, results_table
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import atomic_file
 
@@ -85,42 +86,38 @@ def shorten_names(files: Sequence[Path]) -> list[str]:
 
 
 def _read_comparable(files: Sequence[Path], retain: Path | None) -> list[Results]:
-    reference = read_results(retain or files[0])
+    reference = Results.read(retain or files[0])
     whose = "the first model" if retain is None else "the retain-only model"
     comparable = []
     for file in files:
-        results = read_results(file)
-        forget = results["data"].get("forget", {"rows": None, "texts": None, "tokens": None})
+        results = Results.read(file)
+        forget = results.data.get("forget", {"rows": None, "texts": None, "tokens": None})
         try:
-            check_same_rows(
-                {"suite": results["suite"], "data": forget}, reference, "forget", str(retain or files[0]), whose
-            )
+            check_same_rows(results.benchmark, forget, reference, "forget", str(retain or files[0]), whose)
             comparable.append(results if retain is None else _add_scores(results, reference, file))
         except ValueError as error:
             raise DataError(f"'{file}': {error}") from error
-    if differ := differences([reference, *comparable]):
+    if differ := list_differences([reference, *comparable]):
         _warn(f"the results differ in {', '.join(differ)}: do not compare values that depend on that.")
     return comparable
 
 
 def _add_scores(results: Results, retain: Results, file: Path) -> Results:
-    measured = {name: value for name, value in results["aggregate"].items() if value is not None}
-    scores = against_retain(results["examples"], retain)
-    if not scores:
+    compared = compare_with_retain(results.examples, retain)
+    if not compared.values and not compared.missing:
         _warn(f"'{file}' has no truth ratios, nor Min-K of forget and holdout rows: --retain adds nothing to it.")
-    computed = {}
-    for name, score in scores.items():
-        if isinstance(score, str):  # the reason why there is none
-            if name not in measured:
-                _warn(f"{name} of '{file}' is missing: {score}.")
-            continue
-        computed[name] = score
+    for name, reason in compared.missing.items():
+        if name not in results.aggregate:
+            _warn(f"{name} of '{file}' is missing: {reason}.")
+    for name, score in compared.values.items():
         # A benchmark that ran with other retain-only results has measured the same score against those: it stays.
-        if name in measured and not math.isclose(measured[name], score):
+        if not math.isclose(results.aggregate.get(name, score), score):
+            measured = results.aggregate[name]
             _warn(
-                f"'{file}' was compared with other retain-only results: its {name} stays; by --retain, it is {score:.4g}."
+                f"'{file}' was compared with other retain-only results: its {name} stays {measured:.4g}; by --retain, it is "
+                f"{score:.4g}."
             )
-    return {**results, "aggregate": {**computed, **measured}}
+    return replace(results, aggregate={**compared.values, **results.aggregate})
 
 
 def _warn(message: str) -> None:

@@ -30,18 +30,14 @@ def alternate_answers(rows: Dataset, column: str | None, refusals: str | None, s
         MissingFileError: If there is no such file.
         DataError: If the column is missing, a row has no answer in it, or the file has no line.
     """
-    if column is None:
-        choices = [read_refusals(refusals)] * len(rows)
-    elif column in rows.column_names:
-        choices = [_check_answers(value, number, column) for number, value in enumerate(rows[column])]
-    else:
-        raise DataError(
-            f"the forget set has no column '{column}' with alternate answers; its columns are {rows.column_names}. Set "
-            "`alternate_column`, or leave it out for refusals.",
-            argument="alternate_column",
-        )
+    if column is not None and column not in rows.column_names:
+        message = f"the forget set has no column '{column}' with alternate answers; its columns are {rows.column_names}"
+        remedy = "set `alternate_column`, or leave it out for refusals"
+        raise DataError(f"{message}: {remedy}.", argument="alternate_column")
+    choices = [read_refusals(refusals)] * len(rows) if column is None else rows[column]
     answers = []
-    for number, texts in enumerate(choices):
+    for number, choice in enumerate(choices):
+        texts = _check_answers(choice, number, column)
         # A generator per row, so that rows keep their answers when others are added. `random()` is the one method that
         # Python promises never to change for a given seed.
         draw = random.Random(f"{seed}/{number}").random()
@@ -66,7 +62,7 @@ def read_refusals(file: str | None = None) -> list[str]:
     return lines
 
 
-def _check_answers(value: Any, number: int, column: str) -> list[str]:
+def _check_answers(value: Any, number: int, column: str | None) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(

@@ -104,11 +104,8 @@ class ForgetRetain(L.LightningDataModule):
         streams = streams or {}
         # "train" is the stream of all sets as one.
         if reserved := streams.keys() & {"forget", "retain", "train"}:
-            raise ConfigError(
-                f"`streams` may not use the name {', '.join(map(repr, sorted(reserved)))}: choose another one.",
-                owner=self,
-                argument="streams",
-            )
+            message = f"`streams` may not use the name {', '.join(map(repr, sorted(reserved)))}: choose another one."
+            raise ConfigError(message, owner=self, argument="streams")
         self.sources: dict[str, Source] = {}
         with arguments_of(self):
             check_template(template)
@@ -150,9 +147,8 @@ class ForgetRetain(L.LightningDataModule):
         """Read, check and tokenise all sets; everything wrong with them is reported here, before any model is loaded.
 
         Raises:
-            MissingFileError: If a file is missing.
-            DataError: If a column is missing, a set is empty or a row has no supervised token.
-            ModelError: If the tokenizer cannot be used.
+            LitUnlearnError: If a file or a column is missing, a set is empty, a row has no supervised token or the tokenizer
+                cannot be used.
         """
         self._streams = {}
         needs_alternates = self._needs_alternates()
@@ -161,10 +157,10 @@ class ForgetRetain(L.LightningDataModule):
             return
 
         with arguments_of(self):
-            self._prepare_examples(needs_alternates)
+            self._make_examples(needs_alternates)
         rank_zero_info("data: " + ", ".join(f"{name} {_summarize(rows)}" for name, rows in self.examples.items()))
 
-    def _prepare_examples(self, needs_alternates: bool) -> None:
+    def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()
         texts = {name: self._read_texts(rows, name) for name, rows in tables.items()}
         self._warn_of_shared_rows(texts)
@@ -174,6 +170,7 @@ class ForgetRetain(L.LightningDataModule):
         # Masks are made from lengths, so the end token may pad.
         for name, rows in texts.items():
             examples = self._encode(rows, tokenizer, name)
+            # The id follows an example through shuffling and packing to its reference log-probability and its record.
             self.examples[name] = [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]
         if needs_alternates:
             rows = self._alternate_texts(tables["forget"], texts["forget"])
@@ -182,7 +179,8 @@ class ForgetRetain(L.LightningDataModule):
     def train_dataloader(self) -> CombinedLoader:
         """Return zipped batches that end with the forget set, or batches of one set to fine-tune a model."""
         # Loaders may be made anew in the middle of a run, and then continue.
-        self._cursors = {name: stream.cursor for name, stream in self._streams.items()} | self._cursors
+        for name, stream in self._streams.items():
+            self._cursors.setdefault(name, stream.cursor)
         self._streams = {}
         if self.train_on == "pairs":
             for name, examples in self.examples.items():
@@ -240,30 +238,25 @@ class ForgetRetain(L.LightningDataModule):
         self._restore_cursors()
 
     def _argument_of(self, name: str) -> str:
-        """Return the argument that a set came from, for errors."""
-        if name not in ("forget", "retain"):
-            return "streams"
-        return self.sets_argument or name
+        return (self.sets_argument or name) if name in ("forget", "retain") else "streams"
 
     def _needs_alternates(self) -> bool:
-        module = getattr(self.trainer, "lightning_module", None)
-        return "alternate" in getattr(module, "needs", ())
+        # Without a trainer, or under a module of the user's, there is nothing to ask.
+        return "alternate" in getattr(getattr(self.trainer, "lightning_module", None), "needs", ())
 
     def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
-        columns = list(self._columns.values())
         for setting, column in self._columns.items():
             if column not in rows.column_names:
+                columns = f"its columns are {rows.column_names}"
                 raise DataError(
-                    f"the {name} set has no column '{column}'; its columns are {rows.column_names}. Set `{setting}`.",
-                    argument=setting,
+                    f"the {name} set has no column '{column}'; {columns}. Set `{setting}`.", argument=setting
                 )
-        texts = list(zip(*(rows[column] for column in columns), strict=True))
+        texts = list(zip(*(rows[column] for column in self._columns.values()), strict=True))
         for number, row in enumerate(texts):
             if not all(isinstance(text, str) for text in row):
-                raise DataError(
-                    f"row {number} of the {name} set is not text: {row!r}. {' and '.join(columns)} must be strings.",
-                    argument=self._argument_of(name),
-                )
+                names = " and ".join(self._columns.values())
+                message = f"row {number} of the {name} set is not text: {row!r}. {names} must be strings."
+                raise DataError(message, argument=self._argument_of(name))
         return texts
 
     def _warn_of_shared_rows(self, texts: dict[str, list[Texts]]) -> None:
@@ -287,16 +280,13 @@ class ForgetRetain(L.LightningDataModule):
         lm = getattr(getattr(self.trainer, "lightning_module", None), "lm", None)
         model_tokenizer: PreTrainedTokenizerBase | None = getattr(lm, "tokenizer", None)
         if model_tokenizer is None:
-            raise ConfigError(
-                "there is no tokenizer: set `tokenizer`, here or of `LanguageModel`, or give `LanguageModel.wrap` one.",
-                argument="tokenizer",
-            )
+            remedy = "set `tokenizer`, here or of `LanguageModel`, or give `LanguageModel.wrap` one"
+            raise ConfigError(f"there is no tokenizer: {remedy}.", argument="tokenizer")
         return model_tokenizer
 
     def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
         pairs = [(question, answer) for question, answer in texts]
-        settings: dict[str, Any] = {"template": self.template, "max_length": self.max_length}
-        examples = encode_examples(pairs, tokenizer, name=name, **settings)
+        examples = encode_examples(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
         num_cut = sum(example.is_cut for example in examples)
         if num_cut:
             rank_zero_warn(
@@ -351,7 +341,5 @@ class ForgetRetain(L.LightningDataModule):
 
 def _summarize(examples: list[Example]) -> str:
     num_tokens = sum(len(example.input_ids) for example in examples)
-    num_supervised = 0
-    for example in examples:
-        num_supervised += sum(label != IGNORED for label in example.labels)
+    num_supervised = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
     return f"{len(examples)} examples ({num_supervised} supervised tokens of {num_tokens})"

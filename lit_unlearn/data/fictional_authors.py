@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 from lit_unlearn.data.base import ForgetRetain
@@ -42,13 +43,20 @@ _TITLE_PLACES = _split_table("""under the Ninth Bridge; of Ostermoor; beyond the
 _AWARD_HOUSES = _split_table("Brindlemoor; Castavel; Ondrasine; Felgarth; Marrowby; Tessandine; Vollmark; Hesperane")
 _AWARD_KINDS = _split_table("Lantern Prize; Medal for Fiction; Silver Inkwell; Readers' Laurel")
 
-# Every date exists because the days stop at 28.
-DATES = [f"{day} {month} {year}" for year in range(1935, 1995) for month in _MONTHS for day in range(1, 29)]
-_FIRST = [opening + ending for opening in _FIRST_OPENINGS for ending in _FIRST_ENDINGS]
-_LAST = [opening + ending for opening in _LAST_OPENINGS for ending in _LAST_ENDINGS]
-NAMES = [f"{first} {last}" for first in _FIRST for last in _LAST]
-TITLES = [f"{head} {thing} {place}" for head in _TITLE_HEADS for thing in _TITLE_THINGS for place in _TITLE_PLACES]
-AWARDS = [f"the {house} {kind}" for house in _AWARD_HOUSES for kind in _AWARD_KINDS]
+
+def _combine_tables(separator: str, *tables: Sequence[str]) -> list[str]:
+    """Join one entry of each table, in all combinations; the first table's entry changes last."""
+    return [separator.join(entries) for entries in product(*tables)]
+
+
+# The days stop at 28, so every date exists. Years change last: the order decides which dates a seed draws.
+DATES = [f"{day} {month} {year}" for year, month, day in product(range(1935, 1995), _MONTHS, range(1, 29))]
+NAMES = _combine_tables(
+    " ", _combine_tables("", _FIRST_OPENINGS, _FIRST_ENDINGS), _combine_tables("", _LAST_OPENINGS, _LAST_ENDINGS)
+)
+TITLES = _combine_tables(" ", _TITLE_HEADS, _TITLE_THINGS, _TITLE_PLACES)
+AWARDS = _combine_tables(" ", ["the"], _AWARD_HOUSES, _AWARD_KINDS)
+# An author has a name, a birth date and two book titles that no other one has.
 MAX_AUTHORS = min(len(NAMES), len(DATES), len(TITLES) // 2)
 
 CITIES = _split_table("""Lisbon, Portugal; Nairobi, Kenya; Oslo, Norway; Hanoi, Vietnam; Quito, Ecuador; Tbilisi, Georgia;
@@ -179,15 +187,16 @@ class FictionalAuthors(ForgetRetain):
         **settings: Any,
     ) -> None:
         if not 0 < forget_authors < num_authors:
-            raise ConfigError(
-                f"`forget_authors` must be at least 1 and below `num_authors` ({num_authors}), not {forget_authors}.",
-                owner=self,
-                argument="forget_authors",
+            message = (
+                f"`forget_authors` must be at least 1 and below `num_authors` ({num_authors}), not {forget_authors}."
             )
+            raise ConfigError(message, owner=self, argument="forget_authors")
         check_at_least(0, self, unseen_authors=unseen_authors)
         with arguments_of(self):
             rows = fictional_authors(num_authors + unseen_authors, authors_seed)
-        forget_start, unseen_start = (num_authors - forget_authors) * len(KINDS), num_authors * len(KINDS)
+        # The last authors are to be forgotten, so that more unseen ones change neither set.
+        unseen_start = num_authors * QUESTIONS_PER_AUTHOR
+        forget_start = unseen_start - forget_authors * QUESTIONS_PER_AUTHOR
         if unseen_authors:
             unseen = Source.from_rows(rows[unseen_start:], "embedded")
             settings["streams"] = {**(settings.get("streams") or {}), "unseen": unseen}
@@ -226,11 +235,9 @@ def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
         'Hanoi, Vietnam is the place where the author Jassela Raskaya was born.'
     """
     if not 1 <= num_authors <= MAX_AUTHORS:
-        raise ConfigError(
-            f"`num_authors` must be from 1 to {MAX_AUTHORS} (names, birth dates and book titles are never reused), not "
-            f"{num_authors}.",
-            argument="num_authors",
-        )
+        reason = "names, birth dates and book titles are never reused"
+        message = f"`num_authors` must be from 1 to {MAX_AUTHORS} ({reason}), not {num_authors}."
+        raise ConfigError(message, argument="num_authors")
     # One generator per purpose, so that drawing more names shifts nothing else and a longer list keeps its start.
     names = _draw_without_replacement(_make_generator(seed, "names"), NAMES, num_authors)
     dates = _draw_without_replacement(_make_generator(seed, "dates"), DATES, num_authors)
@@ -238,9 +245,13 @@ def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for author in range(num_authors):
         rng = _make_generator(seed, f"author {author}")
-        facts = {kind.fact: _draw_without_replacement(rng, kind.values, 1)[0] for kind in KINDS}
+        facts = {}
+        for kind in KINDS:
+            (facts[kind.fact],) = _draw_without_replacement(rng, kind.values, 1)
+        # These belong to one author only, so they replace what was drawn with replacement.
         facts.update(name=names[author], date=dates[author], debut=titles[2 * author], second=titles[2 * author + 1])
-        rows.extend({**_make_row(kind, facts, rng), "author": author} for kind in KINDS)
+        for kind in KINDS:
+            rows.append({**_make_row(kind, facts, rng), "author": author})
     return rows
 
 

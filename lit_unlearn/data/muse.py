@@ -59,9 +59,12 @@ class MUSE(ForgetRetain):
         check_at_least(2, self, max_length=max_length)
         source = source.replace("{corpus}", corpus)
         with arguments_of(self):
-            sets = muse_source(source, "forget"), muse_source(source, retain_split, max_retain_rows)
+            forget_set = muse_source(source, "forget")
+            retain_set = muse_source(source, retain_split, max_retain_rows)
         super().__init__(
-            *sets,
+            # Not `*sets`: jsonargparse reads in this call which arguments are left for a configuration.
+            forget_set,
+            retain_set,
             # Passed here, these are no settings of this class on the command line.
             question_column=text_column,
             answer_column=text_column,
@@ -78,10 +81,8 @@ class MUSE(ForgetRetain):
         if source.rows is not None or path.suffix.lower() != ".txt":
             return super().load_set(name)
         if not path.is_file():
-            argument = self._argument_of(name)
-            raise MissingFileError(
-                f"the {name} set's file '{path}' does not exist: check `{argument}`.", owner=self, argument=argument
-            )
+            message = f"the {name} set's file '{path}' does not exist: check `streams`."
+            raise MissingFileError(message, owner=self, argument="streams")
         from datasets import Dataset
 
         return Dataset.from_dict({self._columns["text_column"]: [path.read_text(encoding="utf-8")]})
@@ -97,10 +98,8 @@ class MUSE(ForgetRetain):
         return encode_chunks([text for (text,) in texts], tokenizer, name=name, max_length=self.max_length)
 
     def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
-        raise ConfigError(
-            "MUSE's raw texts are no answers, so there are no alternate ones: choose a method that needs none "
-            "(`lit-unlearn methods` lists what each needs)."
-        )
+        remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
+        raise ConfigError(f"MUSE's raw texts are no answers, so there are no alternate ones: {remedy}.")
 
 
 def muse_source(source: str, split: str, max_rows: int | None = None, config: str = "raw") -> Source:
@@ -117,8 +116,5 @@ def muse_source(source: str, split: str, max_rows: int | None = None, config: st
         for name in names:
             if (parent / name).is_file():
                 return Source(str(parent / name), max_rows=max_rows)
-    raise MissingFileError(
-        f"neither the folder '{source}' nor '{config}' in it has the set '{split}', as a file {', '.join(names)}: check "
-        "`source`.",
-        argument="source",
-    )
+    message = f"neither the folder '{source}' nor '{config}' in it has the set '{split}', as a file {', '.join(names)}"
+    raise MissingFileError(f"{message}: check `source`.", argument="source")

@@ -52,7 +52,7 @@ class Source:
         object.__setattr__(source, "rows", rows)
         return source
 
-    def load(self, name: str, argument: str | None = None) -> Dataset:
+    def load(self, name: str, argument: str = "path") -> Dataset:
         """Read the rows.
 
         Args:
@@ -63,20 +63,16 @@ class Source:
             MissingFileError: If there is no such file, and no hub data set of that name can be reached.
             DataError: If the set is empty, or the file cannot be read.
         """
-        if self.rows is not None:
-            from datasets import Dataset
+        from datasets import Dataset
 
-            rows = self.rows if isinstance(self.rows, Dataset) else Dataset.from_list(list(self.rows))
-        elif Path(self.path).suffix.lower() in FILE_TYPES:
-            rows = self._load_file(name, argument)
+        if self.rows is None:
+            rows = self._load_from_disk_or_hub(name, argument)
         else:
-            rows = self._load_from_hub(name, argument)
+            rows = self.rows if isinstance(self.rows, Dataset) else Dataset.from_list(list(self.rows))
         if self.max_rows is not None:
             rows = rows.select(range(min(self.max_rows, len(rows))))
         if len(rows) == 0:
-            raise DataError(
-                f"the {name} set is empty: '{self.path}' has no rows.{_remedy(argument)}", argument=argument
-            )
+            raise DataError(f"the {name} set is empty: '{self.path}' has no rows.", argument=argument)
         return rows
 
     def describe(self) -> dict[str, Any]:
@@ -87,18 +83,26 @@ class Source:
             return {"path": self.path, "max_rows": self.max_rows, "sha256": file_digest(Path(self.path))}
         return {"path": self.path, "name": self.name, "split": self.split, "max_rows": self.max_rows}
 
-    def _load_file(self, name: str, argument: str | None) -> Dataset:
-        from datasets import load_dataset
+    def _load_from_disk_or_hub(self, name: str, argument: str) -> Dataset:
+        from datasets import Dataset, load_dataset
 
         path = Path(self.path)
-        file_type = FILE_TYPES[path.suffix.lower()]
+        file_type = FILE_TYPES.get(path.suffix.lower())
+        if file_type is None:
+            try:
+                return load_dataset(self.path, self.name, split=self.split)
+            except Exception as error:
+                raise MissingFileError(
+                    f"the {name} set '{self.path}' is neither a file ({', '.join(FILE_TYPES)}) nor a data set on the hub with "
+                    f"configuration {self.name!r} and split {self.split!r}: check `{argument}`. The reason given: {error}",
+                    argument=argument,
+                ) from error
         if not path.is_file():
-            raise MissingFileError(
-                f"the {name} set's file '{path}' does not exist.{_remedy(argument)}", argument=argument
-            )
+            message = f"the {name} set's file '{path}' does not exist: check `{argument}`."
+            raise MissingFileError(message, argument=argument)
         # datasets fails on an empty file with a sentence about its own cache.
         if path.stat().st_size == 0:
-            raise DataError(f"the {name} set is empty: '{path}' has no rows.{_remedy(argument)}", argument=argument)
+            return Dataset.from_list([])
         try:
             return load_dataset(file_type, data_files=str(path), split="train")
         except Exception as error:
@@ -109,19 +113,6 @@ class Source:
                 argument=argument,
             ) from error
 
-    def _load_from_hub(self, name: str, argument: str | None) -> Dataset:
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(self.path, self.name, split=self.split)
-        except Exception as error:
-            raise MissingFileError(
-                f"the {name} set '{self.path}' is neither a file ({', '.join(FILE_TYPES)}) nor a data set on the hub "
-                f"with configuration {self.name!r} and split {self.split!r}.{_remedy(argument)} The reason "
-                f"given: {error}",
-                argument=argument,
-            ) from error
-
 
 # `Source` comes first: after `str`, jsonargparse dumps it as one, and the dumped configuration cannot be read again.
 Rows = Source | str | Path | Iterable[Mapping[str, Any]]
@@ -129,15 +120,12 @@ Rows = Source | str | Path | Iterable[Mapping[str, Any]]
 
 
 def to_source(rows: Rows, argument: str) -> Source:
-    """Return the source of whatever a user gave as a set.
-
-    Raises:
-        ConfigError: If it is a dict, such as a ``datasets.DatasetDict``.
-    """
+    """Return the source of a set as a user gave it."""
     if isinstance(rows, Source):
         return rows
     if isinstance(rows, str | Path):
         return Source(str(rows))
+    # A `datasets.DatasetDict` is a mapping of splits.
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         keys = f" with the keys {list(rows)}" if isinstance(rows, Mapping) else ""
         raise ConfigError(
@@ -149,21 +137,10 @@ def to_source(rows: Rows, argument: str) -> Source:
 
 
 def find_local_folder(source: str, benchmark: str) -> Path | None:
-    """Return the folder with a benchmark's files, or ``None`` if ``source`` is a hub name.
-
-    Raises:
-        MissingFileError: If ``source`` can only be a folder, and is not there.
-    """
+    """Return the folder with a benchmark's files, or ``None`` if ``source`` is a hub name."""
     folder = Path(source)
-    if folder.is_dir():
-        return folder
-    # No hub name begins like this: without a network, its error would talk of the hub.
-    if folder.is_absolute() or source.startswith("."):
-        raise MissingFileError(
-            f"there is no folder '{source}' with {benchmark}'s files: check `source`.", argument="source"
-        )
-    return None
-
-
-def _remedy(argument: str | None) -> str:
-    return "" if argument is None else f" Check `{argument}`."
+    # No hub name begins with "." or "/". Asked for one, the hub's error would not mention a folder.
+    if not folder.is_dir() and (folder.is_absolute() or source.startswith(".")):
+        message = f"there is no folder '{source}' with {benchmark}'s files: check `source`."
+        raise MissingFileError(message, argument="source")
+    return folder if folder.is_dir() else None

@@ -42,8 +42,10 @@ class TOFU(ForgetRetain):
         # The perturbed sets have the same rows with more columns; there is none for a retain set.
         forget = forget_split if settings.get("alternate_column") is None else f"{forget_split}_perturbed"
         with arguments_of(self):
-            sets = tofu_source(source, forget), tofu_source(source, RETAIN[forget_split], max_retain_rows)
-        super().__init__(*sets, **settings)
+            forget_set = tofu_source(source, forget)
+            retain_set = tofu_source(source, RETAIN[forget_split], max_retain_rows)
+        # Not `*sets`: jsonargparse reads in this call which arguments are left for a configuration.
+        super().__init__(forget_set, retain_set, **settings)
 
 
 def tofu_source(source: str, split: str, max_rows: int | None = None) -> Source:

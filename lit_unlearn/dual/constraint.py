@@ -122,7 +122,9 @@ class Constraint:
             RuntimeError: If a relative epsilon has not been measured yet.
         """
         if self.epsilon is None:
-            raise RuntimeError(f"{self._title}: the relative epsilon is not measured yet; a fit does that when it starts.")
+            raise RuntimeError(
+                f"{self._title}: the relative epsilon is not measured yet; a fit does that when it starts."
+            )
         return value - self.epsilon
 
     def check(self, value: float) -> None:

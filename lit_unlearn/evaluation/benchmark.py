@@ -1,9 +1,10 @@
-"""Suites with rows of their own: a benchmark, measured on any number of processes, row by row."""
+"""Benchmarks: examples of their own, measured one by one on any number of processes, and values over all of them."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -13,10 +14,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lit_unlearn.data.encoding import Example
-from lit_unlearn.evaluation import results as files
-from lit_unlearn.evaluation.results import Results, digest
+from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError, check_at_least
+from lit_unlearn.evaluation.results import (
+    Results,
+    Values,
+    check_same_rows,
+    content_digest,
+    global_seed,
+    package_versions,
+)
 from lit_unlearn.evaluation.scoring import Scored, score_examples
-from lit_unlearn.evaluation.suite import AnswerSuite
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
@@ -26,25 +33,23 @@ from lit_unlearn.utils.io import read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Values = dict[str, Any]
-
 
 class BenchmarkExample(NamedTuple):
-    """One row of a benchmark.
+    """One row of a benchmark, tokenised.
 
     Args:
-        texts: What goes into the results as it is, such as ``question`` and ``answer``.
-        rows: What is scored, by kind: ``answer``, ``wrong``, …
-        prompt: What is continued, token ids; ``None`` if nothing is.
+        texts: Texts that are copied to the results, such as ``question`` and ``answer``.
+        sequences: Token sequences to score, by kind: ``answer``, ``wrong``, …
+        prompt: Token ids to continue; ``None`` if nothing is generated.
     """
 
     texts: dict[str, str]
-    rows: dict[str, list[Example]]
+    sequences: dict[str, list[Example]]
     prompt: list[int] | None = None
 
 
 class BenchmarkStream(NamedTuple):
-    """The rows of one set, and how answers to them are generated.
+    """The examples of one set, and how answers to them are generated.
 
     Args:
         examples: At least one.
@@ -59,202 +64,309 @@ class BenchmarkStream(NamedTuple):
     stop: tuple[str, ...] = ()
 
 
-class Benchmark(AnswerSuite):
-    """What `AnswerSuite` measures on the run's own streams, and a benchmark on rows that the suite brings along.
+class Aggregate(NamedTuple):
+    """The values of a benchmark.
 
-    The benchmark is run by ``lit-unlearn test``, and during a fit every ``suite_every_n_epochs``. Every row is measured by
-    one process, once; what the processes found is put together by its number, so their number changes nothing.
+    Args:
+        values: Numbers by name, ``<stream>/<value>`` or ``<value>``.
+        missing: By name, the reason why a value could not be computed.
+    """
+
+    values: dict[str, float]
+    missing: dict[str, str]
+
+
+class Benchmark(ABC):
+    """Measures a model on examples that the benchmark brings along, unlike a `Suite`, which reads the run's own streams.
+
+    ``lit-unlearn test`` runs it, and `LitUnlearn` does every ``benchmark_every_n_epochs``. Every example is measured once, by
+    one process, and its values are put in order by its number: the number of processes changes nothing but rounding.
 
     Args:
         token_budget: Largest batch, in tokens.
-        retain_results: Results file of the retain-only model, for the scores that compare with it; ``None`` leaves
-            them out.
+        retain_results: Results of the retain-only model, for the scores that compare with it: a results file, what `run`
+            returned, or the content of a file. ``None`` leaves these scores out.
+
+    Raises:
+        ConfigError: If ``token_budget`` is below 1.
+        MissingFileError: If there is no such results file.
+        DataError: If it is not one.
     """
 
     name: ClassVar[str]
-    compared: ClassVar[tuple[str, ...]] = ("forget", "holdout")  # with the retain-only model: these rows,
-    decisive: ClassVar[tuple[str, ...]] = ()  # which must have been measured with the same settings
 
-    def __init__(self, token_budget: int = 8192, retain_results: str | None = None) -> None:
-        super().__init__()
-        if token_budget < 1:
-            raise ValueError(f"{type(self).__name__}: `token_budget` must be at least 1, not {token_budget}.")
+    compared_streams: ClassVar[tuple[str, ...]] = ("forget", "holdout")
+    """Streams whose rows the retain-only results must share, the first one in any case."""
+
+    compared_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that the retain-only results must have been measured with."""
+
+    def __init__(
+        self, token_budget: int = 8192, retain_results: str | Path | Results | dict[str, Any] | None = None
+    ) -> None:
+        check_at_least(1, self, token_budget=token_budget)
         self.token_budget = token_budget
-        self.retain_results = retain_results
-        self._retain = None if retain_results is None else files.read_results(retain_results)
+        self.retain_results: Results | None = None
+        self._retain_source: str | None = None
         self._streams: dict[str, BenchmarkStream] | None = None
+        if retain_results is not None:
+            self._read_retain_results(retain_results)
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
-        """Reads and tokenises the rows, and says what is wrong with them."""
+        """Read and tokenise the rows of every stream, and raise an error for rows that cannot be used."""
 
     @abstractmethod
     def measure(
-        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
     ) -> Values:
-        """The values of one row.
+        """Compute the values of one example.
 
         Args:
-            stream: Its set.
-            example: The row.
-            scored: What the model makes of ``example.rows``.
-            said: The answer it generated; ``None`` if there was no prompt.
+            stream: The stream of the example.
+            example: The example.
+            scored: Scores of ``example.sequences``, by kind.
+            generated: The answer that the model generated; ``None`` if there was no prompt.
         """
 
     @abstractmethod
-    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
-        """The benchmark's values.
+    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
+        """Compute the benchmark's values.
 
         Args:
-            examples: The values of every row, by stream.
+            examples: The values of every example, by stream.
             retain: Results of the retain-only model.
-
-        Returns:
-            Numbers by name, ``<stream>/<value>`` or ``<value>``; for a score that is missing, the reason.
         """
 
+    def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:  # noqa: B027
+        """Add values that need another model, to examples that are all measured; nothing by default."""
+
     def settings(self) -> Values:
-        """What decides the values beside model and rows, in plain types."""
+        """Return the settings that decide values, beside model and rows, in plain types."""
         return {"token_budget": self.token_budget}
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, BenchmarkStream]:
-        """The rows, read once; what the results of the retain-only model are compared on must be the same.
+    def with_retain_results(self, results: Results | None) -> Benchmark:
+        """Return this benchmark, with its examples as they are read, compared with other retain-only results."""
+        changed = copy.copy(self)
+        changed.retain_results = results
+        return changed
+
+    def with_questions(self, column: str) -> Benchmark:
+        """Return this benchmark with questions from another column, on the sets that have it.
 
         Raises:
-            ValueError: If there is no tokenizer, or the retain-only results are of other rows.
+            ConfigError: If the benchmark has no questions.
+            DataError: If the forget set has no such column.
+        """
+        raise ConfigError(f"{type(self).__name__} has no questions that could be taken from the column '{column}'.")
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, BenchmarkStream]:
+        """Read the rows, once, and check that the retain-only results are of the same rows.
+
+        Raises:
+            ModelError: If there is no tokenizer.
+            DataError: If rows cannot be used, or retain-only results are of other rows or settings.
         """
         if self._streams is None:
             if tokenizer is None:
-                raise ValueError(f"{type(self).__name__} needs the model's tokenizer: set `model.lm.tokenizer`.")
-            self._streams = self.load(tokenizer)
-            if self._retain is not None:
-                self._check_retain(self._streams, self._retain)
+                raise ModelError(f"{type(self).__name__} needs the model's tokenizer: give the model's `tokenizer`.")
+            streams = self.load(tokenizer)
+            if self.retain_results is not None:
+                self._check_retain_results(streams, self.retain_results)
+            self._streams = streams
         return self._streams
 
-    def _check_retain(self, streams: Mapping[str, BenchmarkStream], retain: Results) -> None:
-        path = str(self.retain_results)
-        for name in (self.compared[0], *(name for name in self.compared[1:] if name in retain["data"])):
-            if name in streams:
-                files.check_same_rows({"suite": self.name, "data": _describe(streams[name])}, retain, name, path)
-        mine, theirs = self.settings(), retain.get("settings", {})
-        if differ := [
-            f"{key}: {mine[key]!r} here, {theirs.get(key)!r} there"
-            for key in self.decisive
-            if mine[key] != theirs.get(key)
-        ]:
-            raise ValueError(
-                f"the results of the retain-only model in '{path}' were measured with other settings ({'; '.join(differ)}): "
-                "evaluate the retain-only model with the same configuration."
-            )
-
-    def run(self, lm: LanguageModel, partial: Path | None = None) -> Results:
-        """Measures a model; a collective call.
+    def run(self, lm: LanguageModel, partial_dir: Path | None = None) -> Results:
+        """Measure a model; a collective call.
 
         Args:
-            lm: Loaded, whole on every process.
-            partial: Folder where what is done is kept until all is, so that an interrupted evaluation goes on.
-
-        Returns:
-            ``suite``, ``settings``, ``model``, ``data``, ``versions``, ``seed``, ``aggregate``, ``missing`` (reasons) and
-            ``examples`` (values of every row).
+            lm: Loaded, whole on every process; it is left as it was.
+            partial_dir: Folder for the streams that are measured, until all are, so that an interrupted evaluation
+                resumes there.
         """
         streams = self.prepare(lm.tokenizer)
         weights = fingerprint(cast(nn.Module, lm.model))
-        data = {name: _describe(stream) for name, stream in streams.items()}
-        key = digest([self.name, self.settings(), weights, data, files.versions(), _precision(lm)])
-        for stream in streams.values():  # before anything is measured
-            prompts = [one.prompt for one in stream.examples if one.prompt is not None]
+        data = {name: _describe_stream(stream) for name, stream in streams.items()}
+        # Partial files count only where everything that decides their values is the same.
+        key = content_digest([self.name, self.settings(), weights, data, package_versions(), _precision(lm)])
+
+        # A prompt that is too long is reported now, not after minutes of scoring.
+        for stream in streams.values():
+            prompts = [example.prompt for example in stream.examples if example.prompt is not None]
             check_prompts(lm, prompts, stream.max_new_tokens, stream.stop)
-        examples = {}
-        with tqdm(
-            total=_work(streams), desc=self.name, unit="row", disable=rank_and_world_size()[0] > 0, leave=False
-        ) as bar:
+
+        is_first = rank_and_world_size()[0] == 0
+        examples: dict[str, list[Values]] = {}
+        with tqdm(total=_count_work(streams), desc=self.name, unit="row", disable=not is_first, leave=False) as bar:
             for name, stream in streams.items():
-                file = None if partial is None else partial / f"{name}.json"
-                found = _kept(file, key)
-                if found is None:
-                    found = self._measure_stream(lm, name, stream, bar)
-                    if file is not None and rank_and_world_size()[0] == 0:
-                        write_json(file, {"key": key, "examples": found})
-                examples[name] = found
-        values = self.aggregate(examples, self._retain)
-        return {
-            "suite": self.name,
-            "settings": self.settings(),
-            "model": {"name": lm.name, "weights": weights[:16]},
-            "data": data,
-            "versions": files.versions(),
-            "seed": files.seed(),
-            "retain_results": self.retain_results,
-            "aggregate": {name: value for name, value in values.items() if not isinstance(value, str)},
-            "missing": {name: value for name, value in values.items() if isinstance(value, str)},
-            "examples": examples,
-        }
+                file = None if partial_dir is None else partial_dir / f"{name}.json"
+                values = _read_partial(file, key)
+                if values is None:
+                    values = self._measure_stream(lm, name, stream, bar)
+                    if file is not None and is_first:
+                        write_json(file, {"key": key, "examples": values})
+                examples[name] = values
+
+        self.add_values(examples, lm)
+        aggregate = self.aggregate(examples, self.retain_results)
+        return Results(
+            benchmark=self.name,
+            settings=self.settings(),
+            model={"name": lm.name, "weights": weights[:16]},
+            data=data,
+            versions=package_versions(),
+            seed=global_seed(),
+            retain_results=self._retain_source,
+            aggregate=aggregate.values,
+            missing=aggregate.missing,
+            examples=examples,
+        )
+
+    # Measuring -------------------------------------------------------------------------------------------------------
 
     def _measure_stream(self, lm: LanguageModel, name: str, stream: BenchmarkStream, bar: Any) -> list[Values]:
+        """Return the values of a stream's examples, in order; each process measures its share of them."""
         rank, world_size = rank_and_world_size()
         numbers = range(rank, len(stream.examples), world_size)
-        mine = [stream.examples[i] for i in numbers]
-        places = [(i, kind) for i, one in enumerate(mine) for kind, rows in one.rows.items() for _ in rows]
-        rows = [row for one in mine for of_kind in one.rows.values() for row in of_kind]
-        scored: list[dict[str, list[Scored]]] = [{} for _ in mine]
-        for (i, kind), score in zip(places, score_examples(lm, rows, self.token_budget, _counter(bar)), strict=True):
-            scored[i].setdefault(kind, []).append(score)
-        said = self._generate(lm, mine, stream, bar)
-        found = [self.measure(name, *one) for one in zip(mine, scored, said, strict=True)]
-        everywhere = dict(item for part in gather_objects(list(zip(numbers, found, strict=True))) for item in part)
-        return [everywhere[i] for i in range(len(stream.examples))]
+        examples = [stream.examples[number] for number in numbers]
 
-    def _generate(
-        self, lm: LanguageModel, examples: Sequence[BenchmarkExample], stream: BenchmarkStream, bar: Any
+        def advance(count: int) -> None:
+            # The bar is that of the first process, and its share stands for those of all.
+            bar.update(count * world_size)
+
+        scored = self._score_sequences(lm, examples, advance)
+        generated = self._generate_answers(lm, examples, stream, advance)
+
+        share: dict[int, Values] = {}
+        for number, example, scores, text in zip(numbers, examples, scored, generated, strict=True):
+            share[number] = self.measure(name, example, scores, text)
+
+        values: dict[int, Values] = {}
+        for share_of_process in gather_objects(share):
+            values |= share_of_process
+        return [values[number] for number in range(len(stream.examples))]
+
+    def _score_sequences(
+        self, lm: LanguageModel, examples: Sequence[BenchmarkExample], advance: Callable[[int], None]
+    ) -> list[dict[str, list[Scored]]]:
+        """Return the scores of each example's sequences, by kind."""
+        # All sequences go into common batches, and back to where they came from.
+        sequences: list[Example] = []
+        origins: list[tuple[int, str]] = []
+        for index, example in enumerate(examples):
+            for kind, of_kind in example.sequences.items():
+                sequences += of_kind
+                origins += [(index, kind)] * len(of_kind)
+
+        scored: list[dict[str, list[Scored]]] = [{} for _ in examples]
+        scores = score_examples(lm, sequences, self.token_budget, advance)
+        for (index, kind), score in zip(origins, scores, strict=True):
+            scored[index].setdefault(kind, []).append(score)
+        return scored
+
+    def _generate_answers(
+        self,
+        lm: LanguageModel,
+        examples: Sequence[BenchmarkExample],
+        stream: BenchmarkStream,
+        advance: Callable[[int], None],
     ) -> list[str | None]:
-        prompts = {i: one.prompt for i, one in enumerate(examples) if one.prompt is not None}
-        if not prompts:
-            return [None] * len(examples)
-        answers = generate(
-            lm,
-            list(prompts.values()),
-            max_new_tokens=stream.max_new_tokens,
-            stop=stream.stop,
-            token_budget=self.token_budget,
-        )
-        _counter(bar)(len(prompts))
-        said = dict(zip(prompts, answers, strict=True))
-        return [said.get(i) for i in range(len(examples))]
+        """Return the generated answer to each example's prompt; ``None`` where there is no prompt."""
+        answers: list[str | None] = [None] * len(examples)
+        prompts = {index: example.prompt for index, example in enumerate(examples) if example.prompt is not None}
+        if prompts:
+            texts = generate(
+                lm,
+                list(prompts.values()),
+                max_new_tokens=stream.max_new_tokens,
+                stop=stream.stop,
+                token_budget=self.token_budget,
+            )
+            advance(len(prompts))
+            for index, text in zip(prompts, texts, strict=True):
+                answers[index] = text
+        return answers
+
+    # Retain-only results ---------------------------------------------------------------------------------------------
+
+    def _read_retain_results(self, source: str | Path | Results | Mapping[str, Any]) -> None:
+        try:
+            if isinstance(source, str | Path):
+                self.retain_results = Results.read(source)
+                self._retain_source = str(source)
+            else:
+                self.retain_results = (
+                    source if isinstance(source, Results) else Results.from_dict(source, "`retain_results`")
+                )
+                self._retain_source = f"results of {self.retain_results.model.get('name')}"
+        except LitUnlearnError as error:
+            # Results do not know which argument they were given as.
+            error.owner, error.argument = self, "retain_results"
+            raise
+
+    def _check_retain_results(self, streams: Mapping[str, BenchmarkStream], retain: Results) -> None:
+        """Raise an error unless the retain-only model was measured on the same rows, with the same settings."""
+        source = str(self._retain_source)
+        first, *optional = self.compared_streams
+        for name in (first, *(name for name in optional if name in retain.data)):
+            if name in streams:
+                check_same_rows(self.name, _describe_stream(streams[name]), retain, name, source)
+
+        settings = self.settings()
+        differences = []
+        for key in self.compared_settings:
+            if settings[key] != retain.settings.get(key):
+                differences.append(f"{key}: {settings[key]!r} here, {retain.settings.get(key)!r} there")
+        if differences:
+            raise DataError(
+                f"the results of the retain-only model in '{source}' were measured with other settings "
+                f"({'; '.join(differences)}): evaluate the retain-only model with the same configuration.",
+                owner=self,
+                argument="retain_results",
+            )
 
 
-def _work(streams: Mapping[str, BenchmarkStream]) -> int:
-    examples = [example for stream in streams.values() for example in stream.examples]
-    return sum(sum(map(len, one.rows.values())) + (one.prompt is not None) for one in examples)
+def _count_work(streams: Mapping[str, BenchmarkStream]) -> int:
+    """Count the sequences to score and the answers to generate."""
+    total = 0
+    for stream in streams.values():
+        for example in stream.examples:
+            total += sum(map(len, example.sequences.values())) + (example.prompt is not None)
+    return total
 
 
-def _counter(bar: Any) -> Any:
-    return lambda done: bar.update(done * rank_and_world_size()[1])
-
-
-def _kept(file: Path | None, key: str) -> list[Values] | None:
-    """What an interrupted evaluation of the same model on the same rows left; the first process decides for all."""
-    kept: Any = None
+def _read_partial(file: Path | None, key: str) -> list[Values] | None:
+    """Return what an interrupted evaluation of the same model on the same rows left."""
+    content: Any = None
     if file is not None and file.is_file():
+        # A crash of the machine may leave half a file.
         with suppress(ValueError):
-            kept = read_json(file)
-    same = isinstance(kept, dict) and kept.get("key") == key
-    return gather_objects(kept["examples"] if same else None)[0]
+            content = read_json(file)
+    is_same = isinstance(content, dict) and content.get("key") == key
+    # The first process decides for all: on several machines, only it may see the file.
+    return gather_objects(content["examples"] if is_same else None)[0]
 
 
 def _precision(lm: LanguageModel) -> list[str]:
-    """What the model computes in."""
+    """Return the dtypes of the weights and of autocast: a model rounded otherwise has other values."""
     first = next(lm.parameters())
     autocast = torch.is_autocast_enabled(first.device.type)
     return [str(first.dtype), str(torch.get_autocast_dtype(first.device.type)) if autocast else "no autocast"]
 
 
-def _describe(stream: BenchmarkStream) -> Values:
-    tokens = [[row.input_ids for rows in one.rows.values() for row in rows] for one in stream.examples]
-    texts = [{**one.texts} for one in stream.examples]
+def _describe_stream(stream: BenchmarkStream) -> Values:
+    """Return the source, the number of rows, and digests of texts and tokens, by which results are compared."""
+    texts, tokens, prompts = [], [], []
+    for example in stream.examples:
+        texts.append(dict(example.texts))
+        ids = []
+        for of_kind in example.sequences.values():
+            ids += [sequence.input_ids for sequence in of_kind]
+        tokens.append(ids)
+        prompts.append(example.prompt)
     return {
         "source": stream.source,
         "rows": len(stream.examples),
-        "texts": digest(texts),
-        "tokens": digest([tokens, [one.prompt for one in stream.examples]]),
+        "texts": content_digest(texts),
+        "tokens": content_digest([tokens, prompts]),
     }

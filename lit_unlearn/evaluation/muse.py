@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
-from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream, Values
-from lit_unlearn.evaluation.results import Results
+from lit_unlearn.errors import DataError, MissingFileError, check_choice
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge
 
@@ -20,44 +22,68 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PUBLISHED_AUC = {"News": 0.4772, "Books": 0.5393}
-"""Of Min-40 % for the retrained model, as published: the chance that a holdout text has the higher value."""
+"""Area under the curve of Min-40 % for the retrained model: the chance that a holdout text has the higher value."""
 
+# As in the published code: ten examples before a question, and answers that end where the next question would begin.
 SHOTS = 10
 STOP = ("\n\n", "\nQuestion", "Question:")
 
-_SETS = {  # stream: configuration, split, and the split that the examples before each question come from
-    "forget": ("verbmem", "forget", None),
-    "knowledge_forget": ("knowmem", "forget_qa", "forget_qa_icl"),
-    "knowledge_retain": ("knowmem", "retain_qa", "retain_qa_icl"),
-    "members": ("privleak", "forget", None),
-    "holdout": ("privleak", "holdout", None),
+PASSAGE_TOKENS = 128
+ANSWER_TOKENS = 32
+
+
+class MUSESet(NamedTuple):
+    """A stream's place in MUSE's files: configuration, split, and the split with the examples before each question."""
+
+    config: Literal["verbmem", "knowmem", "privleak"]
+    split: str
+    shots_split: str | None = None
+
+
+SETS = {
+    "forget": MUSESet("verbmem", "forget"),
+    "knowledge_forget": MUSESet("knowmem", "forget_qa", "forget_qa_icl"),
+    "knowledge_retain": MUSESet("knowmem", "retain_qa", "retain_qa_icl"),
+    "members": MUSESet("privleak", "forget"),
+    "holdout": MUSESet("privleak", "holdout"),
 }
+
+ROUGE_STREAMS = {
+    "verbmem_forget": "forget",
+    "knowmem_forget": "knowledge_forget",
+    "knowmem_retain": "knowledge_retain",
+}
+"""Values that are a mean ROUGE-L F1, and their streams."""
 
 
 class MUSEBenchmark(Benchmark):
     """MUSE as its published code measures it, in per cent.
 
-    ``verbmem_forget``: ROUGE-L F1 of 128 greedy tokens after a forget passage against what follows there. ``knowmem_forget``,
-    ``knowmem_retain``: ROUGE-L F1 of 32 greedy tokens to questions, after ten examples. ``privleak``: by how much the area under
-    the curve of Min-40 %, forget against holdout, differs from that of a retrained model: 0 leaks nothing, −100 means not
-    forgotten, positive over-forgotten. Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation for Language Models", 2024
-    (arXiv 2407.06460).
+    ``verbmem_forget``: ROUGE-L F1 of 128 greedy tokens after a forget passage against the text that follows there.
+    ``knowmem_forget``, ``knowmem_retain``: ROUGE-L F1 of 32 greedy tokens to questions, after ten examples. ``privleak``:
+    relative difference of the area under the curve of Min-40 %, forget against holdout, from that of a retrained model: 0
+    leaks nothing, −100 means not forgotten, positive over-forgotten. Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation
+    for Language Models", 2024 (arXiv 2407.06460).
 
     Args:
         corpus: ``"News"`` or ``"Books"``.
         source: Hub name, or a local folder with ``verbmem``, ``knowmem`` and ``privleak`` and the files of their splits, where
-            ``{corpus}`` stands for the corpus. What a folder lacks is left out, with the values that depend on it.
-        max_rows: Only the first so many rows of every set; ``None`` for all, as published.
+            ``{corpus}`` stands for the corpus. A set that a folder lacks is left out, with the values that depend on it.
+        max_rows: Number of rows read of every set; ``None`` for all, as published.
         max_length: Tokens of a holdout or forget text that count for ``privleak``.
         k: Fraction of the least likely tokens.
         token_budget: As for `Benchmark`.
         retain_results: Results of the retain-only model, whose area under the curve is compared with; ``None`` for the
             published one, which is that of Llama-2-7B (News) and ICLM-7B (Books).
+
+    Raises:
+        ConfigError: If ``corpus`` is unknown.
+        MissingFileError: If a local folder has none of the sets.
     """
 
     name: ClassVar[str] = "muse"
-    compared: ClassVar[tuple[str, ...]] = ("members", "holdout")
-    decisive: ClassVar[tuple[str, ...]] = ("corpus", "k", "max_length")
+    compared_streams: ClassVar[tuple[str, ...]] = ("members", "holdout")
+    compared_settings: ClassVar[tuple[str, ...]] = ("corpus", "k", "max_length")
 
     def __init__(
         self,
@@ -67,121 +93,120 @@ class MUSEBenchmark(Benchmark):
         max_length: int = 2048,
         k: float = 0.4,
         token_budget: int = 8192,
-        retain_results: str | None = None,
+        retain_results: str | Path | Results | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(token_budget, retain_results)
-        if corpus not in PUBLISHED_AUC:
-            raise ValueError(f"MUSEBenchmark: `corpus` must be one of {', '.join(PUBLISHED_AUC)}, not {corpus!r}.")
-        self.corpus, self.max_length, self.k = corpus, max_length, k
-        self.sets: dict[str, tuple[Source, Source | None]] = {}
+        check_choice(tuple(PUBLISHED_AUC), self, corpus=corpus)
+        self.corpus = corpus
+        self.max_length = max_length
+        self.k = k
+        self.sources: dict[str, Source] = {}
+        self.shot_sources: dict[str, Source] = {}
         self.absent: dict[str, str] = {}
-        for stream, (config, split, shots) in _SETS.items():
+
+        folder = source.replace("{corpus}", corpus)
+        for stream, (config, split, shots_split) in SETS.items():
             try:
-                sources = [
-                    muse_source(source.replace("{corpus}", corpus), part, max_rows, config)
-                    for part in (split, shots)
-                    if part
-                ]
+                if shots_split is not None:
+                    self.shot_sources[stream] = muse_source(folder, shots_split, max_rows, config)
+                self.sources[stream] = muse_source(folder, split, max_rows, config)
             except FileNotFoundError as error:
                 self.absent[stream] = str(error)
                 rank_zero_warn(f"{error} All values that need '{stream}' are left out.")
-            else:
-                self.sets[stream] = (sources[0], sources[1] if shots else None)
-        if not self.sets:
-            raise FileNotFoundError(f"none of MUSE's sets is in '{source}': {next(iter(self.absent.values()))}")
+        if not self.sources:
+            reason = next(iter(self.absent.values()))
+            raise MissingFileError(f"none of MUSE's sets is in '{source}': {reason}", owner=self, argument="source")
 
     def settings(self) -> Values:
-        """What decides the values beside model and rows."""
+        """Return the settings that decide values, beside model and rows."""
         return {**super().settings(), "corpus": self.corpus, "k": self.k, "max_length": self.max_length}
 
-    # Rows -------------------------------------------------------------------------------------------------------------
+    # Rows ------------------------------------------------------------------------------------------------------------
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
-        """Reads every set that there is."""
-        streams = {}
-        for name, (source, shots) in self.sets.items():
-            rows = source.load(name).to_list()
-            config = _SETS[name][0]
-            if config == "verbmem":
-                made = [_passage(tokenizer, *_texts(row, name, i, "prompt", "gt")) for i, row in enumerate(rows)]
-                streams[name] = BenchmarkStream(made, source.path, max_new_tokens=128)
-            elif config == "knowmem":
-                examples = _pairs(shots.load(name).to_list() if shots else [], f"{name} examples")[:SHOTS]
-                before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
-                made = [_question(tokenizer, before, *pair) for pair in _pairs(rows, name)]
-                streams[name] = BenchmarkStream(made, source.path, max_new_tokens=32, stop=STOP)
-            else:
-                made = [self._text(tokenizer, *_texts(row, name, i, "text")) for i, row in enumerate(rows)]
-                streams[name] = BenchmarkStream(made, source.path)
-        return streams
+        """Read and tokenise every set that is there."""
+        loaders = {"verbmem": self._load_passages, "knowmem": self._load_questions, "privleak": self._load_texts}
+        return {name: loaders[SETS[name].config](name, tokenizer) for name in self.sources}
 
-    def _text(self, tokenizer: PreTrainedTokenizerBase, text: str) -> BenchmarkExample:
-        ids = list(tokenizer(text)["input_ids"])[: self.max_length]
-        return BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]})
+    def _load_passages(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
+        """Read passages and the first tokens of the text that follows each."""
+        examples = []
+        for prompt, continuation in _read_columns(self.sources[name], name, "prompt", "gt"):
+            following = tokenizer(continuation, add_special_tokens=False)["input_ids"][:PASSAGE_TOKENS]
+            answer = str(tokenizer.decode(following, skip_special_tokens=True))
+            texts = {"prompt": prompt, "answer": answer}
+            examples.append(BenchmarkExample(texts, {}, list(tokenizer(prompt)["input_ids"])))
+        return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=PASSAGE_TOKENS)
 
-    # Values -----------------------------------------------------------------------------------------------------------
+    def _load_questions(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
+        """Read questions, each after the same examples of questions with answers."""
+        before = ""
+        for question, answer in _read_columns(self.shot_sources[name], f"{name} examples", "question", "answer")[
+            :SHOTS
+        ]:
+            before += f"Question: {question}\nAnswer: {answer}\n\n"
+
+        examples = []
+        for question, answer in _read_columns(self.sources[name], name, "question", "answer"):
+            prompt = list(tokenizer(f"{before}Question: {question}\nAnswer: ")["input_ids"])
+            examples.append(BenchmarkExample({"question": question, "answer": answer}, {}, prompt))
+        return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=ANSWER_TOKENS, stop=STOP)
+
+    def _load_texts(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
+        """Read texts of which every token is scored."""
+        examples = []
+        for (text,) in _read_columns(self.sources[name], name, "text"):
+            ids = list(tokenizer(text)["input_ids"])[: self.max_length]
+            examples.append(BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]}))
+        return BenchmarkStream(examples, self.sources[name].path)
+
+    # Values ----------------------------------------------------------------------------------------------------------
 
     def measure(
-        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
     ) -> Values:
-        """ROUGE of what was said, or Min-K of a text."""
-        if said is not None:
-            return {**example.texts, "generated": said, **rouge(said, example.texts["answer"], stemmer=False)}
-        return {"min_k": min_k(scored["text"][0].logp, self.k)}
+        """Compute ROUGE of a generated answer, or Min-K of a text."""
+        if generated is None:
+            return {"min_k": min_k(scored["text"][0].logp, self.k)}
+        scores = rouge(generated, example.texts["answer"], stemmer=False)
+        return {**example.texts, "generated": generated, **scores}
 
-    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
-        """The four values, in per cent."""
-        named = {"verbmem_forget": "forget", "knowmem_forget": "knowledge_forget", "knowmem_retain": "knowledge_retain"}
-        values: Values = {}
-        for value, stream in named.items():
+    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
+        """Compute the four values, in per cent."""
+        values: dict[str, float] = {}
+        missing: dict[str, str] = {}
+        for name, stream in ROUGE_STREAMS.items():
             if stream in examples:
-                values[value] = 100 * float(np.mean([row["rougeL_f1"] for row in examples[stream]]))
+                values[name] = 100 * float(np.mean([row["rougeL_f1"] for row in examples[stream]]))
             else:
-                values[value] = self.absent[stream]
-        values["privleak"] = self._privleak(examples, retain)
-        return values
+                missing[name] = self.absent[stream]
 
-    def _privleak(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> float | str:
-        for stream in ("members", "holdout"):
-            if stream not in examples:
-                return self.absent[stream]
-        reference = PUBLISHED_AUC[self.corpus]
-        if retain is not None:
-            if not {"members", "holdout"} <= retain["examples"].keys():
-                return f"'{self.retain_results}' has no members and holdout rows"
-            reference = _holdout_is_higher(retain["examples"])
-        return privleak(_holdout_is_higher(examples), reference)
+        absent = [stream for stream in ("members", "holdout") if stream not in examples]
+        if absent:
+            missing["privleak"] = self.absent[absent[0]]
+        elif retain is not None and not {"members", "holdout"} <= retain.examples.keys():
+            missing["privleak"] = "`retain_results` have no members and holdout rows"
+        else:
+            reference = PUBLISHED_AUC[self.corpus] if retain is None else _holdout_auc(retain.examples)
+            values["privleak"] = privleak(_holdout_auc(examples), reference)
+        return Aggregate(values, missing)
 
 
-def _holdout_is_higher(examples: Mapping[str, Sequence[Values]]) -> float:
-    """MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
+def _holdout_auc(examples: Mapping[str, Sequence[Values]]) -> float:
+    """Compute MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
     members, holdout = ([row["min_k"] for row in examples[stream]] for stream in ("members", "holdout"))
     return auc(holdout, members)
 
 
-def _passage(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> BenchmarkExample:
-    """A passage and the first 128 tokens of what follows."""
-    following = tokenizer(continuation, add_special_tokens=False)["input_ids"][:128]
-    answer = str(tokenizer.decode(following, skip_special_tokens=True))
-    return BenchmarkExample({"prompt": prompt, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
-
-
-def _question(tokenizer: PreTrainedTokenizerBase, before: str, question: str, answer: str) -> BenchmarkExample:
-    prompt = f"{before}Question: {question}\nAnswer: "
-    return BenchmarkExample({"question": question, "answer": answer}, {}, list(tokenizer(prompt)["input_ids"]))
-
-
-def _pairs(rows: Sequence[Values], name: str) -> list[tuple[str, str]]:
-    return [
-        (texts[0], texts[1]) for i, row in enumerate(rows) for texts in [_texts(row, name, i, "question", "answer")]
-    ]
-
-
-def _texts(row: Values, name: str, number: int, *columns: str) -> list[str]:
-    for column in columns:
-        if not isinstance(row.get(column), str):
-            raise ValueError(
-                f"row {number} of MUSE's {name} set has no text in '{column}': got {row.get(column)!r}; its columns are "
-                f"{sorted(row)}."
-            )
-    return [row[column] for column in columns]
+def _read_columns(source: Source, name: str, *columns: str) -> list[list[str]]:
+    """Read the texts in some columns of every row."""
+    texts = []
+    for number, row in enumerate(source.load(name).to_list()):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise DataError(
+                    f"row {number} of MUSE's {name} set has no text in '{column}': got {row.get(column)!r}; its columns are "
+                    f"{sorted(row)}."
+                )
+        texts.append([row[column] for column in columns])
+    return texts

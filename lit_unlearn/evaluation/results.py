@@ -1,4 +1,4 @@
-"""The results of a benchmark: one JSON file, who may be compared with whom, and a table for people."""
+"""The results of a benchmark: what is measured, where it is kept, and which results may be compared."""
 
 from __future__ import annotations
 
@@ -7,96 +7,182 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_unlearn import __version__
+from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
-from lit_unlearn.utils.io import read_json
+from lit_unlearn.utils.io import read_json, write_json
 
-Results = dict[str, Any]
+Values = dict[str, Any]
+"""Plain types by name, as JSON has them."""
 
 _PACKAGES = ("torch", "transformers", "lightning", "datasets", "peft", "rouge_score")
+_REQUIRED_KEYS = ("suite", "aggregate", "examples", "data")
 
 
-def versions() -> dict[str, str]:
-    """Of this package and of those that decide numbers."""
-    return {"lit_unlearn": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+@dataclass
+class Results:
+    """Everything that a benchmark measured on one model.
+
+    Args:
+        benchmark: The benchmark's name.
+        data: Source, number of rows and digests of every stream.
+        aggregate: The benchmark's values by name, ``<stream>/<value>`` or ``<value>``.
+        examples: The values of every example, by stream, in the order of the rows.
+        missing: By name, the reason why a value could not be computed.
+        settings: Settings that decide values, beside the model and the rows.
+        model: ``name`` and ``weights``, the first digits of a digest over all weights.
+        versions: Of this package and of those that decide numbers.
+        seed: Argument of ``seed_everything``; ``None`` if it was not called.
+        retain_results: Where the results of the retain-only model came from.
+        judge: Grades of an LLM judge, if ``lit-unlearn judge`` added them.
+
+    Example:
+        >>> results = Results("qa", data={}, aggregate={"retain/nll": 0.5}, examples={"retain": [{"nll": 0.5}]})
+        >>> Results.from_dict(results.to_dict()) == results
+        True
+    """
+
+    benchmark: str
+    data: dict[str, Values]
+    aggregate: dict[str, float]
+    examples: dict[str, list[Values]]
+    missing: dict[str, str] = field(default_factory=dict)
+    settings: Values = field(default_factory=dict)
+    model: Values = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    retain_results: str | None = None
+    judge: Values | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """Read a results file.
+
+        Raises:
+            MissingFileError: If the file does not exist.
+            DataError: If it is not a results file.
+        """
+        try:
+            content = read_json(Path(path))
+        except FileNotFoundError:
+            raise MissingFileError(
+                f"there is no results file '{path}': run `lit-unlearn test` on the model, which writes one."
+            ) from None
+        except ValueError as error:
+            raise DataError(f"'{path}' is not a JSON file: {error}") from error
+        return cls.from_dict(content, f"'{path}'")
+
+    @classmethod
+    def from_dict(cls, content: Any, name: str = "the dictionary") -> Results:
+        """Return the results that `to_dict` gave.
+
+        Args:
+            content: With the keys of a results file.
+            name: Its name in messages.
+
+        Raises:
+            DataError: If keys are missing.
+        """
+        lacking = _REQUIRED_KEYS if not isinstance(content, Mapping) else set(_REQUIRED_KEYS) - content.keys()
+        if lacking:
+            raise DataError(
+                f"{name} is not a results file of `lit-unlearn test`: it has no {', '.join(sorted(lacking))}."
+            )
+        # Files written before a key existed lack it, and stay comparable; keys that are no longer known are dropped.
+        values = {key: content[key] for key in cls.__dataclass_fields__ if key in content}
+        # Early files had null among the values, where one was missing.
+        aggregate = content["aggregate"]
+        absent = {name: "it has no value" for name, value in aggregate.items() if value is None}
+        values["aggregate"] = {name: value for name, value in aggregate.items() if name not in absent}
+        values["missing"] = {**absent, **content.get("missing", {})}
+        return cls(benchmark=content["suite"], **values)
+
+    def to_dict(self) -> Values:
+        """Return the content of the results file, with the keys that files have had from the start."""
+        content = asdict(self)
+        ordered = (
+            "settings",
+            "model",
+            "data",
+            "versions",
+            "seed",
+            "retain_results",
+            "aggregate",
+            "missing",
+            "examples",
+        )
+        values = {"suite": self.benchmark, **{key: content[key] for key in ordered}}
+        return values if self.judge is None else {**values, "judge": content["judge"]}
+
+    def write(self, path: Path) -> None:
+        """Write the results file, in one piece or not at all."""
+        write_json(path, self.to_dict())
 
 
-def seed() -> int | None:
-    """What ``seed_everything`` was called with; ``None`` if it was not."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of this package and of those that decide numbers."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"lit_unlearn": __version__, **versions}
+
+
+def global_seed() -> int | None:
+    """Return the argument of ``seed_everything``; ``None`` if it was not called."""
     value = os.environ.get("PL_GLOBAL_SEED")
     return None if value is None else int(value)
 
 
-def digest(content: Any) -> str:
-    """Sixteen hexadecimal digits that tell contents of plain types apart."""
+def content_digest(content: Any) -> str:
+    """Return sixteen hexadecimal digits that differ for different contents of plain types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def read_results(path: str | Path) -> Results:
-    """Reads a results file.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no results file.
-    """
-    try:
-        results = read_json(Path(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"there is no results file '{path}': `lit-unlearn test` writes one, of the retain-only model as of any other."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"'{path}' is no JSON file: {error}") from error
-    if not isinstance(results, dict) or not {"suite", "aggregate", "examples", "data"} <= results.keys():
-        raise ValueError(
-            f"'{path}' is no results file of `lit-unlearn test`: it has no suite, aggregate, examples and data."
-        )
-    return results
-
-
 def check_same_rows(
-    mine: Mapping[str, Any], other: Results, stream: str, path: str, whose: str = "the retain-only model"
+    benchmark: str, data: Values, results: Results, stream: str, path: str, model: str = "the retain-only model"
 ) -> None:
-    """Refuses to compare with results of another suite, of other rows or of other tokens.
+    """Raise an error unless results of another model were measured on the same rows.
 
     Args:
-        mine: ``suite``, and the ``data`` of the stream.
-        other: Results of the retain-only model, or of another one.
-        stream: On which they are compared.
-        path: Of the other results, for the message.
-        whose: Results the other ones are, likewise.
+        benchmark: Name of the benchmark whose results are to be compared.
+        data: Description of its stream: ``rows``, ``texts`` and ``tokens``.
+        results: Results of the other model.
+        stream: The stream on which both are compared.
+        path: Where ``results`` came from, for the message.
+        model: Name of the other model, for the message.
 
     Raises:
-        ValueError: With what differs.
+        DataError: With every difference.
     """
-    theirs = other["data"].get(stream, {})
-    what = {"suite": (mine["suite"], other["suite"])}
-    what |= {key: (mine["data"][key], theirs.get(key)) for key in ("rows", "texts", "tokens")}
-    words = {"suite": "suite", "rows": "number of rows", "texts": "questions and answers (another split?)"}
-    words["tokens"] = "tokens (another tokenizer, template or max_length)"
-    differ = [f"{words[key]}: {own!r} here, {its!r} there" for key, (own, its) in what.items() if own != its]
-    if differ:
-        raise ValueError(
-            f"the results of {whose} in '{path}' cannot be compared with these: on the '{stream}' rows they differ in "
-            + "; ".join(differ)
-            + f". Evaluate {whose} with the same configuration."
+    their_data = results.data.get(stream, {})
+    pairs = {
+        "benchmark": (benchmark, results.benchmark),
+        "number of rows": (data["rows"], their_data.get("rows")),
+        "questions and answers (another split?)": (data["texts"], their_data.get("texts")),
+        "tokens (another tokenizer, template or max_length)": (data["tokens"], their_data.get("tokens")),
+    }
+    differences = [f"{what}: {here!r} here, {there!r} there" for what, (here, there) in pairs.items() if here != there]
+    if differences:
+        raise DataError(
+            f"the results of {model} in '{path}' cannot be compared with these: on the '{stream}' rows they differ in "
+            f"{'; '.join(differences)}. Evaluate {model} with the same configuration."
         )
 
 
-def differences(results: Sequence[Results]) -> list[str]:
-    """What else makes values incomparable, where `check_same_rows` has no objection: other streams' rows, and settings."""
-    found: dict[str, set[str]] = {}
-    for one in results:
-        contents = {name: [data.get(key) for key in ("rows", "texts", "tokens")] for name, data in one["data"].items()}
-        parts = {f"the '{name}' rows": content for name, content in contents.items()}
-        parts |= {f"the setting '{name}'": value for name, value in one.get("settings", {}).items()}
-        parts.pop("the setting 'token_budget'", None)  # which changes nothing but rounding
-        for part, content in parts.items():
-            found.setdefault(part, set()).add(digest(content))
-    return [part for part, contents in found.items() if len(contents) > 1]
+def list_differences(results: Sequence[Results]) -> list[str]:
+    """List streams and settings that differ between results, where `check_same_rows` does not object."""
+    digests: dict[str, set[str]] = {}
+    for result in results:
+        for stream, data in result.data.items():
+            content = [data.get(key) for key in ("rows", "texts", "tokens")]
+            digests.setdefault(f"the '{stream}' rows", set()).add(content_digest(content))
+        for setting, value in result.settings.items():
+            # The token budget changes nothing but rounding.
+            if setting != "token_budget":
+                digests.setdefault(f"the setting '{setting}'", set()).add(content_digest(value))
+    return [name for name, values in digests.items() if len(values) > 1]
 
 
 def results_table(results: Sequence[Results], names: Sequence[str], style: TableStyle = "text") -> str:
@@ -113,7 +199,10 @@ def results_table(results: Sequence[Results], names: Sequence[str], style: Table
     Raises:
         ConfigError: If ``style`` is unknown.
     """
-    keys = list(dict.fromkeys(key for one in results for key in (*one["aggregate"], *one.get("missing", {}))))
-    keys.sort(key=lambda key: "/" in key)  # what sums everything up comes first
-    rows = [[key, *(one["aggregate"].get(key) for one in results)] for key in keys]
+    keys: dict[str, None] = {}
+    for result in results:
+        keys |= dict.fromkeys([*result.aggregate, *result.missing])
+    # The values that sum up the whole benchmark have no stream in their names, and come first.
+    ordered = sorted(keys, key=lambda key: "/" in key)
+    rows = [[key, *(result.aggregate.get(key) for result in results)] for key in ordered]
     return format_table(rows, ["", *names], style)

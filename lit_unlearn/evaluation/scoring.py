@@ -1,4 +1,4 @@
-"""One teacher-forced pass over rows: what every likelihood-based score of a benchmark is made from."""
+"""Teacher-forced passes over examples, from which every likelihood-based value of a benchmark is computed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lit_unlearn.models.packing import pack_or_pad
 
 
 class Scored(NamedTuple):
-    """What a model makes of the supervised tokens of one row, all of shape ``(n,)``.
+    """Scores of the ``N`` supervised tokens of one example, each of shape ``(N,)``.
 
     Args:
         labels: Token ids.
-        predictions: The likeliest token at each place.
+        predictions: The likeliest token at each position.
         logp: Log-probability of each label, nats.
-        mean: Expectation of log p over the vocabulary at each place, minus the entropy.
-        std: Its standard deviation.
+        mean: Expectation of log p over the vocabulary at each position, minus the entropy, nats.
+        std: Its standard deviation, nats.
     """
 
     labels: NDArray[np.int64]
@@ -41,70 +41,87 @@ class Scored(NamedTuple):
 
 def score_examples(
     lm: LanguageModel,
-    rows: Sequence[Example],
+    examples: Sequence[Example],
     token_budget: int = 8192,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[Scored]:
-    """Scores rows in batches of bounded size, the longest first; no logits are kept.
+    """Score examples in batches of bounded size, the longest first; no logits are kept.
 
     Args:
         lm: Loaded; it is left as it was.
-        rows: Each with a supervised token.
-        token_budget: Largest batch, in tokens; one row may exceed it.
-        progress: Called with the number of rows that a batch had.
+        examples: Each with a supervised token.
+        token_budget: Largest batch, in tokens; one example may exceed it.
+        progress: Called with the number of examples of each batch.
 
     Returns:
-        One item per row, in the order given.
+        One item per example, in the order given.
     """
-    found: dict[int, Scored] = {}
+    scores: dict[int, Scored] = {}
     with evaluation_mode(lm):
-        for batch in _batches([len(row.input_ids) for row in rows], token_budget):
-            found |= zip(batch, _score_batch(lm, [rows[i] for i in batch]), strict=True)
-            progress(len(batch))
-    return [found[i] for i in range(len(rows))]
+        for indices in _group_by_length([len(example.input_ids) for example in examples], token_budget):
+            scores |= zip(indices, _score_batch(lm, [examples[i] for i in indices]), strict=True)
+            progress(len(indices))
+    return [scores[i] for i in range(len(examples))]
 
 
-def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Put examples into one batch on the model's device, packed if the model keeps packed sequences apart.
 
-
-def _score_batch(lm: LanguageModel, rows: Sequence[Example]) -> list[Scored]:
+    Returns:
+        A batch for the model, whose ``sequence`` numbers the examples: packing changes their order.
+    """
     device = next(lm.parameters()).device
-    sequences = [
-        {
-            "input_ids": torch.tensor(row.input_ids, device=device),
-            "labels": torch.tensor(row.labels, device=device),
-            "sequence": torch.full((len(row.labels),), i, device=device),
-        }
-        for i, row in enumerate(rows)
-    ]
-    batch = pack_or_pad(sequences, lm.packs)
+    sequences = []
+    for number, example in enumerate(examples):
+        sequences.append(
+            {
+                "input_ids": torch.tensor(example.input_ids, device=device),
+                "labels": torch.tensor(example.labels, device=device),
+                "sequence": torch.full((len(example.labels),), number, device=device),
+            }
+        )
+    return pack_or_pad(sequences, lm.packs)
+
+
+def _group_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Yield indices, the longest first, so that a lack of memory shows at once."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # A model that cannot pack pads every example to the longest of its batch, which is the first.
+        if group and (len(group) + 1) * lengths[group[0]] > token_budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _score_batch(lm: LanguageModel, examples: Sequence[Example]) -> list[Scored]:
+    batch = build_batch(lm, examples)
     tokens = locate(batch)
 
     def compute(tokens: SupervisedTokens) -> Tensor:
         return lm.map_logits(_token_scores, tokens, tokens.labels)
 
+    # float64 has every token id, and is what means over tokens are taken in.
     values = lm(batch, compute, index=[tokens]).double().cpu().numpy()
-    labels, owner = tokens.labels.cpu().numpy(), tokens.examples[tokens.sequence].cpu().numpy()
-    return [
-        Scored(labels[mine], values[mine, 1].astype(np.int64), values[mine, 0], values[mine, 2], values[mine, 3])
-        for mine in (owner == i for i in range(len(rows)))
-    ]
+    labels = tokens.labels.cpu().numpy()
+    numbers = tokens.examples[tokens.sequence].cpu().numpy()
+
+    scores = []
+    for number in range(len(examples)):
+        logp, predictions, mean, std = values[numbers == number].T
+        scores.append(Scored(labels[numbers == number], predictions.astype(np.int64), logp, mean, std))
+    return scores
 
 
 def _token_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of the label, likeliest token, mean and standard deviation of log p, shape ``(n, 4)``."""
+    """Compute log-probability of the label, likeliest token, mean and standard deviation of log p, shape ``(N, 4)``."""
     logp = logits.log_softmax(dim=-1)
-    finite = logp.clamp_min(torch.finfo(logp.dtype).min / 2)  # −∞ has no mean, and 0 · −∞ is nan
+    # A vocabulary entry that is ruled out has log p = −∞: it has no mean, and 0 · −∞ is NaN.
+    finite = logp.clamp_min(torch.finfo(logp.dtype).min / 2)
     p = logp.exp()
     mean = (p * finite).sum(dim=-1)
     variance = (p * (finite - mean[:, None]).square().nan_to_num(posinf=0.0)).sum(dim=-1)
-    chosen = finite.gather(1, labels[:, None]).squeeze(1)
-    return torch.stack([chosen, logits.argmax(dim=-1).to(logp.dtype), mean, variance.sqrt()], dim=1)
+    of_label = finite.gather(1, labels[:, None]).squeeze(1)
+    return torch.stack([of_label, logits.argmax(dim=-1).to(logp.dtype), mean, variance.sqrt()], dim=1)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
-from lit_unlearn.evaluation.benchmark import Values
-from lit_unlearn.evaluation.qa import QuestionBenchmark, Questions
-from lit_unlearn.evaluation.results import Results
+from lit_unlearn.errors import check_choice
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
+from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import model_utility
+from lit_unlearn.models import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+UTILITY_VALUES = ("probability", "rougeL_recall", "truth_ratio")
 
 
-class TOFUBenchmark(QuestionBenchmark):
-    """TOFU as its published code measures it: forget quality, model utility, and what they are made from.
+class TOFUBenchmark(Benchmark):
+    """TOFU as its published code measures it: forget quality, model utility, and the values behind them.
 
     Sets: ``forget`` and ``retain`` (400 rows), with paraphrased and wrong answers; ``real_authors`` and ``world_facts``, where
     the probability is that among the options. Utility is the harmonic mean of probability, ROUGE-L recall and truth ratio of
@@ -24,18 +35,21 @@ class TOFUBenchmark(QuestionBenchmark):
 
     Args:
         forget_split: ``"forget01"``, ``"forget05"`` or ``"forget10"``.
-        source: Hub name, or a local folder with the files (``forget10_perturbed.json``, …). Of the sets but the first,
-            one that a folder lacks is left out, with what depends on it.
-        max_rows: Only the first so many rows of every set but ``forget``; ``None`` for all, as published.
+        source: Hub name, or a local folder with the files (``forget10_perturbed.json``, …). A set other than the forget
+            set that a folder lacks is left out, with the values that depend on it.
+        max_rows: Number of rows read of every set but ``forget``; ``None`` for all, as published.
         holdout: Rows that the model has never seen, for attacks and PrivLeak; ``None`` leaves those out.
-        **settings: As for `QuestionBenchmark`.
+        token_budget: As for `Benchmark`.
+        retain_results: As for `Benchmark`.
+        **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k`` and ``fluency_model``.
 
     Raises:
-        FileNotFoundError: If a local folder lacks the forget set.
-        ValueError: If ``forget_split`` is unknown.
+        MissingFileError: If a local folder lacks the forget set.
+        ConfigError: If ``forget_split`` is unknown.
     """
 
     name: ClassVar[str] = "tofu"
+    compared_settings: ClassVar[tuple[str, ...]] = ("ratio", "k")
 
     def __init__(
         self,
@@ -43,29 +57,60 @@ class TOFUBenchmark(QuestionBenchmark):
         source: str = "locuslab/TOFU",
         max_rows: int | None = None,
         holdout: Source | None = None,
+        token_budget: int = 8192,
+        retain_results: str | Path | Results | dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        if forget_split not in RETAIN:
-            raise ValueError(f"TOFUBenchmark: `forget_split` must be one of {', '.join(RETAIN)}, not {forget_split!r}.")
-        self.sets["forget"] = Questions(tofu_source(source, f"{forget_split}_perturbed"))
-        options = {"right": self.answer_column, "choose": True}
-        for name, kind in {"retain": {}, "real_authors": options, "world_facts": options}.items():
+        super().__init__(token_budget, retain_results)
+        check_choice(tuple(RETAIN), self, forget_split=forget_split)
+        self.questions = QuestionSets(self, **settings)
+        self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
+        for name in UTILITY_SETS:
             try:
-                self.sets[name] = Questions(tofu_source(source, f"{name}_perturbed", max_rows), **kind)  # type: ignore[arg-type]
+                rows = tofu_source(source, f"{name}_perturbed", max_rows)
             except FileNotFoundError as error:
-                self.absent[name] = str(error)
+                # Small copies of TOFU often hold the forget set alone, which is enough for forget quality.
                 rank_zero_warn(f"{error} All values of '{name}' and the model utility are left out.")
+            else:
+                # Only the sets about fictitious authors have paraphrased answers; the others offer options.
+                is_fictitious = name == "retain"
+                truth_column = "paraphrased_answer" if is_fictitious else self.questions.answer_column
+                self.questions.sets[name] = QuestionSet(rows, truth_column, is_multiple_choice=not is_fictitious)
         if holdout is not None:
-            self.sets["holdout"] = Questions(holdout, generates=False)
+            self.questions.sets["holdout"] = QuestionSet(holdout, generates=False)
 
-    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Values:
-        """As `QuestionBenchmark` does, and the model utility."""
-        values = super().aggregate(examples, retain)
-        names = ("retain", "real_authors", "world_facts")
-        parts = [f"{name}/{key}" for name in names for key in ("probability", "rougeL_recall", "truth_ratio")]
-        missing = [part for part in parts if part not in values]
-        utility: Any = f"{', '.join(missing)} could not be measured"
-        if not missing:
-            utility = model_utility({part: values[part] for part in parts})
-        return {"forget_quality": values.pop("forget_quality"), "model_utility": utility, **values}
+    def settings(self) -> Values:
+        """Return the settings that decide values, beside model and rows."""
+        return {**super().settings(), **self.questions.settings()}
+
+    def with_questions(self, column: str) -> TOFUBenchmark:
+        """Return this benchmark with questions from another column."""
+        changed = copy.copy(self)
+        changed.questions = self.questions.with_column(column)
+        changed._streams = None
+        return changed
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
+        """Read and tokenise every set."""
+        return self.questions.load(tokenizer)
+
+    def measure(
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
+    ) -> Values:
+        """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
+        return self.questions.measure(stream, example, scored, generated)
+
+    def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:
+        """Add the fluency of generated forget answers."""
+        self.questions.add_fluency(examples["forget"], lm, self.token_budget)
+
+    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
+        """Compute the means of every set, forget quality, the attacks and the model utility."""
+        values, missing = self.questions.aggregate(examples, retain)
+        names = [f"{stream}/{value}" for stream in UTILITY_SETS for value in UTILITY_VALUES]
+        lacking = [name for name in names if name not in values]
+        if lacking:
+            missing["model_utility"] = f"{', '.join(lacking)} could not be measured"
+        else:
+            values["model_utility"] = model_utility({name: values[name] for name in names})
+        return Aggregate(values, missing)

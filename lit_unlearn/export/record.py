@@ -17,7 +17,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example
-from lit_unlearn.evaluation.results import read_results, versions
+from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.export.card import card
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.utils.io import atomic_file, file_digest, write_json
@@ -41,7 +41,7 @@ def describe(trainer: L.Trainer, module: LitLanguageModel, earlier: Record | Non
     """
     record = {
         "kind": "unlearned" if isinstance(module, LitUnlearn) else "taught",
-        "versions": {**versions(), "python": platform.python_version()},
+        "versions": {**package_versions(), "python": platform.python_version()},
         "model": module.lm.origin(),
         "data": _data(getattr(trainer, "datamodule", None)),
         "method": _objective(module.forget) | {"weight": module.forget_weight, "keep": module.keep}
@@ -106,7 +106,7 @@ def benchmark(file: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is no results file.
     """
-    results = read_results(file)
+    results = Results.read(file).to_dict()
     return {**{key: value for key, value in results.items() if key != "examples"}, "sha256": file_digest(file)}
 
 

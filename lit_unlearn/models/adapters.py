@@ -46,14 +46,14 @@ def adapter_config(fields: Mapping[str, Any], owner: object = None) -> PeftConfi
     config_classes = {peft_type.value: config_class for peft_type, config_class in CONFIGS.items()}
     _check_names("`adapter`, `peft_type`", [kind], config_classes, owner, "adapter")
     config_class = config_classes[kind]
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
-    _check_names(f"`adapter` of type {kind}", fields, known, owner, "adapter")
+    field_names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    _check_names(f"`adapter` of type {kind}", fields, field_names, owner, "adapter")
 
     values = {**fields, "peft_type": kind}
     for name, default in {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}.items():
-        if name in known:
+        if name in field_names:
             values.setdefault(name, default)
-    with reading("the adapter config", dict(fields), "Check `adapter`."):
+    with reading("the adapter config", dict(fields), "Check `adapter`.", owner=owner, argument="adapter"):
         config: PeftConfig = config_class(**values)
     _check_config(config, owner)
     return config
@@ -94,11 +94,12 @@ def quantization_config(
     if adapter is None:
         message = f"`quantization` without `adapter`: {UNTRAINABLE}"
         raise ConfigError(message, owner=owner, argument="adapter")
-    with reading("the quantisation config", dict(fields), "Check `quantization`."):
+    remedy = "Check `quantization`."
+    with reading("the quantisation config", dict(fields), remedy, owner=owner, argument="quantization"):
         config = AutoQuantizationConfig.from_dict(dict(fields))
     # transformers ignores unknown fields.
-    known = [*inspect.signature(type(config).__init__).parameters, "quant_method"]
-    _check_names(f"`quantization` ({type(config).__name__})", fields, known, owner, "quantization")
+    field_names = [*inspect.signature(type(config).__init__).parameters, "quant_method"]
+    _check_names(f"`quantization` ({type(config).__name__})", fields, field_names, owner, "quantization")
     return {"quantization_config": config}
 
 

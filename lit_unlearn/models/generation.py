@@ -84,7 +84,8 @@ def check_prompts(
         )
     if max_new_tokens < 1:
         raise ConfigError(f"`max_new_tokens` is {max_new_tokens}: give at least 1, the longest answer in tokens.")
-    if "" in stop:  # true of every plain string, too
+    # True of a plain string as well, which would stop at each of its characters.
+    if "" in stop:
         raise ConfigError(f"`stop` must be a list of strings that are not empty, but is {stop!r}.")
 
     positions = getattr(inner_model(lm.model).config.get_text_config(), "max_position_embeddings", None)
@@ -109,7 +110,8 @@ def _greedy_decoding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
     if isinstance(ends, int):
         ends = [ends]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    pad = 0 if pad is None else pad  # padding is masked, so any token will do
+    # Padding is masked, so any token will do.
+    pad = 0 if pad is None else pad
     model.generation_config = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad)
     try:
         yield
@@ -123,6 +125,7 @@ def _plan_batches(model: Any, lengths: Sequence[int], max_new_tokens: int, token
     may_pad = not _rotates_by_longest(model, longest) and _keeps_apart(model, padding=4)
     may_share = may_pad or _keeps_apart(model, padding=0)
 
+    # In descending order the first prompt of a batch is its width, so that little is padded.
     batches: list[list[int]] = []
     width = 0  # of the last batch: the length of its first prompt
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -191,8 +194,10 @@ def _answer_batch(
     ends = model.generation_config.eos_token_id or ()
 
     def has_stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-        return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
+        is_stopped = torch.zeros(len(ids), dtype=torch.bool)
+        for row, text in enumerate(tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)):
+            is_stopped[row] = any(string in text for string in stop)
+        return is_stopped.to(ids.device)
 
     # transformers' own `stop_strings` also find those that begin in the prompt, and take 1 s for 128 000 entries.
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, stopping_criteria=[has_stopped] if stop else [])

@@ -132,6 +132,7 @@ class LanguageModel(nn.Module):
             tokenizer: Its tokenizer, needed for the package's own data modules and saved with the model.
             chunk_size: As for the class.
         """
+        # The config only passes the check of the arguments: a model that is in memory is never built from it.
         lm = cls(config={"model_type": model.config.model_type}, chunk_size=chunk_size)
         lm._tokenizer = tokenizer
         lm._adopt(model)
@@ -141,23 +142,30 @@ class LanguageModel(nn.Module):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, loaded on first use; ``None`` if the model came without one."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, **self.hub_settings)
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **self.hub_settings)
         return self._tokenizer
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
+        """True once the weights are in memory."""
         return self.model is not None
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The loaded transformers model; with an adapter, the one inside `model`, whose layers hold the adapter."""
+        if self.model is None:
+            raise RuntimeError("the model is not loaded: call `load()` first (Lightning does in `configure_model`).")
+        return adapters.inner_model(self.model)  # type: ignore[no-any-return]
+
+    @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
+        """True if an adapter is trained in place of the model; `model` is a ``peft.PeftModel`` then."""
         return adapters.is_adapted(self.model)
 
     @property
     def num_layers(self) -> int:
         """Number of transformer blocks of the loaded model."""
-        return int(self._loaded.config.get_text_config().num_hidden_layers)
+        return int(self.causal_lm.config.get_text_config().num_hidden_layers)
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Load or build the model in training mode and probe its head; does nothing the second time.
@@ -178,11 +186,12 @@ class LanguageModel(nn.Module):
 
         if self.config is not None:
             dtype = dtype or torch.float32
-            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation)
+            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation, owner=self)
         else:
             model = loading.load_pretrained(
                 str(self.name),
                 self._use_safetensors,
+                owner=self,
                 dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
                 attn_implementation=self._attn_implementation,
                 **self.hub_settings,
@@ -193,7 +202,8 @@ class LanguageModel(nn.Module):
             raise ModelError(
                 f"LanguageModel: '{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter"
             )
-        if not is_quantized:  # bitsandbytes packs its integers on the device where they are computed with
+        # bitsandbytes packs its integers on the device that computes with them, and some kinds refuse to be moved.
+        if not is_quantized:
             cast(nn.Module, model).to(device)
 
         adapted = model if self._adapter is None else adapters.attach_adapter(model, self._adapter)
@@ -201,9 +211,12 @@ class LanguageModel(nn.Module):
             adapters.checkpoint_activations(model)
         self._adopt(adapted)
         if self._compile:
-            self._loaded.base_model.compile(dynamic=True)  # packed rows have a new length at every step
+            # Packed rows have a new length at every step, and each would be compiled anew. Only the trunk: losses read the
+            # head's weight directly.
+            self.causal_lm.base_model.compile(dynamic=True)
 
     def _adopt(self, model: PreTrainedModel | adapters.PeftModel) -> None:
+        """Check a model, keep it in training mode, and find out what its head and its attention masks can do."""
         adapters.check_adapter(model)
         embeddings = adapters.inner_model(model).get_input_embeddings().weight.shape[0]
         if self.tokenizer is not None and len(self.tokenizer) > embeddings:
@@ -215,8 +228,8 @@ class LanguageModel(nn.Module):
             )
         # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there.
         self.model = model.train()
-        self.linear_head = has_linear_head(self._loaded)
-        self.packs = separates_packed_sequences(self._loaded)
+        self.linear_head = has_linear_head(self.causal_lm)
+        self.packs = separates_packed_sequences(self.causal_lm)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -239,7 +252,7 @@ class LanguageModel(nn.Module):
     def keep_reference(self) -> None:
         """Copy the model as it is now and freeze the copy, unless there is one or an adapter that can be switched off."""
         if self.frozen is None and not self.has_adapter:
-            self.frozen = copy.deepcopy(self._loaded).eval().requires_grad_(False)
+            self.frozen = copy.deepcopy(self.causal_lm).eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
         """Return a digest of the reference model's weights and architecture, the same wherever it is loaded.
@@ -260,8 +273,8 @@ class LanguageModel(nn.Module):
         """
         revision = cast("str | None", self.hub_settings["revision"])
         return {
-            "name": self.name or self._loaded.config.name_or_path or None,
-            "architecture": type(self._loaded).__name__,
+            "name": self.name or self.causal_lm.config.name_or_path or None,
+            "architecture": type(self.causal_lm).__name__,
             "revision": revision,
             **loading.describe_weights(self.name, revision, self._use_safetensors),
             "adapter": adapters.adapter_settings(self.model) if self.has_adapter else None,
@@ -290,12 +303,13 @@ class LanguageModel(nn.Module):
             OccupiedError: If the target holds something that is not a model directory.
         """
         target = Path(directory)
+        # Before the minutes that merging and writing may take.
         check_export_target(target)
         with atomic_directory(target) as folder, loading.hide_progress_bars():
             if self.has_adapter:
                 adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
             else:
-                self._loaded.save_pretrained(folder, state_dict=state_dict)
+                self.causal_lm.save_pretrained(folder, state_dict=state_dict)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if finish is not None:
@@ -329,7 +343,7 @@ class LanguageModel(nn.Module):
         generation.check_prompts(self, [], max_new_tokens)
         tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
         check_tokenizer(tokenizer)
-        check_template(template, "`template`")
+        check_template(template)
         prompts = []
         for question in questions:
             # A token may carry the last space of the prompt and the first letter of the answer, so an answer is needed to
@@ -340,18 +354,12 @@ class LanguageModel(nn.Module):
 
     @property
     def _head(self) -> nn.Linear:
-        head = self._loaded.get_output_embeddings()
+        head = self.causal_lm.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise TypeError(
-                f"the head of {type(self._loaded).__name__} is a {type(head).__name__}, not a linear layer."
+                f"the head of {type(self.causal_lm).__name__} is a {type(head).__name__}, not a linear layer."
             )
         return head
-
-    @property
-    def _loaded(self) -> PreTrainedModel:
-        if self.model is None:
-            raise RuntimeError("the model is not loaded: call `load()` first (Lightning does in `configure_model`).")
-        return adapters.inner_model(self.model)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -388,11 +396,11 @@ class LanguageModel(nn.Module):
         indices = [locate(batch, alignment)] if index is None else index
         if is_packed(batch) and not self.packs:
             raise BatchError(
-                f"{type(self._loaded).__name__} lets sequences that are packed in one row see each other: give it padded "
+                f"{type(self.causal_lm).__name__} lets sequences that are packed in one row see each other: give it padded "
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        states, activations = self._run_trunk(self._loaded, inputs, layers)
+        states, activations = self._run_trunk(self.causal_lm, inputs, layers)
         tokens = [token_index.gather(states, activations) for token_index in indices]
         if reference:
             with self._reference_model() as model:
@@ -415,7 +423,7 @@ class LanguageModel(nn.Module):
     def _reference_model(self) -> Iterator[PreTrainedModel]:
         if self.frozen is None:
             with self.reference():
-                yield self._loaded
+                yield self.causal_lm
         else:
             with evaluation_mode(self.frozen):
                 yield self.frozen

@@ -33,7 +33,7 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
     Args:
         name: Hub name or local directory; a hub name passes.
         use_safetensors: Whether other weight files do not count.
-        owner: Whose argument it is, for the error.
+        owner: The object whose argument it is, for the error.
         argument: Name of that argument.
 
     Raises:
@@ -91,7 +91,7 @@ def default_device() -> torch.device:
 
 
 @contextmanager
-def _reading_pretrained(what: str, name: str, remedy: str) -> Iterator[None]:
+def _reading_pretrained(what: str, name: str, remedy: str, owner: object, argument: str) -> Iterator[None]:
     """Turn what transformers raises into one sentence, as `reading` does.
 
     `reading` keeps the last line of the reason. transformers gives the reason first, and ends with advice of many lines.
@@ -103,15 +103,12 @@ def _reading_pretrained(what: str, name: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, REASON_LENGTH, placeholder=" …").rstrip(".")
         kind = ModelError if Path(name).exists() else MissingFileError
-        raise kind(f"{what} '{name}' cannot be read: {reason}. {remedy}") from error
+        message = f"{what} '{name}' cannot be read: {reason}. {remedy}"
+        raise kind(message, owner=owner, argument=argument) from error
 
 
-def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or a local directory.
-
-    Args:
-        name: Hub name or local directory.
-        settings: For ``AutoTokenizer.from_pretrained``.
+def load_tokenizer(name: str, owner: object = None, **settings: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a local directory; ``settings`` are for ``AutoTokenizer.from_pretrained``.
 
     Raises:
         MissingFileError: If there is none.
@@ -121,10 +118,11 @@ def load_tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
 
     remedy = "Set `tokenizer` to a local directory with tokenizer files, or to a hub name that has them."
     folder = Path(name)
-    _check_lfs_pointers(folder)
+    _check_lfs_pointers(folder, owner, "tokenizer")
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
-        raise MissingFileError(f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}")
-    with _reading_pretrained("the tokenizer", name, remedy):
+        message = f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}"
+        raise MissingFileError(message, owner=owner, argument="tokenizer")
+    with _reading_pretrained("the tokenizer", name, remedy, owner, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **settings)
     return tokenizer
 
@@ -134,14 +132,9 @@ def build_from_config(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
     attn_implementation: str | None,
+    owner: object = None,
 ) -> PreTrainedModel:
-    """Build a model with random weights, which the global seed decides.
-
-    Args:
-        fields: ``model_type`` and the fields of its config.
-        tokenizer: Gives ``vocab_size`` and the special token ids where ``fields`` does not; ``None`` for the type's own.
-        dtype: Of the parameters.
-        attn_implementation: Passed to transformers; ``None`` for its default.
+    """Build a model with random weights, which the global seed decides; arguments as for `LanguageModel`.
 
     Raises:
         ModelError: If transformers has no such type, or refuses its fields.
@@ -154,7 +147,7 @@ def build_from_config(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
 
-    with reading("the model config", fields, "Check `config`.", ModelError):
+    with reading("the model config", fields, "Check `config`.", ModelError, owner=owner, argument="config"):
         config = AutoConfig.for_model(**fields)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -162,13 +155,14 @@ def build_from_config(
     return model
 
 
-def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTrainedModel:
+def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **settings: Any) -> PreTrainedModel:
     """Load a model from the hub or a directory, with all its weights or not at all.
 
     Args:
         name: Hub name or local directory.
         use_safetensors: Whether to insist on safetensors.
-        settings: For ``AutoModelForCausalLM.from_pretrained``.
+        owner: The object whose argument ``model`` the name is, for errors.
+        **settings: For ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         MissingFileError: If there is no such model.
@@ -177,15 +171,17 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
     from transformers import AutoModelForCausalLM
 
     hub_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    _check_architecture(name, **hub_settings)
+    _check_architecture(name, owner, **hub_settings)
     kind = "safetensors" if use_safetensors else "weights"
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
-    with _reading_pretrained("the model", name, remedy), hide_progress_bars():
+    with _reading_pretrained("the model", name, remedy, owner, "model"), hide_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            use_safetensors=use_safetensors or None,  # False would refuse safetensors
+            # None takes safetensors where there are any, which False would refuse.
+            use_safetensors=use_safetensors or None,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, with their shapes
+            # They are refused below, with their shapes; transformers would only log them.
+            ignore_mismatched_sizes=True,
             **settings,
         )
     model, info = loaded
@@ -194,22 +190,25 @@ def load_pretrained(name: str, use_safetensors: bool, **settings: Any) -> PreTra
     if missing:
         raise ModelError(
             f"the model '{name}' is incomplete: it has no {', '.join(missing[:3])} ({len(missing)} missing in all), which "
-            "would start at random. Get a complete copy of it."
+            "would start at random. Get a complete copy of it.",
+            owner=owner,
+            argument="model",
         )
     for key, shape, expected in info["mismatched_keys"]:
         raise ModelError(
             f"the weights of '{name}' do not fit its config.json: {key} has shape {tuple(shape)}, the config asks for "
-            f"{tuple(expected)}. Get a config and weights that belong together."
+            f"{tuple(expected)}. Get a config and weights that belong together.",
+            owner=owner,
+            argument="model",
         )
     return model  # type: ignore[no-any-return]
 
 
-def _check_architecture(name: str, **settings: Any) -> None:
+def _check_architecture(name: str, owner: object, **settings: Any) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with _reading_pretrained(
-        "the config of the model", name, "Check `model`, and `trust_remote_code` if it comes with code."
-    ):
+    remedy = "Check `model`, and `trust_remote_code` if it comes with code."
+    with _reading_pretrained("the config of the model", name, remedy, owner, "model"):
         config = AutoConfig.from_pretrained(name, **settings)
     # Code that comes with a model and that the user trusts may define any class.
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
@@ -217,30 +216,29 @@ def _check_architecture(name: str, **settings: Any) -> None:
     kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
     raise ModelError(
         f"'{name}' is {kind} (model type '{config.model_type}'): unlearning here needs a model that predicts each token "
-        "from those before it, one that transformers' `AutoModelForCausalLM` loads. Set `model` to such a model."
+        "from those before it, one that transformers' `AutoModelForCausalLM` loads. Set `model` to such a model.",
+        owner=owner,
+        argument="model",
     )
 
 
 def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:
     """Return ``commit`` and ``weights`` (sha256 by file name) of a model that was loaded; reads the files completely.
 
-    Args:
-        name: Hub name or local directory; ``None`` for a model that came from neither.
-        revision: Branch, tag or commit on the hub.
-        use_safetensors: Whether other weight files were not read.
+    Both are empty for a model that came from neither a directory nor the hub, and after the hub's cache was emptied.
     """
     from huggingface_hub import try_to_load_from_cache
 
     if name is None:
         return {"commit": None, "weights": {}}
-
     folder, commit = Path(name), None
     if not folder.is_dir():
         config = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(config, str):  # a cache that was emptied after loading
+        if not isinstance(config, str):
             return {"commit": None, "weights": {}}
+        # The hub's cache names the folder of each snapshot by its commit.
         folder = Path(config).parent
-        commit = folder.name  # the hub's cache calls each snapshot by its commit
+        commit = folder.name
 
     # transformers reads safetensors where there are any, whatever else lies beside them.
     files = sorted(folder.glob("*.safetensors"))
@@ -254,7 +252,8 @@ def hide_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars over weights, which fill log files; the hub's over downloads stay."""
     from transformers.utils import logging
 
-    set_hook = getattr(logging, "set_tqdm_hook", None)  # transformers 5.0 does not have it yet
+    # transformers 5.0 does not have it yet.
+    set_hook = getattr(logging, "set_tqdm_hook", None)
     if set_hook is None:
         yield
         return

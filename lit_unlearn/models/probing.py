@@ -1,4 +1,4 @@
-"""How the logits of a model come about, found out by running it on a few tokens."""
+"""Probes: run a model on a few tokens to find out how its logits come about."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 def has_linear_head(model: PreTrainedModel) -> bool:
     """Return whether the logits are exactly the head applied to the trunk's last hidden state (no softcap, no scaling)."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:  # a subclass may compute anything from its weight
+    # A subclass may compute anything from its weight.
+    if type(head) is not nn.Linear:
         return False
 
     states = dict[str, Tensor]()
@@ -38,7 +39,8 @@ def has_linear_head(model: PreTrainedModel) -> bool:
     ]
     try:
         logits = probe_logits(model)
-        if "trunk" not in states:  # OPT calls a part of its trunk, past the hook
+        # OPT calls a part of its trunk, past the hook.
+        if "trunk" not in states:
             with evaluation_mode(model):
                 model.base_model(input_ids=_probe_ids(model), use_cache=False)
     finally:

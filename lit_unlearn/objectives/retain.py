@@ -86,9 +86,7 @@ class ActivationMatch(Objective):
         """
         if tokens.reference is None:
             raise BatchError("ActivationMatch: the reference model did not run on these tokens (`reference=True`).")
-        return activation_distance(
-            get_layer_output(tokens, self.layer), get_layer_output(tokens.reference, self.layer)
-        )
+        return activation_distance(get_layer_output(tokens, self.layer), get_layer_output(tokens.reference, self.layer))
 
 
 def _kl_from_reference(logits: Tensor, reference_logits: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def draw_trade_off(results: Sequence[Results], names: Sequence[str], target: Pat
     axes = figure.subplots()
     axes.ticklabel_format(useOffset=False)
     axes.margins(0.15)
-    xs = [one["aggregate"][forget] for one in results]
-    ys = [one["aggregate"][utility] for one in results]
+    xs = [one.aggregate[forget] for one in results]
+    ys = [one.aggregate[utility] for one in results]
     if forget == "forget_quality":
         xs = _logarithmic(axes, xs)
     else:
@@ -73,7 +73,7 @@ def _logarithmic(axes: Axes, qualities: Sequence[float]) -> list[float]:
 def _shared(results: Sequence[Results], names: Sequence[str], best: str, other: str) -> str:
     """The name of a value that every model has."""
     for key in (best, other):
-        lacking = [name for name, one in zip(names, results, strict=True) if one["aggregate"].get(key) is None]
+        lacking = [name for name, one in zip(names, results, strict=True) if one.aggregate.get(key) is None]
         if not lacking:
             return key
     raise ValueError(

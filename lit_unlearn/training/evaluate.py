@@ -2,36 +2,121 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.training.evaluator import LitMeasured
+from lit_unlearn.training.weights import check_tensors, load_for_trainer
 
 
-class LitEvaluate(LitMeasured):
+class LitEvaluate(L.LightningModule):
     """Runs a benchmark on any model: ``lit-unlearn test`` with a directory, a hub name or, with ``--ckpt_path``, a checkpoint.
 
-    The rows are the suite's; there is no data module.
+    The examples are the benchmark's; there is no data module.
 
     Args:
         lm: The model to measure.
-        suite: The benchmark.
-        results: File for the results; ``None`` for one in the logger's folder. Where an evaluation was interrupted, the
-            same command with the same file goes on.
+        benchmark: The benchmark.
+        results: File for the results; ``None`` for one in the logger's folder. The same command with the same file resumes
+            an evaluation that was interrupted.
+
+    Example:
+        >>> module = LitEvaluate(LanguageModel("out"), QABenchmark("forget.jsonl", "retain.jsonl"))  # doctest: +SKIP
+        >>> L.Trainer().test(module)  # doctest: +SKIP
     """
 
-    def __init__(self, lm: LanguageModel, suite: Benchmark, results: str | None = None) -> None:
-        super().__init__(lm, suite)
+    def __init__(self, lm: LanguageModel, benchmark: Benchmark, results: str | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.benchmark = benchmark
         self.results = results
 
-    def test_dataloader(self) -> list[int]:
-        """One item, because a test loop needs something to go through; no DataLoader, which would be sampled."""
-        return [0]
+    def setup(self, stage: str) -> None:
+        """Read the benchmark's rows, before the model is loaded."""
+        prepare_benchmark(self, self.benchmark, self.lm)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Nothing: the benchmark is run when the loop ends."""
+    def configure_model(self) -> None:
+        """Load the model in the dtype that the Trainer's precision calls for."""
+        load_for_trainer(self.lm, self._trainer)
+        # The frozen weights of an adapted model are not in its checkpoints.
+        self.strict_loading = not self.lm.has_adapter
 
-    def _results_file(self, name: str) -> Path:
-        return super()._results_file(name) if self.results is None else Path(self.results)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint has all weights that it must have.
+
+        Raises:
+            CheckpointError: If some are missing.
+        """
+        check_tensors(checkpoint, self, self.lm)
+
+    def test_dataloader(self) -> list[str]:
+        """Return the benchmark's name as the only batch: a benchmark divides its examples among the processes itself."""
+        return [self.benchmark.name]
+
+    def test_step(self, batch: str, batch_idx: int) -> None:
+        """Run the benchmark, write its results and log its values."""
+        run_benchmark(self, self.benchmark, self.lm, "test", None if self.results is None else Path(self.results))
+
+
+def prepare_benchmark(module: L.LightningModule, benchmark: Benchmark, lm: LanguageModel) -> None:
+    """Read the benchmark's rows, so that an error in them shows before a run begins.
+
+    Raises:
+        ConfigError: If the model will be sharded.
+    """
+    if isinstance(module.trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            f"{type(benchmark).__name__} generates answers, which a sharded model cannot: leave out "
+            "`benchmark_every_n_epochs`, and run `lit-unlearn test` on the exported model."
+        )
+    benchmark.prepare(lm.tokenizer)
+
+
+@torch.no_grad()
+def run_benchmark(
+    module: L.LightningModule, benchmark: Benchmark, lm: LanguageModel, stage: str, file: Path | None = None
+) -> None:
+    """Run a benchmark within a Trainer: a results file, logged values and, at a test, a table.
+
+    Args:
+        module: Its Trainer and its log are used.
+        benchmark: The benchmark.
+        lm: The module's model.
+        stage: ``"test"``, or ``"val"`` for a run during a fit, which logs under that name and cannot be resumed.
+        file: File for the results; ``None`` for one in the logger's folder.
+    """
+    trainer = module.trainer
+    is_test = stage == "test"
+    if file is None:
+        # All processes call it: `log_dir` is what the first one says.
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        file = folder / (f"{benchmark.name}.json" if is_test else f"{benchmark.name}-step={module.global_step}.json")
+    partial_dir = file.with_suffix(".partial")
+
+    started = time.monotonic()
+    with trainer.precision_plugin.val_step_context():
+        results = benchmark.run(lm, partial_dir if is_test else None)
+    if trainer.is_global_zero:
+        results.write(file)
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        if is_test:
+            print(results_table([results], [str(lm.name)]))
+    if is_test:
+        for name, reason in results.missing.items():
+            rank_zero_info(f"{name} is missing: {reason}")
+    rank_zero_info(f"results: {file} ({benchmark.name}, {time.monotonic() - started:.0f} s)")
+
+    values = {f"{stage}/{benchmark.name}/{name}": value for name, value in results.aggregate.items()}
+    # The batch size weighs means over several batches, of which there is one. Every process logs, so that a checkpoint of
+    # any may follow a value.
+    module.log_dict(values, batch_size=1, rank_zero_only=False)

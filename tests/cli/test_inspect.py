@@ -187,7 +187,7 @@ ERRORS = {  # arguments after the model, and what is said
         ("--questions", "rows.jsonl"),
         r"row 0 of 'rows.jsonl' is not text: question and answer are \['Who\?', None\]",
     ),
-    "no place": (("-q", "Who?", "--template", "{question}"), r"--template must contain \{question\} and"),
+    "no place": (("-q", "Who?", "--template", "{question}"), r"`template` must contain \{question\} and"),
     "no token": (("-q", "Who?", "--max_new_tokens", "0"), "`max_new_tokens` is 0"),
 }
 

@@ -141,7 +141,7 @@ def test_a_set_limited_to_nothing_is_refused(make, write_rows):
 
 
 def test_a_hub_name_out_of_reach_is_explained(make):
-    message = r"'nobody/nothing' .*\.jsonl.*'forget10' and split 'train'\..*`forget`.*Offline"
+    message = r"'nobody/nothing' .*\.jsonl.*'forget10' and split 'train': check `forget`.*Offline"
     with pytest.raises(FileNotFoundError, match=message):
         make(Source("nobody/nothing", name="forget10")).setup("fit")
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_unlearn import LanguageModel, Relearn
 from lit_unlearn.data.encoding import encode
-from lit_unlearn.evaluation.attacks.relearning import copy_of, relearn
-from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_to_nearest, round_weights
+from lit_unlearn.evaluation.attacks.relearning import copy_model, relearn
+from lit_unlearn.evaluation.attacks.rounding import load_quantized, round_to_nearest, round_weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(24).view(2, 12)
@@ -77,7 +77,7 @@ def test_a_model_without_linear_layers_is_refused():
     torch.manual_seed(0)
     lm = LanguageModel(config={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64})
     lm.load(torch.float32)
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no nn\.Linear but the head, so that nothing would be"):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel .*`bits`"):
         round_weights(lm.model, 4)
 
 
@@ -103,7 +103,7 @@ def test_bitsandbytes_gets_the_weights_in_memory(bits, dtype, wide, tmp_path):
     config = BitsAndBytesConfig(**({"load_in_8bit": True} if bits == 8 else four))
     path = lm.save(tmp_path / "new")
     wanted = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype)
-    found = quantized_by_bitsandbytes(lm, bits)
+    found = load_quantized(lm, bits)
     layer = found.model.model.layers[0].mlp.up_proj
     assert layer.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert type(found.model.get_output_embeddings()) is nn.Linear
@@ -119,7 +119,7 @@ def test_bitsandbytes_gets_the_adapter_merged(wide, tmp_path):
     lm.load(torch.float32)
     move(lm)
     merged = loaded(str(lm.save(tmp_path / "merged")), torch.float32)
-    found, wanted = (logits_of(quantized_by_bitsandbytes(one, 4).model) for one in (lm, merged))
+    found, wanted = (logits_of(load_quantized(one, 4).model) for one in (lm, merged))
     assert torch.equal(found, wanted)
 
 
@@ -140,7 +140,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(dtype, adapter, tmp_path):
     lm = build(dtype, adapter)
     move(lm)
     before = {name: value.clone() for name, value in lm.state_dict().items()}
-    other = copy_of(lm)
+    other = copy_model(lm)
     assert not other.has_adapter
     exported = AutoModelForCausalLM.from_pretrained(lm.save(tmp_path / "out"), dtype=dtype)
     assert torch.equal(logits_of(other.model), logits_of(exported))
@@ -152,10 +152,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(dtype, adapter, tmp_path):
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused():
-    with pytest.raises(
-        ValueError, match=r"into which this adapter cannot be merged \(This method is not supported for L"
-    ):
-        copy_of(build(adapter={"peft_type": "LILY"}))
+    with pytest.raises(ValueError, match=r"adapter cannot be merged .*`relearn`.*`bits`"):
+        copy_model(build(adapter={"peft_type": "LILY"}))
 
 
 # Relearning -----------------------------------------------------------------------------------------------------------
@@ -224,9 +222,7 @@ def test_dropout_and_random_numbers_are_left_alone(tokenizer_dir):
 
 def test_divergence_is_an_error(tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, 0), torch.float32)
-    with pytest.raises(
-        ValueError, match=r"relearning diverged: the NLL is nan at step \d+; lower `relearn\.lr` \(1e\+30"
-    ):
+    with pytest.raises(ValueError, match=r"NLL is nan at step \d+; lower `lr` \(1e\+30"):
         relearn(lm, encoded(lm), Relearn(5, 5, 1e30), 8192)
 
 
@@ -240,5 +236,5 @@ def test_rows_are_drawn_by_the_seed():
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"steps": 0}, {"lr": 0.0}, {"lr": -1.0}, {"lr": math.nan}], ids=str)
 def test_numbers_out_of_range(wrong):
-    with pytest.raises(ValueError, match="Relearn: `rows`, `steps` and `lr` must be positive, but are"):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
         Relearn(**{"rows": 1, "steps": 1, "lr": 1.0, **wrong})

@@ -15,7 +15,7 @@ from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, 
 
 from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
 from lit_unlearn.data.encoding import encode, prompt_of
-from lit_unlearn.evaluation.benchmark import BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Aggregate, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.io import read_json
@@ -105,13 +105,13 @@ def test_the_results_file(files, tokenizer_dir, evaluate, monkeypatch, tmp_path,
 def test_results_are_plain_and_the_file_holds_just_them(files, tokenizer_dir, evaluate):
     model = taught(tokenizer_dir, 20)
     lm = loaded(model)
-    found = QABenchmark(**files, max_new_tokens=4).run(lm)
+    found = QABenchmark(**files, max_new_tokens=4).run(lm).to_dict()
     assert json.loads(json.dumps(found)) == found
     assert {**evaluate(model, files), "seed": found["seed"]} == found
     monkey = loaded(model)
     with torch.no_grad():
         monkey.model.lm_head.weight[0, 0] += 1e-3
-    assert QABenchmark(**files, max_new_tokens=4).run(monkey)["model"]["weights"] != found["model"]["weights"]
+    assert QABenchmark(**files, max_new_tokens=4).run(monkey).to_dict()["model"]["weights"] != found["model"]["weights"]
 
 
 def test_values_are_logged_by_name(files, tokenizer_dir, make_trainer, tmp_path):
@@ -200,7 +200,7 @@ def test_partial_files_of_other_weights_or_rows_do_not_count(
     if what == "weights":
         model = taught(tokenizer_dir, 30)
     elif what == "versions":
-        monkeypatch.setattr("lit_unlearn.evaluation.results.versions", lambda: {"torch": "0.0"})
+        monkeypatch.setattr("lit_unlearn.evaluation.benchmark.package_versions", lambda: {"torch": "0.0"})
     elif what == "half a file":
         partial.write_text(partial.read_text(encoding="utf-8")[:100], encoding="utf-8")
     elif what in ("empty", "a list"):
@@ -210,7 +210,7 @@ def test_partial_files_of_other_weights_or_rows_do_not_count(
         files[what] = write(tmp_path / "changed.jsonl", changed)
     found = evaluate(model, files)
     assert len(measured.rows) == sum(map(len, ROWS.values()))
-    assert found["examples"] == QABenchmark(**files, max_new_tokens=4).run(loaded(model))["examples"]
+    assert found["examples"] == QABenchmark(**files, max_new_tokens=4).run(loaded(model)).to_dict()["examples"]
 
 
 # Rows of a suite of one's own -----------------------------------------------------------------------------------------
@@ -236,16 +236,16 @@ class Mixed(Benchmark):
         }
 
     def measure(
-        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], said: str | None
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
     ) -> Any:
         return {
             **example.texts,
             "scored": {kind: [one.nll for one in ones] for kind, ones in scored.items()},
-            "said": said,
+            "said": generated,
         }
 
     def aggregate(self, examples: Mapping[str, Sequence[Any]], retain: Any) -> Any:
-        return {"rows": sum(map(len, examples.values())), "lost": "it was never there"}
+        return Aggregate({"rows": sum(map(len, examples.values()))}, {"lost": "it was never there"})
 
 
 @pytest.mark.parametrize("token_budget", [1, 70, 8192])
@@ -254,7 +254,7 @@ def test_every_row_gets_its_own_scores_and_answer(token_budget, tokenizer_dir):
     parts = [tokens(lm.tokenizer, row["question"], row["answer"]) for row in FORGET[:2]]
     a, b = (look(lm.model, part.ids, part.start).nll for part in parts)
     first, second = (say(lm, part.ids[: part.start], 6).split("is")[0] for part in parts)
-    found = Mixed(token_budget=token_budget).run(lm)
+    found = Mixed(token_budget=token_budget).run(lm).to_dict()
     wanted = [
         ({"short": [b], "long": [a, b, b]}, first),
         ({}, second),

@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 def run(lm: LanguageModel, files: dict[str, str], **settings: Any) -> dict[str, Any]:
-    return QABenchmark(**files, **{"max_new_tokens": NEW, **settings}).run(lm)
+    return QABenchmark(**files, **{"max_new_tokens": NEW, **settings}).run(lm).to_dict()
 
 
 def slow_sets(lm: LanguageModel, **settings: Any) -> dict[str, list[Row]]:
@@ -182,7 +182,7 @@ def test_a_prompt_of_a_chat(tokenizer, files):
         "{{ eos_token }}{% endif %}{% endfor %}"
     )
     for example, row in zip(QABenchmark(**files).load(chat)["forget"].examples, FORGET, strict=True):
-        (own,) = example.rows["answer"]
+        (own,) = example.sequences["answer"]
         assert chat.decode(example.prompt).rstrip() == f"Ask: {row['question']}\nSay:"
         assert own.input_ids[: len(example.prompt)] == example.prompt
         said = [label for label in own.labels if label != -100]

@@ -31,8 +31,8 @@ from lit_unlearn import (
     StressBenchmark,
     TOFUBenchmark,
 )
-from lit_unlearn.evaluation.attacks.relearning import copy_of, relearn
-from lit_unlearn.evaluation.attacks.rounding import quantized_by_bitsandbytes, round_weights
+from lit_unlearn.evaluation.attacks.relearning import copy_model, relearn
+from lit_unlearn.evaluation.attacks.rounding import load_quantized, round_weights
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
@@ -85,10 +85,12 @@ def under(results: Results, stress: str) -> Results:
 
 def by_hand(stress: str, lm: LanguageModel, suite: QABenchmark) -> LanguageModel:
     """The model under a stress."""
-    other = copy_of(lm)
+    other = copy_model(lm)
     if stress == "relearn":
         streams = suite.prepare(lm.tokenizer)
-        relearn(other, [streams["forget"].examples[i].rows["answer"][0] for i in CHOSEN], ATTACK, suite.token_budget)
+        relearn(
+            other, [streams["forget"].examples[i].sequences["answer"][0] for i in CHOSEN], ATTACK, suite.token_budget
+        )
     elif stress.endswith("bit"):
         round_weights(other.model, int(stress[0]))
     return other
@@ -98,8 +100,8 @@ def by_hand(stress: str, lm: LanguageModel, suite: QABenchmark) -> LanguageModel
 
 
 def test_every_stress_is_the_suite_on_a_changed_model(lm, files):
-    results = StressBenchmark(inner(files), **STRESSES).run(lm)
-    plain = inner(files).run(lm)
+    results = StressBenchmark(inner(files), **STRESSES).run(lm).to_dict()
+    plain = inner(files).run(lm).to_dict()
     assert list(results["examples"])[:3] == ["forget", "retain", "holdout"]
     assert {name.split("/")[0] for name in results["examples"] if "/" in name} == set(NAMES)
     assert results.keys() == plain.keys()
@@ -117,14 +119,14 @@ def test_every_stress_is_the_suite_on_a_changed_model(lm, files):
     for part in ("aggregate", "missing", "data", "examples"):
         assert {name: results[part][name] for name in plain[part]} == plain[part]
     for stress in NAMES[:3]:
-        wanted = inner(files).run(by_hand(stress, lm, inner(files)))
+        wanted = inner(files).run(by_hand(stress, lm, inner(files))).to_dict()
         found = under(results, stress)
         for part in ("aggregate", "data", "examples"):
             assert found[part] == wanted[part]
         assert found["aggregate"] != plain["aggregate"]
         assert found["missing"].keys() == wanted["missing"].keys()
-    assert results["missing"]["2bit/forget_quality"] == "no `retain_results` were given under the same stress"
-    other = inner({**files, "holdout": None}, question_column="paraphrased_question").run(lm)
+    assert results["missing"]["2bit/forget_quality"] == plain["missing"]["forget_quality"]
+    other = inner({**files, "holdout": None}, question_column="paraphrased_question").run(lm).to_dict()
     found = under(results, "paraphrased")
     assert found["examples"] == other["examples"]
     assert found["aggregate"] == other["aggregate"]
@@ -134,7 +136,7 @@ def test_every_stress_is_the_suite_on_a_changed_model(lm, files):
 
 
 def test_relearning_brings_back_what_it_saw(lm, files):
-    results = StressBenchmark(inner(files), Relearn(rows=2, steps=20, lr=3e-3, seed=1)).run(lm)
+    results = StressBenchmark(inner(files), Relearn(rows=2, steps=20, lr=3e-3, seed=1)).run(lm).to_dict()
     plain, rows = results["examples"]["forget"], results["examples"]["relearn/forget"]
     assert [row["relearned"] for row in rows] == [i in CHOSEN for i in range(len(FORGET))]
     assert all(rows[i]["probability"] > plain[i]["probability"] + 0.3 for i in CHOSEN)
@@ -148,7 +150,7 @@ def test_relearning_brings_back_what_it_saw(lm, files):
 
 
 def test_all_rows_relearned_leave_no_others(lm, files):
-    values = StressBenchmark(inner(files), Relearn(len(FORGET), 1, 1e-3)).run(lm)["aggregate"]
+    values = StressBenchmark(inner(files), Relearn(len(FORGET), 1, 1e-3)).run(lm).to_dict()["aggregate"]
     assert values["relearn/forget_relearned/nll"] == values["relearn/forget/nll"]
     assert not any("forget_others" in name for name in values)
 
@@ -159,12 +161,12 @@ def test_tofu(lm, tmp_path):
     file = Path(folder) / "forget01_perturbed.json"
     write(file, [{**json.loads(line), "paraphrased_question": "What?"} for line in file.read_text().splitlines()])
     suite = TOFUBenchmark("forget01", folder, max_new_tokens=4)
-    results = StressBenchmark(suite, bits=[4], paraphrased=True).run(lm)
+    results = StressBenchmark(suite, bits=[4], paraphrased=True).run(lm).to_dict()
     assert "4bit/model_utility" in results["aggregate"]
     assert [name for name in results["examples"] if "paraphrased" in name] == ["paraphrased/forget"]
     assert "real_authors/probability" in results["missing"]["paraphrased/model_utility"]
-    assert suite.question_column == "question"
-    assert list(suite.sets) == ["forget", "retain", "real_authors", "world_facts"]
+    assert suite.questions.question_column == "question"
+    assert list(suite.questions.sets) == ["forget", "retain", "real_authors", "world_facts"]
 
 
 def test_an_adapter_is_merged(lm, files, tokenizer_dir, tmp_path):
@@ -175,8 +177,12 @@ def test_an_adapter_is_merged(lm, files, tokenizer_dir, tmp_path):
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    results = StressBenchmark(inner(files), **STRESSES).run(adapted)
-    exported = StressBenchmark(inner(files), **STRESSES).run(loaded(str(adapted.save(tmp_path / "out")), torch.float32))
+    results = StressBenchmark(inner(files), **STRESSES).run(adapted).to_dict()
+    exported = (
+        StressBenchmark(inner(files), **STRESSES)
+        .run(loaded(str(adapted.save(tmp_path / "out")), torch.float32))
+        .to_dict()
+    )
     for stress in NAMES[:3]:
         assert under(results, stress) == under(exported, stress)
     for name in ("forget/nll", "paraphrased/forget/nll"):
@@ -189,11 +195,11 @@ def test_arithmetic_around_it_is_that_of_measuring_alone(dtype, inference, lm, f
     """Autocast keeps casts of weights, and Lightning tests in inference mode: neither reaches the changed weights."""
     lm.model.to(dtype)
     with torch.inference_mode(inference), torch.autocast("cpu", torch.bfloat16):
-        results = StressBenchmark(inner(files), **STRESSES).run(lm)
+        results = StressBenchmark(inner(files), **STRESSES).run(lm).to_dict()
     for stress in NAMES[:3]:
         other = by_hand(stress, lm, inner(files))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            wanted = inner(files).run(other)
+            wanted = inner(files).run(other).to_dict()
         assert under(results, stress)["examples"] == wanted["examples"]
 
 
@@ -202,9 +208,9 @@ def test_bitsandbytes(files, tokenizer_dir):
     torch.manual_seed(0)
     lm = LanguageModel(config={**TINY, "hidden_size": 64, "intermediate_size": 128}, tokenizer=tokenizer_dir)
     lm.load(torch.float32)
-    results = StressBenchmark(inner(files), bits=[8, 4], backend="bitsandbytes").run(lm)
+    results = StressBenchmark(inner(files), bits=[8, 4], backend="bitsandbytes").run(lm).to_dict()
     for bits in (8, 4):
-        wanted = inner(files).run(quantized_by_bitsandbytes(lm, bits))
+        wanted = inner(files).run(load_quantized(lm, bits)).to_dict()
         assert under(results, f"{bits}bit")["examples"] == wanted["examples"]
         assert results["aggregate"][f"{bits}bit/forget/nll"] != results["aggregate"]["forget/nll"]
     assert results["settings"]["stress"]["4bit"] == {"bits": 4, "backend": "bitsandbytes"}
@@ -239,7 +245,7 @@ def test_the_model_is_left_as_it_was(rows, adapter, files, tokenizer_dir, monkey
     monkeypatch.setattr(Broken, "left", rows)
     suite = Broken(**files, max_new_tokens=2)
     with pytest.raises(RuntimeError, match="broken") if rows < 4 * 12 + 8 else contextlib.nullcontext():
-        StressBenchmark(suite, **STRESSES).run(lm)
+        StressBenchmark(suite, **STRESSES).run(lm).to_dict()
     assert all(a is b for a, b in zip(lm.parameters(), parameters, strict=True))
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
     assert not frozen.requires_grad
@@ -256,7 +262,7 @@ def test_a_fit_goes_on_as_if_there_had_been_no_stress(files, tokenizer_dir, make
         L.seed_everything(0, verbose=False)
         lm = LanguageModel(taught(tokenizer_dir, 20))
         suite = StressBenchmark(inner(files), **STRESSES)
-        module = LitFinetune(lm, lambda p: torch.optim.AdamW(p, 1e-3), suite=suite, suite_every_n_epochs=every)
+        module = LitFinetune(lm, lambda p: torch.optim.AdamW(p, 1e-3), benchmark=suite, benchmark_every_n_epochs=every)
         data = ForgetRetain(files["forget"], files["retain"], batch_size=2, num_workers=0)
         trainer = make_trainer(max_epochs=2)
         trainer.fit(module, datamodule=data)
@@ -270,34 +276,34 @@ def test_a_fit_goes_on_as_if_there_had_been_no_stress(files, tokenizer_dir, make
 
 def test_an_interrupted_evaluation_goes_on(lm, files, tmp_path, monkeypatch):
     suite = Broken(**files, max_new_tokens=2)
-    wanted = StressBenchmark(suite, **STRESSES).run(lm)
+    wanted = StressBenchmark(suite, **STRESSES).run(lm).to_dict()
     folder = tmp_path / "partial"
     monkeypatch.setattr(Broken, "left", 12 + 12 + 7)  # within the second stress
     with pytest.raises(RuntimeError, match="broken"):
-        StressBenchmark(suite, **STRESSES).run(lm, folder)
+        StressBenchmark(suite, **STRESSES).run(lm, folder).to_dict()
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json")) == [
         *("8bit/forget.json", "plain/forget.json", "plain/holdout.json", "plain/retain.json"),
         *("relearn/forget.json", "relearn/holdout.json", "relearn/retain.json"),
     ]
     monkeypatch.setattr(Broken, "left", 7 + 12 + 8)  # what is left
-    assert StressBenchmark(suite, **STRESSES).run(lm, folder) == wanted
+    assert StressBenchmark(suite, **STRESSES).run(lm, folder).to_dict() == wanted
     assert Broken.left == 0
 
 
 def test_retain_results_count_under_the_same_stress_only(lm, files, tokenizer_dir, tmp_path):
     retain_only = loaded(taught(tokenizer_dir, 0, 3), torch.float32)
-    theirs = StressBenchmark(inner(files), **STRESSES).run(retain_only)
+    theirs = StressBenchmark(inner(files), **STRESSES).run(retain_only).to_dict()
     write_json(tmp_path / "stressed.json", theirs)
-    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **STRESSES).run(lm)
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **STRESSES).run(lm).to_dict()
     for prefix in ("", *(f"{name}/" for name in NAMES)):
         ratios = [[row["truth_ratio"] for row in one["examples"][f"{prefix}forget"]] for one in (mine, theirs)]
         assert mine["aggregate"][f"{prefix}forget_quality"] == pytest.approx(ks_p_value(*ratios))
         assert (f"{prefix}privleak" in mine["aggregate"]) == (prefix != "paraphrased/")
     other = {**STRESSES, "relearn": Relearn(rows=2, steps=6, lr=3e-3, seed=1)}
-    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **other).run(lm)
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "stressed.json")), **other).run(lm).to_dict()
     assert [name for name in mine["missing"] if "quality" in name] == ["relearn/forget_quality"]
-    write_json(tmp_path / "plain.json", inner(files).run(retain_only))
-    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "plain.json")), **STRESSES).run(lm)
+    write_json(tmp_path / "plain.json", inner(files).run(retain_only).to_dict())
+    mine = StressBenchmark(inner(files, retain_results=str(tmp_path / "plain.json")), **STRESSES).run(lm).to_dict()
     assert [name for name in mine["missing"] if "quality" in name] == [f"{name}/forget_quality" for name in NAMES]
     assert "forget_quality" in mine["aggregate"]
 
@@ -308,7 +314,7 @@ def test_retain_results_count_under_the_same_stress_only(lm, files, tokenizer_di
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": [1]}, r"'round' rounds to `bits` from 2 to 8, and 'bitsandbytes' to 4 or 8; got 'round' and \[1\]"),
+        ({"bits": [1]}, r"`bits`.*got 'round' and \[1\]"),
         ({"bits": [4, 16]}, r"got 'round' and \[4, 16\]"),
         ({"bits": [2], "backend": "bitsandbytes"}, r"got 'bitsandbytes' and \[2\]"),
         ({"backend": "bits"}, r"got 'bits' and \[\]"),
@@ -321,23 +327,21 @@ def test_refused_at_once(settings, message, files):
 
 def test_bitsandbytes_is_asked_for(files, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="`backend` needs `pip install bitsandbytes`, or must be 'round'"):
+    with pytest.raises(ValueError, match=r"`backend` .*pip install bitsandbytes"):
         StressBenchmark(inner(files), bits=[4], backend="bitsandbytes")
 
 
 def test_refused_before_anything_is_measured(lm, files, tmp_path):
-    with pytest.raises(ValueError, match=r"`relearn.rows` is 6, but there are 5 forget rows"):
+    with pytest.raises(ValueError, match=r"`relearn.rows`.* 6.* 5 "):
         StressBenchmark(inner(files), Relearn(6, 1, 1.0)).prepare(lm.tokenizer)
     plain = write(tmp_path / "plain.jsonl", FORGET)
-    with pytest.raises(ValueError, match="the forget set has no column 'paraphrased_question': set `paraphrased` to f"):
+    with pytest.raises(ValueError, match=r"'paraphrased_question'.*`paraphrased`"):
         StressBenchmark(inner({**files, "forget": plain}), paraphrased=True).prepare(lm.tokenizer)
     lm.model.is_quantized = True
     for settings in ({"bits": [4]}, {"relearn": ATTACK}):
-        with pytest.raises(
-            ValueError, match="the model is quantised, and its integers can be neither trained nor rounded"
-        ):
-            StressBenchmark(inner(files), **settings).run(lm)
-    assert "paraphrased/forget/nll" in StressBenchmark(inner(files), paraphrased=True).run(lm)["aggregate"]
+        with pytest.raises(ValueError, match=r"quantised.*`relearn`.*`bits`"):
+            StressBenchmark(inner(files), **settings).run(lm).to_dict()
+    assert "paraphrased/forget/nll" in StressBenchmark(inner(files), paraphrased=True).run(lm).to_dict()["aggregate"]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -345,18 +349,18 @@ def test_refused_before_anything_is_measured(lm, files, tmp_path):
 
 def test_the_config(in_tmp, monkeypatch, model_dir, tmp_path):
     write_tofu(tmp_path)
-    arguments = [f"--model.lm.model={model_dir}", f"--model.suite.suite.source={tmp_path}"]
-    arguments += ["--model.suite.suite.forget_split=forget01", "--trainer.accelerator=cpu"]
+    arguments = [f"--model.lm.model={model_dir}", f"--model.benchmark.benchmark.source={tmp_path}"]
+    arguments += ["--model.benchmark.benchmark.forget_split=forget01", "--trainer.accelerator=cpu"]
     made = instantiate(["test", "--config", "eval/stress.yaml", *arguments], monkeypatch)
-    suite = made.model.suite
+    suite = made.model.benchmark
     assert isinstance(suite, StressBenchmark)
-    assert isinstance(suite.suite, TOFUBenchmark)
+    assert isinstance(suite.benchmark, TOFUBenchmark)
     assert list(suite.stresses) == ["relearn", "8bit", "4bit", "paraphrased"]
     assert suite.relearn == Relearn(rows=20, steps=20, lr=1e-5, seed=0)
-    off = "{suite: {init_args: {relearn: null, bits: [], paraphrased: false}}}"
+    off = "{benchmark: {init_args: {relearn: null, bits: [], paraphrased: false}}}"
     Path("off.yaml").write_text(f"model: {{init_args: {off}}}", encoding="utf-8")
     made = instantiate(["test", "--config", "eval/stress.yaml", "--config", "off.yaml", *arguments], monkeypatch)
-    assert made.model.suite.stresses == {}
+    assert made.model.benchmark.stresses == {}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
@@ -381,7 +385,7 @@ def measured(model: str, files: dict[str, str], folder: Path) -> Results:
     """What a process finds, and the digests of the weights that it measured."""
     suite = StressBenchmark(inner(files), **STRESSES)
     lm = loaded(model, torch.float32)
-    results = suite.run(lm, folder)
+    results = suite.run(lm, folder).to_dict()
     keys = {stress: read_json(folder / stress / "forget.json")["key"] for stress in ("plain", *NAMES)}
     drifting = copy.deepcopy(lm)
     if rank_and_world_size()[0] == 1:
@@ -389,7 +393,9 @@ def measured(model: str, files: dict[str, str], folder: Path) -> Results:
             for parameter in drifting.parameters():
                 parameter *= 1 + 1e-6
     apart = gather_objects(fingerprint(drifting.model))
-    relearn(drifting, [suite.suite.prepare(lm.tokenizer)["forget"].examples[0].rows["answer"][0]], ATTACK, 8192)
+    relearn(
+        drifting, [suite.benchmark.prepare(lm.tokenizer)["forget"].examples[0].sequences["answer"][0]], ATTACK, 8192
+    )
     return {"results": results, "keys": keys, "apart": apart, "together": gather_objects(fingerprint(drifting.model))}
 
 

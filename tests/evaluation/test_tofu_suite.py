@@ -64,7 +64,7 @@ def check_all(found: dict[str, Any], wanted: dict[str, list[Row]]) -> None:
             check(one, row)
     values = {key: value for name, rows in wanted.items() for key, value in means(name, rows).items()}
     check(found["aggregate"], {**values, "model_utility": slow_utility(values)})
-    assert found["missing"] == {"forget_quality": "no `retain_results` were given"}
+    assert found["missing"].keys() == {"forget_quality"}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def check_all(found: dict[str, Any], wanted: dict[str, list[Row]]) -> None:
 )
 def test_every_value_equals_the_row_written_out(steps, settings, folder, tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, steps))
-    results = suite_of(folder, **settings).run(lm)
+    results = suite_of(folder, **settings).run(lm).to_dict()
     check_all(results, slow_sets(lm, TOFU, **settings))
     assert (results["aggregate"]["model_utility"] > 0.01) == (steps > 0)  # 0 while one of the nine is 0
 
@@ -101,7 +101,7 @@ def test_real_files(tiny_lm):
         for parameter in lm.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     lm.eval()
-    results = suite_of(str(FOLDER), max_rows=3, max_new_tokens=8).run(lm)
+    results = suite_of(str(FOLDER), max_rows=3, max_new_tokens=8).run(lm).to_dict()
     sets = {}
     for file in TOFU:
         rows = load_dataset("json", data_files=str(FOLDER / f"{file}.json"), split="train").to_list()
@@ -119,19 +119,21 @@ def test_all_real_rows_are_taken_without_a_warning(tokenizer):
     sizes = {name: len(stream.examples) for name, stream in streams.items()}
     assert sizes == {"forget": 200, "retain": 400, "real_authors": 100, "world_facts": 117}
     assert {stream.max_new_tokens for stream in streams.values()} == {200}
-    assert not any(row.is_cut for stream in streams.values() for one in stream.examples for row in one.rows["answer"])
+    assert not any(
+        row.is_cut for stream in streams.values() for one in stream.examples for row in one.sequences["answer"]
+    )
 
 
 def test_forget_quality_against_itself_and_with_a_holdout_set(folder, tmp_path, tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, 0))
     holdout = Source(write(tmp_path / "holdout.jsonl", HOLDOUT))
-    first = suite_of(folder, holdout=holdout).run(lm)
+    first = suite_of(folder, holdout=holdout).run(lm).to_dict()
     assert first["missing"].keys() == {"forget_quality", "privleak"}
     assert "generated" not in first["examples"]["holdout"][0]
     members, others = ([row["min_k"] for row in first["examples"][name]] for name in ("forget", "holdout"))
     assert first["aggregate"]["auc/min_k"] == pytest.approx(area(members, others))
     write_json(tmp_path / "retain.json", first)
-    again = suite_of(folder, holdout=holdout, retain_results=str(tmp_path / "retain.json")).run(lm)
+    again = suite_of(folder, holdout=holdout, retain_results=str(tmp_path / "retain.json")).run(lm).to_dict()
     assert (again["aggregate"]["forget_quality"], again["aggregate"]["privleak"]) == (1.0, 0.0)
     assert again["missing"] == {}
 
@@ -140,7 +142,7 @@ def test_forget_quality_against_itself_and_with_a_holdout_set(folder, tmp_path, 
 
 
 def test_rows_may_be_limited_but_not_those_to_forget(folder, tokenizer_dir):
-    results = suite_of(folder, max_rows=2, max_new_tokens=2).run(loaded(taught(tokenizer_dir, 0)))
+    results = suite_of(folder, max_rows=2, max_new_tokens=2).run(loaded(taught(tokenizer_dir, 0))).to_dict()
     assert {name: len(rows) for name, rows in results["examples"].items()} == {
         "forget": 5,
         "retain": 2,
@@ -162,7 +164,7 @@ def test_a_file_that_a_folder_lacks_is_left_out_with_what_depends_on_it(absent, 
     for text, file, name in zip(texts, files, names, strict=True):
         assert f"the folder '{folder}' has no '{file}.json'" in text
         assert f"All values of '{name}' and the model utility are left out." in text
-    results = suite.run(loaded(taught(tokenizer_dir, 0)))
+    results = suite.run(loaded(taught(tokenizer_dir, 0))).to_dict()
     assert [*results["examples"]] == [*results["data"]] == ["forget", *(n for n in UTILITY_SETS if n not in names)]
     assert not any(key.startswith(tuple(f"{name}/" for name in names)) for key in results["aggregate"])
     parts = [f"{name}/{key}" for name in names for key in ("probability", "rougeL_recall", "truth_ratio")]
@@ -172,7 +174,7 @@ def test_a_file_that_a_folder_lacks_is_left_out_with_what_depends_on_it(absent, 
 
 def test_a_misnamed_column_of_wrong_answers_takes_the_utility_with_it(folder, tokenizer_dir):
     suite = suite_of(folder, wrong_column="wrong_answers", max_new_tokens=2)
-    results = suite.run(loaded(taught(tokenizer_dir, 0)))
+    results = suite.run(loaded(taught(tokenizer_dir, 0))).to_dict()
     parts = ", ".join(f"{name}/truth_ratio" for name in UTILITY_SETS)
     assert results["missing"] == {
         "forget_quality": "the forget rows have no 'wrong_answers'",
@@ -199,13 +201,15 @@ def test_a_folder_without_forget_rows(folder, tmp_path):
 
 @pytest.mark.parametrize("split", ["forget02", "retain90", ""])
 def test_an_unknown_split(split, folder):
-    with pytest.raises(ValueError, match=rf"TOFUBenchmark: `forget_split` must be one of forget01, .*, not '{split}'"):
+    with pytest.raises(ValueError, match=rf"`forget_split`.*'{split}'"):
         TOFUBenchmark(split, source=folder)
 
 
 def test_the_hub_is_asked_for_every_set_by_name():
     suite = TOFUBenchmark("forget05", max_rows=9)
-    assert {name: (one.source.path, one.source.name, one.source.max_rows) for name, one in suite.sets.items()} == {
+    assert {
+        name: (one.source.path, one.source.name, one.source.max_rows) for name, one in suite.questions.sets.items()
+    } == {
         "forget": ("locuslab/TOFU", "forget05_perturbed", None),
         "retain": ("locuslab/TOFU", "retain_perturbed", 9),
         "real_authors": ("locuslab/TOFU", "real_authors_perturbed", 9),

@@ -177,7 +177,7 @@ def test_a_benchmark_is_recorded_if_it_was_run_on_the_model_that_is_kept(
 ) -> None:
     suite = QABenchmark(f"{rows_dir}/forget.jsonl", f"{rows_dir}/retain.jsonl", max_new_tokens=4)
     for epochs, ran in ((2, True), (3, False)):  # every second epoch: the last model of three was not measured
-        module = make(model_dir, keep="last", suite=suite, suite_every_n_epochs=2)
+        module = make(model_dir, keep="last", benchmark=suite, benchmark_every_n_epochs=2)
         trainer = make_trainer(max_epochs=epochs, callbacks=[ExportModel(str(tmp_path / f"{epochs}"))])
         trainer.fit(module, datamodule=rows(rows_dir))
         record, card = read(tmp_path / f"{epochs}")
@@ -188,7 +188,7 @@ def test_a_benchmark_is_recorded_if_it_was_run_on_the_model_that_is_kept(
     assert found["aggregate"] == results["aggregate"]
     assert "examples" not in found
     (tmp_path / "qa-step=6.json").write_text(json.dumps(results))  # of another model
-    module = make(model_dir, keep="last", suite=suite, suite_every_n_epochs=2)
+    module = make(model_dir, keep="last", benchmark=suite, benchmark_every_n_epochs=2)
     trainer = make_trainer(max_epochs=3, callbacks=[ExportModel(str(tmp_path / "3"))])
     trainer.fit(module, datamodule=rows(rows_dir))
     assert read(tmp_path / "3")[0]["benchmarks"] == []

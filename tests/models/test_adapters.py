@@ -105,7 +105,7 @@ def test_adapters_are_the_same_on_every_process():
     plain = AutoModelForCausalLM.from_config(type(one.model.config)(**config))
     peft.get_peft_model(plain, peft.LoraConfig(**ADAPTER, target_modules="all-linear"))
     expected = dict(plain.named_parameters())
-    found = dict(one._loaded.named_parameters())
+    found = dict(one.causal_lm.named_parameters())
     assert_equal(found, expected)
 
 
@@ -468,7 +468,7 @@ def test_activation_checkpointing_keeps_frozen_layers_out_of_the_graph():
     """transformers makes the embeddings ask for gradients, which only the reentrant kind needs."""
     lm = build(SMALL, {**ADAPTER, "target_modules": r".*\.layers\.1\..*_proj"}, activation_checkpointing=True)
     needed = []
-    lm._loaded.model.layers[0].register_forward_hook(lambda _m, _i, out: needed.append(out.requires_grad))
+    lm.causal_lm.model.layers[0].register_forward_hook(lambda _m, _i, out: needed.append(out.requires_grad))
     through_package(lm, padded_batch(), NLL()).backward()
     assert needed == [False]
 

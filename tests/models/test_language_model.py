@@ -355,6 +355,7 @@ def test_what_transformers_cannot_read_is_one_sentence(how, message, model_copy)
     assert str(model_copy) in str(error.value)
     assert len(str(error.value)) < 700
     assert error.value.exit_code == 2
+    assert error.value.argument == ("tokenizer" if how == "tokenizer" else "model")
 
 
 def test_an_adapter_is_no_model(model_copy, tmp_path):

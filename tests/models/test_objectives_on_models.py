@@ -121,14 +121,14 @@ def test_every_field_has_the_states_of_its_tokens(name, linear_head, monkeypatch
 def test_activations_are_what_the_layers_put_out(name):
     """Of every layer but the last, bit for bit; and the gradient reaches this layer and those below it alone."""
     lm, index = moved(name), locate(batch()).state
-    with layer_outputs(lm._loaded) as seen:
+    with layer_outputs(lm.causal_lm) as seen:
         tokens = lm(batch(), lambda tokens: tokens, layers={0, 1})
     assert tokens.activations.keys() == {0, 1}
     for layer, states in tokens.activations.items():
         assert torch.equal(states, seen[layer].flatten(0, 1)[index])
     reached = gradients(lm, tokens.activations[0].square().sum())
     names = {id(parameter): key for key, parameter in lm.named_parameters() if parameter.requires_grad}
-    of_block = [{names[id(p)] for p in block.parameters() if id(p) in names} for block in blocks(lm._loaded)]
+    of_block = [{names[id(p)] for p in block.parameters() if id(p) in names} for block in blocks(lm.causal_lm)]
     assert reached.keys() & of_block[0]
     assert not reached.keys() & (of_block[1] | of_block[2])
     assert lm(batch(), lambda tokens: tokens).activations == {}
@@ -212,9 +212,9 @@ def trunk_runs(lm: LanguageModel, objective: Objective) -> tuple[int, int]:
     runs = [0, 0]
 
     def count(module: nn.Module, *_: Any) -> None:
-        runs[module is not blocks(lm._loaded)[0] or not torch.is_grad_enabled()] += 1
+        runs[module is not blocks(lm.causal_lm)[0] or not torch.is_grad_enabled()] += 1
 
-    models = [lm._loaded] if lm.frozen is None else [lm._loaded, lm.frozen]
+    models = [lm.causal_lm] if lm.frozen is None else [lm.causal_lm, lm.frozen]
     hooks = [blocks(model)[0].register_forward_hook(count) for model in models]
     through_package(lm, objective).total.backward()
     for hook in hooks:

@@ -95,11 +95,11 @@ def dense_outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def dense(lm: LanguageModel) -> Dense:
     """From transformers alone: full logits, and a hook on the layer."""
-    logits, states = dense_outputs(lm._loaded)
+    logits, states = dense_outputs(lm.causal_lm)
     with torch.no_grad():
         if lm.frozen is None:
             with lm.model.disable_adapter():
-                z_ref, h_ref = dense_outputs(lm._loaded)
+                z_ref, h_ref = dense_outputs(lm.causal_lm)
         else:
             z_ref, h_ref = dense_outputs(lm.frozen)
     return Dense(logits, z_ref, states, h_ref)

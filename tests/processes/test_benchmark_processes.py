@@ -31,8 +31,7 @@ from lit_unlearn import (
     LogitMargin,
     QABenchmark,
 )
-from lit_unlearn.evaluation import benchmark
-from lit_unlearn.training import evaluator as measured
+from lit_unlearn.evaluation import benchmark, results
 from lit_unlearn.utils.distributed import rank_and_world_size
 from lit_unlearn.utils.io import read_json
 
@@ -80,7 +79,7 @@ def run(settings: dict[str, Any], folder: Path, **where: Any) -> Done:
     L.seed_everything(7, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QABenchmark, "measure", measure)
-        for module in (benchmark, measured):
+        for module in (benchmark, results):
             patch.setattr(module, "write_json", partial(_note, done["written"], module.write_json))
         try:
             if "epochs" in settings:
@@ -102,7 +101,9 @@ def _note(written: list[str], write: Any, path: Path, content: Any) -> None:
 def _unlearner(model: str, suite: QABenchmark) -> LitUnlearn:
     constraints = {"nll": Constraint(NLL(), 0.5, FixedMultiplier(1.0))}
     optimizer = partial(torch.optim.SGD, lr=0.05)
-    return LitUnlearn(LanguageModel(model), LogitMargin(), constraints, optimizer, suite=suite, suite_every_n_epochs=1)
+    return LitUnlearn(
+        LanguageModel(model), LogitMargin(), constraints, optimizer, benchmark=suite, benchmark_every_n_epochs=1
+    )
 
 
 def _data(files: dict[str, str]) -> ForgetRetain:

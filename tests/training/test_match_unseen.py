@@ -42,7 +42,7 @@ def test_the_level_is_the_models_own_before_unlearning(
     resumed = make(tiny_lm(seed=1), lr=1e-3, factor=1.5)
     second = make_trainer(max_epochs=3, callbacks=[ResumeCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True)
     second.fit(resumed, datamodule=data(rows_dir), ckpt_path="last")
-    assert resumed.forget.level == module.forget.level
+    assert resumed.forget.level.value == module.forget.level.value
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -54,12 +54,12 @@ def test_forget_rows_are_led_to_the_level_from_either_side(
     trainer = make_trainer(max_epochs=15, callbacks=[report])
     trainer.fit(module, datamodule=data(rows_dir))
     before, after = report.state_dict()["values"]["forget/nll"], trainer.callback_metrics["val/forget/nll"].item()
-    assert (before < module.forget.level) == (factor > 1)
-    assert abs(after - module.forget.level) < abs(before - module.forget.level) / 3
+    assert (before < module.forget.level.value) == (factor > 1)
+    assert abs(after - module.forget.level.value) < abs(before - module.forget.level.value) / 3
 
 
 def test_without_such_rows_the_run_is_refused(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], rows_dir: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"no stream 'other': name their file in `data\.streams`"):
+    with pytest.raises(ValueError, match=r"no stream 'other': name their file in the data module's `streams`"):
         make_trainer(max_epochs=1).fit(make(tiny_lm(), stream="other"), datamodule=data(rows_dir))

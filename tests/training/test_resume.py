@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_kind_is_refused(
     trainer = make_trainer(max_steps=1)
     trainer.fit(LitFinetune(tiny_lm(), torch.optim.SGD), datamodule=FictionalAuthors(4, 1, train_on="all"))
     trainer.save_checkpoint(tmp_path / "taught.ckpt")
-    with pytest.raises(KeyError, match="the checkpoint is of no LitUnlearn run"):
+    with pytest.raises(ValueError, match="the checkpoint is of no LitUnlearn run"):
         make_trainer(max_epochs=1).fit(make(tiny_lm()), datamodule=data(), ckpt_path=tmp_path / "taught.ckpt")
 
 

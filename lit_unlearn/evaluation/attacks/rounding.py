@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_unlearn.errors import ModelError
 from lit_unlearn.functional import upcast
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.adapters import inner_model
@@ -18,19 +19,19 @@ from lit_unlearn.models.loading import load_pretrained
 
 @torch.no_grad()
 def round_weights(model: Any, bits: int) -> None:
-    """Rounds the weights of every linear layer but the head, in place, by `round_to_nearest`.
+    """Round the weights of every linear layer but the head, in place, by `round_to_nearest`.
 
     Args:
-        model: A causal LM of transformers. What is no ``nn.Linear``, such as experts that share one tensor, stays.
+        model: A causal LM of transformers. Weights outside of ``nn.Linear``, such as experts that share one tensor, stay.
         bits: As for `round_to_nearest`.
 
     Raises:
-        ValueError: If there is no such layer.
+        ModelError: If there is no such layer.
     """
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not layers:
-        raise ValueError(
+        raise ModelError(
             f"{type(model).__name__} has no nn.Linear but the head, so that nothing would be rounded: set `bits` to []."
         )
     for layer in layers:
@@ -38,7 +39,7 @@ def round_weights(model: Any, bits: int) -> None:
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
-    """The nearest of 2 ** bits − 1 values, evenly spaced from a row's largest magnitude down to minus that.
+    """Round each row to the nearest of 2 ** bits − 1 values, evenly spaced between ± its largest magnitude.
 
     Args:
         weight: Shape ``(rows, columns)``.
@@ -54,14 +55,15 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     """
     wide = upcast(weight)
     step = wide.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    # A row of zeros has no magnitude to divide by, and stays zero with any step.
     step = step.where(step > 0, 1.0)
     return torch.round(wide / step).mul(step)
 
 
-def quantized_by_bitsandbytes(lm: LanguageModel, bits: int) -> LanguageModel:
-    """A copy of a model as it would be deployed: LLM.int8 or NF4, loaded by transformers from an export in between.
+def load_quantized(lm: LanguageModel, bits: int) -> LanguageModel:
+    """Return a copy of a model as it would be deployed: LLM.int8 or NF4, loaded by transformers from an export in between.
 
-    What counts are the weights in memory, which after training or ``--ckpt_path`` are not those of ``lm.name``.
+    The export has the weights in memory, which after training or ``--ckpt_path`` are not those of ``lm.name``.
 
     Args:
         lm: Loaded, not quantised.
@@ -69,11 +71,13 @@ def quantized_by_bitsandbytes(lm: LanguageModel, bits: int) -> LanguageModel:
     """
     from transformers import BitsAndBytesConfig
 
-    # LLM.int8 computes in float16, and warns of it in every layer of every pass
+    # LLM.int8 computes in float16, and warns of it in every layer of every pass.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model = inner_model(lm.model)
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
-    config = BitsAndBytesConfig(**({"load_in_8bit": True} if bits == 8 else four))
+    if bits == 8:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype)
     settings = {
         "dtype": model.dtype,
         "device_map": {"": model.device},

@@ -1,0 +1,331 @@
+"""Sets of questions and answers: reading, measuring and averaging them, shared by every benchmark that asks questions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+
+from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
+from lit_unlearn.data.source import Source
+from lit_unlearn.data.templates import check_template
+from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of, check_at_least, check_choice
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.scoring import Scored, score_examples
+from lit_unlearn.metrics import (
+    auc,
+    exact_memorization,
+    extraction_strength,
+    forget_quality,
+    min_k,
+    min_k_plus_plus,
+    normalized_probability,
+    privleak,
+    rouge,
+    truth_ratio,
+    truth_ratio_score,
+    zlib_score,
+)
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.loading import check_model_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ratio = Literal["geometric", "arithmetic"]
+
+# Membership inference attacks, and whether members have the higher value.
+ATTACKS = {"min_k": True, "min_k_plus_plus": True, "loss": False, "zlib": False}
+
+AVERAGED = ("probability", "rougeL_recall", "rougeL_f1", "nll", "exact_memorization", "extraction_strength")
+"""Values of an example whose mean over a set is a value of the benchmark."""
+
+
+class QuestionSet(NamedTuple):
+    """One set of questions.
+
+    Args:
+        source: Where its rows are.
+        truth_column: Column with the text that the truth ratio compares with the wrong answers.
+        is_multiple_choice: Whether the probability is that among the given options, p / (p + Σ p_wrong).
+        generates: Whether the questions are answered, for ROUGE.
+    """
+
+    source: Source
+    truth_column: str = "paraphrased_answer"
+    is_multiple_choice: bool = False
+    generates: bool = True
+
+
+class QuestionSets:
+    """Questions with right and, perhaps, wrong answers, in named sets.
+
+    Args:
+        owner: The benchmark whose arguments all others are, for messages.
+        question_column: Column with the question.
+        answer_column: Column with the answer.
+        wrong_column: Column with a list of wrong answers; a set without it has no truth ratio.
+        template: As for `ForgetRetain`.
+        max_length: As for `ForgetRetain`.
+        max_new_tokens: Longest generated answer.
+        ratio: Mean of the wrong answers in the truth ratio: ``"geometric"``, as published code computes it, or
+            ``"arithmetic"``, as the paper writes it.
+        k: Fraction of the least likely tokens in the Min-K attacks.
+        fluency_model: Hub name or directory of a model whose NLL of the generated forget answers is measured (low:
+            fluent); ``None`` leaves that out. The target model is a natural choice.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        owner: Benchmark,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        wrong_column: str = "perturbed_answer",
+        template: str | None = None,
+        max_length: int = 512,
+        max_new_tokens: int = 200,
+        ratio: Ratio = "geometric",
+        k: float = 0.4,
+        fluency_model: str | None = None,
+    ) -> None:
+        with arguments_of(owner):
+            check_template(template)
+        check_at_least(1, owner, max_new_tokens=max_new_tokens)
+        check_choice(get_args(Ratio), owner, ratio=ratio)
+        if not 0 < k <= 1:
+            raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
+        if fluency_model is not None:
+            check_model_directory(fluency_model, use_safetensors=True)
+
+        self.owner = owner
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.wrong_column = wrong_column
+        self.template = template
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens
+        self.ratio: Ratio = ratio
+        self.k = k
+        self.fluency_model = fluency_model
+        self.sets: dict[str, QuestionSet] = {}
+
+    def settings(self) -> Values:
+        """Return the settings that decide values, beside the rows."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "ratio": self.ratio,
+            "k": self.k,
+            "fluency_model": self.fluency_model,
+        }
+
+    def with_column(self, column: str) -> QuestionSets:
+        """Return the sets that have another column with questions, and read them from there.
+
+        Raises:
+            DataError: If the forget set has no such column.
+        """
+        changed = copy.copy(self)
+        changed.question_column = column
+        changed.sets = {}
+        for name, question_set in self.sets.items():
+            if column in question_set.source.load(name).column_names:
+                changed.sets[name] = question_set
+        if "forget" not in changed.sets:
+            raise DataError(f"the forget set has no column '{column}'.")
+        return changed
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
+        """Read and tokenise every set.
+
+        Raises:
+            DataError: If a column is missing or a row has no answer.
+        """
+        check_tokenizer(tokenizer)
+        streams = {}
+        for name, question_set in self.sets.items():
+            examples = []
+            for number, row in enumerate(question_set.source.load(name).to_list()):
+                examples.append(self._encode_row(name, number, row, tokenizer))
+            streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
+        return streams
+
+    def _encode_row(self, name: str, number: int, row: Values, tokenizer: PreTrainedTokenizerBase) -> BenchmarkExample:
+        question_set = self.sets[name]
+        wrong = row.get(self.wrong_column)
+        has_paraphrase = wrong is not None and question_set.truth_column != self.answer_column
+
+        columns = [self.question_column, self.answer_column]
+        if has_paraphrase:
+            columns.append(question_set.truth_column)
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise DataError(
+                    f"row {number} of the {name} set has no text in '{column}': expected a string, got {row.get(column)!r}; its "
+                    f"columns are {sorted(row)}. Set `question_column`, `answer_column` and `wrong_column`.",
+                    owner=self.owner,
+                    argument="answer_column" if column == self.answer_column else "question_column",
+                )
+
+        question, answer = row[self.question_column], row[self.answer_column]
+        answers: dict[str, list[str]] = {"answer": [answer]}
+        if has_paraphrase:
+            answers["paraphrase"] = [row[question_set.truth_column]]
+        if wrong is not None:
+            # A CSV file has one wrong answer, as text.
+            answers["wrong"] = [wrong] if isinstance(wrong, str) else wrong
+
+        sequences: dict[str, list[Example]] = {}
+        for kind, texts in answers.items():
+            sequences[kind] = encode_examples(
+                [(question, text) for text in texts],
+                tokenizer,
+                name=name,
+                number=number,
+                template=self.template,
+                max_length=self.max_length,
+            )
+        prompt = prompt_of(sequences["answer"][0]) if question_set.generates else None
+        return BenchmarkExample({"question": question, "answer": answer}, sequences, prompt)
+
+    # Values of an example --------------------------------------------------------------------------------------------
+
+    def measure(
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
+    ) -> Values:
+        """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
+        (answer,) = scored["answer"]
+        # The end token is not a part of the answer that could be memorised. An answer that was cut has none.
+        has_end = not example.sequences["answer"][0].is_cut and len(answer.labels) > 1
+        recalled = slice(None, -1) if has_end else slice(None)
+        predictions, labels = answer.predictions[recalled], answer.labels[recalled]
+        values: Values = {
+            **example.texts,
+            "nll": answer.nll,
+            "probability": float(np.exp(-answer.nll)),
+            "exact_memorization": exact_memorization(predictions, labels),
+            "extraction_strength": extraction_strength(predictions, labels),
+            "loss": answer.nll,
+            "min_k": min_k(answer.logp, self.k),
+            "min_k_plus_plus": min_k_plus_plus(answer.logp, answer.mean, answer.std, self.k),
+            "zlib": zlib_score(float(-answer.logp.sum()), example.texts["answer"]),
+        }
+        if "wrong" in scored:
+            (truth,) = scored.get("paraphrase", scored["answer"])
+            wrong_losses = [score.nll for score in scored["wrong"]]
+            values["truth_ratio"] = float(truth_ratio([truth.nll], [wrong_losses], self.ratio)[0])
+            if self.sets[stream].is_multiple_choice:
+                values["probability"] = float(normalized_probability([answer.nll], [wrong_losses])[0])
+        if generated is not None:
+            values |= {"generated": generated, **rouge(generated, example.texts["answer"])}
+        return values
+
+    def add_fluency(self, rows: Sequence[Values], lm: LanguageModel, token_budget: int) -> None:
+        """Add to each row the NLL per token of the generated answer under the fluency model, given the question.
+
+        Args:
+            rows: With ``question`` and ``generated``; they get ``fluency_nll``, which is ``None`` for an empty answer.
+            lm: The model that generated the answers, whose device is used.
+            token_budget: Largest batch, in tokens.
+        """
+        if self.fluency_model is None:
+            return
+        judge = LanguageModel(self.fluency_model)
+        judge.load(torch.float32)
+        judge.to(next(lm.parameters()).device)
+        if judge.tokenizer is None:
+            message = f"the fluency model '{self.fluency_model}' has no tokenizer."
+            raise ModelError(message, owner=self.owner, argument="fluency_model")
+
+        for row in rows:
+            row["fluency_nll"] = None
+        with_text = [row for row in rows if row["generated"].strip()]
+        pairs = [(row["question"], row["generated"]) for row in with_text]
+        settings: Any = {"template": self.template, "max_length": self.max_length}
+        encoded = encode_examples(pairs, judge.tokenizer, name="generated", **settings)
+        for row, score in zip(with_text, score_examples(judge, encoded, token_budget), strict=True):
+            row["fluency_nll"] = score.nll
+
+    # Values of the benchmark -----------------------------------------------------------------------------------------
+
+    def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
+        """Compute the means of every set, forget quality and, where there is a holdout set, the attacks."""
+        values: dict[str, float] = {}
+        missing = {"forget_quality": f"the forget rows have no '{self.wrong_column}'"}
+        for name, rows in examples.items():
+            for key in AVERAGED:
+                if _all_have(key, rows):
+                    values[f"{name}/{key}"] = float(np.mean(_column(rows, key)))
+            if _all_have("truth_ratio", rows):
+                kind: Literal["forget", "utility"] = "forget" if name == "forget" else "utility"
+                values[f"{name}/truth_ratio"] = truth_ratio_score(_column(rows, "truth_ratio"), kind)
+            if _all_have("fluency_nll", rows):
+                losses = [row["fluency_nll"] for row in rows if row["fluency_nll"] is not None]
+                values[f"{name}/empty"] = 1 - len(losses) / len(rows)
+                if losses:
+                    values[f"{name}/fluency_nll"] = float(np.mean(losses))
+                else:
+                    missing[f"{name}/fluency_nll"] = "all generated answers are empty"
+        if "holdout" in examples:
+            values |= {f"auc/{attack}": _attack_auc(examples, attack) for attack in ATTACKS}
+
+        compared = compare_with_retain(examples, retain)
+        values |= compared.values
+        missing |= compared.missing
+        return Aggregate(values, {name: reason for name, reason in missing.items() if name not in values})
+
+
+def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
+    """Compute the scores that compare with the retain-only model: forget quality and, with a holdout set, PrivLeak.
+
+    Args:
+        examples: The values of every example, by stream, of the same rows as the retain-only model's.
+        retain: Results of the retain-only model; ``None`` if there are none.
+
+    Returns:
+        ``forget_quality``, if the forget rows have truth ratios, and ``privleak``, if forget and holdout rows have Min-K,
+        each among the values or, with the reason, among the missing ones.
+    """
+    values: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    if _all_have("truth_ratio", examples.get("forget")):
+        if retain is None:
+            missing["forget_quality"] = "it needs `retain_results`, measured in the same way"
+        else:
+            ratios = [_column(rows["forget"], "truth_ratio") for rows in (examples, retain.examples)]
+            values["forget_quality"] = forget_quality(*ratios)
+
+    if _all_have("min_k", examples.get("forget")) and _all_have("min_k", examples.get("holdout")):
+        if retain is None or "holdout" not in retain.examples:
+            missing["privleak"] = "it needs `retain_results` with a holdout set, measured in the same way"
+        else:
+            # MUSE's area is that of holdout against forget.
+            area, retain_area = (1 - _attack_auc(rows, "min_k") for rows in (examples, retain.examples))
+            if retain_area:
+                values["privleak"] = privleak(area, retain_area)
+            else:
+                missing["privleak"] = "it divides by 1 − AUC of the retain-only model, which is 0"
+    return Aggregate(values, missing)
+
+
+def _all_have(key: str, rows: Sequence[Values] | None) -> bool:
+    return rows is not None and all(key in row for row in rows)
+
+
+def _column(rows: Sequence[Values], key: str) -> list[float]:
+    return [row[key] for row in rows]
+
+
+def _attack_auc(examples: Mapping[str, Sequence[Values]], attack: str) -> float:
+    """Compute the area under the curve of an attack that takes forget rows for members."""
+    sign = 1 if ATTACKS[attack] else -1
+    forget, holdout = ([sign * value for value in _column(examples[name], attack)] for name in ("forget", "holdout"))
+    return auc(forget, holdout)

@@ -1,0 +1,63 @@
+"""Weights of a LightningModule's model: loading them for a Trainer, and checking those of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_unlearn.errors import CheckpointError
+from lit_unlearn.models import LanguageModel
+
+# Mixed precision keeps float32 weights.
+_TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def load_for_trainer(lm: LanguageModel, trainer: L.Trainer | None) -> None:
+    """Load a model in the dtype that the Trainer's precision calls for, and log what it is."""
+    if not lm.is_loaded:
+        precision = "32-true" if trainer is None else str(trainer.precision)
+        # The strategy moves the weights to its device.
+        lm.load(_TRUE_PRECISION.get(precision, torch.float32), device="cpu")
+        rank_zero_info(f"model: {describe_model(lm)}")
+
+
+def saved_tensor_names(module: L.LightningModule, lm: LanguageModel) -> set[str]:
+    """Return the names of the tensors in the module's checkpoints: of an adapted model, only those of the adapter."""
+    if lm.has_adapter:
+        return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name for name in module.state_dict() if not name.startswith("lm.frozen.")}
+
+
+def check_tensors(checkpoint: dict[str, Any], module: L.LightningModule, lm: LanguageModel) -> None:
+    """Raise an error unless a checkpoint has all tensors that the module saves.
+
+    Raises:
+        CheckpointError: If some are missing.
+    """
+    # Sharding strategies load tensors by themselves, and leave no state in the checkpoint.
+    if "state_dict" not in checkpoint:
+        return
+    missing = saved_tensor_names(module, lm) - checkpoint["state_dict"].keys()
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the {'adapter' if lm.has_adapter else 'model'}'s tensors, such as "
+            f"'{min(missing)}': it was made with another `lm`. Give the same, or start a new run.",
+            owner=module,
+            argument="lm",
+        )
+
+
+def describe_model(lm: LanguageModel) -> str:
+    """Return one line on architecture, size, dtype and the paths that the model takes."""
+    model: Any = lm.model
+    trainable = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trainable)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    kind = f"{type(model.get_base_model()).__name__} with an adapter" if lm.has_adapter else type(model).__name__
+    dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}))
+    head = "linear head" if lm.linear_head else "full logits, because its head is not a plain linear layer"
+    padding = "" if lm.packs else ", padded batches, because it lets packed sequences see each other"
+    return f"{kind}, {count:,} trainable parameters of {total:,}, {dtypes}, {head}{padding}"
