@@ -242,7 +242,8 @@ class ForgetRetain(L.LightningDataModule):
 
     def _needs_alternates(self) -> bool:
         # Without a trainer, or under a module of the user's, there is nothing to ask.
-        return "alternate" in getattr(getattr(self.trainer, "lightning_module", None), "needs", ())
+        module = getattr(self.trainer, "lightning_module", None)
+        return bool(getattr(module, "reads_alternates", False))
 
     def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
         for setting, column in self._columns.items():

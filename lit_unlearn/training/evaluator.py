@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lit_unlearn.errors import BatchError, ConfigError
-from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.metrics import ConstraintSlack
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Objective
@@ -38,26 +37,22 @@ class Evaluator:
     """Measures a module's suite and objectives on whole streams, on any number of processes, and runs its benchmark.
 
     Args:
-        module: Has the model, the suite and the terms.
-        benchmark: Run by a test and, if asked for, during a fit; ``None`` for none.
+        module: Has the model, the suite, the benchmark (or ``None``) and the terms.
         benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit; ``None`` for none.
 
     Raises:
         ConfigError: If there is a number of epochs below 1, or one without a benchmark.
     """
 
-    def __init__(
-        self, module: LitLanguageModel, benchmark: Benchmark | None, benchmark_every_n_epochs: int | None
-    ) -> None:
+    def __init__(self, module: LitLanguageModel, benchmark_every_n_epochs: int | None) -> None:
         every = benchmark_every_n_epochs
-        if every is not None and (every < 1 or benchmark is None):
+        if every is not None and (every < 1 or module.benchmark is None):
             raise ConfigError(
                 f"`benchmark_every_n_epochs` ({every}) must be at least 1 and needs a `benchmark`, such as TOFUBenchmark; None "
                 "for no benchmark during the fit.",
                 owner=module,
                 argument="benchmark_every_n_epochs",
             )
-        self.benchmark = benchmark
         self.benchmark_every_n_epochs = every
         self.last: Measurement | None = None  # of whole streams
         self._module = module
@@ -72,8 +67,8 @@ class Evaluator:
         """
         self.last = None
         runs = stage == "test" or (stage == "fit" and self.benchmark_every_n_epochs is not None)
-        if self.benchmark is not None and runs:
-            prepare_benchmark(self._module, self.benchmark, self._module.lm)
+        if self._module.benchmark is not None and runs:
+            prepare_benchmark(self._module, self._module.benchmark, self._module.lm)
 
     # Whole streams ------------------------------------------------------------------------------------------------
 
@@ -187,5 +182,5 @@ class Evaluator:
 
     def run_benchmark(self, stage: str) -> None:
         """Run the benchmark, if there is one: a JSON file, logged values and, in a test, a table."""
-        if self.benchmark is not None:
-            run_benchmark(self._module, self.benchmark, self._module.lm, stage)
+        if self._module.benchmark is not None:
+            run_benchmark(self._module, self._module.benchmark, self._module.lm, stage)

@@ -116,7 +116,11 @@ def build_forward_plan(
     batches = {}
     for stream in dict.fromkeys(term.stream for term in terms):
         batches[stream] = _batch_of(batch, stream)
-    packed = {stream for stream, part in batches.items() if isinstance(part, Mapping) and is_packed(part)}
+    # Batches that the user has packed: their rows cannot be divided.
+    packed: dict[str, Mapping[str, Any]] = {}
+    for stream, part in batches.items():
+        if isinstance(part, Mapping) and is_packed(part):
+            packed[stream] = part
     together = order == "joint" and packs and not packed
 
     plan: list[ForwardPass] = []
@@ -128,8 +132,8 @@ def build_forward_plan(
             numbers = [i for i, term in enumerate(terms) if term.stream in group]
             read_by = [terms[i] for i in numbers]
             layers = frozenset[int]().union(*(term.objective.layers for term in read_by))
-            if packed.intersection(group):
-                passes = _split_packed_batch(batches[group[0]], read_by, micro_batch_size)
+            if group[0] in packed:
+                passes = _split_packed_batch(packed[group[0]], read_by, micro_batch_size)
             else:
                 group_batches = {stream: batches[stream] for stream in group}
                 passes = _pack_passes(group_batches, read_by, packs, micro_batch_size, reference_logp)
@@ -216,10 +220,10 @@ def _pair(term: Term, indices: Sequence[TokenIndex]) -> TokenIndex:
 
 
 def _split_packed_batch(
-    batch: Batch, terms: Sequence[Term], micro_batch_size: int | None
+    batch: Mapping[str, Any], terms: Sequence[Term], micro_batch_size: int | None
 ) -> list[tuple[dict[str, Tensor], list[TokenIndex]]]:
     """Return passes over rows that the user has packed; the rows are left as they are."""
-    rows: dict[str, Tensor] = {key: value for key, value in dict(batch).items() if isinstance(value, Tensor)}
+    rows = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     for term in terms:
         objective = term.objective
         if objective.reads != "answer" or "reference_logp" in objective.needs:

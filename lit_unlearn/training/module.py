@@ -95,12 +95,13 @@ class LitLanguageModel(L.LightningModule):
         self.automatic_optimization = False
         self.lm = lm
         self.suite = AnswerSuite() if suite is None else suite
+        self.benchmark = benchmark
         self.micro_batch_size = micro_batch_size
         self.passes = passes
         self.gradient_clip_val = gradient_clip_val
         self.seed = seed
         self.primal_step = PrimalStep(self)
-        self.evaluator = Evaluator(self, benchmark, benchmark_every_n_epochs)
+        self.evaluator = Evaluator(self, benchmark_every_n_epochs)
         self.reference_cache = ReferenceCache(self)
         self._optimizer, self._scheduler = optimizer, scheduler
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
@@ -114,6 +115,11 @@ class LitLanguageModel(L.LightningModule):
     def terms(self) -> list[Term]:
         """Return the objectives with their present weights; they are measured in validation, too."""
         return []
+
+    @property
+    def reads_alternates(self) -> bool:
+        """Whether an objective reads alternate answers, which a data module then has to bring."""
+        return any(term.objective.reads != "answer" for term in self.terms())
 
     # Loading ------------------------------------------------------------------------------------------------------
 

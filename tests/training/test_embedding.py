@@ -74,5 +74,5 @@ def test_wrong_batches_say_what_was_expected(
     with pytest.raises(ValueError, match="must be a dict from stream name to loader"):
         make_trainer(max_epochs=1).fit(module(), {"forget": loader, "retain": loader}, loader)
     unlabelled = DataLoader([{"input_ids": torch.ones(4).long(), "labels": torch.full((4,), -100)}], 1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no row of the 'retain' batch has a supervised token"):
+    with pytest.raises(ValueError, match="no example of the 'retain' batch has a supervised token"):
         make_trainer(max_epochs=1).fit(module(), {"forget": loader, "retain": unlabelled})

@@ -206,14 +206,14 @@ def test_the_reference_model_sees_only_rows_that_need_it(
     fit: Any, model_dir: str, rows_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, seen = make(model_dir, UNDIAL()), []
-    run = LanguageModel._run
+    run = LanguageModel._run_trunk
 
     def spy(self: LanguageModel, model: Any, inputs: Any, layers: Any) -> Any:
         if model is self.frozen:
             seen.append(inputs["input_ids"].numel())
         return run(self, model, inputs, layers)
 
-    monkeypatch.setattr(LanguageModel, "_run", spy)
+    monkeypatch.setattr(LanguageModel, "_run_trunk", spy)
     data = rows(rows_dir, batch_size=10, eval_batch_size=10)
     fit(module, data)
     forget = sum(len(row.input_ids) for row in data.examples["forget"])
@@ -254,7 +254,7 @@ def test_own_loaders(make_trainer: Any, model_dir: str, tokenizer: Any, cache: P
         run(DPO(), forget)
     packed = {key: value for key, value in batch("six seven").items() if key != "attention_mask"}
     packed["position_ids"] = torch.arange(packed["labels"].shape[1])[None]
-    with pytest.raises(ValueError, match=r"'forget' \(NPO\) needs to know the rows of the 'forget' batch one by one"):
+    with pytest.raises(ValueError, match=r"'forget' \(NPO\) needs to know the examples of the 'forget' batch one by one"):
         run(NPO(), [packed], {"forget": loader([packed]), "retain": loader(retain)})
 
 

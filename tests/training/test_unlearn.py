@@ -159,7 +159,7 @@ def test_nan_is_refused_before_the_step(
         ValueError, match=r"NLL on 'retain' measured nan nats per token \(epsilon 2\).*its multiplier stays"
     ) as error:
         make_trainer(max_epochs=3, callbacks=[Poison()]).fit(module, datamodule=authors())
-    assert "lower `model.optimizer.init_args.lr`" in str(error.value)
+    assert "Lower the optimizer's `lr`" in str(error.value)
     assert math.isfinite(module.constraints["nll"].multiplier.value)
     body = module.lm.model.base_model.state_dict()  # type: ignore[union-attr]
     assert all(value.isfinite().all() for value in body.values())
