@@ -154,7 +154,10 @@ def test_keys_of_several_objects() -> None:
     constraint = {"epsilon": 0.3, "stream": "retain"}
     data = {"class_path": "lit_unlearn.data.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
     settings = {
-        "model": {"class_path": "lit_unlearn.LitUnlearn", "init_args": {"constraints": {"a": constraint, "b": constraint}}},
+        "model": {
+            "class_path": "lit_unlearn.LitUnlearn",
+            "init_args": {"constraints": {"a": constraint, "b": constraint}},
+        },
         "data": data,
     }
 
