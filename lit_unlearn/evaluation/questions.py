@@ -102,7 +102,7 @@ class QuestionSets:
         if not 0 < k <= 1:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
         if fluency_model is not None:
-            check_model_directory(fluency_model, use_safetensors=True)
+            check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
 
         self.owner = owner
         self.question_column = question_column
