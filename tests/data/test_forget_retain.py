@@ -71,7 +71,7 @@ def an_epoch(loader):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".JSON"])
 def test_every_file_type_gives_the_rows(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
-    rows = [*RETAIN, {"question": 'Quoted, "東京"?', "answer": "Two\nlines; 🙂"}]
+    rows = [*RETAIN, {"question": 'Quoted, "東京"?', "answer": "Two\nlines; 🙂"}, {"question": "NA?", "answer": "None"}]
     if suffix.lower() == ".json":
         path.write_text(json.dumps(rows))
     else:
@@ -79,7 +79,7 @@ def test_every_file_type_gives_the_rows(tmp_path, suffix):
         getattr(Dataset.from_list(rows), write)(path)
     assert Source(str(path)).load("retain").to_list() == rows
     assert Source(str(path), max_rows=3).load("retain").to_list() == rows[:3]
-    assert len(Source(str(path), max_rows=99).load("retain")) == 8
+    assert len(Source(str(path), max_rows=99).load("retain")) == 9
 
 
 def test_a_changed_file_is_read_again(make):
@@ -155,7 +155,7 @@ def test_rows_in_memory_are_as_good_as_a_file(make, write_rows, tokenizer_dir, f
     data = ForgetRetain(form(FORGET), form(RETAIN), {"extra": form(extra)}, tokenizer=tokenizer_dir, batch_size=2)
     data.prepare_data()
     assert ready(data).examples == ready(make(streams={"extra": write_rows("extra.jsonl", extra)})).examples
-    assert data.sources["forget"].describe() == {"path": "in memory", "max_rows": None}
+    assert data.sources["forget"].describe() == {"path": "in memory", "name": None, "split": None, "max_rows": None}
 
 
 def test_a_path_is_a_file(make, tmp_path, write_rows):
