@@ -9,7 +9,7 @@ from typing import Literal
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import MissingFileError
 from lit_unlearn.plotting import NothingToDraw, draw_run, read_run
-from lit_unlearn.plotting.run_log import METRICS, RECORD
+from lit_unlearn.plotting.run_log import METRICS_FILE, PICTURE_FILE
 
 
 def build_parser() -> CommandParser:
@@ -18,7 +18,7 @@ def build_parser() -> CommandParser:
         prog="lit-unlearn plot",
         description="Draws a run: its dual dynamics, its trajectory and, where `fit` recorded some, answers token by token.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help=f"Folder with {METRICS}, or with versions of it.")
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"Folder with {METRICS_FILE}, or with versions of it.")
     parser.add_argument(
         "--format", nargs="+", type=Literal["png", "svg", "pdf"], default=["png", "svg"], help="Of the pictures."
     )
@@ -61,7 +61,7 @@ def find_run(path: Path) -> Path:
     Raises:
         MissingFileError: If there is no run there.
     """
-    if path.name == METRICS and path.is_file():
+    if path.name == METRICS_FILE and path.is_file():
         return path.parent
     if _is_run(path):
         return path
@@ -74,19 +74,19 @@ def find_run(path: Path) -> Path:
         return versions[max(versions)]
 
     nearby: list[Path] = []
-    for pattern in (f"*/{METRICS}", f"*/*/{METRICS}", f"*/*/*/{METRICS}"):
+    for pattern in (f"*/{METRICS_FILE}", f"*/*/{METRICS_FILE}", f"*/*/*/{METRICS_FILE}"):
         nearby += path.glob(pattern)
     newest = sorted(nearby, key=lambda file: file.stat().st_mtime, reverse=True)[:3]
     hint = f" There are runs in {', '.join(str(file.parent) for file in newest)}." if newest else ""
     problem = "is no run" if path.exists() else "does not exist"
     raise MissingFileError(
-        f"'{path}' {problem}: expected a folder with the {METRICS} that `lit-unlearn fit` writes, such as "
+        f"'{path}' {problem}: expected a folder with the {METRICS_FILE} that `lit-unlearn fit` writes, such as "
         f"runs/unlearn/version_0, or runs/unlearn for its newest version.{hint}"
     )
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / METRICS).is_file() or (folder / RECORD).is_file()
+    return (folder / METRICS_FILE).is_file() or (folder / PICTURE_FILE).is_file()
 
 
 def _warn(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_unlearn import cli
-from lit_unlearn.plotting import write_record
+from lit_unlearn.plotting import write_picture_data
 
 METRICS = (
     "step,constraint/nll/value,constraint/nll/violation,multiplier/nll,forget/loss\n0,0.2,-0.1,9,5\n1,0.4,0.1,9,4\n"
@@ -51,7 +51,7 @@ def test_versions_are_counted(run: Path, capsys: Any) -> None:
     newer.mkdir()
     cli.main(["plot", "runs/unlearn", "--format", "svg"])
     assert capsys.readouterr().out == f"{run / 'dual.svg'}\n"  # an empty folder is no run
-    write_record(newer, [run / "metrics.csv", newer / "metrics.csv"], {}, None, [])
+    write_picture_data(newer, [run / "metrics.csv", newer / "metrics.csv"], {}, None, [])
     assert f"'{newer}' has no metrics.csv yet" in refused(capsys, "runs/unlearn")
     (newer / "metrics.csv").write_text("step,forget/loss\n1,3\n", encoding="utf-8")
     cli.main(["plot", "runs/unlearn", "--format", "pdf", "--output", "docs/pictures"])
