@@ -30,14 +30,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Export one checkpoint, or renew the record of an export.
-
-    Args:
-        arguments: Arguments after the command's name.
-
-    Raises:
-        LitUnlearnError: If a file is missing or damaged, the target is occupied, or the upload fails.
-    """
+    """Export one checkpoint, or renew the record of an export."""
     options = build_parser().parse_args(arguments)
     # Everything that can be refused is refused before the model is loaded.
     check_export_target(options.directory)
