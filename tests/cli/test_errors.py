@@ -152,7 +152,7 @@ def assert_key(printed: str, message: str, key: str) -> None:
 
 def test_keys_of_several_objects() -> None:
     constraint = {"epsilon": 0.3, "stream": "retain"}
-    data = {"class_path": "lit_unlearn.data.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
+    data = {"class_path": "lit_unlearn.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
     settings = {
         "model": {
             "class_path": "lit_unlearn.LitUnlearn",
