@@ -81,8 +81,9 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     if options.suite == "qa":
         # Its rows are limited for each file, those of the published benchmarks for all sets together.
         for name in ("forget", "retain"):
-            source = {"path": getattr(options, name), "max_rows": options.max_rows}
-            arguments.append(f"{prefix}.{name}={json.dumps(source)}")
+            path = getattr(options, name)
+            source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
+            arguments.append(f"{prefix}.{name}={source}")
     elif options.max_rows is not None:
         arguments.append(f"{prefix}.max_rows={options.max_rows}")
     if options.dtype is not None:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
-from lit_unlearn.errors import check_choice
+from lit_unlearn.errors import arguments_of, check_choice
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
@@ -64,7 +64,8 @@ class TOFUBenchmark(Benchmark):
         super().__init__(token_budget, retain_results)
         check_choice(tuple(RETAIN), self, forget_split=forget_split)
         self.questions = QuestionSets(self, **settings)
-        self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
+        with arguments_of(self):
+            self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
         for name in UTILITY_SETS:
             try:
                 rows = tofu_source(source, f"{name}_perturbed", max_rows)
@@ -92,7 +93,8 @@ class TOFUBenchmark(Benchmark):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set."""
-        return self.questions.load(tokenizer)
+        with arguments_of(self):
+            return self.questions.load(tokenizer)
 
     def measure(
         self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
