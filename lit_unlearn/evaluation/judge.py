@@ -138,7 +138,9 @@ def judge(
         EndpointError: If no request succeeded.
     """
     chosen = _choose_rows(results["examples"], streams, limit)
-    prompts = {name: [prompt_for(name, row) for row in rows] for name, rows in chosen.items()}
+    prompts = {}
+    for name, rows in chosen.items():
+        prompts[name] = [prompt_for(name, row) for row in rows]
     replies = ask(list(chain.from_iterable(prompts.values())))
     failures = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
     if len(failures) == len(replies):
@@ -170,10 +172,10 @@ def _choose_rows(
 
     chosen = {name: rows for name, rows in with_answers.items() if streams is None or name in streams}
     for name, rows in chosen.items():
-        keys = ("answer", "question")
-        lacking = [key for key in keys if not all(isinstance(row.get(key), str) for row in rows)]
-        if lacking:
-            raise DataError(f"rows of the '{name}' stream lack a text under {lacking}: the judge compares with it.")
+        for row in rows:
+            lacking = [key for key in ("answer", "question") if not isinstance(row.get(key), str)]
+            if lacking:
+                raise DataError(f"rows of the '{name}' stream lack a text under {lacking}: the judge compares with it.")
     return chosen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,7 +110,8 @@ class TOFUBenchmark(Benchmark):
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality, the attacks and the model utility."""
         values, missing = self.questions.aggregate(examples, retain)
-        names = [f"{stream}/{value}" for stream in UTILITY_SETS for value in UTILITY_VALUES]
+        # A mean of fewer than nine values would look like a utility, and compare with none that is published.
+        names = [f"{stream}/{value}" for stream, value in product(UTILITY_SETS, UTILITY_VALUES)]
         lacking = [name for name in names if name not in values]
         if lacking:
             missing["model_utility"] = f"{', '.join(lacking)} could not be measured"
