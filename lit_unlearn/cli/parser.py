@@ -31,7 +31,7 @@ from lit_unlearn.errors import ConfigError, LitUnlearnError
 _LIBRARIES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies", "torch.optim")
 _MAX_LISTED = 20  # names in a message
 
-_KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*')
 _VALUE = re.compile(r"(?:^Given value: |\. Got value: )(.*?)(?:\. Got value: .*)?$")
 _OWNER = re.compile(r"Problem with given class_path '(?:.*\.)?(\w+)':")
 _CALLABLE_OWNER = re.compile(r".*expects a function or a callable class: ")
@@ -172,7 +172,9 @@ class _Refusal:
         else:
             return ""
         value = self.value if len(self.value) <= 80 else f"{self.value[:80]}…"
-        return f"expected {expected}, not '{value}'{_suggest_near(self.value, self.choices)}"
+        hint = _suggest_near(self.value, self.choices)
+        # All choices are listed already.
+        return f"expected {expected}, not '{value}'{hint if hint.startswith(':') else ''}"
 
     def _joined_reasons(self) -> str:
         no_setting = f"{self.owner} has no setting" if self.owner else "there is no setting"

@@ -135,7 +135,7 @@ class QuestionSets:
         changed.question_column = column
         changed.sets = {}
         for name, question_set in self.sets.items():
-            if column in question_set.source.load(name).column_names:
+            if column in question_set.source.load(name, argument=name).column_names:
                 changed.sets[name] = question_set
         if "forget" not in changed.sets:
             raise DataError(f"the forget set has no column '{column}'.")
@@ -153,7 +153,7 @@ class QuestionSets:
         streams = {}
         for name, question_set in self.sets.items():
             examples = []
-            for number, row in enumerate(question_set.source.load(name).to_list()):
+            for number, row in enumerate(question_set.source.load(name, argument=name).to_list()):
                 examples.append(self._encode_row(name, number, row, tokenizer))
             streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
         return streams

@@ -73,7 +73,7 @@ def test_what_is_no_run(run: Path, capsys: Any) -> None:
     Path("notes.txt").touch()
     assert "'notes.txt'" in refused(capsys, "notes.txt")
     assert "'nowhere'" in refused(capsys, "nowhere")
-    assert "invalid choice: 'jpg'" in refused(capsys, "runs/unlearn", "--format", "jpg")
+    assert "format: expected one of png, svg, pdf, not 'jpg'" in refused(capsys, "runs/unlearn", "--format", "jpg")
     (run / "metrics.csv").write_text("step,train/loss\n0,1\n", encoding="utf-8")
     assert "nothing to draw in 'runs/unlearn/version_2': neither a constraint nor an NLL" in refused(capsys, str(run))
     (run / "metrics.csv").write_bytes(b"\xff\xfe\x00")
