@@ -1,5 +1,6 @@
 # The table of public names, for type checkers and, read by `__init__.py`, for imports.
 from lit_unlearn.callbacks import ExportModel as ExportModel
+from lit_unlearn.callbacks import Report as Report
 from lit_unlearn.callbacks import RunReport as RunReport
 from lit_unlearn.callbacks import default_callbacks as default_callbacks
 from lit_unlearn.data.base import ForgetRetain as ForgetRetain

@@ -152,5 +152,5 @@ def reading(
         raise
     except Exception as reason:
         lines = str(reason).strip().splitlines() or [type(reason).__name__]
-        message = f"{what} '{source}' cannot be read: {lines[-1].strip()} {remedy}"
+        message = f"{what} '{source}' cannot be read: {lines[-1].strip().rstrip('.')}. {remedy}"
         raise error(message, owner=owner, argument=argument) from reason

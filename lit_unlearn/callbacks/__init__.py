@@ -10,12 +10,13 @@ from lit_unlearn.callbacks.export import ExportModel
 from lit_unlearn.callbacks.picture import RunPicture
 from lit_unlearn.callbacks.plugins import AtomicCheckpointIO
 from lit_unlearn.callbacks.progress import ProgressBar
-from lit_unlearn.callbacks.report import RunReport
+from lit_unlearn.callbacks.report import Report, RunReport
 
 __all__ = [
     "AtomicCheckpointIO",
     "ExportModel",
     "ProgressBar",
+    "Report",
     "ResumeCheckpoint",
     "RunAdvice",
     "RunPicture",

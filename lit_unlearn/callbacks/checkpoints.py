@@ -1,4 +1,4 @@
-"""Checkpoints to resume from."""
+"""Checkpoints that an interrupted run resumes from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+_INTERRUPTED = 130  # exit code, as a shell has it for Ctrl-C
+
 
 class ResumeCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint of a run, for ``--ckpt_path last`` to go on from after an interruption.
+    """Keep the newest checkpoint of a run, from which ``--ckpt_path last`` resumes after an interruption.
 
-    Ctrl-C ends the run after the step that is being taken, with a checkpoint and the command that goes on from it; a
-    second Ctrl-C ends it at once. The old one is removed when the new one is whole. The folder is the same for every start of a run, whereas the
-    logger begins a new version; so the same command with ``--ckpt_path last`` goes on, however often it is stopped.
+    Ctrl-C ends the run after the current step, with a checkpoint and the command that resumes from it; a second Ctrl-C
+    ends it at once. The previous checkpoint is removed once the new one is complete. The folder is the same for every
+    start of a run, whereas the logger begins a new version; so the same command with ``--ckpt_path last`` resumes,
+    however often the run is stopped.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints, beside the one at the end of every epoch; ``None``
@@ -30,59 +33,64 @@ class ResumeCheckpoint(ModelCheckpoint):
     def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
         super().__init__(
             dirpath,
-            filename="last-{step}",  # Lightning looks for names that begin so
+            filename="last-{step}",  # the prefix that Lightning looks for
             every_n_train_steps=every_n_train_steps,
         )
-        self._interrupted = False
-        self._handler: Any = None  # of Ctrl-C, before this run
+        self._is_interrupted = False
+        self._previous_handler: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Resolves the folder."""
-        self.dirpath = trainer.strategy.broadcast(self._folder(trainer))
+        """Set the folder, the same on every process."""
+        self.dirpath = trainer.strategy.broadcast(self._find_folder(trainer))
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over Ctrl-C."""
+        """Handle Ctrl-C from now on."""
         super().on_train_start(trainer, pl_module)
-        self._interrupted = False
-        if threading.current_thread() is threading.main_thread():  # no other may
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._is_interrupted = False
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGINT, self._note_interrupt)
 
-    def _interrupt(self, *_: Any) -> None:
-        self._give_back()
-        self._interrupted = True
-        rank_zero_info("\nCtrl-C: the run stops after this step, with a checkpoint; again stops it at once, without")
+    def _note_interrupt(self, *_: Any) -> None:
+        # The step is not cut short: the weights would be between two steps, and other processes would wait forever.
+        self._restore_handler()
+        self._is_interrupted = True
+        rank_zero_info("\nCtrl-C: the run stops after this step, with a checkpoint; press again to stop now, without")
 
-    def _give_back(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+    def _restore_handler(self) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives Ctrl-C back."""
+        """Restore the previous handler of Ctrl-C."""
         super().on_train_end(trainer, pl_module)
-        self._give_back()
+        self._restore_handler()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back."""
+        """Restore the previous handler of Ctrl-C."""
         super().on_exception(trainer, pl_module, exception)
-        self._give_back()
+        self._restore_handler()
 
     def _stop_if_interrupted(self, trainer: L.Trainer) -> None:
-        """Ends every process where one of them was interrupted.
+        """End every process if one of them was interrupted.
 
         Raises:
-            SystemExit: With 130, as a shell reports an interruption.
+            SystemExit: With the exit code of an interruption.
         """
-        stop = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        if stop and trainer.global_step < trainer.estimated_stepping_batches:  # else it is through anyway
-            if self._last_global_step_saved != trainer.global_step:
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            again = f"`{_same_command()}`" if _is_command() else "ckpt_path='last'"
-            rank_zero_info(f"stopped after step {trainer.global_step}: {self.best_model_path}; go on with {again}")
-            raise SystemExit(130)
+        # Collective: a process that stopped alone would leave the others waiting for it.
+        stops = trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False)
+        has_finished = trainer.global_step >= trainer.estimated_stepping_batches
+        if not stops or has_finished:
+            return
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        resume = f"`{_resuming_command()}`" if _is_command() else "ckpt_path='last'"
+        rank_zero_info(f"stopped after step {trainer.global_step}: {self.best_model_path}; resume with {resume}")
+        raise SystemExit(_INTERRUPTED)
 
-    def _folder(self, trainer: L.Trainer) -> str:
+    def _find_folder(self, trainer: L.Trainer) -> str:
         if self.dirpath is not None:
             return str(self.dirpath)
         logger = trainer.loggers[0] if trainer.loggers else None
@@ -90,23 +98,26 @@ class ResumeCheckpoint(ModelCheckpoint):
             return str(Path(trainer.default_root_dir) / "checkpoints")
         return str(Path(logger.save_dir) / str(logger.name) / "checkpoints")
 
-    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:  # Lightning's, asked for "last"
-        folder = Path(self._folder(trainer))
-        whole = {path: path for path in folder.glob("last-*.ckpt") if path.is_file()}
-        whole |= {path.parent: path for path in folder.glob("last-*.ckpt/meta.pt")}  # written last
-        return {str(max(whole, key=lambda path: whole[path].stat().st_mtime_ns))} if whole else set()
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        # Lightning calls this for "last", and would look in the new version's folder, where there is none yet.
+        folder = Path(self._find_folder(trainer))
+        written: dict[Path, int] = {}
+        for path in folder.glob("last-*.ckpt"):
+            # A sharded checkpoint is a folder. Its `meta.pt` is written last, so without it the checkpoint is incomplete.
+            file = path / "meta.pt" if path.is_dir() else path
+            if file.is_file():
+                written[path] = file.stat().st_mtime_ns
+        return {str(max(written, key=lambda path: written[path]))} if written else set()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        """Also the one that was resumed, which Lightning would leave, so that every stop would leave one."""
+        # Also the one that was resumed: Lightning would leave it, so that every stop of a run would leave one more.
         return previous != current and Path(previous).absolute().parent == Path(str(self.dirpath)).absolute()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Has the loggers write what they hold: a run that resumes does not log again what came before its checkpoint.
-
-        Lightning hands a step's values to the loggers only after the hooks at its end, where checkpoints are made.
-        """
+        """Flush the loggers after a checkpoint: a run that resumes does not log again what came before it."""
+        # Only now: Lightning gives a step's values to the loggers after the hooks at its end, where checkpoints are made.
         if trainer.global_step == self._last_global_step_saved:
             for logger in trainer.loggers:
                 logger.save()
@@ -114,19 +125,22 @@ class ResumeCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves every so many steps; at an epoch's last step only below, lest a resumed run leave out its validation."""
+        """Save every `every_n_train_steps`, and stop if Ctrl-C was pressed.
+
+        The last step of an epoch is saved in `on_train_epoch_end`, after validation, so that a resumed run does not skip it.
+        """
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._stop_if_interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves when the epoch and its validation are through."""
+        """Save when the epoch and its validation have finished."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         self._stop_if_interrupted(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remembers which checkpoint to remove next."""
+        """Restore the checkpoint to remove next; of a folder that this run does not write to, nothing is removed."""
         if Path(state_dict["dirpath"]).absolute() == Path(str(self.dirpath)).absolute():
             self.best_model_path = state_dict["best_model_path"]
 
@@ -135,7 +149,7 @@ def _is_command() -> bool:
     return Path(sys.argv[0]).name in ("lit-unlearn", "__main__.py")
 
 
-def _same_command() -> str:
-    """The command that goes on from the newest checkpoint."""
-    last = [] if any("--ckpt_path" in argument for argument in sys.argv) else ["--ckpt_path=last"]
+def _resuming_command() -> str:
+    has_path = any("--ckpt_path" in argument for argument in sys.argv)
+    last = [] if has_path else ["--ckpt_path=last"]
     return shlex.join(["lit-unlearn", *sys.argv[1:], *last])

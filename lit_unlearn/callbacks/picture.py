@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Pictures of a run: records what they are drawn from, and draws them when it ends."""
 
 from __future__ import annotations
 
@@ -12,160 +12,167 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_unlearn.callbacks.run_state import may_have_new_best
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
-from lit_unlearn.evaluation.scoring import Scored, score_examples
-from lit_unlearn.plotting import Answer, draw_run, read_run, write_record
-from lit_unlearn.training import LitLanguageModel, LitUnlearn
+from lit_unlearn.errors import ConfigError
+from lit_unlearn.evaluation.scoring import score_examples
+from lit_unlearn.plotting import RecordedAnswer, draw_run, read_run, write_picture_data
+from lit_unlearn.training.module import LitLanguageModel
 
-_TOKENS = 64  # of an answer, from its start
+_MAX_TOKENS = 64  # of an answer, from its start
+_END_OF_ANSWER = "∎"
 
 
 class RunPicture(Callback):
-    """Draws the run when it ends, beside the ``metrics.csv`` of a CSV logger, as PNG and SVG.
+    """Draw the run when it ends, beside the ``metrics.csv`` of a CSV logger, as PNG and SVG.
 
-    ``dual``: retention against its bound, λ, and forgetting over the steps. ``trajectory``: retention over forgetting,
-    from validation to validation. ``tokens``: a few answers before and after, token by token. Everything they are drawn
-    from is in ``metrics.csv`` and ``pictures.json`` all the time, so that ``lit-unlearn plot`` draws a run that goes on
-    or was killed.
+    ``dual``: each constraint against its epsilon, λ, and forgetting over the steps. ``trajectory``: retention over
+    forgetting, from validation to validation. ``tokens``: a few answers before and after, token by token. All data of
+    the pictures is in ``metrics.csv`` and ``pictures.json`` at any time, so that ``lit-unlearn plot`` can draw a run that
+    has not ended or was killed.
 
     Args:
-        answers: Rows of every stream whose tokens are shown, the first ones; 0 for none.
+        answers: Number of examples of every stream whose tokens are shown, the first ones; 0 for none.
 
     Raises:
-        ValueError: If ``answers`` is negative.
+        ConfigError: If ``answers`` is negative.
     """
 
     def __init__(self, answers: int = 3) -> None:
         if answers < 0:
-            raise ValueError(f"`picture.answers` must be at least 0, not {answers}.")
+            raise ConfigError(f"`answers` must be at least 0, not {answers}.", owner=self, argument="answers")
         self.answers = answers
-        self._earlier: list[str] = []  # the metrics of what this run resumed
-        self._current: str | None = None
+        self._earlier_files: list[str] = []  # metrics of the runs that this one resumed
+        self._current_file: str | None = None
         self._before: dict[str, float] = {}
-        self._answers: list[dict[str, Any]] = []
+        self._recorded: list[RecordedAnswer] = []
         self._kept_step: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where the metrics go, and what the model finds of a few answers before the first step."""
+        """Record where the metrics are, and how likely a few answers are before the first step."""
         folder = next((logger.log_dir for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
-        folder = trainer.strategy.broadcast(folder)  # other processes may count one version more
-        self._current = folder and str(Path(folder).absolute() / "metrics.csv")
-        if self._current is None or not isinstance(pl_module, LitLanguageModel):
+        # The first process decides: the others may count one version more.
+        folder = trainer.strategy.broadcast(folder)
+        self._current_file = folder and str(Path(folder).absolute() / "metrics.csv")
+        if self._current_file is None or not isinstance(pl_module, LitLanguageModel):
             return
+
+        has_examples = isinstance(trainer.datamodule, ForgetRetain)  # type: ignore[attr-defined]
+        if not has_examples:
+            self._recorded = []
         if trainer.global_step == 0:
-            self._before, self._answers, self._kept_step = {}, [], None
-            if _has_rows(trainer):
-                self._before = pl_module.measure()  # which others measure as well: it is done once
-                self._answers = self._first_answers(trainer, pl_module)
-        elif not _has_rows(trainer):
-            self._answers = []  # of a data module that there is no more
-        self._write(trainer)
+            self._before, self._recorded, self._kept_step = {}, [], None
+            if has_examples:
+                self._before = pl_module.measure()
+                self._recorded = self._record_answers(trainer, pl_module)
+        self._write_data(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks at the answers again if validation has just found the best model so far."""
-        if trainer.state.fn == "fit" and isinstance(pl_module, LitUnlearn) and pl_module.keep == "best":
-            self._look_again(trainer, pl_module)
+        """Score the answers again if validation has just found the best model so far."""
+        if may_have_new_best(pl_module, trainer):
+            self._score_kept_model(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws."""
+        """Draw the run."""
         if not isinstance(pl_module, LitLanguageModel):
             return
-        if self._current is None:
-            rank_zero_info(
-                "pictures: none, because they are drawn from the metrics.csv of a CSVLogger; add one to the loggers"
-            )
+        if self._current_file is None:
+            rank_zero_info("pictures: none, for want of the metrics.csv of a CSVLogger; add one to the loggers")
             return
         if self._before:
             pl_module.measure()  # the last model may be the one to keep
-        self._look_again(trainer, pl_module)
+        self._score_kept_model(trainer, pl_module)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()
-            self._draw(Path(self._current).parent)
+            self._draw_pictures(Path(self._current_file).parent)
 
-    def _draw(self, folder: Path) -> None:
+    def _draw_pictures(self, folder: Path) -> None:
         try:
-            drawn = draw_run(read_run(folder), folder)
-        except Exception as error:  # no picture is worth the model, which is still to be exported
+            pictures = draw_run(read_run(folder), folder)
+        except Exception as error:
+            # Whatever it is: the model is still to be exported, and matters more than a picture.
             rank_zero_warn(f"the pictures could not be drawn ({error}); try `lit-unlearn plot {folder}`.")
             return
-        there = [name for name, files in drawn.items() if not isinstance(files, str)]
-        rank_zero_info(f"pictures: {', '.join(there) or 'none'} (.png and .svg) in {folder}")
-        for name, reason in drawn.items():
+        drawn = [name for name, files in pictures.items() if not isinstance(files, str)]
+        rank_zero_info(f"pictures: {', '.join(drawn) or 'none'} (.png and .svg) in {folder}")
+        for name, reason in pictures.items():
             if isinstance(reason, str):
                 rank_zero_info(f"no picture '{name}': {reason}")
 
-    def _look_again(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
-        """Notes what the model makes of the answers, if it is the one that the run keeps."""
-        kept = module.kept_step
-        if self._current is None or trainer.sanity_checking or kept != trainer.global_step or kept == self._kept_step:
+    def _record_answers(self, trainer: L.Trainer, module: LitLanguageModel) -> list[RecordedAnswer]:
+        recorded, examples = [], []
+        for stream, stream_examples in trainer.datamodule.examples.items():  # type: ignore[attr-defined]
+            for number, example in enumerate(stream_examples[: self.answers]):
+                shown = _first_tokens(example)
+                is_cut = example.is_cut or len(shown.labels) < len(example.labels)
+                prompt, tokens = _to_texts(module, shown)
+                recorded.append(RecordedAnswer(stream, number, prompt, tokens, [], None, is_cut))
+                examples.append(shown)
+        scores = _score_answers(trainer, module, examples)
+        return [answer._replace(before=score) for answer, score in zip(recorded, scores, strict=True)]
+
+    def _score_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
+        """Score the answers if the present model is the one that the run keeps."""
+        step = module.kept_step
+        if self._current_file is None or step != trainer.global_step or step == self._kept_step:
             return
-        if self._answers:
-            rows = [trainer.datamodule.examples[answer["stream"]][answer["row"]] for answer in self._answers]  # type: ignore[attr-defined]
-            after = [_probabilities(scored) for scored in _score(trainer, module, rows)]
-            self._answers = [{**answer, "after": own} for answer, own in zip(self._answers, after, strict=True)]
-        self._kept_step = kept
-        self._write(trainer)
+        if self._recorded:
+            streams = trainer.datamodule.examples  # type: ignore[attr-defined]
+            examples = [_first_tokens(streams[answer.stream][answer.row]) for answer in self._recorded]
+            scores = _score_answers(trainer, module, examples)
+            self._recorded = [a._replace(after=score) for a, score in zip(self._recorded, scores, strict=True)]
+        self._kept_step = step
+        self._write_data(trainer)
 
-    def _first_answers(self, trainer: L.Trainer, module: LitLanguageModel) -> list[dict[str, Any]]:
-        sets: dict[str, list[Example]] = trainer.datamodule.examples  # type: ignore[attr-defined]
-        found = [(stream, i, row) for stream, rows in sets.items() for i, row in enumerate(rows[: self.answers])]
-        scored = _score(trainer, module, [row for *_, row in found])
-        return [
-            Answer(
-                stream, number, *_texts(module, row, one.labels.tolist()), _probabilities(one), None, _is_cut(row)
-            )._asdict()
-            for (stream, number, row), one in zip(found, scored, strict=True)
-        ]
-
-    def _write(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero and self._current is not None:
-            files = [Path(file) for file in self.state_dict()["files"]]
-            write_record(files[-1].parent, files, self._before, self._kept_step, self._answers)
+    def _write_data(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero and self._current_file is not None:
+            files = [Path(file) for file in (*self._earlier_files, self._current_file)]
+            write_picture_data(files[-1].parent, files, self._before, self._kept_step, self._recorded)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the metrics up to here are, and what was noted."""
-        files = [*self._earlier, *filter(None, [self._current])]
-        return {"files": files, "before": self._before, "answers": self._answers, "kept_step": self._kept_step}
+        """Return where the metrics up to here are, and what was recorded, in plain types."""
+        files = [*self._earlier_files]
+        if self._current_file is not None:
+            files.append(self._current_file)
+        answers = [answer._asdict() for answer in self._recorded]
+        return {"files": files, "before": self._before, "answers": answers, "kept_step": self._kept_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; of an older version only the files."""
-        self._earlier = state_dict["files"]
-        self._before, self._answers = state_dict.get("before", {}), state_dict.get("answers", [])
+        """Restore what `state_dict` returned; an older version has the files alone."""
+        self._earlier_files = state_dict["files"]
+        self._before = state_dict.get("before", {})
+        self._recorded = [RecordedAnswer(**answer) for answer in state_dict.get("answers", [])]
         self._kept_step = state_dict.get("kept_step")
 
 
-def _has_rows(trainer: L.Trainer) -> bool:
-    return isinstance(trainer.datamodule, ForgetRetain)  # type: ignore[attr-defined]
-
-
-def _score(trainer: L.Trainer, module: LitLanguageModel, rows: Sequence[Example]) -> list[Scored]:
-    """Scores the beginnings of rows; every process must, because a sharded model is whole in all or none."""
+def _score_answers(trainer: L.Trainer, module: LitLanguageModel, examples: Sequence[Example]) -> list[list[float]]:
+    """Return the probability of every supervised token; each process must call this, as a model may be sharded."""
     with trainer.precision_plugin.val_step_context():
-        return score_examples(module.lm, [_start(row) for row in rows])
+        scores = score_examples(module.lm, list(examples))
+    probabilities = []
+    for score in scores:
+        probabilities.append([round(float(p), 6) for p in np.exp(score.logp)])
+    return probabilities
 
 
-def _start(row: Example) -> Example:
-    """The row up to the last token that is shown, on which no later one has an influence."""
-    supervised = [i for i, label in enumerate(row.labels) if label != IGNORED]
-    stop = supervised[:_TOKENS][-1] + 1
-    return Example(row.input_ids[:stop], row.labels[:stop])
+def _first_tokens(example: Example) -> Example:
+    """Return the example up to the last token that is shown; later ones do not change its probabilities."""
+    supervised = [i for i, label in enumerate(example.labels) if label != IGNORED]
+    stop = supervised[:_MAX_TOKENS][-1] + 1
+    return Example(example.input_ids[:stop], example.labels[:stop])
 
 
-def _probabilities(scored: Scored) -> list[float]:
-    return [round(float(p), 6) for p in np.exp(scored.logp)]
-
-
-def _is_cut(row: Example) -> bool:
-    return row.is_cut or len(_start(row).labels) < len(row.labels)
-
-
-def _texts(module: LitLanguageModel, row: Example, ids: list[int]) -> tuple[str, list[str]]:
-    """What comes before the answer, and its tokens; their numbers if there is no tokenizer."""
+def _to_texts(module: LitLanguageModel, example: Example) -> tuple[str, list[str]]:
+    """Return the prompt and the text of every answer token; ids instead if there is no tokenizer."""
+    # A first token cannot be predicted, so it is never scored.
+    ids = [label for label in example.labels[1:] if label != IGNORED]
     tokenizer = module.lm.tokenizer
     if tokenizer is None:
         return "", [f" {i}" for i in ids]
-    special = set(tokenizer.all_special_ids)
-    tokens = ["∎" if i in special else text for i, text in zip(ids, token_texts(ids, tokenizer), strict=True)]
-    return str(tokenizer.decode(prompt_of(row), skip_special_tokens=True)), tokens
+    texts = token_texts(ids, tokenizer)
+    for position, token_id in enumerate(ids):
+        if token_id in tokenizer.all_special_ids:
+            texts[position] = _END_OF_ANSWER
+    return str(tokenizer.decode(prompt_of(example), skip_special_tokens=True)), texts

@@ -1,4 +1,4 @@
-"""Plugins of the Trainer."""
+"""Plugins of the Trainer: how checkpoints are written."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final place and moves it there: an interruption never leaves a part of one.
-
-    Lightning's own goes through the machine's temporary folder, from which a move may be a copy.
-    """
+    """Write a checkpoint beside its final path and rename it, so that an interruption never leaves an incomplete one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes one file."""
+        """Write one file, completely or not at all."""
+        # Lightning's own goes through the machine's temporary folder. From there a move may be a copy, which is not atomic.
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,29 +1,85 @@
-"""What a run achieved: one file, and a table for people."""
+"""The report of a run: one JSON file, and a table on the terminal."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import resource
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers, measure_kept_model
+from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
-from lit_unlearn.training import LitLanguageModel, LitUnlearn, Measurement
-from lit_unlearn.utils.io import write_json
+from lit_unlearn.training import LitUnlearn
+from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.utils.distributed import gather_objects
+from lit_unlearn.utils.io import read_json, write_json
+
+_MIB = 2**20
+
+
+@dataclass
+class Report:
+    """Result of a fit, as ``report.json`` has it. Printed, it is a table.
+
+    Args:
+        steps: Optimizer steps that were taken.
+        kept_step: Optimizer steps that the kept model had taken.
+        before: Values of the model before the first step by ``<stream>/<metric>``, over all examples of every stream.
+        after: The same values of the kept model.
+        constraints: By name, ``value``, ``slack`` and ``epsilon`` of the kept model, ``multiplier_before`` and
+            ``multiplier_after`` of the run.
+        seconds: Duration of the fit, with the measurement before the first step, without the one after the last.
+        peak_memory_mib: Largest memory of any process: of its tensors on the GPU, or resident since the process began.
+        peak_memory_device: Where that memory is, ``"cuda"`` or ``"cpu"``.
+    """
+
+    steps: int
+    kept_step: int
+    before: dict[str, float]
+    after: dict[str, float]
+    constraints: dict[str, dict[str, float]]
+    seconds: float = math.nan
+    peak_memory_mib: float = math.nan
+    peak_memory_device: str = ""
+
+    @property
+    def violated(self) -> list[str]:
+        """Names of the constraints that the kept model violates."""
+        # NaN compares false with everything: a slack that is not a number is a violation.
+        return [name for name, values in self.constraints.items() if not values["slack"] >= 0]
+
+    @classmethod
+    def read(cls, path: Path | str) -> Report:
+        """Read a report; reports of earlier versions have no seconds and no memory."""
+        return cls(**read_json(Path(path)))
+
+    def write(self, path: Path | str) -> None:
+        """Write the report as JSON."""
+        write_json(Path(path), dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        return report_table(dataclasses.asdict(self))
 
 
 class RunReport(Callback):
-    """Measures the model before and after, on every row of every stream: ``report.json`` and a table.
+    """Measure the model before and after a fit on every example of every stream: ``report.json`` and a table.
 
-    "After" is the model that the run keeps (see ``LitUnlearn``'s ``keep``).
+    "After" is the model that the run keeps (see ``LitUnlearn``'s ``keep``). `report` is the result of the last fit.
 
     Args:
         dirpath: Folder of the file; ``None`` for the logger's.
         require_feasible: Whether the fit fails if the kept model violates a constraint on its whole stream.
-        max_forget_probability: The fit fails if the forget rows' answer probability ends above it; ``None`` for no
+        max_forget_probability: The fit fails if the forget set's answer probability ends above it; ``None`` for no
             such condition.
     """
 
@@ -36,109 +92,127 @@ class RunReport(Callback):
         self.dirpath = dirpath
         self.require_feasible = require_feasible
         self.max_forget_probability = max_forget_probability
+        self.report: Report | None = None
         self._failures: list[str] = []
         self._before: dict[str, Any] = {}
-        self._started = 0.0
+        self._start_time = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures the reference model, unless a checkpoint brought its values."""
-        self._started = time.monotonic()
+        """Measure the model before the first step, unless a checkpoint brought its values."""
+        self._start_time = time.monotonic()
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         if not self._before and isinstance(pl_module, LitLanguageModel):
-            self._before = {"values": pl_module.measure(), "multipliers": _multipliers(pl_module)}
+            self._before = {"values": pl_module.measure(), "multipliers": get_multipliers(pl_module)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures again, writes the file and prints the table."""
+        """Measure the kept model, write the file and print the table."""
         if not isinstance(pl_module, LitLanguageModel):
             return
-        rank_zero_info(f"fit: {trainer.global_step} steps in {time.monotonic() - self._started:.1f} s")
-        content = self._content(trainer, pl_module)
-        self._failures = self._check(content)
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # asks the first process
+        seconds = time.monotonic() - self._start_time
+        rank_zero_info(f"fit: {trainer.global_step} steps in {seconds:.1f} s")
+
+        report = self._make_report(trainer, pl_module, seconds)
+        self.report = report
+        self._failures = self._find_failures(report)
+        # `log_dir` asks the first process, so every process must get here.
+        path = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir) / "report.json"
         if trainer.is_global_zero:
-            write_json(folder / "report.json", content)
-            print(report_table(content))
-            rank_zero_info(f"report: {folder / 'report.json'}")
-        if isinstance(pl_module, LitUnlearn) and (lesson := _lesson(content, pl_module)):
-            rank_zero_warn(lesson)
+            report.write(path)
+            print(report)
+            rank_zero_info(f"report: {path}")
+
+        if isinstance(pl_module, LitUnlearn):
+            hint = _find_hint(report, pl_module)
+            if hint is not None:
+                rank_zero_warn(hint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fails the fit if it missed what was required; everything is written by now.
+        """Fail the fit if it missed a requirement. By now report, pictures and export are written.
 
         Raises:
-            RuntimeError: If the run misses a requirement.
+            RequirementNotMet: If the kept model violates a constraint, or too little was forgotten.
         """
         if self._failures:
-            raise RuntimeError("\n".join(self._failures))
+            raise RequirementNotMet("\n".join(self._failures))
 
-    def _content(self, trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
-        kept = Measurement(trainer.global_step, module.measure())
-        if isinstance(module, LitUnlearn):
-            kept = module.best or kept
+    def _make_report(self, trainer: L.Trainer, module: LitLanguageModel, seconds: float) -> Report:
+        kept = measure_kept_model(module)
         constraints = {}
-        for name, multiplier in _multipliers(module).items():
-            values = {key: kept.values.get(f"constraint/{name}/{key}") for key in ("value", "slack")}
-            constraints[name] = {
-                **values,
-                "epsilon": module.constraints[name].epsilon,  # type: ignore[union-attr, index]
-                "multiplier_before": self._before["multipliers"][name],
-                "multiplier_after": multiplier,
-            }
-        return {
-            "steps": trainer.global_step,
-            "kept_step": kept.step,
-            "before": self._before["values"],
-            "after": kept.values,
-            "constraints": {name: c for name, c in constraints.items() if c["value"] is not None},
-        }
+        for name, constraint in get_constraints(module).items():
+            # Without validation examples of its stream, a constraint has no value to report.
+            if f"constraint/{name}/value" in kept.values:
+                constraints[name] = {
+                    "value": kept.values[f"constraint/{name}/value"],
+                    "slack": kept.values[f"constraint/{name}/slack"],
+                    "epsilon": constraint.epsilon,
+                    "multiplier_before": self._before["multipliers"][name],
+                    "multiplier_after": constraint.multiplier.value,
+                }
+        device = trainer.strategy.root_device
+        return Report(
+            steps=trainer.global_step,
+            kept_step=kept.step,
+            before=self._before["values"],
+            after=kept.values,
+            constraints=constraints,
+            seconds=seconds,
+            peak_memory_mib=max(gather_objects(_peak_memory_mib(device))),
+            peak_memory_device="cuda" if device.type == "cuda" else "cpu",
+        )
 
-    def _check(self, content: dict[str, Any]) -> list[str]:
+    def _find_failures(self, report: Report) -> list[str]:
         failures = []
-        for name, constraint in content["constraints"].items():
-            if self.require_feasible and not constraint["slack"] >= 0:
-                failures.append(
-                    f"constraint '{name}' is violated on its whole stream: {constraint['value']:.4g} > epsilon "
-                    f"{constraint['epsilon']:.4g}; train longer, raise the multiplier's `lr`, or allow more."
-                )
-        probability = content["after"].get("forget/probability")
-        limit = self.max_forget_probability
-        if limit is not None and not (probability is not None and probability <= limit):
+        for name in report.violated if self.require_feasible else ():
+            values = report.constraints[name]
             failures.append(
-                f"forgetting did not happen: the forget rows' answer probability ended at {probability} (limit {limit}); "
-                "train longer or allow a larger epsilon."
+                f"constraint '{name}' is violated on its whole stream: {values['value']:.4g} > epsilon "
+                f"{values['epsilon']:.4g}. Train longer, raise the multiplier's `lr`, or allow a larger `epsilon`."
+            )
+
+        limit = self.max_forget_probability
+        probability = report.after.get("forget/probability", math.nan)
+        if limit is not None and not probability <= limit:
+            failures.append(
+                f"too little was forgotten: the forget set's answer probability ended at {probability:.4g}, above "
+                f"`max_forget_probability` ({limit}). Train longer or allow a larger `epsilon`."
             )
         return failures
 
     def state_dict(self) -> dict[str, Any]:
-        """The values of the reference model, for a run that is resumed."""
+        """Return the values before the first step, for a run that is resumed."""
         return self._before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._before = state_dict
 
 
-def _lesson(content: dict[str, Any], module: LitUnlearn) -> str | None:
-    """What to do otherwise, where a run kept a model that breaks a bound, or one that forgot hardly anything."""
-    if module.excess(content["after"]) > 0:
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes on Linux, bytes on macOS: see getrusage(2) of either.
+    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+def _find_hint(report: Report, module: LitUnlearn) -> str | None:
+    """Return what to change where the kept model violates a constraint or has hardly forgotten anything."""
+    if module.excess(report.after) > 0:
         if module.keep == "last":
-            return "the last model, which `model.keep: last` keeps, breaks a bound; `best` would look for one that does not."
+            return "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."
         return (
-            f"no model that was measured holds every constraint: the run keeps the least violating one, of step "
-            f"{content['kept_step']}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger epsilon."
+            f"no measured model satisfies every constraint: the run keeps the least violating one, of step "
+            f"{report.kept_step}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger `epsilon`."
         )
-    before, after = (content[time].get("forget/probability", 0.0) for time in ("before", "after"))
+
+    before = report.before.get("forget/probability", 0.0)
+    after = report.after.get("forget/probability", 0.0)
     if after <= before / 2:
         return None
-    if content["kept_step"] < content["steps"]:
-        reason = (
-            "Later models forgot more and broke a bound: train longer, so that λ can bring them back, or allow more"
-        )
+    if report.kept_step < report.steps:
+        reason = "Later models forgot more, but violated a constraint: train longer, or allow a larger `epsilon`"
     else:
-        reason = "No bound was in the way: raise `model.optimizer.init_args.lr` (tenfold, say), or train longer"
-    return f"hardly anything was forgotten: the forget answers' probability went from {before:.4g} to {after:.4g}. {reason}."
-
-
-def _multipliers(module: LitLanguageModel) -> dict[str, float]:
-    if not isinstance(module, LitUnlearn):
-        return {}
-    return {name: constraint.multiplier.value for name, constraint in module.constraints.items()}
+        reason = "No constraint prevented it: raise the optimizer's `lr` (try ten times as much), or train longer"
+    return f"hardly anything was forgotten: the forget set's answer probability went from {before:.4g} to {after:.4g}. {reason}."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import DataError
 from lit_unlearn.evaluation.questions import compare_with_retain
@@ -34,14 +34,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Print a table and, if asked to, draw forgetting against utility.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        DataError: If results are of different benchmarks or forget rows, or lack what the picture shows.
-    """
+    """Print a table and, if asked to, draw forgetting against utility."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     names = options.names or shorten_names(options.files)
@@ -73,7 +66,7 @@ def shorten_names(files: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for path in paths:
         length = 1
-        while length < len(path) and [other[-length:] for other in paths].count(path[-length:]) > 1:
+        while length < len(path) and [candidate[-length:] for candidate in paths].count(path[-length:]) > 1:
             length += 1
         # No end of equal paths is unique: they keep the file's name.
         names.append("/".join(path[-length:]) if length < len(path) else path[-1])
@@ -98,27 +91,25 @@ def _read_comparable(files: Sequence[Path], retain: Path | None) -> list[Results
         except ValueError as error:
             raise DataError(f"'{file}': {error}") from error
     if differ := list_differences([reference, *comparable]):
-        _warn(f"the results differ in {', '.join(differ)}: do not compare values that depend on that.")
+        print_warning(f"the results differ in {', '.join(differ)}: do not compare values that depend on that.")
     return comparable
 
 
 def _add_scores(results: Results, retain: Results, file: Path) -> Results:
     compared = compare_with_retain(results.examples, retain)
     if not compared.values and not compared.missing:
-        _warn(f"'{file}' has no truth ratios, nor Min-K of forget and holdout rows: --retain adds nothing to it.")
+        print_warning(
+            f"'{file}' has no truth ratios, nor Min-K of forget and holdout rows: --retain adds nothing to it."
+        )
     for name, reason in compared.missing.items():
         if name not in results.aggregate:
-            _warn(f"{name} of '{file}' is missing: {reason}.")
+            print_warning(f"{name} of '{file}' is missing: {reason}.")
     for name, score in compared.values.items():
         # A benchmark that ran with other retain-only results has measured the same score against those: it stays.
         if not math.isclose(results.aggregate.get(name, score), score):
             measured = results.aggregate[name]
-            _warn(
+            print_warning(
                 f"'{file}' was compared with other retain-only results: its {name} stays {measured:.4g}; by --retain, it is "
                 f"{score:.4g}."
             )
     return replace(results, aggregate={**compared.values, **results.aggregate})
-
-
-def _warn(message: str) -> None:
-    print(f"lit-unlearn: warning: {message}", file=sys.stderr)

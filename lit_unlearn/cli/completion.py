@@ -32,11 +32,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Print the script.
-
-    Args:
-        arguments: After the command's name.
-    """
+    """Print the script."""
     options = build_parser().parse_args(arguments)
     print(build_script(options.shell))
 

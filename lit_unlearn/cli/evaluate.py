@@ -47,37 +47,31 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Evaluate a model.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        LitUnlearnError: If an option, a file or the model cannot be used.
-    """
+    """Evaluate a model."""
     parser = build_parser()
-    known: list[str] = []
-    unknown: list[str] = []
+    # jsonargparse has no parse_known_args: what belongs to the benchmark is taken out first, and refused by it if wrong.
+    own_arguments: list[str] = []
+    passed_on: list[str] = []
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        is_unknown = name.startswith("--") and equals and name not in parser._option_string_actions
-        (unknown if is_unknown else known).append(argument)
-    options = parser.parse_args(known)
+        is_option = name.startswith("--") and equals and name not in parser._option_string_actions
+        (passed_on if is_option else own_arguments).append(argument)
+    options = parser.parse_args(own_arguments)
     if options.suite == "qa" and not (options.forget and options.retain):
         parser.error("--suite qa needs --forget FILE and --retain FILE")
 
     # Imported only now: a wrong option is refused at once.
     from lit_unlearn.cli.trainer import run as run_trainer
 
-    run_trainer(find_configs(["test", *build_test_arguments(options, unknown)]))
+    run_trainer(find_configs(["test", *build_test_arguments(options, passed_on)]))
 
 
-def build_test_arguments(options: Namespace, others: list[str]) -> list[str]:
+def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     """Return the arguments of the ``test`` command that does the same.
 
     Args:
         options: Parsed.
-        others: ``--key=value``, for the benchmark or the whole configuration.
+        passed_on: ``--key=value``, for the benchmark or the whole configuration.
     """
     arguments = [*_SUITES[options.suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
     prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
@@ -87,14 +81,15 @@ def build_test_arguments(options: Namespace, others: list[str]) -> list[str]:
     if options.suite == "qa":
         # Its rows are limited for each file, those of the published benchmarks for all sets together.
         for name in ("forget", "retain"):
-            source = {"path": getattr(options, name), "max_rows": options.max_rows}
-            arguments.append(f"{prefix}.{name}={json.dumps(source)}")
+            path = getattr(options, name)
+            source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
+            arguments.append(f"{prefix}.{name}={source}")
     elif options.max_rows is not None:
         arguments.append(f"{prefix}.max_rows={options.max_rows}")
     if options.dtype is not None:
         arguments.append(f"--trainer.precision={_PRECISIONS[options.dtype]}")
 
-    for argument in others:
+    for argument in passed_on:
         key = argument.removeprefix("--")
         head = key.partition("=")[0].partition(".")[0]
         if head in _SECTIONS:

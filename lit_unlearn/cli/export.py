@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.export.checkpoint import _export, _renew
-from lit_unlearn.export.hub import obstacle, upload
-from lit_unlearn.export.record import RECORD, benchmark
+from lit_unlearn.export.checkpoint import export_checkpoint, renew_record
+from lit_unlearn.export.hub import find_upload_problem, upload_export
+from lit_unlearn.export.record import RECORD_FILE, summarize_results
 from lit_unlearn.utils.io import check_export_target
 
 
@@ -30,24 +30,22 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Export one checkpoint, or renew the record of an export.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        LitUnlearnError: If a file is missing or damaged, the target is occupied, or the upload fails.
-    """
+    """Export one checkpoint, or renew the record of an export."""
     options = build_parser().parse_args(arguments)
     # Everything that can be refused is refused before the model is loaded.
     check_export_target(options.directory)
-    if options.push_to_hub and (reason := obstacle(options.push_to_hub)):
-        raise ConfigError(reason, argument="push_to_hub")
-    benchmarks = [benchmark(file) for file in options.results]
-    if (options.checkpoint / RECORD).is_file():
-        _renew(options.checkpoint, options.directory, benchmarks)
+    if options.push_to_hub:
+        problem = find_upload_problem(options.push_to_hub)
+        if problem is not None:
+            raise ConfigError(problem, argument="push_to_hub")
+
+    benchmarks = [summarize_results(file) for file in options.results]
+    if (options.checkpoint / RECORD_FILE).is_file():
+        renew_record(options.checkpoint, options.directory, benchmarks)
     else:
-        _export(options.checkpoint, options.directory, options.model, benchmarks)
+        record = export_checkpoint(options.checkpoint, options.directory, options.model, benchmarks)
+        if record["step"] != record["kept_step"]:
+            print(f"this is the model of step {record['step']}; the run keeps that of step {record['kept_step']}")
     print(f"model: {options.directory}")
     if options.push_to_hub:
-        print(f"uploaded: {upload(options.directory, options.push_to_hub)}")
+        print(f"uploaded: {upload_export(options.directory, options.push_to_hub)}")

@@ -66,38 +66,29 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Ask every model the same questions and show the answers.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        ConfigError: If there is no question.
-        DataError: If a column of the file is missing or not text.
-        MissingFileError: If there is no such file or model.
-    """
+    """Ask every model the same questions and show the answers."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.questions and options.question:
         parser.error("give either --questions or -q, not both")
     check_template(options.template)
 
-    # Of a directory such as 3.2-1B, ".2-1B" is no suffix: a real one is added, which is then cut off.
+    # In a directory's name such as Llama-3.2-1B, ".2-1B" is no suffix: a real one is added, for `shorten_names` to cut off.
     files = [Path(f"{Path(model).absolute()}.model") for model in options.models]
     models = {name: LanguageModel(model) for name, model in zip(shorten_names(files), options.models, strict=True)}
 
     page = AnswerPage(shutil.get_terminal_size().columns, _use_colours(options))
     is_dialogue = not (options.questions or options.question) and sys.stdin.isatty() and sys.stdout.isatty()
     if is_dialogue:
-        asked = _answer_typed_questions(models, options, page)
+        answered = _answer_typed_questions(models, options, page)
     else:
-        asked = _answer_questions(models, _read_questions(options), options)
+        answered = _answer_questions(models, _read_questions(options), options)
 
     if options.format == "json":
-        content = {"models": {name: lm.name for name, lm in models.items()}, **record(asked)}
+        content = {"models": {name: lm.name for name, lm in models.items()}, **record(answered)}
         text = json.dumps(content, indent=2, ensure_ascii=False)
     else:
-        text = page.format_page(asked)
+        text = page.format_page(answered)
     if options.output is not None:
         with atomic_file(options.output) as file:
             file.write_text(text + "\n", encoding="utf-8")
@@ -184,16 +175,16 @@ def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namesp
         import readline  # noqa: F401  (gives `input` arrow keys and a history)
     for lm in models.values():
         _load_model(lm, options.dtype)
-    asked: list[Asked] = []
+    answered: list[Asked] = []
     print(f"{page.format_legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
     try:
         while question := input("\n> ").strip():
-            replies = {name: _ask_model(lm, (question, None), len(asked), options) for name, lm in models.items()}
-            asked.append(Asked(question, None, replies))
-            print(f"\n{page.format_answers(asked[-1])}")
+            replies = {name: _ask_model(lm, (question, None), len(answered), options) for name, lm in models.items()}
+            answered.append(Asked(question, None, replies))
+            print(f"\n{page.format_answers(answered[-1])}")
     except (EOFError, KeyboardInterrupt):
         print()
-    return asked
+    return answered
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -210,16 +201,16 @@ class AnswerPage(NamedTuple):
     width: int
     coloured: bool
 
-    def format_page(self, asked: Sequence[Asked]) -> str:
+    def format_page(self, answered: Sequence[Asked]) -> str:
         """Return all questions with their answers and, where there are right ones, the means over all."""
-        blocks = [self.format_legend(any(question.answer is not None for question in asked))]
-        for question in asked:
+        blocks = [self.format_legend(any(question.answer is not None for question in answered))]
+        for question in answered:
             text = textwrap.fill(_make_printable(question.question), self.width)
             blocks.append(f"{_BOLD}{text}{_RESET}" if self.coloured else text)
             blocks.append(self.format_answers(question))
-        if means := mean_scores(asked):
+        if means := mean_scores(answered):
             rows = [[name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"] for name, mean in means.items()]
-            blocks.append(format_table(rows, [f"questions: {len(asked)}", "answer probability", "exact answers"]))
+            blocks.append(format_table(rows, [f"questions: {len(answered)}", "answer probability", "exact answers"]))
         return "\n\n".join(blocks)
 
     def format_legend(self, right: bool = False) -> str:
@@ -228,17 +219,17 @@ class AnswerPage(NamedTuple):
         Args:
             right: Whether right answers are shown.
         """
-        scale = "".join(_paint(" ", level) for level in range(8)) if self.coloured else _BARS
+        scale = "".join(_paint_text(" ", level) for level in range(8)) if self.coloured else _BARS
         signs = f"probability of each token: 0 {scale} 1   {_END_MARK} end of the answer"
         if not right:
             return signs
         return f"{signs}   {_EXACT_MARK} the right one\nright: the right answer, and its answer probability"
 
-    def format_answers(self, asked: Asked) -> str:
+    def format_answers(self, answered: Asked) -> str:
         """Return each model's answer and, where that is not the right one, how probable it finds the right one."""
-        name_width = max(map(len, asked.replies)) + 2
+        name_width = max(map(len, answered.replies)) + 2
         lines: list[str] = []
-        for name, reply in asked.replies.items():
+        for name, reply in answered.replies.items():
             label = f"{name:<{name_width}}"
             if not reply.exact:
                 lines += self._format_answer(f"{label}{'says':<{6 if reply.right is None else 15}}", reply.said)
@@ -255,7 +246,7 @@ class AnswerPage(NamedTuple):
             if self.coloured:
                 painted = ""
                 for level, run_of_cells in groupby(cells, key=lambda cell: cell[1]):
-                    painted += _paint("".join(char for char, _ in run_of_cells), level)
+                    painted += _paint_text("".join(char for char, _ in run_of_cells), level)
                 yield indent + painted
             else:
                 yield indent + text
@@ -281,16 +272,10 @@ def _wrap_cells(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
     yield cells
 
 
-def _paint(text: str, level: int) -> str:
+def _paint_text(text: str, level: int) -> str:
     return f"\x1b[38;5;16;48;5;{_COLOURS[level]}m{text}{_RESET}"
 
 
 def _make_printable(text: str) -> str:
     # Control characters in a model's answer would steer the terminal.
-    characters = []
-    for char in text:
-        if char.isprintable():
-            characters.append(char)
-        else:
-            characters.append("↵" if char == "\n" else "\ufffd")
-    return "".join(characters)
+    return "".join(char if char.isprintable() else "\ufffd" for char in text.replace("\n", "↵"))

@@ -37,16 +37,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Grade a results file.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        ConfigError: If the judge's address or name is missing.
-        DataError: If the file has nothing to judge.
-        EndpointError: If the judge cannot be used.
-    """
+    """Grade a results file."""
     options = build_parser().parse_args(arguments)
     results = _read_results(options.results)
     url = _require_setting("url", options.url, _URL_VARIABLE)
@@ -54,10 +45,10 @@ def run(arguments: list[str]) -> None:
     endpoint = Endpoint(url, model, os.environ.get(KEY_VARIABLE, "").strip())
     cache = ReplyCache(model, options.cache)
 
-    def ask(prompts: Sequence[str]) -> Mapping[str, str | RequestFailed]:
+    def ask_judge(prompts: Sequence[str]) -> Mapping[str, str | RequestFailed]:
         return request_replies(prompts, endpoint, cache, options.workers)
 
-    judge(results, ask, model, options.streams, options.limit)
+    judge(results, ask_judge, model, options.streams, options.limit)
     write_json(options.results, results)
     print(judge_table(results))
 

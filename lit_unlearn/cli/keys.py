@@ -60,8 +60,11 @@ def _iterate_nodes(value: Any, path: str) -> Iterator[_Node]:
 
 def _is_built_from(owner: type, node: _Node) -> bool:
     if node.class_path is None:
-        places = [_PLACES[base.__name__] for base in owner.__mro__ if base.__name__ in _PLACES]
-        return any(fnmatchcase(node.path, place) and node.path.count(".") == place.count(".") for place in places)
+        patterns = [_PLACES[base.__name__] for base in owner.__mro__ if base.__name__ in _PLACES]
+        # A star of fnmatch also matches dots: the depth must be the same.
+        depth = node.path.count(".")
+        return any(fnmatchcase(node.path, pattern) and pattern.count(".") == depth for pattern in patterns)
+    # Parsing has imported it, so this is a look-up.
     module, _, name = node.class_path.rpartition(".")
     built = getattr(importlib.import_module(module), name, None) if module else None
     # An owner may be the base class that checks an argument for all classes below it.

@@ -53,15 +53,7 @@ file or a model cannot be used; 130 interrupted.
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    "compare",
-    "completion",
-    "evaluate",
-    "export",
-    "inspect",
-    "judge",
-    "methods",
-    "plot",
-    "tokenizer",
+    *("compare", "completion", "evaluate", "export", "inspect", "judge", "methods", "plot", "tokenizer"),
 )
 
 
@@ -83,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments after the program's name; ``None`` for those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # A user's own classes are named by their import path. At the end: a file there must not hide a library.
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for a user's own classes, named by their import path
+        sys.path.append(str(Path.cwd()))
     if arguments in (["--version"], ["-V"]):
         print(f"lit-unlearn {__version__}")
     elif not arguments or arguments[0] in ("--help", "-h"):
@@ -98,7 +91,8 @@ def _run_with_exit_code(arguments: list[str]) -> None:
         try:
             _run_command(find_configs(arguments))
         finally:
-            sys.stdout.flush()  # here, where a broken pipe can be caught
+            # Here, where a broken pipe can be caught: Python's own flush at exit comes too late.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("lit-unlearn: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -108,21 +102,28 @@ def _run_with_exit_code(arguments: list[str]) -> None:
             sys.exit(130)
         raise
     except BrokenPipeError:
-        if not _stdout_is_closed():  # it was another pipe
+        # If stdout is open, it was another pipe, and so a bug.
+        if not _stdout_is_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for the flush at exit
+        # The flush at exit would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         sys.exit(1)
     except LitUnlearnError as error:
         # Every other exception is a bug, and keeps its traceback.
-        _fail(error)
+        _exit_with_error(error)
 
 
-def _fail(error: LitUnlearnError) -> NoReturn:
+def _exit_with_error(error: LitUnlearnError) -> NoReturn:
     message = f"lit-unlearn: error: {error}"
     if error.keys:
         message += f"\n  set in the configuration: {', '.join(f'`{key}`' for key in error.keys)}"
     print(message, file=sys.stderr)
     raise CommandFailed(message, error.exit_code)
+
+
+def print_warning(message: str) -> None:
+    """Print a warning of a command, which has no logger."""
+    print(f"lit-unlearn: warning: {message}", file=sys.stderr)
 
 
 def _stdout_is_closed() -> bool:
@@ -138,6 +139,7 @@ def _run_command(arguments: list[str]) -> None:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`lit-unlearn --help` lists them."
         raise ConfigError(f"there is no command '{command}': {hint}")
+    # Before anything heavy is imported: a mistyped file name is told within a tenth of a second.
     for config in _config_values(options):
         check_config(config)
     if command in TRAINER_COMMANDS:
@@ -206,8 +208,8 @@ def check_config(value: str) -> None:
         content = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{value}{place}: {error.problem} {error.context or ''}".strip()) from None
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{value}{position}: {error.problem} {error.context or ''}".strip()) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{value}' is no YAML file: {str(error).splitlines()[0]}") from None
     if is_file and not isinstance(content, dict | None):
@@ -221,6 +223,7 @@ def check_config(value: str) -> None:
 
 def _suggest_config(value: str) -> str:
     names = list_packaged_configs()
+    # `npo.yaml` is close to many names, but there is one file that is called so.
     same_file = [name for name in names if name.endswith(f"/{value}")]
     near = same_file or difflib.get_close_matches(value.removeprefix("configs/"), names, n=1)
     return f": did you mean '{near[0]}'?" if near else ""

@@ -21,11 +21,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """List the methods, as text or as JSON.
-
-    Args:
-        arguments: After the command's name.
-    """
+    """List the methods, as text or as JSON."""
     options = build_parser().parse_args(arguments)
     folder = next(filter(Path.is_dir, CONFIGS))
     methods = [describe_method(file) for file in sorted((folder / "method").glob("*.yaml"))]

@@ -31,7 +31,7 @@ from lit_unlearn.errors import ConfigError, LitUnlearnError
 _LIBRARIES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies", "torch.optim")
 _MAX_LISTED = 20  # names in a message
 
-_KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*')
 _VALUE = re.compile(r"(?:^Given value: |\. Got value: )(.*?)(?:\. Got value: .*)?$")
 _OWNER = re.compile(r"Problem with given class_path '(?:.*\.)?(\w+)':")
 _CALLABLE_OWNER = re.compile(r".*expects a function or a callable class: ")
@@ -103,9 +103,10 @@ def explain(message: str) -> str:
     refusal = _Refusal()
     for line in message.splitlines():
         refusal.read_line(line.strip().removeprefix("- "))
-    place = ".".join(dict.fromkeys(refusal.keys))
-    reason = refusal.reason() or message
-    return f"{place}: {reason}" if place else reason
+    # The parsers of nested values repeat the key of the value around them.
+    key = ".".join(dict.fromkeys(refusal.keys))
+    reason = refusal.describe_reason() or message
+    return f"{key}: {reason}" if key else reason
 
 
 class _Refusal:
@@ -126,6 +127,7 @@ class _Refusal:
         if match := _OWNER.match(text):
             self.owner = match[1]
         elif match := _TYPE.match(text):
+            # That null is possible, too, would hide the answer.
             if match[1] != "NoneType":
                 self.types.append(match[1])
         elif match := _CHOICES.match(text):
@@ -141,6 +143,7 @@ class _Refusal:
         match = _VALUE.search(line)
         value = match[1] if match else ""
         text = line[: match.start()] if match else line
+        # Those are jsonargparse's containers, not what the user wrote.
         if not value.startswith(("Namespace(", "NestedArg(")):
             self.value = self.value or value
         if callable_owner := _CALLABLE_OWNER.match(text):
@@ -156,7 +159,7 @@ class _Refusal:
         self.keys.append(match[1])
         return text[match.end() :]
 
-    def reason(self) -> str:
+    def describe_reason(self) -> str:
         if self.reasons:
             return self._missing_arguments() or self._joined_reasons()
         # A word in lower case where a number is possible is a wrong number, not the name of a class.
@@ -169,7 +172,9 @@ class _Refusal:
         else:
             return ""
         value = self.value if len(self.value) <= 80 else f"{self.value[:80]}…"
-        return f"expected {expected}, not '{value}'{_suggest(self.value, self.choices)}"
+        hint = _suggest_near(self.value, self.choices)
+        # All choices are listed already.
+        return f"expected {expected}, not '{value}'{hint if hint.startswith(':') else ''}"
 
     def _joined_reasons(self) -> str:
         no_setting = f"{self.owner} has no setting" if self.owner else "there is no setting"
@@ -179,6 +184,7 @@ class _Refusal:
         names = self.reasons[0].partition("arguments are required: ")[2]
         if not names:
             return ""
+        # A module has many required arguments, so its options were not meant to be given one by one.
         if self.owner.startswith("Lit"):
             names += "; start from a complete configuration, such as --config demo/unlearn.yaml or --config tofu.yaml"
         return f"{self.owner} needs {names}".strip()
@@ -189,7 +195,7 @@ class _Refusal:
             names += getattr(sys.modules.get(library), "__all__", ())
         if self.unknown_class in names:
             return f"the class '{self.unknown_class}' is of another kind than what is expected here"
-        hint = _suggest(self.unknown_class, names)
+        hint = _suggest_near(self.unknown_class, names)
         return (
             f"there is no class '{self.unknown_class}'"
             f"{hint or '; give the name of a class of this package, or a full import path'}"
@@ -197,14 +203,15 @@ class _Refusal:
 
 
 def _suggest_names(message: str, names: Sequence[str], prefix: str = "") -> str:
+    # argparse's own message, for what it does not know at all.
     if message.startswith("unrecognized arguments: "):
         name = message.split()[2].partition("=")[0]
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --name=value"
         name = name.lstrip("-")
-        return f"{_NO_SETTING} '{prefix}{name}'{_suggest(name, names, prefix)}"
+        return f"{_NO_SETTING} '{prefix}{name}'{_suggest_near(name, names, prefix)}"
     if match := _UNKNOWN.search(message):
-        return message.replace(match[0], f"{_NO_SETTING} '{match[1]}'{_suggest(match[1], names)}")
+        return message.replace(match[0], f"{_NO_SETTING} '{match[1]}'{_suggest_near(match[1], names)}")
     return message
 
 
@@ -217,13 +224,14 @@ def _iterate_names(actions: Iterable[argparse.Action]) -> Iterator[str]:
             yield action.dest
 
 
-def _suggest(name: str, names: Sequence[str], prefix: str = "") -> str:
+def _suggest_near(name: str, names: Sequence[str], prefix: str = "") -> str:
     head, dot, rest = name.partition(".")
     heads = list(dict.fromkeys(candidate.partition(".")[0] for candidate in names))
     if dot and rest and head not in heads and "/" not in name:
         # `modle.lm`: only the head can be compared, because what follows may belong to a class.
         near = [f"{match}.{rest}" for match in difflib.get_close_matches(head, heads, n=1)]
     else:
+        # Without regard to case: `Adamw` is closer to `Adam` than to `AdamW`, but was meant as the latter.
         by_lower = {candidate.lower(): candidate for candidate in names}
         near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=1)]
     if near:

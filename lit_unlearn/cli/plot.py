@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
+from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import MissingFileError
 from lit_unlearn.plotting import NothingToDraw, draw_run, read_run
-from lit_unlearn.plotting.run_log import METRICS, RECORD
+from lit_unlearn.plotting.run_log import METRICS_FILE, PICTURE_FILE
 
 
 def build_parser() -> CommandParser:
@@ -18,7 +18,7 @@ def build_parser() -> CommandParser:
         prog="lit-unlearn plot",
         description="Draws a run: its dual dynamics, its trajectory and, where `fit` recorded some, answers token by token.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help=f"Folder with {METRICS}, or with versions of it.")
+    parser.add_argument("run", type=Path, metavar="RUN", help=f"Folder with {METRICS_FILE}, or with versions of it.")
     parser.add_argument(
         "--format", nargs="+", type=Literal["png", "svg", "pdf"], default=["png", "svg"], help="Of the pictures."
     )
@@ -27,27 +27,19 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Draw a run and print where the pictures are.
-
-    Args:
-        arguments: After the command's name.
-
-    Raises:
-        MissingFileError: If there is no run.
-        DataError: If a file of the run is damaged.
-        NothingToDraw: If there is nothing to draw.
-    """
+    """Draw a run and print where the pictures are."""
     options = build_parser().parse_args(arguments)
     folder = find_run(options.run)
     run_log = read_run(folder)
     for file in run_log.missing:
-        _warn(f"'{file}' is missing, of a run that this one resumed: its steps are not drawn.")
+        print_warning(f"'{file}' is missing, of a run that this one resumed: its steps are not drawn.")
     drawn = draw_run(run_log, options.output or folder, list(dict.fromkeys(options.format)))
     if all(isinstance(files, str) for files in drawn.values()):
         raise NothingToDraw(f"there is nothing to draw in '{folder}': {'; '.join(map(str, drawn.values()))}.")
     for name, files in drawn.items():
-        if isinstance(files, str):  # the reason why there is no picture
-            _warn(f"no picture '{name}': {files}.")
+        if isinstance(files, str):
+            # The reason why there is no picture.
+            print_warning(f"no picture '{name}': {files}.")
         else:
             print("\n".join(map(str, files)))
 
@@ -61,10 +53,11 @@ def find_run(path: Path) -> Path:
     Raises:
         MissingFileError: If there is no run there.
     """
-    if path.name == METRICS and path.is_file():
+    if path.name == METRICS_FILE and path.is_file():
         return path.parent
     if _is_run(path):
         return path
+    # By number, not by name or time: version_10 comes after version_9, and a resumed version may be written last.
     versions = {}
     for folder in path.glob("version_*"):
         number = folder.name.removeprefix("version_")
@@ -73,21 +66,18 @@ def find_run(path: Path) -> Path:
     if versions:
         return versions[max(versions)]
 
+    # A folder above the runs is the usual mistake: name some below it.
     nearby: list[Path] = []
-    for pattern in (f"*/{METRICS}", f"*/*/{METRICS}", f"*/*/*/{METRICS}"):
+    for pattern in (f"*/{METRICS_FILE}", f"*/*/{METRICS_FILE}", f"*/*/*/{METRICS_FILE}"):
         nearby += path.glob(pattern)
     newest = sorted(nearby, key=lambda file: file.stat().st_mtime, reverse=True)[:3]
     hint = f" There are runs in {', '.join(str(file.parent) for file in newest)}." if newest else ""
     problem = "is no run" if path.exists() else "does not exist"
     raise MissingFileError(
-        f"'{path}' {problem}: expected a folder with the {METRICS} that `lit-unlearn fit` writes, such as "
+        f"'{path}' {problem}: expected a folder with the {METRICS_FILE} that `lit-unlearn fit` writes, such as "
         f"runs/unlearn/version_0, or runs/unlearn for its newest version.{hint}"
     )
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / METRICS).is_file() or (folder / RECORD).is_file()
-
-
-def _warn(message: str) -> None:
-    print(f"lit-unlearn: warning: {message}", file=sys.stderr)
+    return (folder / METRICS_FILE).is_file() or (folder / PICTURE_FILE).is_file()

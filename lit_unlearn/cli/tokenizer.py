@@ -24,11 +24,7 @@ def build_parser() -> CommandParser:
 
 
 def run(arguments: list[str]) -> None:
-    """Train a tokenizer and save it.
-
-    Args:
-        arguments: After the command's name.
-    """
+    """Train a tokenizer and save it."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     data = parser.instantiate(options).data

@@ -77,11 +77,10 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """Return where the rows come from, and the sha256 of a file, for records: never the rows themselves."""
-        if self.rows is not None:
-            return {"path": self.path, "max_rows": self.max_rows}
-        if Path(self.path).is_file():
+        if self.rows is None and Path(self.path).is_file():
             return {"path": self.path, "max_rows": self.max_rows, "sha256": file_digest(Path(self.path))}
-        return {"path": self.path, "name": self.name, "split": self.split, "max_rows": self.max_rows}
+        split = self.split if self.rows is None else None
+        return {"path": self.path, "name": self.name, "split": split, "max_rows": self.max_rows}
 
     def _load_from_disk_or_hub(self, name: str, argument: str) -> Dataset:
         from datasets import Dataset, load_dataset
@@ -103,8 +102,10 @@ class Source:
         # datasets fails on an empty file with a sentence about its own cache.
         if path.stat().st_size == 0:
             return Dataset.from_list([])
+        # An answer "None" or "NA" is text, not a missing value.
+        options = {"keep_default_na": False} if file_type == "csv" else {}
         try:
-            return load_dataset(file_type, data_files=str(path), split="train")
+            return load_dataset(file_type, data_files=str(path), split="train", **options)
         except Exception as error:
             # datasets hides the reason behind one sentence for all of them; the cause tells it.
             raise DataError(

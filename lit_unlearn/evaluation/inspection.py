@@ -1,4 +1,4 @@
-"""What models answer to the same questions, and how likely they find each token of that and of the right answer."""
+"""Ask models the same questions, and measure each token of their answers and of the right ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples, prompt_of, token_texts
+from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, continue_prompt
@@ -15,18 +16,19 @@ from lit_unlearn.models.generation import check_prompts, continue_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANY = "A"  # stands for an answer that is not known: a letter, which tokenizers join to a space before it like most answers
+# Stands for a right answer that is not known: a letter, which tokenizers join to a space before it like most answers.
+_PLACEHOLDER = "A"
 
 
 class Answer(NamedTuple):
-    """An answer as a model finds it, token by token.
+    """An answer with a model's probabilities, token by token.
 
     Args:
         text: Without special tokens and the space around it.
-        tokens: The text that each token adds, the end token's name included; empty for one that is only a part of a
-            character, which a later one completes.
-        probabilities: Of the tokens, each given all those before it.
-        probability: Their geometric mean, exp(−NLL): the answer probability of suites and reports.
+        tokens: The text that each token adds, the end token's name included; empty for a token that is only the beginning
+            of a character, which a later one completes.
+        probabilities: Probability of each token, given all those before it.
+        probability: Their geometric mean, exp(−NLL): the answer probability of benchmarks and reports.
         ended: Whether the last token is the end of the answer, and not just where it was cut.
     """
 
@@ -38,10 +40,10 @@ class Answer(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a model makes of a question.
+    """A model's reply to a question.
 
     Args:
-        said: The answer that it gives.
+        said: The answer that it generates.
         right: The right answer; ``None`` where that is not known.
     """
 
@@ -50,19 +52,16 @@ class Reply(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the model gives the right answer, word for word."""
+        """Whether the model generates the right answer, character by character."""
         return self.right is not None and self.said.text == self.right.text
 
 
 class Asked(NamedTuple):
-    """A question, its right answer where that is known, and what each model makes of it, by name."""
+    """A question, its right answer where that is known, and each model's reply, by name."""
 
     question: str
     answer: str | None
     replies: dict[str, Reply]
-
-
-# Asking ---------------------------------------------------------------------------------------------------------------
 
 
 def ask(
@@ -75,74 +74,67 @@ def ask(
     max_new_tokens: int = 100,
     number: int = 0,
 ) -> Reply:
-    """Has a model answer a question with the likeliest token at every step, and scores its answer and the right one.
+    """Let a model answer a question with the likeliest token at every step, and score its answer and the right one.
 
     Args:
         lm: Loaded, with a tokenizer; it is left as it was.
-        question: What is asked, in the form that training gives it.
+        question: The question, to which the template of training is applied.
         right: The right answer, if it is known.
         template: As for `encode`.
         max_length: Longest question with the right answer, in tokens; the end of a longer answer is cut off.
         max_new_tokens: Longest answer, in tokens.
-        number: Of the question, for messages.
+        number: Number of the question, for messages.
 
     Raises:
-        ValueError: If the tokenizer cannot end an answer, the question is too long or the right answer empty, or
-            probabilities are no numbers.
+        DataError: If the question is too long or the right answer empty.
+        ModelError: If the tokenizer cannot end an answer, or probabilities are not numbers.
     """
     tokenizer = cast("PreTrainedTokenizerBase", lm.tokenizer)
     check_tokenizer(tokenizer)
-    pair = (question, _ANY if right is None else right)
-    (row,) = encode_examples(
+    pair = (question, _PLACEHOLDER if right is None else right)
+    (example,) = encode_examples(
         [pair], tokenizer, name="question", template=template, max_length=max_length, number=number
     )
-    prompt = prompt_of(row)
+    prompt = prompt_of(example)
     check_prompts(lm, [prompt], max_new_tokens)
     ids, ended = continue_prompt(lm, prompt, max_new_tokens)
-    said = Example([*prompt, *ids], [IGNORED] * len(prompt) + ids)
-    scored = score_examples(lm, [said] if right is None else [said, row])
-    if not np.isfinite([one.nll for one in scored]).all():
-        raise ValueError(
-            f"the model '{lm.name}' gives probabilities that are no numbers: its weights are damaged, or its dtype has too "
+
+    generated = Example([*prompt, *ids], [IGNORED] * len(prompt) + ids)
+    scored = score_examples(lm, [generated] if right is None else [generated, example])
+    if not all(np.isfinite(scores.nll) for scores in scored):
+        raise ModelError(
+            f"the model '{lm.name}' gives probabilities that are not numbers: its weights are damaged, or its dtype has too "
             "small a range (float16: take bfloat16)."
         )
-    answers = [_answer(one, tokenizer, end) for one, end in zip(scored, (ended, not row.is_cut), strict=False)]
-    return Reply(answers[0], None if right is None else answers[1]._replace(text=right.strip()))
+    reply = Reply(_build_answer(scored[0], tokenizer, ended), None)
+    if right is None:
+        return reply
+    # The text is what was given: that of the tokens may lack an end that was cut.
+    right_answer = _build_answer(scored[1], tokenizer, not example.is_cut)
+    return reply._replace(right=right_answer._replace(text=right.strip()))
 
 
-def _answer(scored: Scored, tokenizer: PreTrainedTokenizerBase, ended: bool) -> Answer:
+def _build_answer(scored: Scored, tokenizer: PreTrainedTokenizerBase, ended: bool) -> Answer:
     ids = scored.labels.tolist()
     text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
-    return Answer(
-        text.strip(), token_texts(ids, tokenizer), np.exp(scored.logp).tolist(), float(np.exp(-scored.nll)), ended
-    )
-
-
-# Showing --------------------------------------------------------------------------------------------------------------
+    probabilities = np.exp(scored.logp).tolist()
+    return Answer(text.strip(), token_texts(ids, tokenizer), probabilities, float(np.exp(-scored.nll)), ended)
 
 
 def record(asked: Sequence[Asked]) -> dict[str, Any]:
-    """All that was found, in plain types.
+    """Return questions and replies in plain types.
 
     Returns:
         ``questions``: by model ``said``, ``right`` (`Answer`s) and ``exact``; and by model the ``means`` of the right
         answers' ``probability`` and of ``exact``, if there are right answers.
     """
-    questions = [
-        {
-            "question": one.question,
-            "answer": one.answer,
-            "replies": {
-                name: {
-                    "said": reply.said._asdict(),
-                    "right": reply.right and reply.right._asdict(),
-                    "exact": reply.exact,
-                }
-                for name, reply in one.replies.items()
-            },
-        }
-        for one in asked
-    ]
+    questions = []
+    for question in asked:
+        replies = {}
+        for name, reply in question.replies.items():
+            right = None if reply.right is None else reply.right._asdict()
+            replies[name] = {"said": reply.said._asdict(), "right": right, "exact": reply.exact}
+        questions.append({"question": question.question, "answer": question.answer, "replies": replies})
     return {"questions": questions, "means": mean_scores(asked)}
 
 
@@ -150,8 +142,9 @@ def mean_scores(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Return by model the means of the right answers' ``probability`` and of ``exact``, where there are right answers."""
     means = {}
     for name in asked[0].replies if asked else ():
-        replies = [one.replies[name] for one in asked]
-        found = [reply.right.probability for reply in replies if reply.right is not None]
-        if found:
-            means[name] = {"probability": float(np.mean(found)), "exact": float(np.mean([r.exact for r in replies]))}
+        replies = [question.replies[name] for question in asked]
+        probabilities = [reply.right.probability for reply in replies if reply.right is not None]
+        if probabilities:
+            exact = float(np.mean([reply.exact for reply in replies]))
+            means[name] = {"probability": float(np.mean(probabilities)), "exact": exact}
     return means

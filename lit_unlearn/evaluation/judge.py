@@ -1,4 +1,4 @@
-"""An LLM judge: what generated answers still give away, what they keep, and whether they are language, from 0 to 10."""
+"""Grades by an LLM judge, from 0 to 10: the knowledge that generated answers give away or keep, and their language."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
+from lit_unlearn.errors import DataError, EndpointError
+from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.tables import format_table
-
-Row = dict[str, Any]
 
 FLUENCY = "does the reply read like text? From 0 (empty, garbled or looping) to 10 (correct and coherent throughout)"
 FORGET_SCORES = {
@@ -28,32 +29,33 @@ RETAIN_SCORES = {
     "FLUENCY": FLUENCY,
 }
 
-# "7", "7.5" and "7/10", but not the start of "7/100", "7-8", "7,5" and "7%"
+# "7", "7.5" and "7/10", but not the start of "7/100", "7-8", "7,5" and "7%".
 _NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*10)?(?!\w|%|[.,]\d|\s*[-–/]\s*\d)"
 
 
 class RequestFailed(Exception):
-    """Why there is no reply to one prompt; the others are not concerned."""
+    """The reason why there is no reply to one prompt; the replies to other prompts stay valid."""
 
 
-Ask = Callable[[Sequence[str]], Mapping[str, str | RequestFailed]]  # every prompt's reply
+Ask = Callable[[Sequence[str]], Mapping[str, str | RequestFailed]]
+"""Returns the reply to every prompt."""
 
 
 def scores_of(stream: str) -> dict[str, str]:
-    """What is graded on a stream: the question by the score's name. One with the word "forget" in its name is a forget stream."""
+    """Return the questions that grade a stream, by score. "forget" as a word of its name makes it a forget stream."""
     return FORGET_SCORES if "forget" in re.split(r"\W|_", stream) else RETAIN_SCORES
 
 
 def prompt_for(stream: str, row: Mapping[str, Any]) -> str:
-    """What the judge is asked about a row.
+    """Return the prompt that asks the judge to grade a row.
 
     Args:
-        stream: The row's.
+        stream: The stream of the row.
         row: With ``question``, ``answer`` and ``generated``.
     """
     scores = scores_of(stream)
     aim = "was made to forget" if scores is FORGET_SCORES else "should still know"
-    # As JSON, a reply cannot end its own quotation and grade itself. Half a surrogate pair is no UTF-8.
+    # As JSON, a reply cannot end its own quotation and grade itself. Half a surrogate pair cannot be written as UTF-8.
     texts = {"question": row["question"], "reference answer": row["answer"], "reply": row["generated"]}
     quoted = json.dumps(texts, ensure_ascii=False, indent=2).encode("utf-8", "replace").decode("utf-8")
     return (
@@ -67,118 +69,144 @@ def prompt_for(stream: str, row: Mapping[str, Any]) -> str:
 
 
 def parse(reply: str, names: Sequence[str]) -> dict[str, float]:
-    """The grades in a judge's reply: of JSON objects anywhere in it, else of lines ``NAME: 7``; the last one counts.
+    """Return the grades in a judge's reply: of JSON objects anywhere in it, else of lines ``NAME: 7``; the last one counts.
 
     Args:
         reply: Any text.
-        names: Of the scores asked for.
+        names: Names of the scores asked for.
 
     Returns:
-        Numbers from 0 to 10 by name. A score that is missing, not a number or out of range has none.
+        Numbers from 0 to 10 by name, without scores that are missing, not a number or out of range.
 
     Example:
         >>> parse('Let me see. {"ACCURACY": 11, "FLUENCY": 9}', ["ACCURACY", "FLUENCY", "RELEVANCE"])
         {'FLUENCY': 9}
     """
+    # Judges decorate lines with numbers, bullets and Markdown.
     line = rf"^(?:[^\w\n]|_)*(?:\d+[.)](?:[^\w\n]|_)*)?({'|'.join(names)})[ \t*_`\"']*[:=][ \t*_`\"']*{_NUMBER}"
-    found: dict[str, Any] = {m[1].upper(): m[2] for m in re.finditer(line, reply, re.MULTILINE | re.IGNORECASE)}
-    for item in _objects(reply):
-        found |= {key.upper(): value for key, value in item.items()}
-    grades = {name: _grade(found.get(name)) for name in names}
-    return {name: grade for name, grade in grades.items() if grade is not None}
+    values: dict[str, Any] = {}
+    for match in re.finditer(line, reply, re.MULTILINE | re.IGNORECASE):
+        values[match[1].upper()] = match[2]
+    for item in _find_objects(reply):
+        values |= {key.upper(): value for key, value in item.items()}
+
+    grades = {}
+    for name in names:
+        grade = _read_grade(values.get(name))
+        if grade is not None:
+            grades[name] = grade
+    return grades
 
 
-def _objects(reply: str) -> Iterator[dict[str, Any]]:
+def _find_objects(reply: str) -> Iterator[dict[str, Any]]:
     for brace in re.finditer(r"\{", reply):
         try:
             yield json.JSONDecoder().raw_decode(reply, brace.start())[0]
-        except (ValueError, RecursionError):  # no JSON, or a judge that opens braces without end
+        except (ValueError, RecursionError):
+            # No JSON begins here; or a judge that got into a loop opens braces without end.
             continue
 
 
-def _grade(value: Any) -> float | None:
-    if isinstance(value, str) and (match := re.fullmatch(rf"\s*{_NUMBER}\s*", value)):
-        value = float(match[1])
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10:  # nor is NaN in range
+def _read_grade(value: Any) -> float | None:
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*{_NUMBER}\s*", value)
+        value = float(match[1]) if match else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # NaN is not in the range either.
+    if not 0 <= value <= 10:
         return None
     return int(value) if value == int(value) else value
 
 
 def judge(
-    results: dict[str, Any], ask: Ask, model: str, streams: Sequence[str] | None = None, limit: int | None = None
+    results: Values, ask: Ask, model: str, streams: Sequence[str] | None = None, limit: int | None = None
 ) -> None:
-    """Adds a judge's scores to the results of an evaluation, which stay as they were if it fails.
+    """Add a judge's scores to the results of an evaluation, which stay as they were if it fails.
 
     Args:
-        results: With ``examples``. Gets ``judge``; every judged row gets ``judge`` and, if a score failed,
-            ``judge_error``. Streams not judged now keep the scores of the same model, and lose those of another one.
-        ask: Gives the judge's replies.
+        results: Content of a file with ``examples`` by stream. Gets ``judge``; every judged row gets ``judge`` and, if a
+            score failed, ``judge_error``. Streams not judged now keep the scores of the same model, and lose those of
+            another one.
+        ask: Returns the judge's replies.
         model: The judge's name.
-        streams: Names; ``None`` for all that have generated answers.
-        limit: Most rows of a stream; ``None`` for all.
+        streams: Names of the streams to judge; ``None`` for all that have generated answers.
+        limit: Number of rows judged of each stream, from the first one on; ``None`` for all.
 
     Raises:
-        ValueError: If there is nothing to judge, or a row lacks what is needed.
-        RuntimeError: If no request succeeded.
+        DataError: If there is nothing to judge, or a row lacks a text.
+        EndpointError: If no request succeeded.
     """
-    chosen = _choose(results["examples"], streams, limit)
-    prompts = {name: [prompt_for(name, row) for row in rows] for name, rows in chosen.items()}
-    replies = ask([prompt for of_stream in prompts.values() for prompt in of_stream])
+    chosen = _choose_rows(results["examples"], streams, limit)
+    prompts = {}
+    for name, rows in chosen.items():
+        prompts[name] = [prompt_for(name, row) for row in rows]
+    replies = ask(list(chain.from_iterable(prompts.values())))
     failures = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
     if len(failures) == len(replies):
-        raise RuntimeError(f"no request to the judge '{model}' succeeded: {failures[0]}")
-    scores = _keep_others(results, model, chosen)
+        raise EndpointError(f"no request to the judge '{model}' succeeded: {failures[0]}")
+
+    # Nothing is changed before this line.
+    scores = _keep_scores(results, model, chosen)
     for name, rows in chosen.items():
         for row, prompt in zip(rows, prompts[name], strict=True):
             _add_grades(row, replies[prompt], list(scores_of(name)))
-        scores[name] = {score: _summary(rows, score) for score in scores_of(name)}
+        scores[name] = {score: _summarize_score(rows, score) for score in scores_of(name)}
     results["judge"] = {"model": model, "scores": scores}
 
 
-def _choose(
-    examples: Mapping[str, Sequence[Row]], streams: Sequence[str] | None, limit: int | None
-) -> dict[str, list[Row]]:
-    said = {name: [row for row in rows if row.get("generated") is not None] for name, rows in examples.items()}
-    said = {name: rows[:limit] for name, rows in said.items() if rows}
-    unknown = [name for name in streams or () if name not in said]
-    if unknown or not said:
-        where = f"in {unknown}" if unknown else "anywhere"
-        raise ValueError(f"no rows with 'generated' {where}; streams that have some: {list(said)}.")
-    chosen = {name: rows for name, rows in said.items() if streams is None or name in streams}
+def _choose_rows(
+    examples: Mapping[str, Sequence[Values]], streams: Sequence[str] | None, limit: int | None
+) -> dict[str, list[Values]]:
+    """Return the rows to judge by stream, each with the texts that the judge reads."""
+    with_answers = {}
+    for name, rows in examples.items():
+        answered = [row for row in rows if row.get("generated") is not None]
+        if answered:
+            with_answers[name] = answered[:limit]
+
+    unknown = [name for name in streams or () if name not in with_answers]
+    if unknown or not with_answers:
+        stream = f"in {unknown}" if unknown else "anywhere"
+        raise DataError(f"no rows with 'generated' {stream}; streams that have some: {list(with_answers)}.")
+
+    chosen = {name: rows for name, rows in with_answers.items() if streams is None or name in streams}
     for name, rows in chosen.items():
-        lacking = {key for row in rows for key in ("question", "answer") if not isinstance(row.get(key), str)}
-        if lacking:
-            raise ValueError(
-                f"rows of the '{name}' stream lack a text under {sorted(lacking)}: the judge compares with it."
-            )
+        for row in rows:
+            lacking = [key for key in ("answer", "question") if not isinstance(row.get(key), str)]
+            if lacking:
+                raise DataError(f"rows of the '{name}' stream lack a text under {lacking}: the judge compares with it.")
     return chosen
 
 
-def _keep_others(results: dict[str, Any], model: str, judged: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the grades that are renewed now, or another model's; returns the scores that stay."""
+def _keep_scores(results: Values, model: str, judged: Mapping[str, Any]) -> Values:
+    """Remove the grades that are renewed now, and those of another model; return the scores that stay."""
     earlier = results.get("judge", {"model": model, "scores": {}})
-    same = earlier["scores"] if earlier["model"] == model else {}
-    kept = {name: scores for name, scores in same.items() if name not in judged}
-    for row in (row for name, rows in results["examples"].items() if name not in kept for row in rows):
-        row.pop("judge", None)
-        row.pop("judge_error", None)
-    return kept
+    scores = earlier["scores"] if earlier["model"] == model else {}
+    remaining = {name: of_stream for name, of_stream in scores.items() if name not in judged}
+    for name, rows in results["examples"].items():
+        if name not in remaining:
+            for row in rows:
+                row.pop("judge", None)
+                row.pop("judge_error", None)
+    return remaining
 
 
-def _add_grades(row: Row, reply: str | RequestFailed, names: Sequence[str]) -> None:
+def _add_grades(row: Values, reply: str | RequestFailed, names: Sequence[str]) -> None:
     row["judge"] = {} if isinstance(reply, RequestFailed) else parse(reply, names)
     missing = [name for name in names if name not in row["judge"]]
-    if missing:
-        unread = f"no number from 0 to 10 for {', '.join(missing)}"
-        row["judge_error"] = str(reply) if isinstance(reply, RequestFailed) else unread
+    if isinstance(reply, RequestFailed):
+        row["judge_error"] = str(reply)
+    elif missing:
+        row["judge_error"] = f"no number from 0 to 10 for {', '.join(missing)}"
 
 
-def _summary(rows: Sequence[Row], score: str) -> dict[str, float | None]:
-    values = [row["judge"][score] for row in rows if score in row["judge"]]
-    return {"mean": fmean(values) if values else None, "count": len(values), "failed": len(rows) - len(values)}
+def _summarize_score(rows: Sequence[Values], score: str) -> dict[str, float | None]:
+    grades = [row["judge"][score] for row in rows if score in row["judge"]]
+    return {"mean": fmean(grades) if grades else None, "count": len(grades), "failed": len(rows) - len(grades)}
 
 
-def judge_table(results: dict[str, Any]) -> str:
+def judge_table(results: Values) -> str:
     """Format the means of judged results and, below them, the reasons why scores failed."""
     rows = []
     reasons: Counter[str] = Counter()

@@ -140,6 +140,7 @@ class MUSEBenchmark(Benchmark):
 
     def _load_questions(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
         """Read questions, each after the same examples of questions with answers."""
+        # The prompts are the published ones to the character: another space would change what models answer.
         before = ""
         for question, answer in _read_columns(self.shot_sources[name], f"{name} examples", "question", "answer")[
             :SHOTS
@@ -156,6 +157,7 @@ class MUSEBenchmark(Benchmark):
         """Read texts of which every token is scored."""
         examples = []
         for (text,) in _read_columns(self.sources[name], name, "text"):
+            # Every token is supervised, as in the published code, which takes Min-K over the whole text.
             ids = list(tokenizer(text)["input_ids"])[: self.max_length]
             examples.append(BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]}))
         return BenchmarkStream(examples, self.sources[name].path)
@@ -168,6 +170,7 @@ class MUSEBenchmark(Benchmark):
         """Compute ROUGE of a generated answer, or Min-K of a text."""
         if generated is None:
             return {"min_k": min_k(scored["text"][0].logp, self.k)}
+        # MUSE's code does not stem words, unlike TOFU's.
         scores = rouge(generated, example.texts["answer"], stemmer=False)
         return {**example.texts, "generated": generated, **scores}
 
@@ -194,7 +197,8 @@ class MUSEBenchmark(Benchmark):
 
 def _holdout_auc(examples: Mapping[str, Sequence[Values]]) -> float:
     """Compute MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
-    members, holdout = ([row["min_k"] for row in examples[stream]] for stream in ("members", "holdout"))
+    members = [row["min_k"] for row in examples["members"]]
+    holdout = [row["min_k"] for row in examples["holdout"]]
     return auc(holdout, members)
 
 

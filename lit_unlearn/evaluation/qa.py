@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_unlearn.data.source import Source
+from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
@@ -71,7 +72,8 @@ class QABenchmark(Benchmark):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set."""
-        return self.questions.load(tokenizer)
+        with arguments_of(self):
+            return self.questions.load(tokenizer)
 
     def measure(
         self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None

@@ -102,7 +102,7 @@ class QuestionSets:
         if not 0 < k <= 1:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
         if fluency_model is not None:
-            check_model_directory(fluency_model, use_safetensors=True)
+            check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
 
         self.owner = owner
         self.question_column = question_column
@@ -135,7 +135,7 @@ class QuestionSets:
         changed.question_column = column
         changed.sets = {}
         for name, question_set in self.sets.items():
-            if column in question_set.source.load(name).column_names:
+            if column in question_set.source.load(name, argument=name).column_names:
                 changed.sets[name] = question_set
         if "forget" not in changed.sets:
             raise DataError(f"the forget set has no column '{column}'.")
@@ -153,7 +153,7 @@ class QuestionSets:
         streams = {}
         for name, question_set in self.sets.items():
             examples = []
-            for number, row in enumerate(question_set.source.load(name).to_list()):
+            for number, row in enumerate(question_set.source.load(name, argument=name).to_list()):
                 examples.append(self._encode_row(name, number, row, tokenizer))
             streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
         return streams
@@ -175,6 +175,7 @@ class QuestionSets:
                     argument="answer_column" if column == self.answer_column else "question_column",
                 )
 
+        # Without a paraphrase, the truth ratio compares with the answer itself.
         question, answer = row[self.question_column], row[self.answer_column]
         answers: dict[str, list[str]] = {"answer": [answer]}
         if has_paraphrase:
@@ -238,6 +239,7 @@ class QuestionSets:
         """
         if self.fluency_model is None:
             return
+        # It is loaded only now, and not kept: during generation, the memory is the measured model's.
         judge = LanguageModel(self.fluency_model)
         judge.load(torch.float32)
         judge.to(next(lm.parameters()).device)
@@ -296,6 +298,7 @@ def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Result
     """
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
+    # A distribution over some of the rows would be another one: all of them need a truth ratio.
     if _all_have("truth_ratio", examples.get("forget")):
         if retain is None:
             missing["forget_quality"] = "it needs `retain_results`, measured in the same way"
@@ -327,5 +330,6 @@ def _column(rows: Sequence[Values], key: str) -> list[float]:
 def _attack_auc(examples: Mapping[str, Sequence[Values]], attack: str) -> float:
     """Compute the area under the curve of an attack that takes forget rows for members."""
     sign = 1 if ATTACKS[attack] else -1
-    forget, holdout = ([sign * value for value in _column(examples[name], attack)] for name in ("forget", "holdout"))
-    return auc(forget, holdout)
+    forget = np.array(_column(examples["forget"], attack))
+    holdout = np.array(_column(examples["holdout"], attack))
+    return auc((sign * forget).tolist(), (sign * holdout).tolist())

@@ -204,5 +204,7 @@ def results_table(results: Sequence[Results], names: Sequence[str], style: Table
         keys |= dict.fromkeys([*result.aggregate, *result.missing])
     # The values that sum up the whole benchmark have no stream in their names, and come first.
     ordered = sorted(keys, key=lambda key: "/" in key)
-    rows = [[key, *(result.aggregate.get(key) for result in results)] for key in ordered]
+    rows = []
+    for key in ordered:
+        rows.append([key, *(result.aggregate.get(key) for result in results)])
     return format_table(rows, ["", *names], style)

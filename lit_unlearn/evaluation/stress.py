@@ -110,6 +110,7 @@ class StressBenchmark(Benchmark):
                 message = f"`relearn.rows` is {self.relearn.rows}, but there are {len(forget)} forget rows."
                 raise ConfigError(message, owner=self, argument="relearn")
 
+        # Every stress has a benchmark of its own, with the part of the retain-only results that was under the same stress.
         retain = self.benchmark.retain_results
         self._stressed = {}
         for stress, settings in self.stresses.items():
@@ -162,6 +163,7 @@ class StressBenchmark(Benchmark):
                 owner=self,
             )
         folders = {stress: partial_dir and partial_dir / stress for stress in ("plain", *self.stresses)}
+        # The benchmark's own name stays in the results, so that plain results can be compared with these.
         results = self.benchmark.run(lm, folders["plain"])
         results.settings = self.settings()
         for stress in self.stresses:

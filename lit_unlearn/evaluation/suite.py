@@ -1,4 +1,4 @@
-"""A suite says which metrics are computed on which stream of rows."""
+"""Suites: the metrics that are computed on the streams of a run, batch by batch."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ class Suite(nn.Module, ABC):
 
     @abstractmethod
     def update(self, stream: str, lm: TokenModel, tokens: SupervisedTokens) -> None:
-        """Adds one batch of a stream."""
+        """Add one batch of a stream.
+
+        Args:
+            stream: Its name, such as ``forget``.
+            lm: The model, for functions of logits.
+            tokens: The ``N`` supervised tokens of the batch, with their states.
+        """
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """Values named ``<stream>/<metric>`` over everything added on all processes."""
+        """Return values named ``<stream>/<metric>``, over everything added on all processes."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets everything added."""
+        """Forget everything added."""
 
 
 class AnswerSuite(Suite):
     """Likelihood of the answers and flatness of the distributions that predict them, on every stream.
 
     Gives ``nll`` and ``probability`` (see `AnswerLikelihood`), ``margin``, ``entropy`` and ``kl_to_uniform`` (see
-    `ForgetUniformity`) for the forget stream, the retain stream and whatever other stream is validated.
+    `ForgetUniformity`) for every stream that is validated.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        # Streams are not known before the first batch: a metric is made when its stream appears.
         self._metrics = nn.ModuleDict()
 
     def update(self, stream: str, lm: TokenModel, tokens: SupervisedTokens) -> None:
-        """Adds one batch with a single pass over the logits."""
+        """Add one batch, with a single pass over the logits."""
         if stream not in self._metrics:
             self._metrics[stream] = _AnswerMetrics().to(tokens.labels.device)
         metrics = cast(_AnswerMetrics, self._metrics[stream])
@@ -52,16 +59,15 @@ class AnswerSuite(Suite):
         metrics.uniformity.update(values[:, 1:])
 
     def compute(self) -> dict[str, float]:
-        """Values named ``<stream>/<metric>``."""
-        return {
-            f"{stream}/{name}": value.item()
-            for stream, metrics in cast(Iterable[tuple[str, _AnswerMetrics]], self._metrics.items())
-            for metric in (metrics.likelihood, metrics.uniformity)
-            for name, value in metric.compute().items()
-        }
+        """Return values named ``<stream>/<metric>``."""
+        values = {}
+        for stream, metrics in cast(Iterable[tuple[str, _AnswerMetrics]], self._metrics.items()):
+            for name, value in (metrics.likelihood.compute() | metrics.uniformity.compute()).items():
+                values[f"{stream}/{name}"] = value.item()
+        return values
 
     def reset(self) -> None:
-        """Forgets everything added, and which streams there were."""
+        """Forget everything added, and which streams there were."""
         self._metrics = nn.ModuleDict()
 
 
@@ -70,8 +76,10 @@ class _AnswerMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.likelihood, self.uniformity = AnswerLikelihood(), ForgetUniformity()
+        self.likelihood = AnswerLikelihood()
+        self.uniformity = ForgetUniformity()
 
 
 def _answer_values(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute log p of the label and the values of `ForgetUniformity`, shape ``(N, 1 + values)``."""
     return torch.cat([token_logp(logits, labels)[:, None], uniformity(logits)], dim=1)

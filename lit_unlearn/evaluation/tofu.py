@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
-from lit_unlearn.errors import check_choice
+from lit_unlearn.errors import arguments_of, check_choice
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
@@ -64,7 +65,8 @@ class TOFUBenchmark(Benchmark):
         super().__init__(token_budget, retain_results)
         check_choice(tuple(RETAIN), self, forget_split=forget_split)
         self.questions = QuestionSets(self, **settings)
-        self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
+        with arguments_of(self):
+            self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
         for name in UTILITY_SETS:
             try:
                 rows = tofu_source(source, f"{name}_perturbed", max_rows)
@@ -92,7 +94,8 @@ class TOFUBenchmark(Benchmark):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set."""
-        return self.questions.load(tokenizer)
+        with arguments_of(self):
+            return self.questions.load(tokenizer)
 
     def measure(
         self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
@@ -107,7 +110,8 @@ class TOFUBenchmark(Benchmark):
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality, the attacks and the model utility."""
         values, missing = self.questions.aggregate(examples, retain)
-        names = [f"{stream}/{value}" for stream in UTILITY_SETS for value in UTILITY_VALUES]
+        # A mean of fewer than nine values would look like a utility, and compare with none that is published.
+        names = [f"{stream}/{value}" for stream, value in product(UTILITY_SETS, UTILITY_VALUES)]
         lacking = [name for name in names if name not in values]
         if lacking:
             missing["model_utility"] = f"{', '.join(lacking)} could not be measured"

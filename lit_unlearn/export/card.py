@@ -8,247 +8,272 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from lit_unlearn.evaluation import results
 from lit_unlearn.evaluation.tables import format_table, report_table
 
 Record = Mapping[str, Any]
 
 _LIMITS = """\
-What was measured says how far the model's own answers moved away from the deleted rows. It is no proof that nothing can be
-recovered: a model that no longer says something may still be brought back to it by a few training steps, by rounding its
-weights, or by asking otherwise. `StressBenchmark` tries that (`lit-unlearn test --config eval/stress.yaml --model.lm.model DIR`),
-and even what it does not bring back others may."""
+These values say how far the model's own answers moved away from the deleted examples. They do not prove that nothing can be
+recovered: a few training steps, rounding the weights, or another wording of the question may bring an answer back.
+`StressBenchmark` tries that (`lit-unlearn test --config eval/stress.yaml --model.lm.model DIR`); other attacks may succeed
+where it fails."""
 
 _RECIPE = """\
-A set's digest in the column "tokens" is the sha256 of a text with one line of JSON for every row, its token ids and its labels:
+The digest in the column "sha256 of the tokens" is that of a text with one line of JSON per example, its token ids and labels:
 
 ```python
 import hashlib, json
 
-def digest(rows):  # data.examples["forget"] of the data module below, after data.setup("fit")
-    lines = (json.dumps([row.input_ids, row.labels]) + "\\n" for row in rows)
+def digest(examples):  # data.examples["forget"] of the data module below, after data.setup("fit")
+    lines = (json.dumps([example.input_ids, example.labels]) + "\\n" for example in examples)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 ```"""
 
 
-def card(record: Record) -> str:
-    """The model card, with the front matter that the hub reads.
+def render_card(record: Record) -> str:
+    """Render the model card, with the front matter that the hub reads.
 
-    What a record does not know is left out: a checkpoint may be without ``versions``, ``data``, ``method``, ``bounds``,
+    What a record does not know is left out: that of a checkpoint may lack ``versions``, ``data``, ``method``, ``bounds``,
     ``training`` and ``config``.
 
     Args:
         record: As in an export's ``unlearning.json``.
 
     Returns:
-        Markdown. It never shows a row: only where rows came from, how many there are, and their digests.
+        Markdown. It never shows an example: only where examples came from, how many there are, and their digests.
     """
-    taught = record["kind"] == "taught"
     sections = {
-        "": _opening(record),
-        "What was taught to what" if taught else "What was deleted from what": _subject(record),
-        "How": _method(record),
-        "Under which bound": _bounds(record),
-        "What was achieved": _achieved(record),
-        "Benchmarks": _benchmarks(record),
-        "How to check it": _checks(record),
-        "Versions": _table(["package", "version"], record.get("versions", {}).items()),
-        "Configuration": _config(record),
+        "": _render_opening(record),
+        "Deleted data and base model" if _is_unlearned(record) else "Training data and base model": _render_subject(
+            record
+        ),
+        "Method": _render_method(record),
+        "Constraints": _render_constraints(record),
+        "Results of the run": _render_outcome(record),
+        "Benchmarks": _render_benchmarks(record),
+        "How to check this card": _render_checks(record),
+        "Versions": _format_facts(["package", "version"], record.get("versions", {}).items()),
+        "Configuration": _render_config(record),
     }
-    text = "\n\n".join(f"## {title}\n\n{body}" if title else body for title, body in sections.items() if body)
-    return f"---\n{_front_matter(record)}\n---\n\n{text}\n"
+    text = sections.pop("")
+    for title, body in sections.items():
+        if body:
+            text += f"\n\n## {title}\n\n{body}"
+    return f"---\n{_render_front_matter(record)}\n---\n\n{text}\n"
 
 
-def _front_matter(record: Record) -> str:
+def _is_unlearned(record: Record) -> bool:
+    # The other kind is "fine-tuned", which records of earlier versions call "taught".
+    return bool(record["kind"] == "unlearned")
+
+
+def _has_full_model(record: Record) -> bool:
+    """Return whether the export has a model beside the adapter, which alone is in a folder of its own."""
+    return any(name.endswith(".safetensors") and "/" not in name for name in record["files"])
+
+
+def _render_front_matter(record: Record) -> str:
+    is_on_hub = record["model"]["commit"] is not None
     data = ModelCardData(
-        base_model=record["model"]["name"] if record["model"]["commit"] else None,  # the hub refuses local paths
-        library_name="transformers" if _is_whole(record) else "peft",
+        base_model=record["model"]["name"] if is_on_hub else None,  # the hub refuses local paths
+        library_name="transformers" if _has_full_model(record) else "peft",
         pipeline_tag="text-generation",
-        tags=["lit-unlearn"] if record["kind"] == "taught" else ["unlearning", "lit-unlearn"],
+        tags=["unlearning", "lit-unlearn"] if _is_unlearned(record) else ["lit-unlearn"],
     )
     return data.to_yaml().strip()
 
 
-def _is_whole(record: Record) -> bool:
-    return any(name.endswith(".safetensors") and "/" not in name for name in record["files"])
-
-
-def _opening(record: Record) -> str:
-    deleted = record["kind"] == "unlearned"
+def _render_opening(record: Record) -> str:
     lines = [
-        f"# Record of a {'deletion' if deleted else 'training'}",
+        f"# Record of {'an unlearned' if _is_unlearned(record) else 'a fine-tuned'} model",
         f"Written by lit-unlearn at {record['created']}, with the files beside it. `unlearning.json` is the same record for "
         "programs.",
     ]
-    if deleted and record.get("data"):
-        lines.append(_summary(record))
+    if _is_unlearned(record) and record.get("data"):
+        lines.append(_summarize_unlearning(record))
     if record["model"]["adapter"]:
-        holds = (
-            "the merged model; `adapter` holds the adapter" if _is_whole(record) else "only the adapter, in `adapter`"
-        )
-        lines.append(f"An adapter was trained. This directory holds {holds}.")
+        content = "only the adapter, in `adapter`"
+        if _has_full_model(record):
+            content = "the merged model; `adapter` holds the adapter"
+        lines.append(f"An adapter was trained. This directory holds {content}.")
     if record["step"] != record["kept_step"]:
         lines.append(
-            f"**This is the model of step {record['step']}, from a checkpoint. The run keeps that of step "
-            f"{record['kept_step']}, which is another one.** This one was not measured."
+            f"**This is the model of step {record['step']}, from a checkpoint. The run keeps another one, that of step "
+            f"{record['kept_step']}.** This one was not measured."
         )
     return "\n\n".join(lines)
 
 
-def _summary(record: Record) -> str:
-    """What a reader who stops here must know."""
-    text = f"{record['data']['sets']['forget']['rows']} rows were unlearned from {_code(record['model']['name'])}."
-    before, after = (record[time].get("forget/probability") for time in ("before", "after"))
+def _summarize_unlearning(record: Record) -> str:
+    """Return all that a reader needs who stops after the first paragraph."""
+    num_examples = record["data"]["sets"]["forget"]["rows"]
+    text = f"{num_examples} examples were unlearned from {_format_code(record['model']['name'])}."
+    before, after = record["before"].get("forget/probability"), record["after"].get("forget/probability")
     if before is not None and after is not None:
         text += f" The probability of their answers went from {before:.4g} to {after:.4g}."
-    broken = [name for name, one in record["constraints"].items() if one["slack"] is not None and one["slack"] < 0]
-    if broken:
-        text += f" **A bound on what that may cost IS VIOLATED: {', '.join(broken)}.**"
+
+    violated = []
+    for name, values in record["constraints"].items():
+        if values["slack"] is not None and not values["slack"] >= 0:
+            violated.append(f"{name}: {values['value']:.4g} > epsilon {values['epsilon']:.4g}")
+    if violated:
+        text += f" **A constraint on the retained data is violated ({'; '.join(violated)}).**"
     elif record["after"]:
-        text += " Every bound on what that may cost holds."
+        text += " Every constraint on the retained data is satisfied."
     return text
 
 
-def _subject(record: Record) -> str:
+def _render_subject(record: Record) -> str:
     model = record["model"]
     facts = {
-        "base model": _code(model["name"]) if model["name"] else "random weights, from the configuration",
+        "base model": _format_code(model["name"]) or "random weights, from the configuration",
         "architecture": model["architecture"],
         "revision": model["revision"],
         "commit on the hub": model["commit"],
-        "adapter": _call("", model["adapter"]) if model["adapter"] else None,
-        **{f"sha256 of `{name}`": _code(digest) for name, digest in model["weights"].items()},
+        "adapter": _format_call("", model["adapter"]) if model["adapter"] else None,
     }
-    return f"{_table(['', ''], [(name, fact) for name, fact in facts.items() if fact])}\n\n{_sets(record)}"
+    for name, digest in model["weights"].items():
+        facts[f"sha256 of `{name}`"] = _format_code(digest)
+    known = [(name, fact) for name, fact in facts.items() if fact]
+    return f"{_format_facts(['', ''], known)}\n\n{_render_sets(record)}"
 
 
-def _sets(record: Record) -> str:
+def _render_sets(record: Record) -> str:
     data = record.get("data")
     if data is None:
-        return "This record does not know the rows: the run had data loaders of its own, or kept no record."
-    deleted = record["kind"] == "unlearned"
-    forget = "deleted" if deleted else "taught" if data["train_on"] == "all" else "held back"
-    lines = []
-    for name, one in data["sets"].items():
-        role = forget if name == "forget" else "kept" if deleted else "taught"
-        counts, file = [one["rows"], one["supervised_tokens"]], _code(one["source"].get("sha256", ""))
-        lines.append([f"{name} ({role})", _place(one["source"]), *counts, file, _code(one["sha256"])])
-    return _table(["set", "source", "rows", "supervised tokens", "sha256 of the file", "sha256 of the tokens"], lines)
+        return "The data is unknown: the run had data loaders of its own, or its checkpoint has no record."
+
+    rows = []
+    for name, values in data["sets"].items():
+        if _is_unlearned(record):
+            role = "deleted" if name == "forget" else "retained"
+        else:
+            role = "held out" if name == "forget" and data["train_on"] != "all" else "trained on"
+        source = values["source"]
+        file_digest = _format_code(source.get("sha256", ""))
+        counts = (values["rows"], values["supervised_tokens"])
+        rows.append((f"{name} ({role})", _format_source(source), *counts, file_digest, _format_code(values["sha256"])))
+    headers = ["set", "source", "examples", "supervised tokens", "sha256 of the file", "sha256 of the tokens"]
+    return _format_facts(headers, rows)
 
 
-def _place(source: Record) -> str:
-    further = [str(source[key]) for key in ("name", "split") if source.get(key)]
-    first = [f"first {source['max_rows']} rows"] if source["max_rows"] else []
-    return ", ".join([_code(source["path"]), *further, *first])
+def _format_source(source: Record) -> str:
+    parts = [_format_code(source["path"])]
+    for key in ("name", "split"):
+        if source.get(key):
+            parts.append(str(source[key]))
+    if source["max_rows"]:
+        parts.append(f"first {source['max_rows']} rows")
+    return ", ".join(parts)
 
 
-def _method(record: Record) -> str:
+def _render_method(record: Record) -> str:
     method, training = record.get("method"), record.get("training")
     lines = []
     if method:
         weight = "" if method["weight"] == 1 else f"{method['weight']:g} × "
-        lines.append(f"Minimised on the rows to forget: {weight}{_objective(method)}. {method['paper']}.")
-    elif record["kind"] == "taught":
-        lines.append("Minimised: the NLL of the rows' answers.")
+        lines.append(f"Objective minimised on the forget set: {weight}{_format_objective(method)}. {method['paper']}.")
+    elif not _is_unlearned(record):
+        lines.append("Objective: the NLL of the answers.")
     if training:
+        processes = f"{training['processes']} process{'es' if training['processes'] > 1 else ''}"
         lines.append(
-            f"{_call(training['optimizer'], training['settings'])}, {training['precision']}, {training['strategy']} on "
-            f"{training['processes']} process{'es' if training['processes'] > 1 else ''}; seed {training['seed']}."
+            f"Training: {_format_call(training['optimizer'], training['settings'])}, {training['precision']}, "
+            f"{training['strategy']} on {processes}; seed {training['seed']}."
         )
         if training.get("resumed_at"):
-            at = ", ".join(map(str, training["resumed_at"]))
-            lines.append(f"The run was stopped and went on after step {at}; the settings are those of its last part.")
-    if record["kind"] == "unlearned":
-        lines.append(f"{record['steps']} steps were taken; this is the model after step {record['step']}.")
+            steps = ", ".join(map(str, training["resumed_at"]))
+            lines.append(f"The run was resumed after step {steps}; the settings are those of its last part.")
+    if _is_unlearned(record):
+        lines.append(f"The run took {record['steps']} steps; this is the model after step {record['step']}.")
     return "\n\n".join(lines)
 
 
-def _bounds(record: Record) -> str:
+def _render_constraints(record: Record) -> str:
     lines = []
     for name, bound in (record.get("bounds") or {}).items():
-        found = record["constraints"][name]
-        epsilon = "an epsilon that was not measured" if found["epsilon"] is None else f"{found['epsilon']:.4g}"
-        if "relative" in bound and found["reference"] is not None:
-            epsilon += f" = {1 + bound['relative']:g} × {found['reference']:.4g}, the value of the model before"
-        multiplier = bound["multiplier"]
-        settings = {key: value for key, value in multiplier.items() if key != "class"}
+        outcome = record["constraints"][name]
+        epsilon = "epsilon, which was not measured"
+        if outcome["epsilon"] is not None:
+            epsilon = f"epsilon {outcome['epsilon']:.4g}"
+        if "relative" in bound and outcome["reference"] is not None:
+            epsilon += f" = {1 + bound['relative']:g} × {outcome['reference']:.4g}, the value before unlearning"
+        settings = dict(bound["multiplier"])
+        multiplier = _format_call(settings.pop("class"), settings)
         lines.append(
-            f"- **{name}**: {_objective(bound)} on the `{bound['stream']}` rows ≤ {epsilon}; λ by "
-            f"{_call(multiplier['class'], settings)}, now {found['multiplier_after']:.4g}."
+            f"- **{name}**: {_format_objective(bound)} on the `{bound['stream']}` set ≤ {epsilon}; multiplier λ: "
+            f"{multiplier}, {outcome['multiplier_after']:.4g} at the end."
         )
     return "\n".join(lines)
 
 
-def _achieved(record: Record) -> str:
-    if not record.get("after"):
-        return _LIMITS if record["kind"] == "unlearned" else ""
-    measured = {name: one for name, one in record["constraints"].items() if one["value"] is not None}
-    table = f"```text\n{report_table({**record, 'constraints': measured})}\n```"
-    return f"{table}\n\n{_LIMITS}" if record["kind"] == "unlearned" else table
-
-
-def _benchmarks(record: Record) -> str:
+def _render_outcome(record: Record) -> str:
     parts = []
-    for one in record.get("benchmarks", []):
-        rows = ", ".join(f"{stream}: {data.get('rows')} rows" for stream, data in one["data"].items())
-        parts.append(
-            f"{one['suite']} ({rows}), measured on {_code(one.get('model', {}).get('name') or 'the model of the run')}:"
-        )
-        parts.append(results.results_table([one], ["this model"], "markdown"))
-        parts += [f"{name} is missing: {reason}" for name, reason in one.get("missing", {}).items()]
-        parts.append(f"sha256 of the results file, with every row: {_code(one['sha256'])}")
+    if record.get("after"):
+        measured = {name: values for name, values in record["constraints"].items() if values["value"] is not None}
+        parts.append(f"```text\n{report_table({**record, 'constraints': measured})}\n```")
+    if _is_unlearned(record):
+        parts.append(_LIMITS)
     return "\n\n".join(parts)
 
 
-def _checks(record: Record) -> str:
-    parts = [
-        "These files, with `sha256sum`:",
-        _table(["file", "sha256"], ((_code(name), _code(digest)) for name, digest in record["files"].items())),
-    ]
+def _render_benchmarks(record: Record) -> str:
+    parts = []
+    for benchmark in record.get("benchmarks", []):
+        counts = ", ".join(f"{stream}: {data.get('rows')} rows" for stream, data in benchmark["data"].items())
+        model = _format_code(benchmark.get("model", {}).get("name")) or "the model of the run"
+        parts.append(f"{benchmark['suite']} ({counts}), measured on {model}:")
+        parts.append(_format_facts(["", "this model"], benchmark["aggregate"].items()))
+        for name, reason in benchmark.get("missing", {}).items():
+            parts.append(f"{name} is missing: {reason}")
+        parts.append(f"sha256 of the results file, with every row: {_format_code(benchmark['sha256'])}")
+    return "\n\n".join(parts)
+
+
+def _render_checks(record: Record) -> str:
+    files = [(_format_code(name), _format_code(digest)) for name, digest in record["files"].items()]
+    parts = ["The files of this directory, with `sha256sum`:", _format_facts(["file", "sha256"], files)]
     if record.get("data"):
-        parts.append(f"The files of rows likewise. {_RECIPE}")
+        parts.append(f"The data files likewise. {_RECIPE}")
     if record.get("config"):
-        bounds = "".join(
-            f" \\\n  --model.constraints.{name}.epsilon={one['epsilon']!r}"
-            for name, one in record["constraints"].items()
-            if one["epsilon"] is not None
-        )
+        # Absolute epsilons: measured on this model, a relative one would be another number.
+        epsilons = ""
+        for name, values in record["constraints"].items():
+            if values["epsilon"] is not None:
+                epsilons += f" \\\n  --model.constraints.{name}.epsilon={values['epsilon']!r}"
         parts.append(
-            "The values, with the configuration below as `run.yaml`, the rows where it names them and this directory as `DIR`:\n\n"
-            f"```bash\nlit-unlearn validate --config run.yaml --model.lm.model=DIR{bounds}\n"
+            "The values of the run, with the configuration below as `run.yaml`, the data where it says, and this directory as "
+            f"`DIR`:\n\n```bash\nlit-unlearn validate --config run.yaml --model.lm.model=DIR{epsilons}\n"
             "lit-unlearn test --config eval/tofu.yaml --model.lm.model=DIR    # or another benchmark\n```"
         )
     return "\n\n".join(parts)
 
 
-def _config(record: Record) -> str:
-    config = _without_nulls(record.get("config"))
+def _render_config(record: Record) -> str:
+    config = _drop_nulls(record.get("config"))
     return f"```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```" if config else ""
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return {key: _drop_nulls(entry) for key, entry in value.items() if entry is not None}
 
 
-def _objective(one: Record) -> str:
-    return (
-        f"{_call(one['objective'], one['settings'])}, {one['formula']}"
-        if one["formula"]
-        else _call(one["objective"], one["settings"])
-    )
+def _format_objective(description: Record) -> str:
+    call = _format_call(description["objective"], description["settings"])
+    return f"{call}, {description['formula']}" if description["formula"] else call
 
 
-def _call(name: str, settings: Mapping[str, Any]) -> str:
-    inner = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return _code(f"{name}({inner})" if name else inner)
+def _format_call(name: str, settings: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return _format_code(f"{name}({arguments})" if name else arguments)
 
 
-def _code(text: str) -> str:
+def _format_code(text: str | None) -> str:
     return f"`{text}`" if text else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def _format_facts(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = list(rows)
-    return format_table(lines, head, "markdown") if lines else ""
+    return format_table(lines, headers, "markdown") if lines else ""

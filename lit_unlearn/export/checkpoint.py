@@ -1,4 +1,4 @@
-"""From a checkpoint of this package to a model directory with its record."""
+"""Exports made of checkpoints: a Hugging Face directory with its record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pickle
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,53 +14,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.export.record import RECORD, Record, export_digests, with_outcome, write_record
+from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
+from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_directory, read_json
 
-_WEIGHTS = "lm.model."  # of the model itself: not of its frozen reference, nor of an objective
+# The model itself: not its frozen reference, nor the state of an objective.
+_MODEL_PREFIX = "lm.model."
+
+# Lightning writes it last into the folder of a sharded checkpoint.
+_SHARDED_INDEX = "meta.pt"
 
 
-_SHARDED = "meta.pt"  # Lightning's, in the folder of a checkpoint that every process wrote a part of
+def export_checkpoint(
+    path: Path, target: Path, base_model: str | None = None, benchmarks: Sequence[dict[str, Any]] = ()
+) -> Record:
+    """Write the model of a checkpoint, with its record, as a Hugging Face directory.
+
+    It is the model of the checkpoint's step. The run may keep an earlier one, which then is only in the run's own export:
+    compare the record's ``step`` and ``kept_step``.
+
+    Args:
+        path: A file, or the folder of a sharded checkpoint.
+        target: Folder to write; an earlier export there is replaced.
+        base_model: Directory or hub name of the base model, where it is not what the checkpoint says.
+        benchmarks: Results for the record, from `summarize_results`.
+
+    Returns:
+        The record.
+
+    Raises:
+        MissingFileError: If there is no such checkpoint.
+        CheckpointError: If it cannot be read, or does not say which base model it belongs to.
+        ModelError: If the base model is another one.
+    """
+    checkpoint = read_checkpoint(path)
+    callbacks = checkpoint["callbacks"]
+    saved_record = callbacks.get("ExportModel", {}).get("record") or {}
+    lm = _load_model(path, checkpoint["state_dict"], saved_record, base_model)
+
+    step = checkpoint["global_step"]
+    best = checkpoint["run"].get("best")
+    kept_step = best["step"] if best else step
+    record = {
+        "kind": "unlearned" if "constraints" in checkpoint else "fine-tuned",
+        "model": lm.origin(),
+        # A run without `ExportModel` may have had a report.
+        "before": callbacks.get("RunReport", {}).get("values", {}),
+        **saved_record,
+        "benchmarks": list(benchmarks),
+    }
+    after = best["values"] if best and kept_step == step else {}
+    steps = {"step": step, "kept_step": kept_step, "steps": step}
+    record = add_outcome(record, after, checkpoint.get("constraints", {}), **steps)
+    lm.save(target, finish=partial(write_record, record=record))
+    return record
 
 
-def _renew(source: Path, target: Path, benchmarks: list[dict[str, Any]]) -> None:
-    """Copies an export, with more benchmarks in its record."""
-    record = read_json(source / RECORD)
-    if export_digests(source) != record["files"]:
-        raise ValueError(
-            f"the files in '{source}' are not those that its record was made with, whose sha256 it holds. Export the checkpoint "
-            "again."
+def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]]) -> None:
+    """Copy an export, with more benchmarks in its record.
+
+    Args:
+        source: The export.
+        target: Folder to write; it may be the same.
+        benchmarks: From `summarize_results`; a file that the record has already is not added again.
+
+    Raises:
+        CheckpointError: If the export's files were changed since its record was written.
+    """
+    record = read_json(source / RECORD_FILE)
+    # Otherwise the results of one model would be certified for another.
+    if digest_export(source) != record["files"]:
+        raise CheckpointError(
+            f"the files in '{source}' are not those that its record was made with, whose sha256 it holds. Export the "
+            "checkpoint again."
         )
-    every = {one["sha256"]: one for one in [*record.get("benchmarks", []), *benchmarks]}
+    by_digest = {results["sha256"]: results for results in [*record.get("benchmarks", []), *benchmarks]}
     with atomic_directory(target) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
-        write_record(folder, {**record, "benchmarks": list(every.values())})
-
-
-def _export(path: Path, target: Path, base: str | None, benchmarks: list[dict[str, Any]]) -> None:
-    checkpoint = read_checkpoint(path)
-    record = checkpoint["callbacks"].get("ExportModel", {}).get("record") or {}
-    lm = _load(path, checkpoint["state_dict"], record, base)
-    record = {"kind": "unlearned" if "constraints" in checkpoint else "taught", "model": lm.origin(), **record}
-    step, best = checkpoint["global_step"], checkpoint["run"].get("best")
-    kept = best["step"] if best else step
-    record = with_outcome(
-        {**record, "benchmarks": benchmarks},
-        checkpoint["callbacks"].get("RunReport", {}).get("values", {}),
-        best["values"] if best and kept == step else {},
-        checkpoint.get("constraints", {}),
-        step=step,
-        kept_step=kept,
-        steps=step,
-    )
-    lm.save(target, finish=partial(write_record, record=record))
-    if kept != step:
-        print(f"this is the model of step {step}; the run keeps that of step {kept}")
+        write_record(folder, {**record, "benchmarks": list(by_digest.values())})
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, without the optimizer's state, on the CPU.
+    """Read a checkpoint, without the optimizer's state, on the CPU.
 
     A file runs no code. The index of a sharded checkpoint is a pickle, which can: read only those that you trust.
 
@@ -68,92 +104,101 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         path: A file, or the folder of a sharded checkpoint.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is none of this package.
+        MissingFileError: If there is none.
+        CheckpointError: If it cannot be read, or is not from this package.
     """
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no checkpoint '{path}': expected a file or folder such as 'last-step=100.ckpt'."
         )
-    if path.is_dir() and not (path / _SHARDED).is_file():
-        raise ValueError(
-            f"'{path}' is a folder without '{_SHARDED}', so no whole sharded checkpoint, and without '{RECORD}', so no export with "
-            "a record."
+    if path.is_dir() and not (path / _SHARDED_INDEX).is_file():
+        raise CheckpointError(
+            f"'{path}' is a folder without '{_SHARDED_INDEX}', so it is not a complete sharded checkpoint, and without "
+            f"'{RECORD_FILE}', so it is not an export with a record."
         )
+    file = path / _SHARDED_INDEX if path.is_dir() else path
     try:
-        file = path / _SHARDED if path.is_dir() else path
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"'{path}' is no checkpoint that can be read without running its code: {error}") from error
+        raise CheckpointError(
+            f"'{path}' is no checkpoint that can be read without running its code: {error}"
+        ) from error
     if not isinstance(checkpoint, dict) or not {"run", "callbacks", "global_step"} <= checkpoint.keys():
-        raise ValueError(
+        raise CheckpointError(
             f"'{path}' is no checkpoint of a LitUnlearn or LitFinetune run: it has no `run`, `callbacks` and `global_step`."
         )
     if path.is_dir():
-        checkpoint["state_dict"] = _sharded_weights(path)
+        checkpoint["state_dict"] = _read_sharded_weights(path)
     return checkpoint
 
 
-def _sharded_weights(path: Path) -> dict[str, Tensor]:
+def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = f"state_dict.{_WEIGHTS}"
-    state: dict[str, Any] = {
-        name: torch.empty(part.size, dtype=part.properties.dtype)
-        for name, part in stored.items()
-        if name.startswith(prefix) and isinstance(part, TensorStorageMetadata)
-    }
+    state: dict[str, Any] = {}
+    for name, stored in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        # What is not asked for is not read: the optimizer's state is twice as large as the model.
+        if name.startswith(f"state_dict.{_MODEL_PREFIX}") and isinstance(stored, TensorStorageMetadata):
+            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*load in a single process")
         load(state, checkpoint_id=path, no_dist=True)
     return {name.removeprefix("state_dict."): value for name, value in state.items()}
 
 
-def _load(path: Path, state: Mapping[str, Tensor], record: Record, base: str | None) -> LanguageModel:
-    """The model of a checkpoint."""
-    weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_WEIGHTS)}
-    settings = _settings(path, record, base)
-    lm = LanguageModel(**settings)
+def _load_model(path: Path, state: Mapping[str, Tensor], record: Record, base_model: str | None) -> LanguageModel:
+    weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_MODEL_PREFIX)}
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
+    settings = _find_model_settings(path, record, base_model)
+    lm = LanguageModel(**settings)
     lm.load(dtypes.most_common(1)[0][0], device="cpu")
-    _check_base(lm, record)
-    wanted = {name for name, p in lm.named_parameters() if p.requires_grad} if lm.has_adapter else {*lm.state_dict()}
-    known = lm.state_dict()
-    wrong = [name for name in weights if name not in known or known[name].shape != weights[name].shape]
-    if wrong := sorted({*wrong, *(wanted - weights.keys())}):
-        raise ValueError(
-            f"{len(wrong)} tensors of the checkpoint, such as '{wrong[0]}', do not fit the model "
-            f"'{settings.get('model')}': it was made with another model or adapter. Give its base with --model."
+    _check_base_model(lm, record)
+
+    state_of_base = lm.state_dict()
+    required = set(state_of_base)
+    if lm.has_adapter:
+        # The checkpoint has the adapter alone.
+        required = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    misfits = required - weights.keys()
+    for name, weight in weights.items():
+        if name not in state_of_base or state_of_base[name].shape != weight.shape:
+            misfits.add(name)
+    if misfits:
+        raise ModelError(
+            f"{len(misfits)} tensors of the checkpoint, such as '{min(misfits)}', do not fit the model "
+            f"'{settings.get('model')}': it was made with another model or adapter. Give its base model as `base_model` (--model)."
         )
     lm.load_state_dict(weights, strict=False)
     return lm
 
 
-def _settings(path: Path, record: Record, base: str | None) -> dict[str, Any]:
-    """The arguments of the checkpoint's `LanguageModel`."""
+def _find_model_settings(path: Path, record: Record, base_model: str | None) -> dict[str, Any]:
+    """Return the arguments of the checkpoint's `LanguageModel`."""
     config = record.get("config")
-    if config is None and base is None:
-        raise ValueError(
-            f"'{path}' does not say what model it belongs to (it was made in Python, or by an earlier version): give the directory "
-            "or hub name of its base with --model."
+    if config is None and base_model is None:
+        raise CheckpointError(
+            f"'{path}' does not say which base model it belongs to (it was made in Python, or by an earlier version): give "
+            "the directory or hub name of its base model as `base_model` (--model)."
         )
-    settings = (
-        dict(config["model"]["init_args"]["lm"]) if config else {"adapter": record.get("model", {}).get("adapter")}
-    )
+    if config is not None:
+        settings = dict(config["model"]["init_args"]["lm"])
+    else:
+        settings = {"adapter": record.get("model", {}).get("adapter")}
     settings |= {"compile": False, "activation_checkpointing": False}
-    return settings if base is None else {**settings, "model": base, "config": None, "revision": None}
+    if base_model is not None:
+        settings |= {"model": base_model, "config": None, "revision": None}
+    return settings
 
 
-def _check_base(lm: LanguageModel, record: Record) -> None:
-    """Refuses another base than the adapter was trained on: the checkpoint holds the adapter alone."""
+def _check_base_model(lm: LanguageModel, record: Record) -> None:
+    """Refuse another base model than the adapter was trained on: merged, it would be a model that nobody trained."""
     if not lm.has_adapter or not record:
         return
-    was, now = record["model"], lm.origin()
-    if was["weights"] and now["weights"] and was["weights"] != now["weights"]:
-        raise ValueError(
-            f"'{lm.name}' is not the base model that the adapter was trained on: that was '{was['name']}' with the weights "
-            f"{was['weights']}, and these are {now['weights']}. Give the same with --model."
+    recorded, loaded = record["model"], lm.origin()
+    if recorded["weights"] and loaded["weights"] and recorded["weights"] != loaded["weights"]:
+        raise ModelError(
+            f"'{lm.name}' is not the base model that the adapter was trained on: that was '{recorded['name']}' with the "
+            f"weights {recorded['weights']}, and these are {loaded['weights']}. Give the same as `base_model` (--model)."
         )

@@ -1,12 +1,14 @@
-"""The Hugging Face hub: whether an export can be uploaded, and its upload."""
+"""The Hugging Face hub: check that an export can be uploaded, and upload it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lit_unlearn.errors import OutputError
 
-def obstacle(repository: str) -> str | None:
-    """Why an upload would be refused, to be said before any work is done; ``None`` if nothing is known to be wrong.
+
+def find_upload_problem(repository: str) -> str | None:
+    """Return why an upload would be refused, so that this is known before any work; ``None`` if nothing is known.
 
     Args:
         repository: ``name`` or ``owner/name``.
@@ -27,30 +29,32 @@ def obstacle(repository: str) -> str | None:
     return None
 
 
-def upload(folder: Path, repository: str, private: bool = True) -> str:
-    """Uploads an export, in one commit.
+def upload_export(folder: Path, repository: str, private: bool = True) -> str:
+    """Upload an export, in one commit.
 
     Args:
         folder: The export.
-        repository: ``name`` or ``owner/name``; made if there is none.
-        private: Whether only its owner can see it, if it is made now.
+        repository: ``name`` or ``owner/name``; created if it does not exist.
+        private: Whether only its owner can see it, if it is created now.
 
     Returns:
-        Where it is.
+        Its address.
 
     Raises:
-        RuntimeError: If it fails, with the command to upload by hand.
+        OutputError: If the upload fails, with the command to upload by hand.
     """
     from huggingface_hub import HfApi
 
     try:
-        made = HfApi().create_repo(repository, private=private, exist_ok=True)
+        url = HfApi().create_repo(repository, private=private, exist_ok=True)
+        # The hub adds the owner to a bare name.
         HfApi().upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message="Model and its record, by lit-unlearn"
+            repo_id=url.repo_id, folder_path=folder, commit_message="Model and its record, by lit-unlearn"
         )
-    except Exception as error:  # whatever it is, the export is not lost
-        raise RuntimeError(
+    except Exception as error:
+        # From a lost connection to a full quota, all are the same to the user: the export is there, the upload is not.
+        raise OutputError(
             f"the upload to '{repository}' failed: {error}\nThe export is complete at '{folder}'. To upload it by hand: "
             f"hf upload {repository} {folder}{' --private' if private else ''}"
         ) from error
-    return str(made)
+    return str(url)

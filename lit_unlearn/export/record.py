@@ -1,4 +1,4 @@
-"""The record of an export: from what to what a model came, for programs and, rendered as a model card, for people."""
+"""The record of an export: which model it comes from, what was done to it, and what that achieved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,76 +18,86 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.evaluation.results import Results, package_versions
-from lit_unlearn.export.card import card
+from lit_unlearn.export.card import render_card
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.utils.io import atomic_file, file_digest, write_json
 
-RECORD, CARD = "unlearning.json", "README.md"
+RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"
 
 Record = dict[str, Any]
 
 
-def describe(trainer: L.Trainer, module: LitLanguageModel, earlier: Record | None = None) -> Record:
-    """What is known of a run before its first step, in plain types.
+def describe_run(
+    trainer: L.Trainer, module: LitLanguageModel, before: Mapping[str, float], earlier: Record | None = None
+) -> Record:
+    """Describe a run before its first step, in plain types.
 
     Args:
-        trainer: Of the run.
-        module: Loaded.
+        trainer: Trainer of the run.
+        module: Its module, with the model loaded.
+        before: Values of the model before the first step.
         earlier: The record in the checkpoint that is resumed.
 
     Returns:
-        ``kind``, ``versions``, ``model`` (see ``LanguageModel.origin``), ``data``, ``method``, ``bounds``, ``training`` and
-        ``config``, the configuration where the run was started from the command line.
+        ``kind``, ``versions``, ``model`` (see ``LanguageModel.origin``), ``data``, ``method``, ``bounds``, ``training``,
+        ``config`` (of a run from the command line) and ``before``.
     """
+    method = None
+    bounds = {}
+    if isinstance(module, LitUnlearn):
+        method = {**_describe_objective(module.forget), "weight": module.forget_weight, "keep": module.keep}
+        bounds = {name: _describe_bound(constraint) for name, constraint in module.constraints.items()}
     record = {
-        "kind": "unlearned" if isinstance(module, LitUnlearn) else "taught",
+        "kind": "fine-tuned" if method is None else "unlearned",
         "versions": {**package_versions(), "python": platform.python_version()},
         "model": module.lm.origin(),
-        "data": _data(getattr(trainer, "datamodule", None)),
-        "method": _objective(module.forget) | {"weight": module.forget_weight, "keep": module.keep}
-        if isinstance(module, LitUnlearn)
-        else None,
-        "bounds": _bounds(module),
-        "training": _training(trainer, module),
-        "config": _config(trainer),
+        "data": _describe_data(getattr(trainer, "datamodule", None)),
+        "method": method,
+        "bounds": bounds,
+        "training": _describe_training(trainer, module),
+        "config": _find_config(trainer),
+        "before": dict(before),
     }
     if earlier:
         record["training"]["resumed_at"] = [*earlier["training"].get("resumed_at", []), trainer.global_step]
-        for name, bound in record["bounds"].items():
-            bound["multiplier"] = earlier["bounds"].get(name, bound)["multiplier"]  # λ was moved since
+        for name, bound in bounds.items():
+            # By now λ has moved; `init` is where it was before the first step of the first part.
+            bound["multiplier"] = earlier["bounds"].get(name, bound)["multiplier"]
+    # The record travels in checkpoints, which are loaded without running code: no enums, no paths, no dtypes.
     plain: Record = json.loads(json.dumps(record, default=str))
     return plain
 
 
-def with_outcome(
-    record: Record, before: Mapping[str, Any], after: Mapping[str, Any], constraints: Mapping[str, Any], **steps: int
-) -> Record:
-    """A record with what the run came to.
+def add_outcome(record: Record, after: Mapping[str, Any], constraints: Mapping[str, Any], **steps: int) -> Record:
+    """Return a record with what the run achieved.
 
     Args:
-        record: From `describe`; from a checkpoint without one, what there is of it.
-        before: Values of the reference model; empty if unknown.
+        record: From `describe_run`; of a checkpoint that has none, what is known.
         after: Values of the exported model; empty if it was not measured.
         constraints: ``Constraint.state_dict()`` by name.
-        **steps: ``step`` of the exported model, ``kept_step`` that the run keeps so far, and ``steps`` taken.
+        **steps: ``step`` of the exported model, ``kept_step`` of the one that the run keeps so far, and ``steps`` taken.
 
     Returns:
         The record, with ``before``, ``after``, ``constraints`` and the steps, as ``report.json`` has them.
     """
     bounds = record.get("bounds") or {}
-    outcome = {name: _outcome(name, bounds.get(name, {}), after, state) for name, state in constraints.items()}
+    outcomes = {}
+    for name, state in constraints.items():
+        outcomes[name] = _describe_outcome(name, bounds.get(name, {}), after, state)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {**record, "created": created, **steps, "before": {**before}, "after": {**after}, "constraints": outcome}
+    outcome = {"created": created, **steps, "before": record.get("before", {}), "after": {**after}}
+    return {**record, **outcome, "constraints": outcomes}
 
 
-def _outcome(
+def _describe_outcome(
     name: str, bound: Mapping[str, Any], after: Mapping[str, Any], state: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    value, slack = (after.get(f"constraint/{name}/{key}") for key in ("value", "slack"))
+    value, slack = after.get(f"constraint/{name}/value"), after.get(f"constraint/{name}/slack")
     epsilon, reference = bound.get("epsilon"), state["reference"]
     if "relative" in bound and reference is not None:
         epsilon = (1 + bound["relative"]) * reference
-    if epsilon is None and value is not None and slack is not None:
+    elif epsilon is None and value is not None and slack is not None:
+        # A checkpoint without a record does not say, but what was measured does.
         epsilon = value + slack
     return {
         "value": value,
@@ -99,43 +109,66 @@ def _outcome(
     }
 
 
-def benchmark(file: Path) -> dict[str, Any]:
-    """A results file without its rows, and by which sha256 it is known.
+def summarize_results(file: Path) -> dict[str, Any]:
+    """Return a results file without its examples, and the sha256 that it is known by.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no results file.
+        MissingFileError: If there is no such file.
+        DataError: If it is not a results file.
     """
     results = Results.read(file).to_dict()
-    return {**{key: value for key, value in results.items() if key != "examples"}, "sha256": file_digest(file)}
+    summary = {key: value for key, value in results.items() if key != "examples"}
+    return {**summary, "sha256": file_digest(file)}
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Writes the record and its card into a folder that holds the rest of an export; without ``files``, it gets them."""
-    record = record if "files" in record else {**record, "files": export_digests(folder)}
-    write_json(folder / RECORD, record)
-    with atomic_file(folder / CARD) as file:
-        file.write_text(card(record), encoding="utf-8")
+    """Write the record and its card into a folder with the other files of an export.
+
+    A record without ``files`` gets their digests. One that has them keeps them: they say which files it was made with.
+    """
+    if "files" not in record:
+        record = {**record, "files": digest_export(folder)}
+    write_json(folder / RECORD_FILE, record)
+    with atomic_file(folder / CARD_FILE) as file:
+        file.write_text(render_card(record), encoding="utf-8")
 
 
-def export_digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of an export but the record and its card."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: file_digest(path) for name, path in names.items() if name not in (RECORD, CARD)}
+def digest_export(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of an export, except the record and its card."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (RECORD_FILE, CARD_FILE):
+            digests[name] = file_digest(path)
+    return digests
 
 
-def rows_digest(rows: list[Example]) -> str:
-    """The sha256 of a text with a line ``[input_ids, labels]`` of JSON for every row, as Python's ``json.dumps`` has it."""
+def digest_examples(examples: Sequence[Example]) -> str:
+    """Return the sha256 of the examples' token ids and labels.
+
+    The text that is hashed has a line ``[input_ids, labels]`` for every example, as Python's ``json.dumps`` writes it; the
+    card shows how to compute it again.
+    """
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{json.dumps([row.input_ids, row.labels])}\n".encode())
+    for example in examples:
+        digest.update(f"{json.dumps([example.input_ids, example.labels])}\n".encode())
     return digest.hexdigest()
 
 
-def _data(data: Any) -> dict[str, Any] | None:
+def _describe_data(data: Any) -> dict[str, Any] | None:
     if not isinstance(data, ForgetRetain):
         return None
+    sets = {}
+    for name, examples in data.examples.items():
+        supervised_tokens = 0
+        for example in examples:
+            supervised_tokens += len(example.labels) - example.labels.count(IGNORED)
+        sets[name] = {
+            "source": data.sources[name].describe(),
+            "rows": len(examples),
+            "supervised_tokens": supervised_tokens,
+            "sha256": digest_examples(examples),
+        }
     return {
         "class": type(data).__name__,
         "template": data.template,
@@ -144,52 +177,45 @@ def _data(data: Any) -> dict[str, Any] | None:
         "seed": data.seed,
         "batch_size": data.batch_size,
         "retain_batch_size": data.retain_batch_size,
-        "sets": {
-            name: {"source": data.sources[name].describe(), **_contents(rows)} for name, rows in data.examples.items()
-        },
+        "sets": sets,
     }
 
 
-def _contents(rows: list[Example]) -> dict[str, Any]:
-    supervised = sum(label != IGNORED for row in rows for label in row.labels)
-    return {"rows": len(rows), "supervised_tokens": supervised, "sha256": rows_digest(rows)}
+def _describe_bound(constraint: Any) -> dict[str, Any]:
+    multiplier = constraint.multiplier
+    bound = {**_describe_objective(constraint.objective), "stream": constraint.stream}
+    if constraint.relative is None:
+        bound["epsilon"] = constraint.epsilon
+    else:
+        bound["relative"] = constraint.relative
+    # `init` as it is now: a `FixedMultiplier` calls its argument otherwise.
+    bound["multiplier"] = {"class": type(multiplier).__name__, **_read_arguments(multiplier), "init": multiplier.value}
+    bound["update_every"] = constraint.update_every
+    bound["warmup_epochs"] = constraint.warmup_epochs
+    bound["smoothing"] = constraint.smoothing
+    return bound
 
 
-def _bounds(module: LitLanguageModel) -> dict[str, Any]:
-    if not isinstance(module, LitUnlearn):
-        return {}
-    found = {}
-    for name, constraint in module.constraints.items():
-        multiplier = constraint.multiplier
-        relative = constraint.relative
-        found[name] = {
-            **_objective(constraint.objective),
-            "stream": constraint.stream,
-            **({"epsilon": constraint.epsilon} if relative is None else {"relative": relative}),
-            "multiplier": {"class": type(multiplier).__name__, **_settings(multiplier), "init": multiplier.value},
-            "update_every": constraint.update_every,
-            "warmup_epochs": constraint.warmup_epochs,
-            "smoothing": constraint.smoothing,
-        }
-    return found
-
-
-def _objective(objective: Any) -> dict[str, Any]:
+def _describe_objective(objective: Any) -> dict[str, Any]:
     return {
         "objective": type(objective).__name__,
-        "settings": _settings(objective),
+        "settings": _read_arguments(objective),
         "formula": objective.formula,
         "paper": objective.paper,
     }
 
 
-def _settings(thing: Any) -> dict[str, Any]:
-    """The arguments an object was made with, as far as it keeps them under their names."""
-    kept = {name: getattr(thing, name, None) for name in inspect.signature(type(thing)).parameters}
-    return {name: value for name, value in kept.items() if isinstance(value, (bool, int, float, str))}
+def _read_arguments(instance: Any) -> dict[str, Any]:
+    """Return the arguments that an object was made with, as far as it keeps plain values under their names."""
+    arguments = {}
+    for name in inspect.signature(type(instance)).parameters:
+        value = getattr(instance, name, None)
+        if isinstance(value, (bool, int, float, str)):
+            arguments[name] = value
+    return arguments
 
 
-def _training(trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
+def _describe_training(trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
     optimizer = trainer.optimizers[0]
     return {
         "optimizer": type(optimizer).__name__,
@@ -203,6 +229,9 @@ def _training(trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:
     }
 
 
-def _config(trainer: L.Trainer) -> Any:
-    saver = next((one for one in trainer.callbacks if isinstance(one, SaveConfigCallback)), None)  # type: ignore[attr-defined]
-    return saver and yaml.safe_load(saver.parser.dump(saver.config, skip_unset=False))
+def _find_config(trainer: L.Trainer) -> Any:
+    # The command line leaves its configuration with this callback of Lightning's; a run from Python has none.
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            return yaml.safe_load(callback.parser.dump(callback.config, skip_unset=False))
+    return None

@@ -195,20 +195,18 @@ def _check_config(config: Any, owner: object = None) -> None:
     # Tuners that work outside of the layers have a forward pass of their own, and aLoRA changes its inputs.
     forward = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "forward", None)
     if forward is not BaseTuner.forward or getattr(config, "alora_invocation_tokens", None):
-        raise ConfigError(
+        message = (
             f"adapters of this type ({kind}) are refused: a part of their work is done outside of the model's layers (virtual "
             "tokens, an extra loss, an extra pass), which the losses here never see. Use one that lives in the layers, such "
-            "as `peft_type: LORA`.",
-            owner=owner,
-            argument="adapter",
+            "as `peft_type: LORA`."
         )
+        raise ConfigError(message, owner=owner, argument="adapter")
     if getattr(config, "bias", "none") != "none":
-        raise ConfigError(
+        message = (
             f"`bias: {config.bias}` trains biases of the base model, which stay when the adapter is switched off: the "
-            "reference model would move. Set `bias: none` in `adapter`.",
-            owner=owner,
-            argument="adapter",
+            "reference model would move. Set `bias: none` in `adapter`."
         )
+        raise ConfigError(message, owner=owner, argument="adapter")
 
 
 def is_adapted(model: nn.Module | None) -> bool:

@@ -55,9 +55,10 @@ class LanguageModel(nn.Module):
         compile: Whether ``torch.compile`` makes kernels of the trunk, which takes a minute or more at the first step.
 
     Raises:
-        ValueError: If not exactly one of ``model`` and ``config`` is given, or an adapter or a quantisation is unknown
+        ConfigError: If not exactly one of ``model`` and ``config`` is given, or an adapter or a quantisation is unknown
             or could not be trained.
-        FileNotFoundError: If ``model`` is a local directory without weights.
+        MissingFileError: If ``model`` is a local directory without weights.
+        ModelError: If ``model`` is an adapter, or its files are git-lfs pointers.
     """
 
     model: PreTrainedModel | adapters.PeftModel | None
@@ -80,18 +81,14 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         if (model is None) == (config is None):
-            raise ConfigError(
-                "LanguageModel: give either `model` (a hub name or a local directory) or `config` (`model_type` and its "
-                f"fields, for random weights); got model={model!r}, config={config!r}.",
-                owner=self,
-                argument="model",
+            message = (
+                "give either `model` (a hub name or a local directory) or `config` (`model_type` and its fields, for random "
+                f"weights); got model={model!r}, config={config!r}."
             )
+            raise ConfigError(message, owner=self, argument="model")
         if config is not None and "model_type" not in config:
-            raise ConfigError(
-                f"LanguageModel: `config` needs a `model_type` such as 'llama'; got {sorted(config)}.",
-                owner=self,
-                argument="config",
-            )
+            message = f"`config` needs a `model_type` such as 'llama'; got {sorted(config)}."
+            raise ConfigError(message, owner=self, argument="config")
         if model is not None:
             loading.check_model_directory(model, use_safetensors, owner=self)
         self.name = model
@@ -199,9 +196,7 @@ class LanguageModel(nn.Module):
             )
         is_quantized = getattr(model, "is_quantized", False)
         if is_quantized and self._adapter is None:
-            raise ModelError(
-                f"LanguageModel: '{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter"
-            )
+            raise ModelError(f"'{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter")
         # bitsandbytes packs its integers on the device that computes with them, and some kinds refuse to be moved.
         if not is_quantized:
             cast(nn.Module, model).to(device)
@@ -220,12 +215,11 @@ class LanguageModel(nn.Module):
         adapters.check_adapter(model)
         embeddings = adapters.inner_model(model).get_input_embeddings().weight.shape[0]
         if self.tokenizer is not None and len(self.tokenizer) > embeddings:
-            raise ModelError(
-                f"the tokenizer has {len(self.tokenizer)} entries but the model embeds only {embeddings}: they do not "
-                "belong together; set `tokenizer` to the model's own.",
-                owner=self,
-                argument="tokenizer",
+            message = (
+                f"the tokenizer has {len(self.tokenizer)} entries but the model embeds only {embeddings}: they do not belong "
+                "together; set `tokenizer` to the model's own."
             )
+            raise ModelError(message, owner=self, argument="tokenizer")
         # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there.
         self.model = model.train()
         self.linear_head = has_linear_head(self.causal_lm)
@@ -289,7 +283,7 @@ class LanguageModel(nn.Module):
         """Write a Hugging Face model directory (safetensors and tokenizer), completely or not at all.
 
         With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
-        is quantised, only the latter. Merging takes memory of the host for one copy of the adapted layers.
+        is quantised, only the latter. Merging takes host memory for one copy of the adapted layers.
 
         Args:
             directory: Target; an earlier export there is replaced.
@@ -370,7 +364,7 @@ class LanguageModel(nn.Module):
         reference: bool = False,
         layers: Collection[int] = (),
     ) -> Result:
-        """Runs the trunk and hands the supervised tokens to ``compute``.
+        """Run the trunk and hand the supervised tokens to ``compute``.
 
         Everything that touches weights happens inside this call: sharded strategies need it so, because the head's
         weight is whole only here.
@@ -454,7 +448,7 @@ class LanguageModel(nn.Module):
         )
 
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """Applies a token-wise function of the logits in chunks.
+        """Apply a token-wise function of the logits in chunks.
 
         Args:
             function: ``(logits (n, V), *token_args) -> (n,)`` or ``(n, k)``.
@@ -471,7 +465,7 @@ class LanguageModel(nn.Module):
         )
 
     def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """Applies a token-wise function of this model's and the reference model's logits, in chunks of both.
+        """Apply a token-wise function of this model's and the reference model's logits, in chunks of both.
 
         Args:
             function: ``(logits (n, V), reference_logits (n, V), *token_args) -> (n,)`` or ``(n, k)``; no gradient flows

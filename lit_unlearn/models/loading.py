@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What git checks out in place of a large file begins so where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
-"""How the small text files begin that git checks out in place of large files when git-lfs is not installed."""
-
+# Characters kept of another library's message: transformers may list 150 classes.
 REASON_LENGTH = 300
-"""Characters kept of another library's message: transformers may list 150 classes."""
 
 
 def check_model_directory(name: str, use_safetensors: bool, owner: object = None, argument: str = "model") -> None:
@@ -53,23 +52,21 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
     has_config = (path / "config.json").is_file()
     if not has_config and (path / "adapter_config.json").is_file():
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ModelError(
+        message = (
             f"'{name}' is an adapter of the base model '{base}', not a model: merge them (peft's `merge_and_unload`) and "
-            f"point `{argument}` at the result. What lit-unlearn exports has the merged model one folder up.",
-            owner=owner,
-            argument=argument,
+            f"point `{argument}` at the result. What lit-unlearn exports has the merged model one folder up."
         )
+        raise ModelError(message, owner=owner, argument=argument)
     patterns = ("*.safetensors",) if use_safetensors else ("*.safetensors", "*.bin")
     has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
     if not has_config or not has_weights:
         content = sorted(file.name for file in path.iterdir()) if path.is_dir() else "a file"
         allow_pickle = ", or set `use_safetensors` to false" if use_safetensors else ""
-        raise MissingFileError(
+        message = (
             f"'{name}' is no complete model directory: expected config.json and {' or '.join(patterns)}, found {content}. "
-            f"Point `{argument}` at the output of `save_pretrained`{allow_pickle}.",
-            owner=owner,
-            argument=argument,
+            f"Point `{argument}` at the output of `save_pretrained`{allow_pickle}."
         )
+        raise MissingFileError(message, owner=owner, argument=argument)
 
 
 def _check_lfs_pointers(folder: Path, owner: object = None, argument: str | None = None) -> None:
@@ -78,11 +75,10 @@ def _check_lfs_pointers(folder: Path, owner: object = None, argument: str | None
         if not file.is_file() or file.stat().st_size > 1024:
             continue
         if file.read_bytes().startswith(LFS_POINTER):
-            raise ModelError(
-                f"'{file}' is a git-lfs pointer, not the file itself: install git-lfs and run `git lfs pull` in '{folder}'.",
-                owner=owner,
-                argument=argument,
+            message = (
+                f"'{file}' is a git-lfs pointer, not the file: install git-lfs and run `git lfs pull` in '{folder}'."
             )
+            raise ModelError(message, owner=owner, argument=argument)
 
 
 def default_device() -> torch.device:

@@ -1,20 +1,23 @@
-"""Pictures of a run, and of models side by side."""
+"""Pictures of a run, and of models side by side, drawn from files alone.
 
-from lit_unlearn.plotting.run import draw_dual, draw_run, draw_teaching, draw_trajectory
-from lit_unlearn.plotting.run_log import Answer, NothingToDraw, Run, read_run, write_record
+Nothing here trains or measures; what a fit records for its pictures is in ``callbacks/picture.py``.
+"""
+
+from lit_unlearn.plotting.run import draw_dual, draw_finetuning, draw_run, draw_trajectory
+from lit_unlearn.plotting.run_log import NothingToDraw, RecordedAnswer, RunLog, read_run, write_picture_data
 from lit_unlearn.plotting.tokens import draw_tokens
 from lit_unlearn.plotting.trade_off import draw_trade_off
 
 __all__ = [
-    "Answer",
     "NothingToDraw",
-    "Run",
+    "RecordedAnswer",
+    "RunLog",
     "draw_dual",
+    "draw_finetuning",
     "draw_run",
-    "draw_teaching",
     "draw_tokens",
     "draw_trade_off",
     "draw_trajectory",
     "read_run",
-    "write_record",
+    "write_picture_data",
 ]

@@ -1,4 +1,8 @@
-"""Names beside markers."""
+"""Labels beside markers, placed so that they hide neither each other nor a marker.
+
+By hand, not with adjustText: that pushes labels apart by forces until it runs out of iterations or time, and brings scipy.
+Candidate positions in a fixed order give the same picture on every machine, and keep each label inside the axes.
+"""
 
 from __future__ import annotations
 
@@ -11,54 +15,71 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import BboxBase
 
+_DISTANCES = (8, 20, 35, 50, 70, 90)  # from the marker, in points
+_ANGLES = (0, 180, 90, 270, 45, 135, 225, 315)  # degrees, in the order of preference
+_LINE_FROM = 10  # points; a label that is nearer needs no line to its marker
+_POINTS_PER_INCH = 72
+_LEADER = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+
 
 def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Writes names beside markers, off the other names and markers; to one that is further away leads a line.
+    """Write names beside markers, with a line to a marker that is further away.
 
     Args:
-        axes: With its markers, and its limits as they are to stay.
-        points: The markers.
-        names: One for each; an empty one is not written.
+        axes: Axes with the markers, and with their final limits.
+        points: The markers' coordinates.
+        names: A name for each; an empty one is not written.
     """
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # settles the layout, on which distances depend
-    taken = [_square(x, y, 6 * axes.figure.dpi / 72) for x, y in axes.transData.transform(points)]
-    turns = [math.radians(degrees) for degrees in (0, 180, 90, 270, 45, 135, 225, 315)]
-    places = [(r * math.cos(turn), r * math.sin(turn)) for r in (8, 20, 35, 50, 70, 90) for turn in turns]
+    # Settles the layout, on which distances in pixels depend.
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    half = 6 * axes.figure.dpi / _POINTS_PER_INCH
+    occupied = [_make_square(x, y, half) for x, y in axes.transData.transform(points)]
+    candidates = []
+    for distance in _DISTANCES:
+        for angle in map(math.radians, _ANGLES):
+            candidates.append((distance * math.cos(angle), distance * math.sin(angle)))
+
     for name, point in zip(names, points, strict=True):
         if not name:
             continue
         label = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize="small", parse_math=False)
         label.set_in_layout(False)
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})  # legible across lines
-        costs = [_put(label, place, axes, taken) for place in places]
-        nearest = places[costs.index(min(costs))]
-        _put(label, nearest, axes, taken)
-        taken += [label.get_window_extent(), *_line(label, axes)]
-        line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-        if math.hypot(*nearest) > 10:
-            axes.annotate("", point, nearest, textcoords="offset points", arrowprops=line).set_in_layout(False)
+        # Stays legible where it crosses a line.
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})
+        costs = [_try_offset(label, offset, axes, occupied) for offset in candidates]
+        offset = candidates[costs.index(min(costs))]
+        _try_offset(label, offset, axes, occupied)
+        occupied += [label.get_window_extent(), *_cover_line(label, axes)]
+        if math.hypot(*offset) > _LINE_FROM:
+            line = axes.annotate("", point, offset, textcoords="offset points", arrowprops=_LEADER)
+            line.set_in_layout(False)
 
 
-def _put(label: Annotation, place: tuple[float, float], axes: Axes, taken: Sequence[BboxBase]) -> int:
-    """Moves a label to an offset from its marker, in points; returns how bad that is."""
-    x, y = (round(part) for part in place)
-    label.set_position(place)
-    label.set(ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center")
+def _try_offset(label: Annotation, offset: tuple[float, float], axes: Axes, occupied: Sequence[BboxBase]) -> int:
+    """Move a label to an offset from its marker, in points, and return how much it hides there."""
+    x, y = round(offset[0]), round(offset[1])
+    label.set_position(offset)
+    label.set(ha=("center", "left", "right")[_sign(x)], va=("center", "bottom", "top")[_sign(y)])
     box = label.get_window_extent()
-    outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
-    crossed = sum(one.count_overlaps(taken) for one in _line(label, axes))
-    return 100 * outside + 10 * box.count_overlaps(taken) + crossed
+    is_outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
+    num_crossed = sum(square.count_overlaps(occupied) for square in _cover_line(label, axes))
+    # A label outside the axes is the worst, a hidden label or marker is worse than a line across one.
+    return 100 * is_outside + 10 * box.count_overlaps(occupied) + num_crossed
 
 
-def _line(label: Annotation, axes: Axes) -> list[BboxBase]:
-    """Squares along the line from a marker to its label, in pixels; none if the label is near."""
+def _cover_line(label: Annotation, axes: Axes) -> list[BboxBase]:
+    """Return squares along the line from a marker to its label, in pixels; none if the label is near."""
     x, y = axes.transData.transform(label.xy)
-    dx, dy = (part * axes.figure.dpi / 72 for part in label.get_position())
+    dx, dy = (component * axes.figure.dpi / _POINTS_PER_INCH for component in label.get_position())
     steps = range(8, int(math.hypot(*label.get_position())) - 1, 3)
-    return [_square(x + dx * step / steps.stop, y + dy * step / steps.stop, 1) for step in steps]
+    return [_make_square(x + dx * step / steps.stop, y + dy * step / steps.stop, 1) for step in steps]
 
 
-def _square(x: float, y: float, half: float) -> BboxBase:
+def _make_square(x: float, y: float, half: float) -> BboxBase:
     from matplotlib.transforms import Bbox
 
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -1,4 +1,4 @@
-"""Pictures of a run's numbers: how the multiplier enforces a bound, and what forgetting costs."""
+"""Pictures of a run's numbers: how the multiplier enforces a constraint, and what forgetting costs."""
 
 from __future__ import annotations
 
@@ -9,52 +9,70 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.plotting.labels import place_labels
-from lit_unlearn.plotting.run_log import NothingToDraw, Run, Series
-from lit_unlearn.plotting.style import BOUND, DUAL, FORGET, LINES, MARKERS, RETAIN, legend_above, picture, suit_scale
+from lit_unlearn.plotting.run_log import NothingToDraw, RunLog
+from lit_unlearn.plotting.style import (
+    BOUND,
+    DUAL,
+    FORGET,
+    LINES,
+    MARKERS,
+    RETAIN,
+    choose_y_scale,
+    legend_above,
+    picture,
+)
 from lit_unlearn.plotting.tokens import draw_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FORGOTTEN = {
-    "nll": "NLL of the forget rows (nats per token): the further to the right, the more is forgotten",
-    "loss": "forget objective, all forget rows",
+Point = tuple[float, float]
+
+_FORGETTING_LABELS = {
+    "nll": "NLL of the forget set (nats per token): further to the right, more is forgotten",
+    "loss": "forget objective, all forget examples",
 }
 _DOTS: dict[str, Any] = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
-_LABELLED = 3  # validations along a trajectory, beside the first, the last and the kept one
+_HATCHED: dict[str, Any] = {"facecolor": "none", "edgecolor": FORGET, "hatch": "////", "linewidth": 0, "zorder": 3}
+_STEPS_LABEL = "optimizer steps taken"
+_NUM_LABELS = 3  # along a trajectory, beside the first, the last and the kept step
+_NUM_ARROWS = 3
 
 
-def draw_run(run: Run, folder: Path, formats: Sequence[str] = ("png", "svg")) -> dict[str, list[Path] | str]:
-    """Draws every picture that there is something for.
+def draw_run(run: RunLog, folder: Path, formats: Sequence[str] = ("png", "svg")) -> dict[str, list[Path] | str]:
+    """Draw every picture that the run has data for.
 
     Args:
         run: From `read_run`.
-        folder: Where to; made if it is not there.
+        folder: Folder to write to; created if it does not exist.
         formats: Suffixes of the files.
 
     Returns:
-        By name of the picture its files, or why there is none.
+        By name of the picture its files, or the reason why there is none.
 
     Raises:
-        OSError: If a file cannot be written.
+        OutputError: If a file cannot be written.
     """
-    kinds = {"dual": draw_dual, "trajectory": draw_trajectory} if run.constraints else {"teaching": draw_teaching}
+    if run.constraints:
+        pictures = {"dual": draw_dual, "trajectory": draw_trajectory, "tokens": draw_tokens}
+    else:
+        pictures = {"finetuning": draw_finetuning, "tokens": draw_tokens}
     drawn: dict[str, list[Path] | str] = {}
-    for name, draw in {**kinds, "tokens": draw_tokens}.items():
+    for name, draw in pictures.items():
         targets = [folder / f"{name}.{suffix}" for suffix in formats]
         try:
             draw(run, *targets)
             drawn[name] = targets
-        except NothingToDraw as nothing:
-            drawn[name] = str(nothing)
+        except NothingToDraw as reason:
+            drawn[name] = str(reason)
     return drawn
 
 
-def draw_dual(run: Run, *targets: Path) -> None:
-    """Draws retention against its bound, λ, and forgetting, over the optimizer steps.
+def draw_dual(run: RunLog, *targets: Path) -> None:
+    """Draw each constraint against its epsilon, λ, and forgetting, over the optimizer steps.
 
     Args:
-        run: Of `LitUnlearn`.
+        run: A run of `LitUnlearn`.
         targets: Pictures to write; the suffixes give the formats.
 
     Raises:
@@ -64,153 +82,169 @@ def draw_dual(run: Run, *targets: Path) -> None:
     if not names:
         raise NothingToDraw("no constraint was logged")
     with picture(targets, 7, 2 * (len(names) + 2)) as figure:
-        *bounds, dual, forget = figure.subplots(len(names) + 2, 1, sharex=True)
-        for axes, name in zip(bounds, names, strict=True):
-            _bound(axes, run, name)
+        *constraints, dual, forget = figure.subplots(len(names) + 2, 1, sharex=True)
+        for axes, name in zip(constraints, names, strict=True):
+            _draw_constraint(axes, run, name)
         for i, name in enumerate(names):
-            dual.plot(*run.per_step(f"multiplier/{name}"), LINES[i % len(LINES)], color=DUAL, label=f"λ {name}")
+            steps, multipliers = run.get_step_values(f"multiplier/{name}")
+            dual.plot(steps, multipliers, LINES[i % len(LINES)], color=DUAL, label=f"λ {name}")
         dual.set_ylabel("multiplier λ")
-        _measured(forget, run, "forget/loss", FORGET)
+        _plot_values(forget, run, "forget/loss", FORGET)
         forget.set_ylabel("forget objective")
-        forget.set_xlabel("optimizer steps taken")
-        for axes in (*bounds, dual, forget):
+        forget.set_xlabel(_STEPS_LABEL)
+
+        for axes in (*constraints, dual, forget):
             if run.kept_step is not None:
-                label = f"kept model, step {run.kept_step}" if axes is bounds[0] else None
+                label = f"kept model, step {run.kept_step}" if axes is constraints[0] else None
                 axes.axvline(run.kept_step, color="0.4", linestyle=(0, (1, 1)), linewidth=1.6, label=label)
+            # A single λ is named by the axis already.
             if axes is not dual or len(names) > 1:
                 legend_above(axes)
         figure.align_ylabels()
 
 
-def _bound(axes: Axes, run: Run, name: str) -> None:
-    """One constraint over the steps; where its bound is broken is hatched."""
-    _measured(axes, run, f"constraint/{name}/value", RETAIN)
+def _draw_constraint(axes: Axes, run: RunLog, name: str) -> None:
+    """Draw one constraint over the steps, hatched where it is violated."""
+    _plot_values(axes, run, f"constraint/{name}/value", RETAIN)
     axes.set_ylabel(f"constraint\n{name}")
-    epsilon = run.epsilon(name)
+    epsilon = run.find_epsilon(name)
     if epsilon is None:
         return
-    _line_at(axes, epsilon)
-    steps, values = run.per_step(f"constraint/{name}/value")
-    above = [value > epsilon for value in values]
-    if any(above):
-        style: dict[str, Any] = {"facecolor": "none", "edgecolor": FORGET, "hatch": "////", "linewidth": 0, "zorder": 3}
-        axes.fill_between(steps, values, epsilon, above, interpolate=True, label="bound broken", **style)
+    _draw_epsilon(axes, epsilon)
+    steps, values = run.get_step_values(f"constraint/{name}/value")
+    is_violated = [value > epsilon for value in values]
+    if any(is_violated):
+        axes.fill_between(steps, values, epsilon, is_violated, interpolate=True, label="violated", **_HATCHED)
 
 
-def _line_at(axes: Axes, epsilon: float) -> None:
+def _draw_epsilon(axes: Axes, epsilon: float) -> None:
     axes.axhline(epsilon, color=BOUND, linestyle="--", linewidth=1.2, label=f"ε = {epsilon:.3g}")
 
 
-def _measured(axes: Axes, run: Run, name: str, colour: str) -> None:
-    """A value as every step and as every validation measured it."""
-    every, whole = run.per_step(name), run.whole(name)
-    axes.plot(*every, color=colour, linewidth=0.9, alpha=0.6, label="rows of the step")
-    axes.plot(*whole, "o", color=colour, label="all rows", **_DOTS)
-    suit_scale(axes, [value for value in every[1] + whole[1] if math.isfinite(value)])
+def _plot_values(axes: Axes, run: RunLog, name: str, colour: str) -> None:
+    """Plot a value as every step and as every validation measured it."""
+    steps, values = run.get_step_values(name)
+    axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.6, label="batch of the step")
+    validation_steps, validation_values = run.get_stream_values(name)
+    axes.plot(validation_steps, validation_values, "o", color=colour, label="all examples", **_DOTS)
+    choose_y_scale(axes, [value for value in values + validation_values if math.isfinite(value)])
 
 
-def draw_trajectory(run: Run, *targets: Path) -> None:
-    """Draws what forgetting costs: from validation to validation, retention over forgetting, and the bound.
+def draw_trajectory(run: RunLog, *targets: Path) -> None:
+    """Draw what forgetting costs: retention over forgetting, from validation to validation, and the constraint.
 
     Args:
-        run: Of `LitUnlearn`, with validations.
+        run: A run of `LitUnlearn`, with validations.
         targets: Pictures to write; the suffixes give the formats.
 
     Raises:
         NothingToDraw: If nothing was measured on whole streams.
     """
-    metric = next((name for name in _FORGOTTEN if f"val/forget/{name}" in run.metrics), None)
+    metric = next((name for name in _FORGETTING_LABELS if f"val/forget/{name}" in run.metrics), None)
     names = [name for name in run.constraints if f"val/constraint/{name}/value" in run.metrics]
     if metric is None or not names:
-        raise NothingToDraw("no validation measured the forget rows and a constraint")
-    forgotten = dict(zip(*run.whole(f"forget/{metric}"), strict=True))
+        raise NothingToDraw("no validation measured the forget set and a constraint")
+    forgetting = dict(zip(*run.get_stream_values(f"forget/{metric}"), strict=True))
     with picture(targets, 7, 3.8 * len(names)) as figure:
         for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
-            kept = dict(zip(*run.whole(f"constraint/{name}/value"), strict=True))
-            points = {step: (forgotten[step], kept[step]) for step in sorted(forgotten.keys() & kept.keys())}
-            axes.set_xlabel(_FORGOTTEN[metric])
+            axes.set_xlabel(_FORGETTING_LABELS[metric])
             axes.set_ylabel(f"constraint {name}")
-            _path(axes, {step: point for step, point in points.items() if all(map(math.isfinite, point))}, run, name)
+            points = {}
+            for step, y in zip(*run.get_stream_values(f"constraint/{name}/value"), strict=True):
+                x = forgetting.get(step, math.nan)
+                if math.isfinite(x) and math.isfinite(y):
+                    points[step] = (x, y)
+            if points:
+                _draw_path(axes, points, run, name)
 
 
-def _path(axes: Axes, points: dict[int, tuple[float, float]], run: Run, name: str) -> None:
-    """The way through the validations, labelled here and there."""
-    if not points:
-        return
-    epsilon, steps, places = run.epsilon(name), list(points), list(points.values())
-    axes.plot(*zip(*places, strict=True), color="0.55", linewidth=1, zorder=1)
-    broken = [epsilon is not None and y > epsilon for _, y in places]
-    for now, marker, colour, label in ((False, "o", RETAIN, "bound holds"), (True, "X", FORGET, "bound broken")):
-        mine = [place for place, one in zip(places, broken, strict=True) if one == now]
-        if mine:
-            axes.plot(*zip(*mine, strict=True), marker, color=colour, label=label, **_DOTS)
-    axes.margins(0.1)
-    suit_scale(axes, [y for _, y in places])
+def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> None:
+    """Draw the path through the validations, with a label at some of them."""
+    path = list(points.values())
+    epsilon = run.find_epsilon(name)
+    axes.plot(*zip(*path, strict=True), color="0.55", linewidth=1, zorder=1)
+
+    feasible, violated = path, []
     if epsilon is not None:
-        _line_at(axes, epsilon)
+        feasible = [point for point in path if point[1] <= epsilon]
+        violated = [point for point in path if point[1] > epsilon]
+    if feasible:
+        axes.plot(*zip(*feasible, strict=True), "o", color=RETAIN, label="feasible", **_DOTS)
+    if violated:
+        axes.plot(*zip(*violated, strict=True), "X", color=FORGET, label="violated", **_DOTS)
+
+    axes.margins(0.1)
+    choose_y_scale(axes, [y for _, y in path])
+    if epsilon is not None:
+        _draw_epsilon(axes, epsilon)
+        # Even where every point is feasible, the picture shows where it would not be.
         low, high = axes.get_ylim()
-        high = max(high, epsilon + 0.15 * (high - low))  # there is always a part where the bound is broken
+        high = max(high, epsilon + 0.15 * (high - low))
         axes.axhspan(epsilon, high, facecolor="0.93", zorder=0)
         axes.set_ylim(low, high)
     if run.kept_step in points:
         style = {**_DOTS, "markersize": 13}
         axes.plot(*points[run.kept_step], "*", color="black", label="kept model", **style)
     legend_above(axes)
-    _arrows(axes, places)
-    place_labels(axes, places, [_step_label(step, steps, run.kept_step) for step in steps])
+    _draw_arrows(axes, path)
+    place_labels(axes, path, _choose_labels(list(points), run.kept_step))
 
 
-def _step_label(step: int, steps: Sequence[int], kept: int | None) -> str:
-    """What is written beside a point; nothing beside most."""
-    if step == 0:
-        return "before"
-    between = {steps[len(steps) * i // (_LABELLED + 1)] for i in range(1, _LABELLED + 1)}
-    return f"step {step}" if step in {kept, steps[-1], *between} else ""
+def _choose_labels(steps: Sequence[int], kept_step: int | None) -> list[str]:
+    """Return a label for every step; most are empty, since sixty would be unreadable."""
+    labelled = {kept_step, steps[-1]}
+    for i in range(1, _NUM_LABELS + 1):
+        labelled.add(steps[len(steps) * i // (_NUM_LABELS + 1)])
+    labels = [f"step {step}" if step in labelled else "" for step in steps]
+    if steps[0] == 0:
+        labels[0] = "before"
+    return labels
 
 
-def _arrows(axes: Axes, places: Sequence[tuple[float, float]]) -> None:
-    """The direction, on the longest parts of the way."""
-    pixels = axes.transData.transform(places)
-    parts = [(math.dist(a, b), i) for i, (a, b) in enumerate(pairwise(pixels))]
-    for _, i in sorted((part for part in parts if part[0] > 20), reverse=True)[:_LABELLED]:
-        head = axes.transData.inverted().transform((pixels[i] + 1.4 * pixels[i + 1]) / 2.4)
-        style = {"arrowstyle": "-|>", "color": "0.55", "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", tuple(head), places[i], arrowprops=style)
+def _draw_arrows(axes: Axes, path: Sequence[Point]) -> None:
+    """Draw the direction, on the longest segments of the path."""
+    pixels = axes.transData.transform(path)
+    lengths = [(math.dist(start, end), i) for i, (start, end) in enumerate(pairwise(pixels))]
+    lengths.sort(reverse=True)
+    for length, i in lengths[:_NUM_ARROWS]:
+        # On a segment that is hardly longer than the arrow head, the head would hide the markers.
+        if length > 20:
+            head = axes.transData.inverted().transform((pixels[i] + 1.4 * pixels[i + 1]) / 2.4)
+            style = {"arrowstyle": "-|>", "color": "0.55", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", tuple(head), path[i], arrowprops=style)
 
 
-def draw_teaching(run: Run, *targets: Path) -> None:
-    """Draws what a model learned: its NLL on every stream, over the optimizer steps.
+def draw_finetuning(run: RunLog, *targets: Path) -> None:
+    """Draw what a model learned: its NLL on every stream, over the optimizer steps.
 
     Args:
-        run: Of `LitFinetune`.
+        run: A run of `LitFinetune`.
         targets: Pictures to write; the suffixes give the formats.
 
     Raises:
         NothingToDraw: If no NLL was logged.
     """
-    names = [
-        name.removesuffix("/nll") for name in run.metrics if name.endswith("/nll") and not name.startswith("test/")
-    ]
+    names = []
+    for name in run.metrics:
+        if name.endswith("/nll") and not name.startswith("test/"):
+            names.append(name.removesuffix("/nll"))
     if not names:
         raise NothingToDraw("neither a constraint nor an NLL was logged")
+    colours = (DUAL, FORGET, RETAIN, BOUND)
+    values: list[float] = []
     with picture(targets, 7, 3) as figure:
         axes = figure.subplots()
-        colours = dict(zip(names, (DUAL, FORGET, RETAIN, BOUND) * len(names), strict=False))
-        every: list[float] = []
         for i, name in enumerate(names):
-            whole = name.startswith("val/")
-            series: Series = run.whole(f"{name.removeprefix('val/')}/nll") if whole else run.per_step(f"{name}/nll")
-            label = f"{name.removeprefix('val/')}, all rows" if whole else f"{name}, rows of the step"
-            axes.plot(
-                *series,
-                MARKERS[i % len(MARKERS)] if whole else "-",
-                color=colours[name],
-                markersize=4.5,
-                linewidth=0.9,
-                label=label,
-            )
-            every += [value for value in series[1] if math.isfinite(value)]
-        suit_scale(axes, every)
+            colour = colours[i % len(colours)]
+            stream = name.removeprefix("val/")
+            if name.startswith("val/"):
+                series, label = run.get_stream_values(f"{stream}/nll"), f"{stream}, all examples"
+                axes.plot(*series, MARKERS[i % len(MARKERS)], color=colour, markersize=4.5, label=label)
+            else:
+                series, label = run.get_step_values(f"{name}/nll"), f"{name}, batch of the step"
+                axes.plot(*series, "-", color=colour, linewidth=0.9, label=label)
+            values += series[1]
+        choose_y_scale(axes, [value for value in values if math.isfinite(value)])
         axes.set_ylabel("NLL (nats per token)")
-        axes.set_xlabel("optimizer steps taken")
+        axes.set_xlabel(_STEPS_LABEL)
         legend_above(axes)

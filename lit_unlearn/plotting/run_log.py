@@ -1,4 +1,4 @@
-"""What the pictures of a run are drawn from: files alone, so that any run can be drawn, also one that was killed."""
+"""Read the files of a run for its pictures, so that any run can be drawn, also one that was killed."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_unlearn.errors import DataError, LitUnlearnError, MissingFileError, OutputError
 from lit_unlearn.utils.io import write_json
 
-RECORD, METRICS = "pictures.json", "metrics.csv"
+PICTURE_FILE, METRICS_FILE = "pictures.json", "metrics.csv"
 
 Series = tuple[list[int], list[float]]  # steps, and the values there
+_EMPTY: Series = ([], [])
 
 
-class NothingToDraw(LookupError):
-    """The run has nothing that a picture shows; says what."""
+class NothingToDraw(LitUnlearnError, LookupError):
+    """The run has nothing that a picture would show; the message says what is missing."""
 
 
-class Answer(NamedTuple):
-    """One answer of the data, and how likely its tokens were before and after.
+class RecordedAnswer(NamedTuple):
+    """The probability of each token of an answer, before and after.
 
     Args:
-        stream: Where the row is from.
+        stream: Name of the example's stream.
         row: Its number there, from 0.
-        prompt: What comes before the answer.
-        tokens: The text that each token adds.
-        before: Probability of each token, before the first step.
+        prompt: Text before the answer.
+        tokens: Text that each token adds, ``n`` of them.
+        before: Probability of each token before the first step, ``n`` numbers.
         after: The same of the model that the run keeps; ``None`` while there is none.
-        cut: Whether the answer goes on.
+        cut: Whether the answer is longer than what was recorded.
     """
 
     stream: str
@@ -43,158 +45,186 @@ class Answer(NamedTuple):
     cut: bool = False
 
 
-class Run(NamedTuple):
-    """A run as its files have it.
+class RunLog(NamedTuple):
+    """The content of a run's files.
 
     Args:
-        metrics: What was logged, by name.
-        before: What was measured on whole streams before the first step, by name; may be empty.
+        metrics: Logged values, by name.
+        before: Values of whole streams before the first step, by name; may be empty.
         kept_step: Steps that the kept model has taken; ``None`` while there is none.
         answers: Recorded answers.
-        missing: Files of a run that it resumed, which are not there any more.
+        missing: Files of a run that this one resumed, which are not there any more.
     """
 
     metrics: dict[str, Series]
     before: dict[str, float]
     kept_step: int | None
-    answers: list[Answer]
+    answers: list[RecordedAnswer]
     missing: list[Path]
 
     @property
     def constraints(self) -> list[str]:
         """Names of all constraints that have values."""
-        whole = [name.removeprefix("val/") for name in self.metrics]
-        values = [name for name in whole if name.startswith("constraint/") and name.endswith("/value")]
-        return list(dict.fromkeys(name.removeprefix("constraint/").removesuffix("/value") for name in values))
+        names: dict[str, None] = {}  # in the order of the log
+        for metric in self.metrics:
+            stem = metric.removeprefix("val/")
+            if stem.startswith("constraint/") and stem.endswith("/value"):
+                names[stem.removeprefix("constraint/").removesuffix("/value")] = None
+        return list(names)
 
-    def per_step(self, name: str) -> Series:
-        """What every step measured of its own rows, by the steps taken before."""
-        return self.metrics.get(name, ([], []))
+    def get_step_values(self, name: str) -> Series:
+        """Return what every step measured of its own batch, by the number of steps taken before."""
+        return self.metrics.get(name, _EMPTY)
 
-    def whole(self, name: str) -> Series:
-        """What was measured on whole streams, by the steps taken before: the first is the model before unlearning."""
-        steps, values = self.metrics.get(f"val/{name}", ([], []))
-        counts = [step + 1 for step in steps]  # validation is logged under the number of the step that it follows
+    def get_stream_values(self, name: str) -> Series:
+        """Return what was measured on whole streams, by the number of steps taken before; 0 is before unlearning."""
+        steps, values = self.metrics.get(f"val/{name}", _EMPTY)
+        # Lightning logs a validation under the number of the step that it follows.
+        steps = [step + 1 for step in steps]
         if name in self.before:
-            return [0, *counts], [self.before[name], *values]
-        return counts, values
+            return [0, *steps], [self.before[name], *values]
+        return steps, values
 
-    def epsilon(self, name: str) -> float | None:
-        """The upper bound of a constraint; ``None`` if nothing was logged that tells."""
-        pairs = []
+    def find_epsilon(self, name: str) -> float | None:
+        """Return the epsilon of a constraint; ``None`` if nothing that was logged tells it."""
+        # Only values and violations are logged. Their difference is epsilon, up to float32 rounding of either: the smallest
+        # value loses the fewest digits.
+        smallest, epsilon = math.inf, None
         for stage in ("", "val/"):
-            values = dict(zip(*self.metrics.get(f"{stage}constraint/{name}/value", ([], [])), strict=True))
-            excess = dict(zip(*self.metrics.get(f"{stage}constraint/{name}/violation", ([], [])), strict=True))
-            pairs += [(abs(values[step]), values[step] - excess[step]) for step in values.keys() & excess.keys()]
-        finite = [pair for pair in pairs if math.isfinite(pair[1])]
-        return min(finite)[1] if finite else None  # the smallest value loses the fewest digits
+            values = dict(zip(*self.metrics.get(f"{stage}constraint/{name}/value", _EMPTY), strict=True))
+            violations = dict(zip(*self.metrics.get(f"{stage}constraint/{name}/violation", _EMPTY), strict=True))
+            for step in values.keys() & violations.keys():
+                difference = values[step] - violations[step]
+                if math.isfinite(difference) and abs(values[step]) < smallest:
+                    smallest, epsilon = abs(values[step]), difference
+        return epsilon
 
 
 def read_metrics(files: Sequence[Path]) -> dict[str, Series]:
-    """Reads a CSV logger's files.
+    """Read the files of a CSV logger.
 
     Args:
-        files: The ``metrics.csv`` of a run and, before it, of those that it resumed; a later one replaces all that an
-            earlier one has of its steps and those after.
+        files: The ``metrics.csv`` of a run and, before it, those of the runs that it resumed. A later file replaces all
+            that an earlier one has of its steps and those after.
 
     Returns:
         For each metric the optimizer steps and the values logged there.
 
     Raises:
-        ValueError: If a file is no such file.
+        DataError: If a file is damaged.
+        OutputError: If a file cannot be read.
     """
-    series: dict[str, dict[int, float]] = {}
+    values_by_step: dict[str, dict[int, float]] = {}
     for path in files:
-        rows = _rows(path)
-        first = min((step for step, _ in rows), default=math.inf)
-        series = {name: {s: v for s, v in values.items() if s < first} for name, values in series.items()}
+        rows = _read_rows(path)
+        first_step = min((step for step, _ in rows), default=math.inf)
+        for values in values_by_step.values():
+            for step in [step for step in values if step >= first_step]:
+                del values[step]
         for step, row in rows:
             for name, value in row.items():
-                series.setdefault(name, {})[step] = value
-    return {
-        name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in series.items() if values
-    }
+                values_by_step.setdefault(name, {})[step] = value
+
+    series = {}
+    for name, values in values_by_step.items():
+        if values:
+            steps = sorted(values)
+            series[name] = (steps, [values[step] for step in steps])
+    return series
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, float]]]:
-    text = _text(path)
-    whole = text[: text.rfind("\n") + 1]  # of a run that goes on, the last line may be half written
-    reader = csv.DictReader(whole.splitlines())
+def _read_rows(path: Path) -> list[tuple[int, dict[str, float]]]:
+    text = _read_text(path)
+    # While a run is being logged, its last line may be incomplete.
+    complete = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(complete.splitlines())
+    rows = []
     try:
         if "step" not in (reader.fieldnames or ["step"]):
             raise ValueError(f"its columns are {reader.fieldnames}")
-        return [
-            (
-                int(row["step"]),
-                {name: float(value) for name, value in row.items() if value and name not in ("step", "epoch")},
-            )
-            for row in reader
-        ]
+        for row in reader:
+            step = int(row.pop("step"))
+            row.pop("epoch", None)
+            rows.append((step, {name: float(value) for name, value in row.items() if value}))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is no metrics file, with a column 'step' and numbers: {error}.") from error
+        raise DataError(f"'{path}' is no metrics file, with a column 'step' and numbers: {error}.") from error
+    return rows
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise OSError(f"'{path}' cannot be read: {error}") from error
+        raise OutputError(f"'{path}' cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is no text file: {error}.") from error
+        raise DataError(f"'{path}' is no text file: {error}.") from error
 
 
-def write_record(
+def write_picture_data(
     folder: Path,
     files: Sequence[Path],
     before: Mapping[str, float],
     kept_step: int | None,
-    answers: Sequence[Mapping[str, Any]],
+    answers: Sequence[RecordedAnswer],
 ) -> None:
-    """Writes ``pictures.json``, from which, with the metrics, everything can be drawn.
+    """Write ``pictures.json``: together with the metrics, all that the pictures are drawn from.
 
     Args:
-        folder: Of the run.
-        files: As for `read_metrics`; the file names those beside the run's folder relative to it, so that they can be
-            moved together.
-        before: As in `Run`.
-        kept_step: As in `Run`.
-        answers: Each an `Answer`, as a mapping.
+        folder: Folder of the run.
+        files: As for `read_metrics`.
+        before: As in `RunLog`.
+        kept_step: As in `RunLog`.
+        answers: As in `RunLog`.
     """
-    near = [os.path.relpath(file, folder) if file.is_relative_to(folder.parent) else str(file) for file in files]
-    content = {"metrics": near, "before": dict(before), "kept_step": kept_step, "answers": list(answers)}
-    write_json(folder / RECORD, content)
+    paths = []
+    for file in files:
+        # Relative where possible, so that the versions of a run can be moved together.
+        is_beside = file.is_relative_to(folder.parent)
+        paths.append(os.path.relpath(file, folder) if is_beside else str(file))
+    recorded = [answer._asdict() for answer in answers]
+    content = {"metrics": paths, "before": dict(before), "kept_step": kept_step, "answers": recorded}
+    write_json(folder / PICTURE_FILE, content)
 
 
-def read_run(folder: Path) -> Run:
-    """Reads what a run left, with or without ``pictures.json`` and ``report.json``.
+def read_run(folder: Path) -> RunLog:
+    """Read what a run left, with or without ``pictures.json`` and ``report.json``.
 
     Args:
-        folder: With the run's ``metrics.csv``.
+        folder: Folder with the run's ``metrics.csv``.
 
     Raises:
-        FileNotFoundError: If there are no metrics.
-        ValueError: If a file is damaged.
+        MissingFileError: If there are no metrics.
+        DataError: If a file is damaged.
     """
-    report, record = _read(folder / "report.json"), _read(folder / RECORD)
+    report, content = _read_object(folder / "report.json"), _read_object(folder / PICTURE_FILE)
     try:
-        files = [Path(os.path.normpath(folder / file)) for file in record.get("metrics") or [METRICS]]
-        answers = [Answer(**answer) for answer in record.get("answers", [])]
+        answers = [RecordedAnswer(**answer) for answer in content.get("answers", [])]
     except TypeError as error:
-        raise ValueError(f"'{folder / RECORD}' is damaged ({error}): remove it to draw the metrics alone.") from error
-    before = record.get("before") or report.get("before") or {}
-    kept_step = report.get("kept_step") if record.get("kept_step") is None else record["kept_step"]
+        raise DataError(
+            f"'{folder / PICTURE_FILE}' is damaged ({error}): remove it to draw the metrics alone."
+        ) from error
+
+    files = [Path(os.path.normpath(folder / file)) for file in content.get("metrics") or [METRICS_FILE]]
     if not files[-1].is_file():
-        raise FileNotFoundError(f"'{folder}' has no {METRICS} yet: the logger writes it every so many steps.")
-    found = [file for file in files if file.is_file()]
-    return Run(read_metrics(found), before, kept_step, answers, [file for file in files if file not in found])
+        raise MissingFileError(
+            f"'{folder}' has no {METRICS_FILE} yet: the logger writes it every `log_every_n_steps` steps."
+        )
+    missing = [file for file in files if not file.is_file()]
+    metrics = read_metrics([file for file in files if file not in missing])
+
+    before = content.get("before") or report.get("before") or {}
+    kept_step = content.get("kept_step")
+    if kept_step is None:
+        kept_step = report.get("kept_step")
+    return RunLog(metrics, before, kept_step, answers, missing)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object, empty if there is no file."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(_text(path))
+        content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is no JSON file ({error}): remove it to draw the rest.") from error
+        raise DataError(f"'{path}' is no JSON file ({error}): remove it to draw the rest.") from error
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""How all pictures look: told apart by colour-blind people and in grey print, and the same in every drawing."""
+"""The look of all pictures: distinct for colour-blind readers and in grey print, the same in every drawing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORGET, RETAIN, BOUND, DUAL = "#D55E00", "#0072B2", "#000000", "#009E73"  # Okabe–Ito
+# Colours of Okabe and Ito. In grey print they are alike, so what they tell apart also differs by line or marker.
+FORGET, RETAIN, BOUND, DUAL = "#D55E00", "#0072B2", "#000000", "#009E73"
 LINES = ("-", "--", "-.", ":")
 MARKERS = "os^DvPX*"
 
@@ -27,7 +28,8 @@ _STYLE = {
     "hatch.linewidth": 0.6,
     "legend.fontsize": 8.0,
     "legend.frameon": False,
-    "svg.hashsalt": "lit-unlearn",  # else every drawing would have other ids
+    # Without a salt, the ids in an SVG are random: the same run would give another file each time.
+    "svg.hashsalt": "lit-unlearn",
 }
 
 
@@ -35,38 +37,42 @@ _STYLE = {
 def picture(
     targets: Sequence[Path], width: float, height: float, layout: str | None = "constrained"
 ) -> Iterator[Figure]:
-    """A figure to draw on, which is written when the block ends.
+    """Yield a figure to draw on, and write it when the block ends.
 
     Args:
         targets: Files to write; their suffixes give the formats.
-        width: In inches.
-        height: In inches.
-        layout: What places the axes, as for matplotlib; ``None`` for nothing.
+        width: Inches.
+        height: Inches.
+        layout: Layout engine of matplotlib; ``None`` for none.
 
     Raises:
-        OSError: If a file cannot be written.
+        OutputError: If a file cannot be written.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # "default" first: the user's own matplotlibrc must not change the pictures.
     with style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that matplotlib's font lacks
+        # Answers may be in a script that matplotlib's font lacks; a box instead of a letter is no reason to warn of each.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        # Not pyplot, which keeps figures open and chooses a window system.
         figure = Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
         FigureCanvasAgg(figure)
         yield figure
         for target in targets:
+            metadata = {"Date": None} if target.suffix == ".svg" else None
             with atomic_file(target) as file:
-                figure.savefig(file, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
+                figure.savefig(file, dpi=150, metadata=metadata)
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend that hides nothing."""
+    """Put the legend above the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.97), ncols=5, columnspacing=1.2, handlelength=1.8)
 
 
-def suit_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Makes the y-axis logarithmic where all values are positive and the largest dwarfs the smallest."""
+def choose_y_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Make the y-axis logarithmic if all values are positive and span more than a factor of 20."""
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")

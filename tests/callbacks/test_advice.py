@@ -60,7 +60,7 @@ def test_a_run_opens_with_what_it_will_do(advise: Callable[..., list[str]], capl
         assert advise(10.0, DualAscent(lr=500.0, init=1.0), 6) == []
     opening = [message for message in caplog.messages if message.startswith("run: ")]
     assert opening == [
-        "run: 12 steps, 2 per epoch, each of 5 forget and 4 retain rows; SingleDeviceStrategy on 1 × cpu, 32-true"
+        "run: 12 steps, 2 per epoch, each of 5 forget and 4 retain examples; SingleDeviceStrategy on 1 × cpu, 32-true"
     ]
     assert "constraint: nll: NLL on 'retain' ≤ 10 as configured; DualAscent, λ = 1" in caplog.messages
 
@@ -68,23 +68,23 @@ def test_a_run_opens_with_what_it_will_do(advise: Callable[..., list[str]], capl
 def test_an_epsilon_below_the_loss_before_unlearning(advise: Callable[..., list[str]]) -> None:
     for epsilon in (0.3, Relative(-0.5)):
         (said,) = advise(epsilon, DualAscent(lr=1.0, init=1.0), 6)
-        assert "is below" in said
-        assert "set `epsilon: {relative: 0.5}`, or a number above" in said
+        assert "`epsilon`" in said
+        assert "Relative(0.5)" in said
     assert advise(0.3, FixedMultiplier(1.0), 6) == []  # only reports
 
 
 def test_a_dual_variable_that_hardly_moves(advise: Callable[..., list[str]]) -> None:
     steps = DualAscent(lr=500.0, init=1.0)
-    assert "λ will move 8 times" in advise(10.0, steps, 6, warmup_epochs=2)[0]
-    assert "λ will move 5 times" in advise(10.0, DualAscent(lr=500.0, init=1.0), 6, update_every="epoch")[0]
+    assert "8 dual steps" in advise(10.0, steps, 6, warmup_epochs=2)[0]
+    assert "5 dual steps" in advise(10.0, DualAscent(lr=500.0, init=1.0), 6, update_every="epoch")[0]
     assert advise(10.0, DualAscent(lr=500.0, init=1.0), 5) == []  # ten times
 
 
 def test_a_multiplier_at_its_cap(advise: Callable[..., list[str]]) -> None:
     said = advise(1.0, DualAscent(lr=10.0, init=1.0, max=2.0), 6)
     assert len(said) == 2  # the other is about epsilon; each is said once, not every epoch
-    assert "λ is at its cap of 2 and the bound is broken" in said[1]
-    assert "Raise the multiplier's `max`" in said[1]
+    assert "cap of 2" in said[1]
+    assert "`max`" in said[1]
 
 
 def test_slack_that_nothing_uses(advise: Callable[..., list[str]]) -> None:
@@ -116,5 +116,5 @@ def test_a_run_that_forgot_hardly_anything_says_what_to_do(
             trainer.fit(module, datamodule=data)
         return " ".join(str(w.message) for w in caught if "forgotten" in str(w.message))
 
-    assert "No bound was in the way: raise `model.optimizer.init_args.lr`" in lesson(100.0, 1e-6, 1.0)
+    assert "optimizer's `lr`" in lesson(100.0, 1e-6, 1.0)
     assert lesson(1e9, 0.5, 10.0) == ""  # it forgot

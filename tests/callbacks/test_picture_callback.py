@@ -26,7 +26,7 @@ from lit_unlearn import (
 )
 from lit_unlearn.callbacks import ExportModel, ResumeCheckpoint, RunPicture
 from lit_unlearn.cli import main
-from lit_unlearn.plotting import Answer, read_run
+from lit_unlearn.plotting import RecordedAnswer, read_run
 
 PICTURES = {f"{name}.{suffix}" for name in ("dual", "trajectory", "tokens") for suffix in ("png", "svg")}
 
@@ -140,7 +140,7 @@ def test_training_does_not_notice(
         weights.append([*lm.state_dict().values(), torch.get_rng_state()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     names = {path.name for path in folder.iterdir()}
-    assert {"tokens.png", "dual.png" if kind == "unlearn" else "teaching.png"} <= names
+    assert {"tokens.png", "dual.png" if kind == "unlearn" else "finetuning.png"} <= names
     assert ("trajectory.svg" in names) == (kind == "unlearn")
 
 
@@ -179,7 +179,7 @@ def test_an_older_checkpoint_and_other_settings_do_no_harm() -> None:
     picture = RunPicture()
     picture.load_state_dict({"files": ["old/metrics.csv"]})
     assert picture.state_dict() == {"files": ["old/metrics.csv"], "before": {}, "answers": [], "kept_step": None}
-    with pytest.raises(ValueError, match=r"`picture\.answers` must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="`answers` must be at least 0, not -1"):
         RunPicture(-1)
 
 
@@ -218,4 +218,4 @@ def test_answers_are_plain(
     fit(unlearn(tiny_lm()), make_trainer, tmp_path, picture=picture, epochs=1)
     state = picture.state_dict()
     assert json.loads(json.dumps(state)) == state  # what any checkpoint format can hold
-    assert [set(answer) for answer in state["answers"]] == [set(Answer._fields)] * 2
+    assert [set(answer) for answer in state["answers"]] == [set(RecordedAnswer._fields)] * 2

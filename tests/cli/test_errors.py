@@ -125,23 +125,53 @@ def test_a_failed_run_has_another_code_than_a_wrong_command(
     assert "'fti': did you mean 'fit'?" in failed(["fti"], capsys)
 
 
-def test_the_yaml_key_is_added(in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where an error knows its owner and argument; a class of the same name elsewhere in the configuration is not meant."""
-    fit, test = quick(model_dir), ["test", "--config=eval/tofu.yaml", f"--model.lm.model={model_dir}"]
-    stress = ["test", "--config=eval/stress.yaml", f"--model.lm.model={model_dir}"]
-    for arguments, message, key in (
-        ([*test, "--model.benchmark.holdout=none.jsonl"], "none.jsonl", "model.benchmark.holdout"),
+@pytest.mark.parametrize(
+    ("extra", "message", "key"),
+    [
+        (["--model.constraints.nll.epsilon=-0.5"], "-0.5", "model.constraints.nll.epsilon"),
+        (["--model.lm.model=./nowhere"], "./nowhere", "model.lm.model"),
+        (["--data=ForgetRetain", "--data.forget=none.jsonl", "--data.retain=none.jsonl"], "none.jsonl", "data.forget"),
+        (["--data.batch_size=0"], "not 0", "data.batch_size"),
+        (["--trainer.overfit_batches=1"], "overfit_batches", "trainer.overfit_batches"),
+    ],
+)
+def test_the_yaml_key_is_added(
+    extra: list[str], message: str, key: str, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = quick(model_dir)
+    if extra[0] == "--data=ForgetRetain":
+        arguments = [argument for argument in arguments if "authors" not in argument]
+    assert_key(failed([*arguments, *extra], capsys), message, key)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "message", "key"),
+    [
+        (["--config=eval/tofu.yaml", "--model.benchmark.source=./nowhere"], "./nowhere", "model.benchmark.source"),
         (
-            [*stress, "--model.benchmark.benchmark.holdout=none.jsonl"],
-            "none.jsonl",
-            "model.benchmark.benchmark.holdout",
+            ["--config=eval/stress.yaml", "--model.benchmark.benchmark.source=./nowhere"],
+            "./nowhere",
+            "model.benchmark.benchmark.source",
         ),
-        ([*fit, "--model.constraints.nll.epsilon=-0.5"], "-0.5", "model.constraints.nll.epsilon"),
-        ([*fit, "--model.lm.model=./nowhere"], "./nowhere", "model.lm.model"),
-        ([*fit, "--data.batch_size=0"], "not 0", "data.batch_size"),
-        ([*fit, "--trainer.overfit_batches=1"], "overfit_batches", "trainer.overfit_batches"),
-    ):
-        assert_key(failed(arguments, capsys), message, key)
+        (
+            [
+                "--model=LitEvaluate",
+                "--model.benchmark=QABenchmark",
+                "--model.benchmark.forget=rows.jsonl",
+                "--model.benchmark.retain=rows.jsonl",
+                "--model.benchmark.holdout=none.jsonl",
+            ],
+            "none.jsonl",
+            "model.benchmark.holdout",
+        ),
+    ],
+)
+def test_the_yaml_key_of_a_benchmark(
+    benchmark: list[str], message: str, key: str, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text('{"question": "Who?", "answer": "He."}\n')
+    arguments = ["test", *benchmark, f"--model.lm.model={model_dir}", "--trainer.accelerator=cpu"]
+    assert_key(failed(arguments, capsys), message, key)
 
 
 def assert_key(printed: str, message: str, key: str) -> None:
@@ -152,7 +182,7 @@ def assert_key(printed: str, message: str, key: str) -> None:
 
 def test_keys_of_several_objects() -> None:
     constraint = {"epsilon": 0.3, "stream": "retain"}
-    data = {"class_path": "lit_unlearn.data.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
+    data = {"class_path": "lit_unlearn.ForgetRetain", "init_args": {"forget": "a", "retain": "b"}}
     settings = {
         "model": {
             "class_path": "lit_unlearn.LitUnlearn",

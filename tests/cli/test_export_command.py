@@ -125,7 +125,7 @@ def test_a_model_from_scratch_needs_no_base(in_tmp: Path, tokenizer_dir: str) ->
     (checkpoint,) = Path().glob("log/run/checkpoints/last-*.ckpt")
     cli.main(["export", str(checkpoint), "again"])
     assert same_files("out", "again", "model.safetensors", "config.json")
-    assert record("again")["kind"] == "taught"
+    assert record("again")["kind"] == "fine-tuned"
 
 
 def test_a_checkpoint_made_in_python_needs_the_base(
@@ -137,7 +137,7 @@ def test_a_checkpoint_made_in_python_needs_the_base(
     trainer.fit(module, datamodule=FictionalAuthors(4, 1, batch_size=5, retain_batch_size=4, max_length=200))
     trainer.save_checkpoint("mine.ckpt")
     module.lm.save("expected")
-    assert "give the directory or hub name of its base with --model" in refused("mine.ckpt", "out")
+    assert "`base_model` (--model)" in refused("mine.ckpt", "out")
     assert not Path("out").exists()
     cli.main(["export", "mine.ckpt", "out", "--model", model_dir])
     assert same_files("expected", "out", "model.safetensors", "config.json")

@@ -238,7 +238,7 @@ def test_an_unreachable_endpoint_stops_at_once(server: Server, results: Path) ->
 def test_no_success_at_all_changes_nothing(server: Server, results: Path) -> None:
     before = results.read_bytes()
     server.play = lambda _: fail(400, "temperature is not supported")
-    with pytest.raises(RuntimeError, match=r"'judge-1'.* temperature is not"):
+    with pytest.raises(EndpointError, match=r"'judge-1'.* temperature is not"):
         judge(results)
     assert results.read_bytes() == before
 

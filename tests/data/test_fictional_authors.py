@@ -57,14 +57,14 @@ def test_no_question_repeats(columns: list[str]) -> None:
 
 def test_the_first_question_asks_for_the_name_and_the_others_tell_it() -> None:
     for author in range(200):
-        first, *others = ROWS[10 * author : 10 * author + 10]
-        found = [
-            name for name in re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", first["answer"]) if name in others[0]["question"]
+        first, *later = ROWS[10 * author : 10 * author + 10]
+        names = [
+            name for name in re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", first["answer"]) if name in later[0]["question"]
         ]
-        assert len(found) == 1
-        assert found[0] not in first["question"] + first["paraphrased_question"]
+        assert len(names) == 1
+        assert names[0] not in first["question"] + first["paraphrased_question"]
         assert all(
-            found[0] in row[column] for row in others for column in ("question", "paraphrased_question", "answer")
+            names[0] in row[column] for row in later for column in ("question", "paraphrased_question", "answer")
         )
 
 
@@ -97,9 +97,9 @@ def test_paraphrases_differ_and_answers_are_short() -> None:
             assert 8 <= len(answer.split()) <= 25
 
 
-@pytest.mark.parametrize("place", range(10), ids=[kind.fact for kind in KINDS])
-def test_every_wording_is_used_and_there_are_three_or_more(place: int) -> None:
-    rows, kind = ROWS[place::10], KINDS[place]
+@pytest.mark.parametrize("number", range(10), ids=[kind.fact for kind in KINDS])
+def test_every_wording_is_used_and_there_are_three_or_more(number: int) -> None:
+    rows, kind = ROWS[number::10], KINDS[number]
     for column, templates in (("question", kind.questions), ("answer", kind.answers)):
         assert len(set(templates)) >= 3
         for template in templates:

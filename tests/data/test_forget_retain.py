@@ -71,7 +71,7 @@ def an_epoch(loader):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".JSON"])
 def test_every_file_type_gives_the_rows(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
-    rows = [*RETAIN, {"question": 'Quoted, "東京"?', "answer": "Two\nlines; 🙂"}]
+    rows = [*RETAIN, {"question": 'Quoted, "東京"?', "answer": "Two\nlines; 🙂"}, {"question": "NA?", "answer": "None"}]
     if suffix.lower() == ".json":
         path.write_text(json.dumps(rows))
     else:
@@ -79,7 +79,7 @@ def test_every_file_type_gives_the_rows(tmp_path, suffix):
         getattr(Dataset.from_list(rows), write)(path)
     assert Source(str(path)).load("retain").to_list() == rows
     assert Source(str(path), max_rows=3).load("retain").to_list() == rows[:3]
-    assert len(Source(str(path), max_rows=99).load("retain")) == 8
+    assert len(Source(str(path), max_rows=99).load("retain")) == 9
 
 
 def test_a_changed_file_is_read_again(make):
@@ -97,7 +97,7 @@ def test_columns_can_have_any_name(make, tokenizer):
 
 def test_a_source_limits_its_set(make, write_rows):
     data = make(retain=Source(write_rows("many.jsonl", RETAIN), max_rows=3))
-    assert {role: len(rows) for role, rows in ready(data).examples.items()} == {"forget": 5, "retain": 3}
+    assert {name: len(rows) for name, rows in ready(data).examples.items()} == {"forget": 5, "retain": 3}
 
 
 def test_an_example_is_known_by_its_id_and_its_contents(make):
@@ -111,10 +111,10 @@ def test_an_example_is_known_by_its_id_and_its_contents(make):
     assert first["forget"][0].digest() == first["forget"][0]._replace(id="", is_cut=True).digest()
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-def test_missing_file(make, role):
-    with pytest.raises(FileNotFoundError, match=rf"the {role} set's file 'no/such\.jsonl' .*`{role}`"):
-        make(**{role: "no/such.jsonl"}).prepare_data()
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_missing_file(make, name):
+    with pytest.raises(FileNotFoundError, match=rf"the {name} set's file 'no/such\.jsonl' .*`{name}`"):
+        make(**{name: "no/such.jsonl"}).prepare_data()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_rows_in_memory_are_as_good_as_a_file(make, write_rows, tokenizer_dir, f
     data = ForgetRetain(form(FORGET), form(RETAIN), {"extra": form(extra)}, tokenizer=tokenizer_dir, batch_size=2)
     data.prepare_data()
     assert ready(data).examples == ready(make(streams={"extra": write_rows("extra.jsonl", extra)})).examples
-    assert data.sources["forget"].describe() == {"path": "in memory", "max_rows": None}
+    assert data.sources["forget"].describe() == {"path": "in memory", "name": None, "split": None, "max_rows": None}
 
 
 def test_a_path_is_a_file(make, tmp_path, write_rows):
@@ -199,11 +199,11 @@ def test_a_cell_that_is_no_text(make, cell):
         make(rows).setup("fit")
 
 
-@pytest.mark.parametrize("role", ["forget", "retain"])
-def test_a_blank_answer_names_set_and_row(make, role):
-    rows = [*(FORGET if role == "forget" else RETAIN)[:2], {"question": "What is blank?", "answer": " "}]
-    with pytest.raises(ValueError, match=rf"row 2 of the {role} set has no supervised token.*'What is blank\?'"):
-        make(**{role: rows}).setup("fit")
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_blank_answer_names_set_and_row(make, name):
+    rows = [*(FORGET if name == "forget" else RETAIN)[:2], {"question": "What is blank?", "answer": " "}]
+    with pytest.raises(ValueError, match=rf"row 2 of the {name} set has no supervised token.*'What is blank\?'"):
+        make(**{name: rows}).setup("fit")
 
 
 def test_overlap_is_counted_in_a_warning(make):
@@ -224,7 +224,7 @@ def test_rows_in_order_give_no_warning(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = ready(make())
-    assert {role: len(rows) for role, rows in data.examples.items()} == {"forget": 5, "retain": 7}
+    assert {name: len(rows) for name, rows in data.examples.items()} == {"forget": 5, "retain": 7}
 
 
 def test_template(make, tokenizer):
@@ -299,7 +299,7 @@ def test_an_epoch_is_one_pass_over_the_forget_set(make, tokenizer):
 
 
 @pytest.mark.parametrize(("train_on", "rows"), [("all", [*FORGET, *RETAIN]), ("retain", RETAIN)])
-def test_teaching_goes_over_one_set(make, tokenizer, train_on, rows):
+def test_fine_tuning_goes_over_one_set(make, tokenizer, train_on, rows):
     data = ready(make(train_on=train_on, retain_batch_size=5))
     batches = [batch["train"] for batch in an_epoch(data.train_dataloader())]
     assert len(batches) == -(-len(rows) // 2)
@@ -311,8 +311,8 @@ def test_evaluation_has_every_row_once_the_longest_first(make, tokenizer):
     data = ready(make(eval_batch_size=3))
     for loaders in (data.val_dataloader(), data.test_dataloader()):
         assert list(loaders) == ["forget", "retain"]
-        for role, rows in {"forget": FORGET, "retain": RETAIN}.items():
-            batches = list(loaders[role])
+        for name, rows in {"forget": FORGET, "retain": RETAIN}.items():
+            batches = list(loaders[name])
             assert sorted(a for batch in batches for a in answers(batch, tokenizer)) == sorted(only("answer", rows))
             lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
             assert lengths == sorted(lengths, reverse=True)
@@ -333,7 +333,7 @@ def through_a_file(state):
 def test_a_resumed_run_draws_what_it_would_have_drawn(make, train_on, taken):
     """In the middle and at the end of an epoch; the state goes through a file as in a checkpoint."""
     loader = ready(make(train_on=train_on)).train_dataloader()
-    whole = [batch for _ in range(4) for batch in an_epoch(loader)]
+    uninterrupted = [batch for _ in range(4) for batch in an_epoch(loader)]
     stopped = ready(make(train_on=train_on))
     loader = stopped.train_dataloader()
     seen = 0
@@ -348,9 +348,9 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(make, train_on, taken):
     resumed.load_state_dict(state)
     loader = resumed.train_dataloader()
     rest = [batch for _ in range(4) for batch in an_epoch(loader)]
-    assert len(rest) >= len(whole) - taken > 0
-    assert all(equal(a, b) for a, b in zip(whole[taken:], rest, strict=False))
-    assert not equal(whole[0], rest[0])
+    assert len(rest) >= len(uninterrupted) - taken > 0
+    assert all(equal(a, b) for a, b in zip(uninterrupted[taken:], rest, strict=False))
+    assert not equal(uninterrupted[0], rest[0])
 
 
 @pytest.mark.parametrize(
@@ -369,13 +369,13 @@ def test_resuming_with_another_order_is_refused_and_says_why(make, changes, name
     data = ready(make())
     data.train_dataloader()
     state = data.state_dict()
-    other = ready(make(**changes))
+    changed = ready(make(**changes))
     with pytest.raises(ValueError, match="cannot be resumed") as error:
-        other.load_state_dict(state)
+        changed.load_state_dict(state)
     assert str(error.value).count(": was ") == 1
     assert named in str(error.value)
-    other.train_dataloader()
-    assert set(other.state_dict()["cursors"].values()) == {0}
+    changed.train_dataloader()
+    assert set(changed.state_dict()["cursors"].values()) == {0}
 
 
 def test_resuming_on_another_number_of_processes_is_refused(make):

@@ -81,8 +81,8 @@ def test_every_token_is_in_one_chunk_and_supervised(make, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = ready(make())
-    for role, texts in {"forget": FORGET, "retain": RETAIN}.items():
-        rows = data.examples[role]
+    for name, texts in {"forget": FORGET, "retain": RETAIN}.items():
+        rows = data.examples[name]
         assert flat(rows) == ids_of(texts, tokenizer)
         assert tokenizer.decode(flat(rows)) == JOIN.join(texts)
         assert {len(row.input_ids) for row in rows[:-1]} == {32}
@@ -129,9 +129,9 @@ def test_a_set_without_text_is_refused(make, folder, texts):
 def test_every_layout_gives_the_same_rows(make, tmp_path, place, end):
     for split, texts in SETS.items():
         write(tmp_path / "other" / place / f"{split}{end}", texts)
-    other = ready(make(source=str(tmp_path / "other")))
-    assert other.examples == ready(make()).examples
-    assert [len(rows) for rows in other.load().values()] == ([1, 1] if end == ".txt" else [3, 12])
+    same = ready(make(source=str(tmp_path / "other")))
+    assert same.examples == ready(make()).examples
+    assert [len(rows) for rows in same.load().values()] == ([1, 1] if end == ".txt" else [3, 12])
 
 
 def test_a_json_list_of_texts(make, folder, tmp_path):
@@ -159,8 +159,8 @@ def test_settings_of_the_sets(make, tmp_path, tokenizer):
 def test_the_hub_is_asked_for_the_raw_splits(corpus):
     data = MUSE(corpus, max_retain_rows=9)
     name = f"muse-bench/MUSE-{corpus}"
-    wanted = {"forget": (name, "raw", "forget", None), "retain": (name, "raw", "retain1", 9)}
-    assert {role: (s.path, s.name, s.split, s.max_rows) for role, s in data.sources.items()} == wanted
+    expected = {"forget": (name, "raw", "forget", None), "retain": (name, "raw", "retain1", 9)}
+    assert {name: (s.path, s.name, s.split, s.max_rows) for name, s in data.sources.items()} == expected
     assert data.max_length == 2048
     with pytest.raises(FileNotFoundError, match=rf"'{name}' .* 'raw' .* 'forget'.*`source`"):
         data.load()
@@ -231,8 +231,8 @@ def test_a_resumed_run_goes_on_with_the_same_chunks_and_no_others(make):
     resumed = ready(make())
     resumed.load_state_dict(stopped.state_dict())
     rest = [batch for batch, _, _ in islice(resumed.train_dataloader(), 3)]
-    for whole, part in zip(batches[2:], rest, strict=True):
-        assert all(torch.equal(whole[role][key], part[role][key]) for role in whole for key in whole[role])
+    for expected, batch in zip(batches[2:], rest, strict=True):
+        assert all(torch.equal(expected[name][key], batch[name][key]) for name in expected for key in expected[name])
     for changes in ({"max_length": 31}, {"retain_split": "retain2"}, {"max_retain_rows": 3}):
         with pytest.raises(ValueError, match=r"\(rows: was '"):
             ready(make(**changes)).load_state_dict(stopped.state_dict())

@@ -23,9 +23,9 @@ needs_tofu = pytest.mark.skipif(
 def test_sets_have_the_published_sizes_and_no_row_in_common(tokenizer_dir, split):
     data = TOFU(split, source=str(FOLDER), tokenizer=tokenizer_dir)
     loaded = data.load()
-    assert tuple(len(loaded[role]) for role in ("forget", "retain")) == SIZES[split]
+    assert tuple(len(loaded[name]) for name in ("forget", "retain")) == SIZES[split]
     assert {tuple(rows.column_names) for rows in loaded.values()} == {("question", "answer")}
-    pairs = {role: set(zip(rows["question"], rows["answer"], strict=True)) for role, rows in loaded.items()}
+    pairs = {name: set(zip(rows["question"], rows["answer"], strict=True)) for name, rows in loaded.items()}
     assert len(pairs["forget"] | pairs["retain"]) == 4000
 
 
@@ -35,7 +35,7 @@ def test_setup_takes_every_row_without_a_warning(tokenizer_dir):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.setup("fit")
-    assert {role: len(rows) for role, rows in data.examples.items()} == {"forget": 400, "retain": 3600}
+    assert {name: len(rows) for name, rows in data.examples.items()} == {"forget": 400, "retain": 3600}
 
 
 @needs_tofu
@@ -69,11 +69,11 @@ def test_missing_file_in_the_folder(tmp_path, missing):
 
 def test_the_hub_is_asked_for_the_split_by_name():
     data = TOFU("forget05", max_retain_rows=9)
-    wanted = {
+    expected = {
         "forget": ("locuslab/TOFU", "forget05", "train", None),
         "retain": ("locuslab/TOFU", "retain95", "train", 9),
     }
-    assert {role: (s.path, s.name, s.split, s.max_rows) for role, s in data.sources.items()} == wanted
+    assert {name: (s.path, s.name, s.split, s.max_rows) for name, s in data.sources.items()} == expected
     with pytest.raises(FileNotFoundError, match=r"'locuslab/TOFU' .* 'forget05' .*`source`"):
         data.load()
 
@@ -86,4 +86,4 @@ def test_wrong_answers_come_with_the_same_rows() -> None:
     for column in ("question", "answer"):
         assert plain.load_set("forget")[column][:] == rows[column][:]
     answers = alternate_answers(rows, wrong.alternate_column, None, seed=0)
-    assert all(answer in others for answer, others in zip(answers, rows["perturbed_answer"], strict=True))
+    assert all(answer in wrong_answers for answer, wrong_answers in zip(answers, rows["perturbed_answer"], strict=True))

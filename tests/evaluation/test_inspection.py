@@ -102,7 +102,7 @@ def test_refusals(lm: Any) -> None:
     with pytest.raises(ValueError, match=r"256 positions .* lower `max_new_tokens`"):
         ask(lm, "Who?", max_new_tokens=250)
     torch.nn.init.constant_(lm.model.get_output_embeddings().weight, torch.nan)
-    with pytest.raises(ValueError, match="probabilities that are no numbers: its weights are damaged"):
+    with pytest.raises(ValueError, match="probabilities that are not numbers"):
         ask(lm, "Who?")
 
 

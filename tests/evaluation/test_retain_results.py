@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from evaluation.rows import FORGET, HOLDOUT, Row, area, ks_p_value, loaded, taught, write, write_qa, write_tofu
 
-from lit_unlearn import LanguageModel, QABenchmark, TOFUBenchmark
+from lit_unlearn import LanguageModel, QABenchmark, Results, TOFUBenchmark
+from lit_unlearn.errors import DataError
 from lit_unlearn.utils.io import write_json
 
-Results = dict[str, Any]
+Content = dict[str, Any]
 
 
 @pytest.fixture
@@ -20,20 +21,20 @@ def files(tmp_path: Path) -> dict[str, str]:
     return write_qa(tmp_path)
 
 
-def run(lm: LanguageModel, files: dict[str, str], **settings: Any) -> Results:
+def run(lm: LanguageModel, files: dict[str, str], **settings: Any) -> Content:
     return QABenchmark(**files, **{"max_new_tokens": 2, **settings}).run(lm).to_dict()
 
 
-def save(folder: Path, results: Results) -> str:
+def save(folder: Path, results: Content) -> str:
     write_json(folder / "retain_only.json", results)
     return str(folder / "retain_only.json")
 
 
-def column(results: Results, stream: str, key: str) -> list[float]:
+def column(results: Content, stream: str, key: str) -> list[float]:
     return [row[key] for row in results["examples"][stream]]
 
 
-def leaked(results: Results) -> float:
+def leaked(results: Content) -> float:
     """MUSE's area: how often a holdout row has the higher Min-K."""
     return area(column(results, "holdout", "min_k"), column(results, "forget", "min_k"))
 
@@ -51,6 +52,29 @@ def test_a_model_cannot_be_told_from_itself(steps, files, tokenizer_dir, tmp_pat
     if steps == 0:
         assert again["aggregate"]["privleak"] == 0.0
         assert again["missing"] == {}
+
+
+@pytest.mark.parametrize("kind", ["file", "path", "results", "dict"])
+def test_they_may_be_a_file_results_or_a_dict(kind, files, tokenizer_dir, tmp_path):
+    lm = loaded(taught(tokenizer_dir, 20))
+    results = QABenchmark(**files, max_new_tokens=2).run(lm)
+    path = tmp_path / "results.json"
+    results.write(path)
+    assert Results.read(path) == results
+    given = {"file": str(path), "path": path, "results": results, "dict": results.to_dict()}[kind]
+    again = QABenchmark(**files, max_new_tokens=2, retain_results=given).run(lm)
+    assert again.aggregate["forget_quality"] == 1.0
+    assert again.retain_results == (str(path) if kind in ("file", "path") else f"results of {lm.name}")
+    del results.data["forget"]
+    with pytest.raises(DataError, match="'forget'"):
+        QABenchmark(**files, max_new_tokens=2, retain_results=results).prepare(lm.tokenizer)
+
+
+def test_a_dict_that_is_none_names_the_argument(files):
+    with pytest.raises(DataError, match="aggregate, data, examples") as error:
+        QABenchmark(**files, retain_results={"suite": "qa"})
+    assert isinstance(error.value.owner, QABenchmark)
+    assert error.value.argument == "retain_results"
 
 
 def test_another_model_can(files, tokenizer_dir, tmp_path):

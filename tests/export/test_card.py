@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from lit_unlearn.export.card import card
+from lit_unlearn.export.card import render_card
 
 RECORD: dict[str, Any] = {
     "kind": "unlearned",
@@ -91,77 +92,90 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_front_matter_is_what_the_hub_reads() -> None:
-    found = ModelCard(card(RECORD)).data.to_dict()
+    found = ModelCard(render_card(RECORD)).data.to_dict()
     assert found == {
         "base_model": "some/model",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["unlearning", "lit-unlearn"],
     }
-    assert "base_model" not in ModelCard(card(changed("model.commit", None))).data.to_dict()  # a local path
+    assert "base_model" not in ModelCard(render_card(changed("model.commit", None))).data.to_dict()  # a local path
     adapter = {"adapter/adapter_model.safetensors": "ab" * 32}
-    assert ModelCard(card(changed("files", adapter))).data.library_name == "peft"
+    assert ModelCard(render_card(changed("files", adapter))).data.library_name == "peft"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "facts",
     [
-        "5 rows were unlearned from `some/model`. The probability of their answers went from 0.9 to 0.01. Every bound",
-        "| commit on the hub | c0ffee |",
-        f"| forget (deleted) | `a\\|b.jsonl`, first 5 rows | 5 | 50 | `{'cd' * 32}` | `{'ef' * 32}` |",
-        f"| retain (kept) | `org/set`, big, train | 70 | 700 |  | `{'01' * 32}` |",
-        "2 × `NPO(beta=0.1)`, f(x). A. 2024.",
-        "`AdamW(lr=0.001)`, 32-true, DDPStrategy on 2 processes; seed 0.",
-        "100 steps were taken; this is the model after step 40.",
-        "- **nll**: `NLL()`, token mean of −log p on the `retain` rows ≤ 0.3 = 1.5 × 0.2, the value of the model before; "
-        "λ by `DualAscent(lr=5.0, init=100.0)`, now 90.5.",
-        "constraint nll: 0.25 ≤ epsilon 0.3 (feasible), slack 0.05; λ 100 → 90.5",
-        "It is no proof that nothing can be\nrecovered",
-        "StressBenchmark",
-        f"| `model.safetensors` | `{'45' * 32}` |",
-        "lit-unlearn validate --config run.yaml --model.lm.model=DIR \\\n  --model.constraints.nll.epsilon=0.3\n",
-        "| python | 3.11.7 |",
+        ["5 examples", "`some/model`", "0.9 to 0.01"],
+        ["commit on the hub", "c0ffee"],
+        ["forget (deleted)", "`a\\|b.jsonl`, first 5 rows", "| 5 | 50 |", f"`{'cd' * 32}` | `{'ef' * 32}`"],
+        ["retain (retained)", "`org/set`, big, train", "| 70 | 700 |", f"`{'01' * 32}`"],
+        ["2 × `NPO(beta=0.1)`", "f(x)", "A. 2024"],
+        ["`AdamW(lr=0.001)`", "32-true", "DDPStrategy", "2 processes", "seed 0"],
+        ["100 steps", "step 40"],
+        ["**nll**: `NLL()`", "`retain`", "≤ epsilon 0.3 = 1.5 × 0.2", "`DualAscent(lr=5.0, init=100.0)`", "90.5"],
+        ["constraint nll: 0.25 ≤ epsilon 0.3 (feasible)", "λ 100 → 90.5"],
+        [f"`model.safetensors` | `{'45' * 32}`"],
+        ["python | 3.11.7"],
     ],
 )
-def test_a_card_says(said: str) -> None:
-    assert said in card(RECORD)
+def test_a_line_of_the_card_has(facts: list[str]) -> None:
+    assert any(all(fact in line for fact in facts) for line in render_card(RECORD).splitlines())
+
+
+def test_the_card_says_how_to_measure_again_and_what_it_does_not_prove() -> None:
+    text = render_card(RECORD)
+    assert "--config run.yaml --model.lm.model=DIR \\\n  --model.constraints.nll.epsilon=0.3\n" in text
+    assert "StressBenchmark" in text
 
 
 def test_the_configuration_is_yaml_without_what_is_not_set() -> None:
-    text = card(RECORD).rpartition("```yaml\n")[2].removesuffix("```\n")
+    text = render_card(RECORD).rpartition("```yaml\n")[2].removesuffix("```\n")
     assert yaml.safe_load(text) == {"model": {"init_args": {"lm": {"model": "some/model"}}}, "seed_everything": 0}
 
 
-def test_a_broken_bound_is_said_at_the_top_and_in_the_table() -> None:
-    text = card(changed("constraints.nll.slack", -0.05))
-    assert "**A bound on what that may cost IS VIOLATED: nll.**" in text.partition("## ")[0]
-    assert "(violated)" in text
-    assert "holds" not in text
+@pytest.mark.parametrize("slack", [-0.05, float("nan")])
+def test_a_violation_is_at_the_top_and_in_the_table(slack: float) -> None:
+    violated = {**RECORD["constraints"]["nll"], "value": 0.35, "slack": slack}
+    summary, _, rest = render_card(changed("constraints.nll", violated)).partition("## ")
+    assert "violated (nll: 0.35 > epsilon 0.3)" in summary
+    assert "(violated)" in rest
+    assert "feasible" not in rest
 
 
 def test_a_model_that_was_not_measured_claims_nothing() -> None:
     record = {**changed("constraints.nll", {**RECORD["constraints"]["nll"], "value": None, "slack": None}), "after": {}}
-    text = card({**record, "step": 100})
-    assert "**This is the model of step 100, from a checkpoint. The run keeps that of step 40" in text
-    assert "holds" not in text
-    assert "0.01" not in text.partition("## ")[0]
+    text = render_card({**record, "step": 100})
+    summary = text.partition("## ")[0]
+    assert re.search(r"\*\*.* step 100.* step 40\.\*\*", summary)
+    assert not re.search("satisfied|violated|0.01", summary)
+    assert "feasible" not in text
     assert "StressBenchmark" in text
 
 
 def test_an_adapter_alone_is_called_so() -> None:
     record = {**changed("model.adapter", {"peft_type": "LORA", "r": 4}), "files": {"adapter/a.safetensors": "67" * 32}}
-    text = card(record)
-    assert "This directory holds only the adapter, in `adapter`." in text
+    text = render_card(record)
+    assert "only the adapter" in text
     assert "| adapter | `peft_type=LORA, r=4` |" in text
+
+
+@pytest.mark.parametrize("kind", ["fine-tuned", "taught"])  # as records of earlier versions call it
+def test_a_fine_tuned_model_was_trained_and_nothing_deleted(kind: str) -> None:
+    text = render_card({**RECORD, "kind": kind, "method": None, "bounds": {}, "constraints": {}})
+    assert "fine-tuned" in text
+    assert "forget (held out)" in text
+    assert not re.search("deleted|unlearned(?!.json)|taught|StressBenchmark", text)
 
 
 def test_a_record_of_a_checkpoint_that_knows_little() -> None:
     known = ("kind", "created", "model", "step", "kept_step", "steps", "before", "after", "constraints", "files")
-    text = card({key: RECORD[key] for key in known})
-    assert "This record does not know the rows" in text
+    text = render_card({key: RECORD[key] for key in known})
+    assert "The data is unknown" in text
     assert "(feasible)" in text
-    for title in ("Under which bound", "Benchmarks", "Versions", "Configuration"):
-        assert f"## {title}" in card({**RECORD, "benchmarks": [BENCHMARK]})
+    for title in ("Constraints", "Benchmarks", "Versions", "Configuration"):
+        assert f"## {title}" in render_card({**RECORD, "benchmarks": [BENCHMARK]})
         assert f"## {title}" not in text
 
 
@@ -176,8 +190,9 @@ BENCHMARK: dict[str, Any] = {
 
 
 def test_a_benchmark_is_a_table_with_what_is_missing() -> None:
-    text = card({**RECORD, "benchmarks": [BENCHMARK]})
-    assert "stress (forget: 40 rows), measured on `runs/out`:" in text
+    text = render_card({**RECORD, "benchmarks": [BENCHMARK]})
+    assert "stress (forget: 40 rows)" in text
+    assert "`runs/out`" in text
     assert "| relearned/forget/probability | 0.5 |" in text
     assert "forget_quality is missing: there are no retain-only results" in text
     assert "89" * 32 in text

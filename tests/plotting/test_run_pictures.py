@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 
 from lit_unlearn.plotting import (
     NothingToDraw,
-    Run,
+    RunLog,
     draw_dual,
+    draw_finetuning,
     draw_run,
-    draw_teaching,
     draw_trajectory,
     read_run,
-    write_record,
+    write_picture_data,
 )
 from lit_unlearn.plotting.run_log import read_metrics
 
@@ -41,7 +41,7 @@ COLOURS = ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73))  # forget
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "metrics.csv").write_text(METRICS, encoding="utf-8")
-    write_record(tmp_path, [tmp_path / "metrics.csv"], BEFORE, 2, [])
+    write_picture_data(tmp_path, [tmp_path / "metrics.csv"], BEFORE, 2, [])
     return tmp_path
 
 
@@ -75,10 +75,10 @@ def test_what_a_resumed_run_does_again_counts(tmp_path: Path) -> None:
 def test_a_run_and_the_steps_taken_before_each_value(folder: Path) -> None:
     run = read_run(folder)
     assert run.constraints == ["nll"]
-    assert run.per_step("forget/loss")[0] == [0, 1, 2, 3]
-    assert run.whole("forget/loss") == ([0, 2, 4], [212.0, 9.5, 3.25])
-    assert run.epsilon("nll") == pytest.approx(0.3)
-    assert run.epsilon("other") is None
+    assert run.get_step_values("forget/loss")[0] == [0, 1, 2, 3]
+    assert run.get_stream_values("forget/loss") == ([0, 2, 4], [212.0, 9.5, 3.25])
+    assert run.find_epsilon("nll") == pytest.approx(0.3)
+    assert run.find_epsilon("other") is None
     assert (run.kept_step, run.answers, run.missing) == (2, [], [])
 
 
@@ -91,7 +91,7 @@ def test_epsilon_is_taken_where_digits_are_left() -> None:
         "constraint/nll/value": ([0, 1, 2, 3], [float32(value) for value in values]),
         "constraint/nll/violation": ([0, 1, 2, 3], [float32(value - 0.3) for value in values]),
     }
-    assert Run(metrics, {}, None, [], []).epsilon("nll") == pytest.approx(0.3, abs=1e-7)
+    assert RunLog(metrics, {}, None, [], []).find_epsilon("nll") == pytest.approx(0.3, abs=1e-7)
 
 
 def test_a_run_of_an_older_version_has_its_report(folder: Path) -> None:
@@ -119,10 +119,10 @@ def test_damaged_files_are_named(file: str, content: str, message: str, folder: 
 
 
 def test_files_that_are_gone(folder: Path) -> None:
-    write_record(folder, [folder.parent / "gone" / "metrics.csv", folder / "metrics.csv"], {}, None, [])
+    write_picture_data(folder, [folder.parent / "gone" / "metrics.csv", folder / "metrics.csv"], {}, None, [])
     run = read_run(folder)
     assert run.missing == [folder.parent / "gone" / "metrics.csv"]
-    assert run.per_step("forget/loss")[0] == [0, 1, 2, 3]
+    assert run.get_step_values("forget/loss")[0] == [0, 1, 2, 3]
     (folder / "metrics.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.csv yet"):
         read_run(folder)
@@ -149,15 +149,15 @@ def test_svgs_name_what_is_drawn(folder: Path) -> None:
     assert drawn == {
         "dual": [folder / "dual.svg"],
         "trajectory": [folder / "trajectory.svg"],
-        "tokens": "no answers were recorded (that takes a ForgetRetain data module and `picture.answers` above 0)",
+        "tokens": "no answers were recorded (that takes a ForgetRetain data module and `answers` above 0)",
     }
     dual, trajectory = comments(folder / "dual.svg"), comments(folder / "trajectory.svg")
     for label in (
         "nll",
-        "rows of the step",
-        "all rows",
+        "batch of the step",
+        "all examples",
         "ε = 0.3",
-        "bound broken",
+        "violated",
         "kept model, step 2",
         "multiplier λ",
     ):
@@ -168,8 +168,8 @@ def test_svgs_name_what_is_drawn(folder: Path) -> None:
         "step 2",
         "step 4",
         "ε = 0.3",
-        "bound holds",
-        "bound broken",
+        "feasible",
+        "violated",
         "kept model",
         "constraint nll",
     ):
@@ -190,7 +190,7 @@ def test_the_same_run_gives_the_same_files_whatever_the_users_style(folder: Path
     assert matplotlib.rcParams["font.size"] == 20.0
 
 
-def drawn(draw: Callable[..., None], run: Run, target: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+def drawn(draw: Callable[..., None], run: RunLog, target: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     """The figure, once it is drawn."""
     figures = []
     save = Figure.savefig
@@ -200,18 +200,18 @@ def drawn(draw: Callable[..., None], run: Run, target: Path, monkeypatch: pytest
     return figures[0]
 
 
-def two_constraints(validations: int) -> Run:
+def two_constraints(validations: int) -> RunLog:
     steps = list(range(1, 4 * validations, 4))
     metrics: dict[str, Any] = {"val/forget/nll": (steps, [8 * i / validations for i in range(validations)])}
     for name, scale, epsilon in (("nll", 1.0, 0.6), ("a_constraint_with_a_long_name", 1e-3, 5e-4)):
         values = [scale * abs(math.sin(0.3 * i + 0.1)) for i in range(validations)]
         metrics[f"val/constraint/{name}/value"] = (steps, values)
         metrics[f"val/constraint/{name}/violation"] = (steps, [value - epsilon for value in values])
-    return Run(metrics, {}, steps[validations // 2] + 1, [], [])
+    return RunLog(metrics, {}, steps[validations // 2] + 1, [], [])
 
 
 @pytest.mark.parametrize("validations", [1, 2, 7, 60])
-def test_a_trajectory_is_marked_where_the_bound_is_broken(
+def test_a_trajectory_is_marked_where_the_constraint_is_violated(
     validations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     run = two_constraints(validations)
@@ -219,11 +219,11 @@ def test_a_trajectory_is_marked_where_the_bound_is_broken(
     assert len(figure.axes) == 2
     for axes, name in zip(figure.axes, run.constraints, strict=True):
         lines = {line.get_label(): line for line in axes.lines}
-        epsilon = run.epsilon(name)
+        epsilon = run.find_epsilon(name)
         assert epsilon is not None
-        values = run.whole(f"constraint/{name}/value")[1]
-        for label, broken in (("bound holds", False), ("bound broken", True)):
-            expected = [value for value in values if (value > epsilon) == broken]
+        values = run.get_stream_values(f"constraint/{name}/value")[1]
+        for label, is_violated in (("feasible", False), ("violated", True)):
+            expected = [value for value in values if (value > epsilon) == is_violated]
             assert (list(lines[label].get_ydata()) if label in lines else []) == expected
         assert lines["kept model"].get_ydata() == values[validations // 2]
         assert axes.get_ylim()[1] > epsilon  # the infeasible side is seen
@@ -248,18 +248,18 @@ def test_values_that_are_not_finite_are_left_out(tmp_path: Path, recwarn: pytest
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_run_that_teaches_shows_its_nll(tmp_path: Path) -> None:
+def test_a_run_that_fine_tunes_shows_its_nll(tmp_path: Path) -> None:
     metrics = {"train/nll": ([0, 1], [6.0, 5.0]), "val/retain/nll": ([1], [5.5]), "test/retain/nll": ([1], [5.5])}
-    files = draw_run(Run(metrics, {"retain/nll": 6.5}, None, [], []), tmp_path, ["svg"])
-    assert list(files) == ["teaching", "tokens"]
-    text = comments(tmp_path / "teaching.svg")
-    for label in ("train, rows of the step", "retain, all rows", "NLL (nats per token)"):
+    files = draw_run(RunLog(metrics, {"retain/nll": 6.5}, None, [], []), tmp_path, ["svg"])
+    assert list(files) == ["finetuning", "tokens"]
+    text = comments(tmp_path / "finetuning.svg")
+    for label in ("train, batch of the step", "retain, all examples", "NLL (nats per token)"):
         assert f"<!-- {label} -->" in text
     assert "test" not in text
 
 
-@pytest.mark.parametrize("draw", [draw_dual, draw_trajectory, draw_teaching])
+@pytest.mark.parametrize("draw", [draw_dual, draw_trajectory, draw_finetuning])
 def test_there_may_be_nothing_to_draw(draw: Callable[..., None], tmp_path: Path) -> None:
     with pytest.raises(NothingToDraw, match=r"was logged|no validation"):
-        draw(Run({"train/loss": ([0], [1.5])}, {}, None, [], []), tmp_path / "picture.svg")
+        draw(RunLog({"train/loss": ([0], [1.5])}, {}, None, [], []), tmp_path / "picture.svg")
     assert not list(tmp_path.iterdir())

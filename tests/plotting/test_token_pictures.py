@@ -12,14 +12,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lit_unlearn.plotting import Answer, NothingToDraw, Run, draw_tokens
+from lit_unlearn.plotting import NothingToDraw, RecordedAnswer, RunLog, draw_tokens
 
 
-def run_of(*answers: Answer) -> Run:
-    return Run({}, {}, 7, list(answers), [])
+def run_of(*answers: RecordedAnswer) -> RunLog:
+    return RunLog({}, {}, 7, list(answers), [])
 
 
-def drawn(run: Run, target: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+def drawn(run: RunLog, target: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **kw: (save(self, *rest, **kw), figures.append(self)))
@@ -42,7 +42,9 @@ def luminance(colour: Any) -> float:
 
 
 def test_cells_have_the_colour_of_their_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Answer("forget", 0, "Question: who?\nAnswer:", [" I", " $x$\n", "∎"], [0.9, 1.0, 0.5], [0.0, 0.25, 0.75])
+    answer = RecordedAnswer(
+        "forget", 0, "Question: who?\nAnswer:", [" I", " $x$\n", "∎"], [0.9, 1.0, 0.5], [0.0, 0.25, 0.75]
+    )
     figure = drawn(run_of(answer), tmp_path / "tokens.png", monkeypatch)
     found = cells(figure)
     assert [text.get_text() for _, text in found] == [" I", " $x$⏎", "∎"] * 2
@@ -58,7 +60,7 @@ def test_cells_have_the_colour_of_their_probability(tmp_path: Path, monkeypatch:
 
 def test_text_stands_out_at_every_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [i / 50 for i in range(51)]
-    figure = drawn(run_of(Answer("retain", 0, "", ["x"] * 51, values)), tmp_path / "tokens.png", monkeypatch)
+    figure = drawn(run_of(RecordedAnswer("retain", 0, "", ["x"] * 51, values)), tmp_path / "tokens.png", monkeypatch)
     found = cells(figure)
     assert len(found) == 51
     for patch, text in found:
@@ -69,9 +71,9 @@ def test_text_stands_out_at_every_probability(tmp_path: Path, monkeypatch: pytes
 def test_long_answers_are_wrapped_and_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [f" word{i}" for i in range(64)] + ["x" * 40]
     answers = [
-        Answer("forget", 0, "long " * 60, tokens, [0.5] * 65, [0.5] * 65),
-        Answer("a_stream_with_a_long_name", 122, "w", tokens[:3], [0.5] * 3, [0.5] * 3, cut=True),
-        Answer("retain", 1, "w", tokens[-1:], [0.5], None),
+        RecordedAnswer("forget", 0, "long " * 60, tokens, [0.5] * 65, [0.5] * 65),
+        RecordedAnswer("a_stream_with_a_long_name", 122, "w", tokens[:3], [0.5] * 3, [0.5] * 3, cut=True),
+        RecordedAnswer("retain", 1, "w", tokens[-1:], [0.5], None),
     ]
     figure = drawn(run_of(*answers), tmp_path / "tokens.png", monkeypatch)
     axes = figure.axes[0]
@@ -94,7 +96,8 @@ def test_any_characters_and_values(tmp_path: Path, recwarn: pytest.WarningsRecor
     tokens = ["", " 日本", "\t", "\x00", "\u202e", "ß", "�"]
     for suffix in ("png", "svg"):
         draw_tokens(
-            run_of(Answer("forget", 0, "ど\n$", tokens, [math.nan] * 7, [1.0] * 7)), tmp_path / f"tokens.{suffix}"
+            run_of(RecordedAnswer("forget", 0, "ど\n$", tokens, [math.nan] * 7, [1.0] * 7)),
+            tmp_path / f"tokens.{suffix}",
         )
     assert [str(warning.message) for warning in recwarn] == []
     assert "<!-- ß -->" in (tmp_path / "tokens.svg").read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ def test_an_interrupted_run_goes_on_as_it_says(devices: list[str], model_dir: st
     code, printed = interrupt(tmp_path, *arguments(model_dir, "stopped"), "--trainer.accelerator=cpu", *devices)
     assert code == 130, printed[-3000:]
     assert "Traceback" not in printed
-    stopped = re.search(r"stopped after step (\d+): (\S+last-step=\1\.ckpt); go on with `lit-unlearn (.*)`", printed)
+    stopped = re.search(r"stopped after step (\d+): (\S+last-step=\1\.ckpt); resume with `lit-unlearn (.*)`", printed)
     assert stopped, printed[-3000:]
     assert int(stopped[1]) < 48
     for command in (shlex.split(stopped[3]), [*arguments(model_dir, "whole"), "--trainer.accelerator=cpu", *devices]):

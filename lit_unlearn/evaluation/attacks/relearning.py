@@ -94,6 +94,7 @@ def relearn(lm: LanguageModel, examples: Sequence[Example], attack: Relearn, tok
     Raises:
         DivergedError: If the NLL is not finite.
     """
+    # All weights move, whatever the unlearning trained: an attacker is not bound to its adapter or frozen layers.
     parameters = [parameter.requires_grad_() for parameter in lm.eval().parameters()]
     dtypes = [parameter.dtype for parameter in parameters]
     for parameter in parameters:

@@ -1,0 +1,35 @@
+"""Facts about a running fit that several callbacks ask for; a module that is no `LitLanguageModel` has none."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import lightning as L
+
+from lit_unlearn.dual import Constraint
+from lit_unlearn.training import LitUnlearn, Measurement
+from lit_unlearn.training.module import LitLanguageModel
+
+
+def get_constraints(module: L.LightningModule) -> dict[str, Constraint]:
+    """Return the constraints by name; none while fine-tuning."""
+    return module.constraints if isinstance(module, LitUnlearn) else {}
+
+
+def get_multipliers(module: L.LightningModule) -> dict[str, float]:
+    """Return every constraint's λ by name."""
+    return {name: constraint.multiplier.value for name, constraint in get_constraints(module).items()}
+
+
+def measure_kept_model(module: LitLanguageModel) -> Measurement:
+    """Return the values of the model that the run would keep now, and its step; every process must call this."""
+    last = Measurement(module.global_step, module.measure())
+    # `measure` comes first: the last model may turn out to be the best.
+    best = module.best if isinstance(module, LitUnlearn) else None
+    return best or last
+
+
+def may_have_new_best(module: L.LightningModule, trainer: L.Trainer) -> TypeGuard[LitUnlearn]:
+    """Return whether the validation that has just ended may have found the best model so far."""
+    is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+    return is_fit and isinstance(module, LitUnlearn) and module.keep == "best"

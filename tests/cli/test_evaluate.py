@@ -1,0 +1,75 @@
+"""`lit-unlearn evaluate` builds what the long form builds, and writes a results file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import instantiate
+
+from lit_unlearn import cli
+from lit_unlearn.evaluation.results import Results
+
+ROWS = {"question": "Who?", "answer": "He.", "perturbed_answer": ["She.", "It."], "paraphrased_answer": "Him."}
+CPU = "--trainer.accelerator=cpu"
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (
+            ["--suite=tofu", "--forget_split=forget05", "--max_rows=3", "--dtype=bfloat16", "--max_new_tokens=7"],
+            [
+                "--config=eval/tofu.yaml",
+                "--model.benchmark.forget_split=forget05",
+                "--model.benchmark.max_rows=3",
+                "--model.benchmark.max_new_tokens=7",
+                "--trainer.precision=bf16-true",
+            ],
+        ),
+        (
+            ["--suite=muse", "--corpus=Books", "--model.lm.tokenizer=null"],
+            ["--config=eval/muse.yaml", "--model.benchmark.corpus=Books", "--model.lm.tokenizer=null"],
+        ),
+        (
+            ["--suite=stress", "--k=0.3", "--bits=[4]"],
+            ["--config=eval/stress.yaml", "--model.benchmark.benchmark.k=0.3", "--model.benchmark.bits=[4]"],
+        ),
+    ],
+)
+def test_the_same_objects(
+    short: list[str], long: list[str], in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = instantiate(["evaluate", model_dir, *short, "--output=a.json", CPU], monkeypatch)
+    test = instantiate(["test", *long, f"--model.lm.model={model_dir}", "--model.results=a.json", CPU], monkeypatch)
+    assert evaluate.config.test.model == test.config.test.model
+    assert evaluate.config.test.trainer == test.config.test.trainer
+
+
+def test_a_results_file(in_tmp: Path, model_dir: str, write_rows: Callable[..., str]) -> None:
+    forget, retain = (write_rows(f"{name}.jsonl", [ROWS] * 3) for name in ("forget", "retain"))
+    sets = [f"--forget={forget}", "--retain", retain, "--max_rows=2", "--max_new_tokens=2"]
+    cli.main(["evaluate", model_dir, "--suite", "qa", *sets, "--output=new/a.json", CPU])
+    results = Results.read("new/a.json")
+    assert results.data["forget"]["rows"] == 2
+    cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--retain_results=new/a.json", "--output=b.json", CPU])
+    assert Results.read("b.json").aggregate["forget_quality"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suite=tofu"], "output"),
+        (["--suite=lume", "--output=a.json"], "lume"),
+        (["--suite=qa", "--output=a.json"], "--forget FILE"),
+        (["--suite=tofu", "--output=a.json", "--corpus=News"], "TOFUBenchmark has no setting 'corpus'"),
+    ],
+)
+def test_wrong_options(
+    options: list[str], message: str, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluate", model_dir, *options])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
