@@ -42,16 +42,16 @@ def describe_method(file: Path) -> dict[str, Any]:
         ``name``, ``objective``, ``formula``, ``needs``, ``paper``, ``retention`` (a line per constraint) and ``config``.
     """
     model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
-    forget = _objective_class(model["forget"])
-    needs = set(forget.needs)
+    forget = _build_objective(model["forget"])
+    needs = set(forget.requirements)
     retention = []
     for constraint in model["constraints"].values():
-        objective = _objective_class(constraint["objective"])
-        needs |= objective.needs
-        retention.append(f"{objective.__name__} {_describe_multiplier(constraint['multiplier'])}")
+        objective = _build_objective(constraint["objective"])
+        needs |= set(objective.requirements)
+        retention.append(f"{type(objective).__name__} {_describe_multiplier(constraint['multiplier'])}")
     return {
         "name": file.stem,
-        "objective": forget.__name__,
+        "objective": type(forget).__name__,
         "formula": forget.formula,
         "needs": sorted(needs),
         "paper": forget.paper,
@@ -60,8 +60,8 @@ def describe_method(file: Path) -> dict[str, Any]:
     }
 
 
-def _objective_class(settings: dict[str, Any]) -> type[objectives.Objective]:
-    objective: type[objectives.Objective] = getattr(objectives, settings["class_path"])
+def _build_objective(settings: dict[str, Any]) -> objectives.Objective:
+    objective: objectives.Objective = getattr(objectives, settings["class_path"])(**settings.get("init_args", {}))
     return objective
 
 

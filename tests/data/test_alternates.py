@@ -62,7 +62,7 @@ def prepared(tokenizer: Any) -> Callable[..., Any]:
     """Sets a data module up as a trainer would whose module needs what is given."""
 
     def prepare(data: ForgetRetain, *needs: str) -> ForgetRetain:
-        module = SimpleNamespace(needs=frozenset(needs), lm=SimpleNamespace(tokenizer=tokenizer))
+        module = SimpleNamespace(reads_alternates=bool(needs), lm=SimpleNamespace(tokenizer=tokenizer))
         data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
         data.setup("fit")
         return data

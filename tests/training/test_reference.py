@@ -254,7 +254,9 @@ def test_own_loaders(make_trainer: Any, model_dir: str, tokenizer: Any, cache: P
         run(DPO(), forget)
     packed = {key: value for key, value in batch("six seven").items() if key != "attention_mask"}
     packed["position_ids"] = torch.arange(packed["labels"].shape[1])[None]
-    with pytest.raises(ValueError, match=r"'forget' \(NPO\) needs to know the examples of the 'forget' batch one by one"):
+    with pytest.raises(
+        ValueError, match=r"'forget' \(NPO\) needs to know the examples of the 'forget' batch one by one"
+    ):
         run(NPO(), [packed], {"forget": loader([packed]), "retain": loader(retain)})
 
 
