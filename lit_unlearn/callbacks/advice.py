@@ -104,6 +104,7 @@ class RunAdvice(Callback):
             )
 
     def _check_slack(self, trainer: L.Trainer, name: str, constraint: Constraint, epsilon: float) -> None:
+        # All steps of the epoch, since a single one near epsilon shows that the slack is being used.
         values, multiplier = self._epoch_values[name], constraint.multiplier.value
         reference = self._references.get(name, epsilon)
         is_unused = max(values) < reference + _MIN_USED_SLACK * (epsilon - reference)
