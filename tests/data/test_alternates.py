@@ -59,10 +59,11 @@ def test_faults_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def prepared(tokenizer: Any) -> Callable[..., Any]:
-    """Sets a data module up as a trainer would whose module needs what is given."""
+    """Set a data module up as a trainer would, for an objective that reads what is given."""
 
-    def prepare(data: ForgetRetain, *needs: str) -> ForgetRetain:
-        module = SimpleNamespace(needs=frozenset(needs), lm=SimpleNamespace(tokenizer=tokenizer))
+    def prepare(data: ForgetRetain, reads: str = "answer") -> ForgetRetain:
+        term = SimpleNamespace(objective=SimpleNamespace(reads=reads))
+        module = SimpleNamespace(terms=lambda: [term], lm=SimpleNamespace(tokenizer=tokenizer))
         data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
         data.setup("fit")
         return data
