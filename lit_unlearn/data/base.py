@@ -246,7 +246,7 @@ class ForgetRetain(L.LightningDataModule):
 
     def _needs_alternates(self) -> bool:
         # Without a trainer, or under a module of the user's, there are no objectives to ask.
-        module = getattr(self.trainer, "lightning_module", None)
+        module: Any = getattr(self.trainer, "lightning_module", None)
         terms = module.terms() if hasattr(module, "terms") else []
         return any(term.objective.reads != "answer" for term in terms)
 
