@@ -89,7 +89,7 @@ class RunAdvice(Callback):
             if self._epoch_values.get(name) and epsilon is not None and not is_warmup:
                 self._check_cap(name, constraint, epsilon)
                 # Forgetting that ends by itself need not use all that epsilon allows.
-                if isinstance(pl_module, LitUnlearn) and pl_module.forget.unseen is None:
+                if isinstance(pl_module, LitUnlearn) and pl_module.forget.level is None:
                     self._check_slack(trainer, name, constraint, epsilon)
 
     def _check_cap(self, name: str, constraint: Constraint, epsilon: float) -> None:
@@ -104,6 +104,7 @@ class RunAdvice(Callback):
             )
 
     def _check_slack(self, trainer: L.Trainer, name: str, constraint: Constraint, epsilon: float) -> None:
+        # All steps of the epoch, since a single one near epsilon shows that the slack is being used.
         values, multiplier = self._epoch_values[name], constraint.multiplier.value
         reference = self._references.get(name, epsilon)
         is_unused = max(values) < reference + _MIN_USED_SLACK * (epsilon - reference)

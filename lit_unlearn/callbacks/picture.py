@@ -80,10 +80,12 @@ class RunPicture(Callback):
         if self._current_file is None:
             rank_zero_info("pictures: none, for want of the metrics.csv of a CSVLogger; add one to the loggers")
             return
+        # The last model may be the one to keep; without data of ours, there may be nothing to measure on.
         if self._before:
-            pl_module.measure()  # the last model may be the one to keep
+            pl_module.measure()
         self._score_kept_model(trainer, pl_module)
         if trainer.is_global_zero:
+            # Loggers hold back what came since their last write.
             for logger in trainer.loggers:
                 logger.save()
             self._draw_pictures(Path(self._current_file).parent)

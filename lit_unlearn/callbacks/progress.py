@@ -37,6 +37,7 @@ class ProgressBar(TQDMProgressBar):
         self._draws = sys.stdout.isatty()
         self._start_time = time.monotonic()
         self._first_step = 0
+        # In a log file, a bar would be a line per update.
         if not self._draws:
             self.disable()
 

@@ -103,6 +103,7 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        # A resumed run begins with a model that has forgotten already: its first part measured the one before.
         if not self._before and isinstance(pl_module, LitLanguageModel):
             self._before = {"values": pl_module.measure(), "multipliers": get_multipliers(pl_module)}
 
@@ -110,6 +111,7 @@ class RunReport(Callback):
         """Measure the kept model, write the file and print the table."""
         if not isinstance(pl_module, LitLanguageModel):
             return
+        # Before the last measurement, so that runs compare by their training.
         seconds = time.monotonic() - self._start_time
         rank_zero_info(f"fit: {trainer.global_step} steps in {seconds:.1f} s")
 
@@ -158,6 +160,7 @@ class RunReport(Callback):
             after=kept.values,
             constraints=constraints,
             seconds=seconds,
+            # The process that needs most decides whether a run fits.
             peak_memory_mib=max(gather_objects(_peak_memory_mib(device))),
             peak_memory_device="cuda" if device.type == "cuda" else "cpu",
         )
@@ -199,6 +202,7 @@ def _peak_memory_mib(device: torch.device) -> float:
 
 def _find_hint(report: Report, module: LitUnlearn) -> str | None:
     """Return what to change where the kept model violates a constraint or has hardly forgotten anything."""
+    # Ordered by what to do first: without a feasible model, how much was forgotten is not meaningful.
     if module.excess(report.after) > 0:
         if module.keep == "last":
             return "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."

@@ -241,9 +241,10 @@ class ForgetRetain(L.LightningDataModule):
         return (self.sets_argument or name) if name in ("forget", "retain") else "streams"
 
     def _needs_alternates(self) -> bool:
-        # Without a trainer, or under a module of the user's, there is nothing to ask.
-        module = getattr(self.trainer, "lightning_module", None)
-        return bool(getattr(module, "reads_alternates", False))
+        # Without a trainer, or under a module of the user's, there are no objectives to ask.
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        terms = module.terms() if hasattr(module, "terms") else []
+        return any(term.objective.reads != "answer" for term in terms)
 
     def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
         for setting, column in self._columns.items():

@@ -73,9 +73,10 @@ def _has_full_model(record: Record) -> bool:
 
 
 def _render_front_matter(record: Record) -> str:
+    # The hub refuses a `base_model` that is a local path.
     is_on_hub = record["model"]["commit"] is not None
     data = ModelCardData(
-        base_model=record["model"]["name"] if is_on_hub else None,  # the hub refuses local paths
+        base_model=record["model"]["name"] if is_on_hub else None,
         library_name="transformers" if _has_full_model(record) else "peft",
         pipeline_tag="text-generation",
         tags=["unlearning", "lit-unlearn"] if _is_unlearned(record) else ["lit-unlearn"],
@@ -112,6 +113,7 @@ def _summarize_unlearning(record: Record) -> str:
     if before is not None and after is not None:
         text += f" The probability of their answers went from {before:.4g} to {after:.4g}."
 
+    # NaN compares false with everything: a slack that is not a number is a violation, not a success.
     violated = []
     for name, values in record["constraints"].items():
         if values["slack"] is not None and not values["slack"] >= 0:
@@ -134,6 +136,7 @@ def _render_subject(record: Record) -> str:
     }
     for name, digest in model["weights"].items():
         facts[f"sha256 of `{name}`"] = _format_code(digest)
+    # A model made from scratch has no revision, a local one no commit.
     known = [(name, fact) for name, fact in facts.items() if fact]
     return f"{_format_facts(['', ''], known)}\n\n{_render_sets(record)}"
 
@@ -193,6 +196,7 @@ def _render_constraints(record: Record) -> str:
     lines = []
     for name, bound in (record.get("bounds") or {}).items():
         outcome = record["constraints"][name]
+        # A run that was stopped before its first step has not measured what a relative epsilon refers to.
         epsilon = "epsilon, which was not measured"
         if outcome["epsilon"] is not None:
             epsilon = f"epsilon {outcome['epsilon']:.4g}"
@@ -210,8 +214,10 @@ def _render_constraints(record: Record) -> str:
 def _render_outcome(record: Record) -> str:
     parts = []
     if record.get("after"):
+        # Without validation examples of its stream, a constraint has no line in the table.
         measured = {name: values for name, values in record["constraints"].items() if values["value"] is not None}
         parts.append(f"```text\n{report_table({**record, 'constraints': measured})}\n```")
+    # Also where nothing was measured: then above all, nothing is proved.
     if _is_unlearned(record):
         parts.append(_LIMITS)
     return "\n\n".join(parts)
@@ -257,6 +263,7 @@ def _render_config(record: Record) -> str:
 def _drop_nulls(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
+    # Hundreds of unset options of the Trainer would hide the dozen that decide.
     return {key: _drop_nulls(entry) for key, entry in value.items() if entry is not None}
 
 

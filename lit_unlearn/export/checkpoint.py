@@ -64,6 +64,7 @@ def export_checkpoint(
         **saved_record,
         "benchmarks": list(benchmarks),
     }
+    # Values of another step would be claimed for a model that was never measured.
     after = best["values"] if best and kept_step == step else {}
     steps = {"step": step, "kept_step": kept_step, "steps": step}
     record = add_outcome(record, after, checkpoint.get("constraints", {}), **steps)
@@ -170,6 +171,7 @@ def _load_model(path: Path, state: Mapping[str, Tensor], record: Record, base_mo
             f"{len(misfits)} tensors of the checkpoint, such as '{min(misfits)}', do not fit the model "
             f"'{settings.get('model')}': it was made with another model or adapter. Give its base model as `base_model` (--model)."
         )
+    # Not strict: with an adapter, the base model's weights are loaded already. What is required was checked above.
     lm.load_state_dict(weights, strict=False)
     return lm
 
@@ -186,6 +188,7 @@ def _find_model_settings(path: Path, record: Record, base_model: str | None) -> 
         settings = dict(config["model"]["init_args"]["lm"])
     else:
         settings = {"adapter": record.get("model", {}).get("adapter")}
+    # Both would only slow down a model that is loaded to be written.
     settings |= {"compile": False, "activation_checkpointing": False}
     if base_model is not None:
         settings |= {"model": base_model, "config": None, "revision": None}

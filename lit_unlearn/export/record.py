@@ -94,6 +94,7 @@ def _describe_outcome(
 ) -> dict[str, float | None]:
     value, slack = after.get(f"constraint/{name}/value"), after.get(f"constraint/{name}/slack")
     epsilon, reference = bound.get("epsilon"), state["reference"]
+    # The reference is in the constraint's state: a resumed run does not measure it again.
     if "relative" in bound and reference is not None:
         epsilon = (1 + bound["relative"]) * reference
     elif epsilon is None and value is not None and slack is not None:
@@ -116,6 +117,7 @@ def summarize_results(file: Path) -> dict[str, Any]:
         MissingFileError: If there is no such file.
         DataError: If it is not a results file.
     """
+    # The examples stay out: the record must not show what was deleted.
     results = Results.read(file).to_dict()
     summary = {key: value for key, value in results.items() if key != "examples"}
     return {**summary, "sha256": file_digest(file)}
@@ -149,6 +151,7 @@ def digest_examples(examples: Sequence[Example]) -> str:
     The text that is hashed has a line ``[input_ids, labels]`` for every example, as Python's ``json.dumps`` writes it; the
     card shows how to compute it again.
     """
+    # Token ids, not texts: they are what was trained on.
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{json.dumps([example.input_ids, example.labels])}\n".encode())
@@ -207,6 +210,7 @@ def _describe_objective(objective: Any) -> dict[str, Any]:
 
 def _read_arguments(instance: Any) -> dict[str, Any]:
     """Return the arguments that an object was made with, as far as it keeps plain values under their names."""
+    # By convention of this package an object keeps its arguments under their names.
     arguments = {}
     for name in inspect.signature(type(instance)).parameters:
         value = getattr(instance, name, None)

@@ -46,8 +46,8 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Seque
         label.set_in_layout(False)
         # Stays legible where it crosses a line.
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6})
-        costs = [_try_offset(label, offset, axes, occupied) for offset in candidates]
-        offset = candidates[costs.index(min(costs))]
+        # At a tie the first candidate is taken, so that labels are on the right and near where they can be.
+        offset = min(candidates, key=lambda candidate: _try_offset(label, candidate, axes, occupied))
         _try_offset(label, offset, axes, occupied)
         occupied += [label.get_window_extent(), *_cover_line(label, axes)]
         if math.hypot(*offset) > _LINE_FROM:

@@ -81,6 +81,7 @@ def draw_dual(run: RunLog, *targets: Path) -> None:
     names = run.constraints
     if not names:
         raise NothingToDraw("no constraint was logged")
+    # One above the other, on the same steps: where a constraint is violated, λ rises, and forgetting slows down.
     with picture(targets, 7, 2 * (len(names) + 2)) as figure:
         *constraints, dual, forget = figure.subplots(len(names) + 2, 1, sharex=True)
         for axes, name in zip(constraints, names, strict=True):
@@ -113,6 +114,7 @@ def _draw_constraint(axes: Axes, run: RunLog, name: str) -> None:
     _draw_epsilon(axes, epsilon)
     steps, values = run.get_step_values(f"constraint/{name}/value")
     is_violated = [value > epsilon for value in values]
+    # Hatching, since colour alone is lost in grey print.
     if any(is_violated):
         axes.fill_between(steps, values, epsilon, is_violated, interpolate=True, label="violated", **_HATCHED)
 
@@ -127,7 +129,7 @@ def _plot_values(axes: Axes, run: RunLog, name: str, colour: str) -> None:
     axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.6, label="batch of the step")
     validation_steps, validation_values = run.get_stream_values(name)
     axes.plot(validation_steps, validation_values, "o", color=colour, label="all examples", **_DOTS)
-    choose_y_scale(axes, [value for value in values + validation_values if math.isfinite(value)])
+    choose_y_scale(axes, values + validation_values)
 
 
 def draw_trajectory(run: RunLog, *targets: Path) -> None:
@@ -144,6 +146,7 @@ def draw_trajectory(run: RunLog, *targets: Path) -> None:
     names = [name for name in run.constraints if f"val/constraint/{name}/value" in run.metrics]
     if metric is None or not names:
         raise NothingToDraw("no validation measured the forget set and a constraint")
+    # A validation without both values, or with NaN, has no place in the picture.
     forgetting = dict(zip(*run.get_stream_values(f"forget/{metric}"), strict=True))
     with picture(targets, 7, 3.8 * len(names)) as figure:
         for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
@@ -164,10 +167,11 @@ def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> 
     epsilon = run.find_epsilon(name)
     axes.plot(*zip(*path, strict=True), color="0.55", linewidth=1, zorder=1)
 
-    feasible, violated = path, []
-    if epsilon is not None:
-        feasible = [point for point in path if point[1] <= epsilon]
-        violated = [point for point in path if point[1] > epsilon]
+    feasible: list[Point] = []
+    violated: list[Point] = []
+    for point in path:
+        is_violated = epsilon is not None and point[1] > epsilon
+        (violated if is_violated else feasible).append(point)
     if feasible:
         axes.plot(*zip(*feasible, strict=True), "o", color=RETAIN, label="feasible", **_DOTS)
     if violated:
@@ -195,9 +199,12 @@ def _choose_labels(steps: Sequence[int], kept_step: int | None) -> list[str]:
     labelled = {kept_step, steps[-1]}
     for i in range(1, _NUM_LABELS + 1):
         labelled.add(steps[len(steps) * i // (_NUM_LABELS + 1)])
-    labels = [f"step {step}" if step in labelled else "" for step in steps]
-    if steps[0] == 0:
-        labels[0] = "before"
+    labels = []
+    for step in steps:
+        if step == 0:
+            labels.append("before")
+        else:
+            labels.append(f"step {step}" if step in labelled else "")
     return labels
 
 
@@ -244,7 +251,7 @@ def draw_finetuning(run: RunLog, *targets: Path) -> None:
                 series, label = run.get_step_values(f"{name}/nll"), f"{name}, batch of the step"
                 axes.plot(*series, "-", color=colour, linewidth=0.9, label=label)
             values += series[1]
-        choose_y_scale(axes, [value for value in values if math.isfinite(value)])
+        choose_y_scale(axes, values)
         axes.set_ylabel("NLL (nats per token)")
         axes.set_xlabel(_STEPS_LABEL)
         legend_above(axes)

@@ -118,6 +118,7 @@ def read_metrics(files: Sequence[Path]) -> dict[str, Series]:
     for path in files:
         rows = _read_rows(path)
         first_step = min((step for step, _ in rows), default=math.inf)
+        # What an interrupted run did after its last checkpoint was done again by the run that resumed.
         for values in values_by_step.values():
             for step in [step for step in values if step >= first_step]:
                 del values[step]
@@ -204,13 +205,17 @@ def read_run(folder: Path) -> RunLog:
             f"'{folder / PICTURE_FILE}' is damaged ({error}): remove it to draw the metrics alone."
         ) from error
 
-    files = [Path(os.path.normpath(folder / file)) for file in content.get("metrics") or [METRICS_FILE]]
-    if not files[-1].is_file():
+    files: list[Path] = []
+    missing: list[Path] = []
+    for name in content.get("metrics") or [METRICS_FILE]:
+        file = Path(os.path.normpath(folder / name))
+        (files if file.is_file() else missing).append(file)
+    # The last one is the run's own. Without those of runs that it resumed, the rest can still be drawn.
+    if missing and missing[-1] == file:
         raise MissingFileError(
             f"'{folder}' has no {METRICS_FILE} yet: the logger writes it every `log_every_n_steps` steps."
         )
-    missing = [file for file in files if not file.is_file()]
-    metrics = read_metrics([file for file in files if file not in missing])
+    metrics = read_metrics(files)
 
     before = content.get("before") or report.get("before") or {}
     kept_step = content.get("kept_step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,5 +75,6 @@ def legend_above(axes: Axes) -> None:
 
 def choose_y_scale(axes: Axes, values: Sequence[float]) -> None:
     """Make the y-axis logarithmic if all values are positive and span more than a factor of 20."""
-    if values and min(values) > 0 and max(values) > 20 * min(values):
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale("log")

@@ -116,11 +116,6 @@ class LitLanguageModel(L.LightningModule):
         """Return the objectives with their present weights; they are measured in validation, too."""
         return []
 
-    @property
-    def reads_alternates(self) -> bool:
-        """Whether an objective reads alternate answers, which a data module then has to bring."""
-        return any(term.objective.reads != "answer" for term in self.terms())
-
     # Loading ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

@@ -267,7 +267,7 @@ def test_pictures_are_images_with_every_name(write: Any, tmp_path: Path) -> None
         assert f"<!-- {label} -->" in text
     cli.main(["compare", *files, "--figure", str(tmp_path / "picture.svg")])  # without --retain: no forget quality
     text = (tmp_path / "picture.svg").read_text(encoding="utf-8")
-    assert "<!-- 1 − answer probability on the forget rows -->" in text
+    assert "<!-- 1 − answer probability on the forget set -->" in text
     assert len(list((tmp_path / "new").iterdir())) == 2
 
 
@@ -276,8 +276,8 @@ def test_a_value_that_not_every_model_has_is_not_drawn(write: Any, tmp_path: Pat
     target = tmp_path / "picture.svg"
     cli.main(["compare", *files, "--figure", str(target)])
     text = target.read_text(encoding="utf-8")
-    assert "<!-- 1 − answer probability on the forget rows -->" in text
-    assert "<!-- answer probability on the retain rows -->" in text
+    assert "<!-- 1 − answer probability on the forget set -->" in text
+    assert "<!-- answer probability on the retain set -->" in text
     target.unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit, match=r"'model_utility' or 'retain/probability' of every model.* c\."):

@@ -59,10 +59,11 @@ def test_faults_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def prepared(tokenizer: Any) -> Callable[..., Any]:
-    """Sets a data module up as a trainer would whose module needs what is given."""
+    """Set a data module up as a trainer would, for an objective that reads what is given."""
 
-    def prepare(data: ForgetRetain, *needs: str) -> ForgetRetain:
-        module = SimpleNamespace(reads_alternates=bool(needs), lm=SimpleNamespace(tokenizer=tokenizer))
+    def prepare(data: ForgetRetain, reads: str = "answer") -> ForgetRetain:
+        term = SimpleNamespace(objective=SimpleNamespace(reads=reads))
+        module = SimpleNamespace(terms=lambda: [term], lm=SimpleNamespace(tokenizer=tokenizer))
         data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
         data.setup("fit")
         return data
@@ -99,8 +100,8 @@ def test_rows_have_them_only_where_they_are_read(prepared: Any, tokenizer: Any) 
     assert len(set(states)) == 3  # another draw cannot be resumed
     assert states[1] == states[3]
     batch = next(iter(wrong.train_dataloader()))[0]
-    assert batch["forget"]["alternate"]["labels"].shape[0] == 4
-    assert "alternate" not in batch["retain"]
+    assert [example.alternate is None for example in batch["forget"]] == [False] * 4
+    assert all(example.alternate is None for example in batch["retain"])
     assert prepared(plain, "alternate").examples["forget"][0].alternate is not None  # asked for later
 
 
@@ -108,7 +109,7 @@ def test_a_row_that_fills_up_supervises_nothing(prepared: Any) -> None:
     rows = prepared(FictionalAuthors(3, 1, max_length=200), "alternate").examples["forget"][:3]
     filler = rows[0].without_labels()
     assert (filler.id, filler.alternate.id) == ("", "")
-    batch = FiniteStream(rows, 0, 3, name="forget", rank=1, world_size=2).batch(0)
-    assert (batch["labels"][1] == IGNORED).all()
-    assert (batch["alternate"]["labels"][1] == IGNORED).all()
-    assert (batch["alternate"]["labels"][0] != IGNORED).any()
+    batch = FiniteStream(rows, 3, name="forget", rank=1, world_size=2).batch(0)
+    example, filled = batch
+    assert set(filled.labels) == set(filled.alternate.labels) == {IGNORED}
+    assert set(example.alternate.labels) != {IGNORED}

@@ -217,7 +217,8 @@ def test_shared_texts_and_unfit_tokenizers_are_found(make, folder, tmp_path):
 
 def test_methods_that_read_alternate_answers_are_refused(make, tokenizer):
     data = make(tokenizer=None)
-    module = SimpleNamespace(reads_alternates=True, lm=SimpleNamespace(tokenizer=tokenizer))
+    term = SimpleNamespace(objective=SimpleNamespace(reads="alternate"))
+    module = SimpleNamespace(terms=lambda: [term], lm=SimpleNamespace(tokenizer=tokenizer))
     data.trainer = SimpleNamespace(lightning_module=module)
     with pytest.raises(ValueError, match=r"MUSE.* alternate"):
         data.setup("fit")

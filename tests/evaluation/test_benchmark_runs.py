@@ -107,7 +107,7 @@ def test_a_fit_needs_rows(in_tmp: Path, model_dir: str) -> None:
     settings = yaml.safe_load((Path(__file__).parents[2] / "configs/demo/unlearn.yaml").read_text(encoding="utf-8"))
     settings.pop("data")
     (in_tmp / "no_data.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"there are no rows: set `data`, .* Only LitEvaluate, .*, needs none\."):
+    with pytest.raises(SystemExit, match=r"`data`.*LitEvaluate"):
         cli.main([*arguments, "--config=no_data.yaml"])
 
 
