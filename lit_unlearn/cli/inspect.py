@@ -26,10 +26,13 @@ from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
 
-Question = tuple[str, str | None]  # with its right answer, where that is known
-Cell = tuple[str, int]  # a character, and the eighth that the probability of its token is in
+# With its right answer, where that is known.
+Question = tuple[str, str | None]
+# A character, and the eighth that the probability of its token is in.
+Cell = tuple[str, int]
 
-_BARS = "▁▂▃▄▅▆▇█"  # for a token's probability, in eighths
+# For a token's probability, in eighths.
+_BARS = "▁▂▃▄▅▆▇█"
 # The same on a terminal of 256 colours: orange to blue, which no colour-blindness confuses.
 _COLOURS = (166, 208, 215, 223, 195, 153, 75, 32)
 _END_MARK, _EXACT_MARK = "∎", "✓"

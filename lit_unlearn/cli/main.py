@@ -18,7 +18,8 @@ from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
 _STDOUT = 1
 _CONFIG_OPTIONS = ("--config", "-c")
 _PACKAGE = Path(__file__).parents[1]
-CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # the wheel's; the source tree's
+# The wheel has them inside the package, the source tree beside it.
+CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 HELP = """\
 usage: lit-unlearn COMMAND [options]

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.training.strategies import check_strategy
 
-_MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")  # in a resumed run
+# Keys that may differ in a resumed run without a word.
+_MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
 _PRINTED_FIRST = ("model", "data", "trainer", "logs", "report", "picture", "export")
 _NOT_SET = "# not set"
 

@@ -34,7 +34,8 @@ from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewi
 from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.training.strategies import leave_process_group
 
-_NAMED_CHECKPOINTS = ("best", "last", "hpc")  # which Lightning looks for
+# Lightning looks for these checkpoints itself.
+_NAMED_CHECKPOINTS = ("best", "last", "hpc")
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -106,9 +107,12 @@ class UnlearnCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_unlearn.training.LitUnlearn"},
-                "trainer.log_every_n_steps": 1,  # λ and slack of every step
-                "trainer.num_sanity_val_steps": 0,  # the report measures everything before the first step
-                "trainer.enable_model_summary": False,  # one line says it
+                # So that λ and slack of every step are drawn.
+                "trainer.log_every_n_steps": 1,
+                # The report measures everything before the first step.
+                "trainer.num_sanity_val_steps": 0,
+                # The module logs one line about the model.
+                "trainer.enable_model_summary": False,
             }
         )
 
@@ -116,7 +120,8 @@ class UnlearnCLI(LightningCLI):
         # Lightning's own reads all weights in search of hyperparameters, which our modules do not save, and ends with a
         # traceback if the file is damaged.
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is None or path in _NAMED_CHECKPOINTS or ":" in path:  # an address, or a name in a registry
+        # With a colon it is an address, or a name in a registry.
+        if path is None or path in _NAMED_CHECKPOINTS or ":" in path:
             return
         if not Path(path).exists():
             raise MissingFileError(f"there is no checkpoint '{path}'.", argument="ckpt_path")
@@ -130,7 +135,8 @@ class UnlearnCLI(LightningCLI):
         check_trainer(config.trainer)
         is_evaluation = config.model.class_path.endswith("LitEvaluate")
         if is_evaluation and "verbose" in config:
-            config.verbose = False  # the benchmark prints its own table
+            # The benchmark prints its own table.
+            config.verbose = False
         if config.get("data") is None and not is_evaluation:
             raise ConfigError(
                 "`data` is missing: set it, for example to `{class_path: ForgetRetain, init_args: {forget: …, retain: …}}`. "
@@ -203,7 +209,8 @@ def build_parsers() -> dict[str, LightningArgumentParser]:
 def run(arguments: list[str]) -> None:
     """Parse and run one command."""
     _silence_libraries()
-    sys.argv[1:] = arguments  # where LightningCLI, and the processes that it may start, look for them
+    # Where LightningCLI, and the processes that it may start, look for them.
+    sys.argv[1:] = arguments
     try:
         UnlearnCLI((arguments[0],))
     finally:
@@ -213,7 +220,8 @@ def run(arguments: list[str]) -> None:
 _CHATTER = re.compile(
     r"(\[rank: \d+\] )?(GPU available|TPU available|💡 Tip|Seed set to|Loading `train_dataloader`|`Trainer\.|Restored all"
     r"|Initializing distributed: |-+\ndistributed_backend="
-    r"|Failed to load CPU gemm_4bit_forward)"  # transformers' schedules import peft, which imports bitsandbytes
+    # Transformers' schedules import peft, which imports bitsandbytes.
+    r"|Failed to load CPU gemm_4bit_forward)"
 )
 _CHATTERERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -226,8 +234,10 @@ _IRRELEVANT_WARNINGS = (
     "does not have many workers",
     "pre-optimization state was saved",
     "dataloader is not resum",
-    "Checkpoint directory .* exists and is not empty",  # the runs of a name share it
-    "sync_dist=True",  # what is logged is the same on every process
+    # The runs of a name share it.
+    "Checkpoint directory .* exists and is not empty",
+    # What is logged is the same on every process.
+    "sync_dist=True",
 )
 _format_warning = warnings.formatwarning
 
