@@ -51,6 +51,7 @@ from lit_unlearn.training import LitEvaluate as LitEvaluate
 from lit_unlearn.training import LitFinetune as LitFinetune
 from lit_unlearn.training import LitUnlearn as LitUnlearn
 from lit_unlearn.training import Schedule as Schedule
+from lit_unlearn.unlearning import unlearn as unlearn
 
 __version__: str
 __all__: list[str]

@@ -27,8 +27,9 @@ LAYER = {
     "plotting": 6,
     "export": 6,
     "callbacks": 7,
-    "cli": 8,
-    "__main__": 9,
+    "unlearning": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 LOW_FILES = {"data.encoding", "data.templates"}  # they need a tokenizer alone, so that models can put questions
 SIDEWAYS = {("dual", "objectives")}  # a constraint holds an objective

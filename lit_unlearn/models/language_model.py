@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_unlearn import functional
-from lit_unlearn.data.encoding import check_tokenizer, encode, prompt_of
+from lit_unlearn.data.encoding import check_tokenizer, collate, encode, prompt_of
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import BatchError, ConfigError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
-from lit_unlearn.models.tokens import Alignment, SupervisedTokens, TokenIndex, locate
+from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.utils.io import atomic_directory, check_export_target
 
 if TYPE_CHECKING:
@@ -345,6 +345,48 @@ class LanguageModel(nn.Module):
             example = encode(question, "Answer", tokenizer, template=template, max_length=sys.maxsize)
             prompts.append(prompt_of(example))
         return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
+
+    def loss(self, objective: Any, batch: Batch) -> Tensor:
+        """Return the mean of an objective over a batch, for a training loop of your own.
+
+        Args:
+            objective: An `Objective`. One that needs the reference model needs an adapter, or `keep_reference` after loading.
+            batch: Examples, or a Hugging Face batch on the model's device: ``input_ids``, ``attention_mask`` and ``labels``;
+                for some objectives also ``alternate``, a batch with other answers, and ``reference_logp``, shape ``(B,)``.
+
+        Returns:
+            A scalar, with gradient.
+
+        Raises:
+            BatchError: If the batch lacks what the objective reads.
+
+        Example:
+            >>> loss = lm.loss(LogitMargin(), forget) + weight * lm.loss(NLL(), retain)  # doctest: +SKIP
+        """
+        if not isinstance(batch, Mapping):
+            device = self.causal_lm.device
+            batch = {key: value.to(device) for key, value in collate(batch, pad_id=0).items()}
+        answers: list[Mapping[str, Any] | None] = [batch] if objective.reads != "alternate" else []
+        if objective.reads != "answer":
+            answers.append(batch.get("alternate"))
+
+        tokens = []
+        for answer in answers:
+            if answer is None:
+                raise BatchError(
+                    f"{type(objective).__name__} reads alternate answers: give the batch an `alternate` batch."
+                )
+            index = objective.select(locate(answer, objective.alignment))
+            if "reference_logp" in answer:
+                index = index._replace(reference_logp=answer["reference_logp"][index.examples])
+            needs_reference = "reference" in objective.needs
+            tokens.append(
+                self(answer, lambda seen: seen, index=[index], reference=needs_reference, layers=objective.layers)
+            )
+        if len(tokens) == 2:
+            tokens[0] = tokens[0]._replace(alternate=tokens[1])
+        values: Tensor = objective(self, tokens[0])
+        return values.mean()
 
     @property
     def _head(self) -> nn.Linear:

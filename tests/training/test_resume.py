@@ -63,7 +63,7 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
 
 def test_resuming_twice_over_the_end_of_an_epoch(whole: Callable[[str], Any], tmp_path: Path) -> None:
     """Lightning counts epochs wrongly from a checkpoint of an epoch's last step on, which shows at the next resume."""
-    settings, expected, folder = whole("step", 0)
+    settings, expected, folder = whole("step")
     first = {**settings, "ckpt_path": str(folder / "steps" / "3.ckpt"), "checkpoints": "steps"}
     runner.run(first, tmp_path / "first", devices=1)
     for after in (5, 6, 7):
@@ -75,7 +75,7 @@ def test_resuming_twice_over_the_end_of_an_epoch(whole: Callable[[str], Any], tm
 
 def test_the_packages_own_checkpoint_callback(whole: Callable[[str], Any], tmp_path: Path) -> None:
     """It saves an epoch's last step when validation is through, so that the resumed run does not leave that out."""
-    settings, expected, _ = whole("epoch", 0)
+    settings, expected, _ = whole("epoch")
     for after in (2, 3, 4, 6):
         own = {**settings, "checkpoints": "own", "stop_after": after}
         stopped = runner.run(own, tmp_path / str(after), devices=1)
@@ -89,7 +89,7 @@ def test_the_packages_own_checkpoint_callback(whole: Callable[[str], Any], tmp_p
 
 
 def test_checkpoints_hold_plain_types(whole: Callable[[str], Any]) -> None:
-    _, _, folder = whole("step", 0)
+    _, _, folder = whole("step")
     saved = torch.load(folder / "steps" / "4.ckpt", weights_only=True)
     assert saved["constraints"]["nll"].keys() == {"multiplier", "reference", "smoothed"}
     assert saved["run"].keys() == {"seed", "optimizer", "best", "dual_epochs", "forget_level"}
