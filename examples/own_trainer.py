@@ -65,7 +65,7 @@ class Assistant(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = self.suite.compute()
         self.suite.reset()
-        if self.bound.reference is None:  # the first validation, of the model as it came
+        if self.bound.epsilon is None:  # the first validation, of the model as it came
             self.bound.level.set(values["retain/nll"])
         feasible = self.bound.violation(values["retain/nll"]) <= 0
         values["feasible_forget"] = values["forget/margin"] if feasible else float("inf")

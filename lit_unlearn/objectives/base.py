@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, final
+from typing import ClassVar, Literal, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from lit_unlearn.errors import BatchError
-from lit_unlearn.models import Alignment, SupervisedTokens
+from lit_unlearn.models import Alignment, SupervisedTokens, TokenIndex
 from lit_unlearn.objectives.reference_level import ReferenceLevel
-
-if TYPE_CHECKING:
-    from lit_unlearn.models.tokens import TokenIndex
 
 Need = Literal["reference", "reference_logp"]
 """Parts of the reference model that an objective uses.

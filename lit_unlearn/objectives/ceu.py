@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lit_unlearn.functional import ceu
-from lit_unlearn.models import SupervisedTokens
+from lit_unlearn.models import SupervisedTokens, TokenIndex
 from lit_unlearn.objectives.base import Objective, TokenModel
 from lit_unlearn.utils.validation import check_integer
-
-if TYPE_CHECKING:
-    from lit_unlearn.models.tokens import TokenIndex
 
 
 class CEU(Objective):

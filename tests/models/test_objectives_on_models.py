@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from lit_unlearn import KLToReference, LanguageModel, Objective
 from lit_unlearn.models import SupervisedTokens, locate
-from lit_unlearn.objectives import Average
 
 every_model = pytest.mark.parametrize("name", MODELS)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def through_package(lm: LanguageModel, objective: Objective, rows: Iterable[int] = range(B)) -> Average:
+def through_package(lm: LanguageModel, objective: Objective, rows: Iterable[int] = range(B)) -> Tensor:
     return lm(
         batch(),
         lambda tokens: objective(lm, tokens),
@@ -41,10 +40,10 @@ def assert_equals_dense(lm: LanguageModel, case: str) -> None:
     objective, form = CASES[case]
     values = form(dense(lm))
     wanted = gradients(lm, values.mean())
-    average = through_package(lm, objective)
-    found = gradients(lm, average.mean())
-    assert average.count == len(values)
-    torch.testing.assert_close(average.mean(), values.mean(), rtol=ROUNDING.get(case, 1e-11), atol=0)
+    actual = through_package(lm, objective)
+    found = gradients(lm, actual.mean())
+    assert actual.shape == values.shape
+    torch.testing.assert_close(actual.mean(), values.mean(), rtol=ROUNDING.get(case, 1e-11), atol=0)
     whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
     assert whole > 1e-4
     for name in wanted.keys() | found.keys():
@@ -81,10 +80,10 @@ def test_without_tokens_there_is_nothing_to_lose(case, linear_head, monkeypatch)
     """A process may have a part of the batch without any; its gradients are zero, not missing."""
     lm = moved("llama")
     monkeypatch.setattr(lm, "linear_head", linear_head)
-    average = through_package(lm, CASES[case][0], rows=[1])
-    assert (average.total.item(), average.count) == (0, 0)
-    assert average.total.requires_grad
-    assert gradients(lm, average.total) == {}
+    values = through_package(lm, CASES[case][0], rows=[1])
+    assert values.shape == (0,)
+    assert values.requires_grad
+    assert gradients(lm, values.sum()) == {}
 
 
 @every_model
@@ -216,7 +215,7 @@ def trunk_runs(lm: LanguageModel, objective: Objective) -> tuple[int, int]:
 
     models = [lm.causal_lm] if lm.frozen is None else [lm.causal_lm, lm.frozen]
     hooks = [blocks(model)[0].register_forward_hook(count) for model in models]
-    through_package(lm, objective).total.backward()
+    through_package(lm, objective).sum().backward()
     for hook in hooks:
         hook.remove()
     return tuple(runs)
@@ -241,7 +240,7 @@ def largest_output(lm: LanguageModel, objective: Objective, tokens: SupervisedTo
     with LargestOutput() as largest:
         lm(
             rows,
-            lambda tokens: objective(lm, tokens).total,
+            lambda tokens: objective(lm, tokens).sum(),
             index=[tokens],
             reference="reference" in objective.needs,
             layers=objective.layers,

@@ -117,7 +117,7 @@ def ceu_case(skip: int) -> tuple[Objective, Form]:
 
 def match_case() -> tuple[Objective, Form]:
     objective = package.MatchUnseen(factor=1.5)
-    objective.calibrate(2.0)  # so the level is 3 nats per token
+    objective.level.set(2.0)  # so the level is 3 nats per token
     return objective, per_answer(lambda dense, row: (-answer_logp(dense, row) / len(supervised([row])) - 3.0) ** 2)
 
 
@@ -181,7 +181,7 @@ ROUNDING = {"RMU": 1e-6}  # of the direction, which is drawn and scaled in float
 
 
 def located(objective: Objective, rows: Iterable[int] = range(B)) -> TokenIndex:
-    """The tokens of some rows that an objective reads, as `locate` finds them, with those of the alternate answers."""
+    """The tokens of some rows that an objective selects, as `locate` finds them, with those of the alternate answers."""
 
     def find(first_row: int) -> TokenIndex:
         own = torch.full_like(LABELS, NOT)
@@ -192,17 +192,21 @@ def located(objective: Objective, rows: Iterable[int] = range(B)) -> TokenIndex:
         return tokens._replace(reference_logp=REFERENCE_LOGP[first_row + tokens.examples])
 
     alternate = find(B)
-    return (alternate if objective.reads == "alternate" else find(0))._replace(alternate=alternate)
+    index = (alternate if objective.reads == "alternate" else find(0))._replace(alternate=alternate)
+    return objective.select(index)
 
 
 def fill(index: TokenIndex, dense: Dense) -> SupervisedTokens:
     """Every field, whether or not it is declared: the model's own, and what it may be compared with."""
-    now, before = (
-        index.gather(logits.flatten(0, 1), {LAYER: states.flatten(0, 1)})
-        for logits, states in (dense[::2], dense[1::2])
-    )
+
+    def gather(logits: Tensor, states: Tensor) -> SupervisedTokens:
+        logits, states = (x.flatten(0, 1)[index.state] for x in (logits, states))
+        places = (index.labels, index.sequence, index.num_sequences, index.examples, index.reference_logp)
+        return SupervisedTokens(logits, *places, activations={LAYER: states})
+
+    own, before = (gather(*dense[i::2]) for i in (0, 1))
     alternate = None if index.alternate is None else fill(index.alternate, dense)
-    return now._replace(reference=before._replace(alternate=None), alternate=alternate)
+    return own._replace(reference=before, alternate=alternate)
 
 
 class FakeModel:

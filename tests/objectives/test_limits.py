@@ -9,6 +9,7 @@ import pytest
 import torch
 from objectives.forms import CASES, LAYER, B, Dense, FakeModel, answer_logp, draw, fill, located
 
+from lit_unlearn.errors import BatchError, ConfigError
 from lit_unlearn.objectives import (
     CEU,
     DPO,
@@ -17,7 +18,6 @@ from lit_unlearn.objectives import (
     UNDIAL,
     WGA,
     ActivationMatch,
-    Average,
     GradAscent,
     IdkNLL,
     JensenShannonToReference,
@@ -32,12 +32,12 @@ from lit_unlearn.objectives import (
 )
 
 
-def evaluate(objective: Objective, dense: Dense | None = None) -> tuple[Average, torch.Tensor]:
-    """The objective and the gradient of its total with respect to the logits."""
+def evaluate(objective: Objective, dense: Dense | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective's values and the gradient of their sum with respect to the logits."""
     dense = draw() if dense is None else dense
-    average = objective(FakeModel(), fill(located(objective), dense))
-    (gradient,) = torch.autograd.grad(average.total, dense.logits)
-    return average, gradient
+    values = objective(FakeModel(), fill(located(objective), dense))
+    (gradient,) = torch.autograd.grad(values.sum(), dense.logits)
+    return values, gradient
 
 
 def unchanged() -> Dense:
@@ -51,8 +51,8 @@ def unchanged() -> Dense:
 
 @pytest.mark.parametrize("objective", [WGA(0), SatImp(0, 0)], ids=["WGA", "SatImp"])
 def test_without_weights_it_is_ascent(objective):
-    (average, gradient), (wanted, wanted_gradient) = evaluate(objective), evaluate(GradAscent())
-    assert torch.equal(average.total, wanted.total)
+    (values, gradient), (wanted, wanted_gradient) = evaluate(objective), evaluate(GradAscent())
+    assert torch.equal(values, wanted)
     assert torch.equal(gradient, wanted_gradient)
 
 
@@ -74,7 +74,7 @@ def test_simnpo_becomes_ascent_on_means_for_small_beta():
 def test_matching_a_far_level_becomes_ascent_on_means():
     _, ascent = evaluate(GradAscent())
     objective = MatchUnseen(factor=1.0)
-    objective.calibrate(1e9)
+    objective.level.set(1e9)
     _, gradient = evaluate(objective)
     for row, length in ((0, 3), (2, 2)):
         torch.testing.assert_close(gradient[row] / 2e9, ascent[row] / length, rtol=1e-6, atol=1e-15)
@@ -82,15 +82,15 @@ def test_matching_a_far_level_becomes_ascent_on_means():
 
 def test_matching_pulls_answers_to_the_level_from_both_sides():
     objective = MatchUnseen(factor=2.0)
-    assert evaluate(objective)[0].total == math.inf  # not measured yet
+    assert (evaluate(objective)[0] == math.inf).all()  # not measured yet
     dense = draw()
     lengths = {0: 3, 2: 2}
     nll = {row: -answer_logp(dense, row).item() / length for row, length in lengths.items()}
-    objective.calibrate(sum(nll.values()) / 4)  # halfway between them
+    objective.level.set(sum(nll.values()) / 4)  # halfway between them
     _, gradient = evaluate(objective, dense)
     _, ascent = evaluate(GradAscent())
     for row, own in nll.items():
-        wanted = 2 * (objective.level - own) / lengths[row]
+        wanted = 2 * (objective.level.value - own) / lengths[row]
         torch.testing.assert_close(gradient[row], wanted * ascent[row], rtol=1e-9, atol=1e-15)
 
 
@@ -107,25 +107,25 @@ def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small
 def test_nothing_is_lost_where_the_model_is_the_reference_model(objective):
     """Otherwise an epsilon would mean nothing."""
     dense = unchanged()
-    average = objective(FakeModel(), fill(located(objective), dense))
-    average.mean().backward()
-    assert abs(average.mean().item()) < 1e-15
+    loss = objective(FakeModel(), fill(located(objective), dense)).mean()
+    loss.backward()
+    assert abs(loss.item()) < 1e-15
     for x in (dense.logits, dense.states):
         assert x.grad is None or x.grad.abs().max() < 1e-15
     assert objective(FakeModel(), fill(located(objective), draw())).mean().item() > 0.1
 
 
 def test_undial_that_lowers_nothing_keeps_the_reference_model():
-    average, gradient = evaluate(UNDIAL(0), unchanged())
+    values, gradient = evaluate(UNDIAL(0), unchanged())
     assert gradient.abs().max() < 1e-15
-    assert average.mean().item() > 0  # the entropy
+    assert values.mean().item() > 0  # the entropy
     _, gradient = evaluate(UNDIAL(0))
     assert gradient.abs().max() > 0.01
 
 
 def test_undial_at_the_reference_model_is_ceu_for_large_beta():
-    (average, gradient), (wanted, wanted_gradient) = evaluate(UNDIAL(1e6), unchanged()), evaluate(CEU(0))
-    torch.testing.assert_close(average.total, wanted.total, rtol=1e-13, atol=0)
+    (values, gradient), (wanted, wanted_gradient) = evaluate(UNDIAL(1e6), unchanged()), evaluate(CEU(0))
+    torch.testing.assert_close(values, wanted, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-12, atol=1e-15)
 
 
@@ -133,8 +133,9 @@ def test_jensen_shannon_is_bounded():
     for case in ("JensenShannonToReference", "JensUn"):
         dense = draw()
         dense.logits.data *= 1e3
-        average, gradient = evaluate(CASES[case][0], dense)
-        assert 0 < average.mean().item() <= math.log(2)
+        values, gradient = evaluate(CASES[case][0], dense)
+        assert values.mean().item() > 0
+        assert values.max().item() <= math.log(2) * (1 + 1e-15)
         assert gradient.isfinite().all()
 
 
@@ -145,9 +146,9 @@ def test_rmu_draws_to_a_vector_that_the_seed_decides_alone():
         states = torch.zeros(B * 2, 6, width, dtype=torch.float64, requires_grad=True)
         objective = RMU(4.0, LAYER, seed)
         dense = draw()._replace(states=states, reference_states=states.detach())
-        average = objective(FakeModel(), fill(located(objective), dense))
-        assert average.mean().item() == pytest.approx(4.0**2 / width, rel=1e-6)
-        average.total.backward()
+        values = objective(FakeModel(), fill(located(objective), dense))
+        assert values.mean().item() == pytest.approx(4.0**2 / width, rel=1e-6)
+        values.sum().backward()
         return states.grad[0, 0] * width / (-2 * 4.0)
 
     torch.manual_seed(1)
@@ -188,13 +189,13 @@ NOT_A_NUMBER = [math.nan, math.inf, -math.inf]
     ("kind", "name", "value", "wanted"),
     [
         *[(*one, value, "above 0") for one in ABOVE_ZERO for value in [0, -0.5, *NOT_A_NUMBER]],
-        *[(*one, value, "0 or more") for one in FROM_ZERO for value in [-1, *NOT_A_NUMBER]],
-        *[(SimNPO, "delta", value, "finite") for value in NOT_A_NUMBER],
+        *[(*one, value, "at least 0") for one in FROM_ZERO for value in [-1, *NOT_A_NUMBER]],
+        *[(SimNPO, "delta", value, "") for value in NOT_A_NUMBER],
     ],
 )
 def test_bad_number_is_refused(kind, name, value, wanted):
-    said = f"{kind.__name__}: `{name}` must be a finite number {wanted}, not {value!r}."
-    with pytest.raises(ValueError, match=re.escape(said)):
+    parts = [kind.__name__, f"`{name}`", "finite", wanted, repr(value)]
+    with pytest.raises(ConfigError, match=".*".join(map(re.escape, parts))):
         kind(**{name: value})
 
 
@@ -205,16 +206,16 @@ def test_zero_is_a_setting(kind, name):
 
 @pytest.mark.parametrize("word", ["labels", "", None])
 def test_bad_word_is_refused(word):
-    with pytest.raises(ValueError, match=rf"LogitMargin: `alignment` must be 'next_token' or 'label', not {word!r}"):
+    with pytest.raises(ConfigError, match=rf"LogitMargin: `alignment`.*'label'.*{word!r}"):
         LogitMargin(alignment=word)
-    with pytest.raises(ValueError, match=rf"`direction` must be one of \('uniform_to_model', .*\), not {word!r}"):
+    with pytest.raises(ConfigError, match=rf"`direction`.*'uniform_to_model'.*{word!r}"):
         KLToUniform(word)
 
 
 # What is missing -----------------------------------------------------------------------------------------------------
 
-NO_LOGP = r'must need "reference_logp", and own loops must give batches a `reference_logp` of shape \(B,\)'
-NO_LAYER = rf'the output of layer {LAYER} was not kept: the objective must need "activations" and name it in `layers`'
+NO_LOGP = r"`reference_logp`"
+NO_LAYER = rf"layer {LAYER} .*`layers`"
 
 
 @pytest.mark.parametrize(
@@ -222,30 +223,26 @@ NO_LAYER = rf'the output of layer {LAYER} was not kept: the objective must need 
     [
         ("NPO", {"reference_logp": None}, NO_LOGP),
         ("DPO", {"reference_logp": None}, NO_LOGP),
-        (
-            "DPO",
-            {"alternate": None},
-            r'DPO: the alternate answers are missing; own loops must give .* "alternate" batch',
-        ),
+        ("DPO", {"alternate": None}, r'DPO: .*"alternate"'),
         ("RMU", {"activations": None}, NO_LAYER),
         ("RMU", {"activations": {LAYER + 1: torch.zeros(5, 4)}}, NO_LAYER),
         ("ActivationMatch", {"activations": {}}, NO_LAYER),
-        ("ActivationMatch", {"reference": None}, r"ActivationMatch: the reference model did not run on these tokens"),
+        ("ActivationMatch", {"reference": None}, r"ActivationMatch: .*`reference=True`"),
     ],
 )
 def test_what_is_missing_is_named(case, missing, message):
     objective, _ = CASES[case]
     tokens = fill(located(objective), draw())._replace(**missing)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BatchError, match=message):
         objective(FakeModel(), tokens)
 
 
 def test_what_only_one_of_a_pair_has_is_missing():
     tokens = fill(located(DPO()), draw())
-    with pytest.raises(ValueError, match=NO_LOGP):
+    with pytest.raises(BatchError, match=NO_LOGP):
         DPO()(FakeModel(), tokens._replace(alternate=tokens.alternate._replace(reference_logp=None)))
     match = ActivationMatch(LAYER)
-    with pytest.raises(ValueError, match=NO_LAYER):
+    with pytest.raises(BatchError, match=NO_LAYER):
         match(FakeModel(), tokens._replace(reference=tokens.reference._replace(activations={})))
 
 
@@ -255,12 +252,12 @@ def test_jensun_reads_no_logits_but_the_labels():
     class OnlyLogp:
         token_logp = FakeModel.token_logp
 
-    assert JensUn()(OnlyLogp(), fill(located(JensUn()), draw())).count == 5
+    assert len(JensUn()(OnlyLogp(), fill(located(JensUn()), draw()))) == 5
 
 
 @pytest.mark.parametrize(("make", "name"), [(lambda: CEU(1.9), "skip"), (lambda: RMU(layer=1.5), "layer")])  # type: ignore[arg-type]
 def test_whole_numbers_are_not_cut(make, name):
-    with pytest.raises(ValueError, match=f"`{name}` must be a whole number"):
+    with pytest.raises(ConfigError, match=f"`{name}` .*whole number"):
         make()
 
 
@@ -270,9 +267,9 @@ def test_the_direction_does_not_depend_on_the_default_dtype():
         torch.set_default_dtype(dtype)
         try:
             states = torch.zeros(1, 7, dtype=torch.float64, requires_grad=True)
-            tokens = located(RMU(layer=0), [0])
+            tokens = fill(located(RMU(layer=0), [0]), draw())
             tokens = tokens._replace(activations={0: states.expand(len(tokens.labels), 7)})
-            RMU(layer=0)(None, tokens).total.backward()
+            RMU(layer=0)(None, tokens).sum().backward()
             values.append(states.grad)
         finally:
             torch.set_default_dtype(torch.float32)

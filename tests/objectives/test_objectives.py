@@ -23,28 +23,29 @@ from objectives.forms import (
     located,
     supervised,
 )
+from torch import Tensor
 
-from lit_unlearn import Average, LogitMargin, Objective, objectives
+from lit_unlearn import LogitMargin, Objective, objectives
 from lit_unlearn.models import SupervisedTokens, locate
-from lit_unlearn.objectives import CEU, SequenceObjective
+from lit_unlearn.objectives import CEU
 from lit_unlearn.objectives.base import TokenModel
 
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def evaluate(objective: Objective) -> tuple[Average, Dense]:
-    """The objective on all rows, and the gradients of its mean."""
+def evaluate(objective: Objective) -> tuple[Tensor, Dense]:
+    """The objective's values on all rows, and the gradients of their mean."""
     dense = draw()
-    average = objective(FakeModel(), fill(located(objective), dense))
-    average.mean().backward()
-    return average, gradients(dense)
+    values = objective(FakeModel(), fill(located(objective), dense))
+    values.mean().backward()
+    return values, gradients(dense)
 
 
-def evaluate_slowly(form: Form) -> tuple[Average, Dense]:
+def evaluate_slowly(form: Form) -> tuple[Tensor, Dense]:
     dense = draw()
     values = form(dense)
     values.mean().backward()
-    return Average(values.sum(), len(values)), gradients(dense)
+    return values, gradients(dense)
 
 
 def gradients(dense: Dense) -> Dense:
@@ -52,11 +53,11 @@ def gradients(dense: Dense) -> Dense:
     return Dense(*(torch.zeros_like(x) if x.grad is None else x.grad for x in dense))
 
 
-def assert_same(actual: tuple[Average, Dense], wanted: tuple[Average, Dense], rtol: float = 1e-12) -> None:
+def assert_same(actual: tuple[Tensor, Dense], wanted: tuple[Tensor, Dense], rtol: float = 1e-12) -> None:
     """Positions without a supervised token have a gradient of exactly zero on both sides."""
-    (average, gradient), (wanted_average, wanted_gradient) = actual, wanted
-    assert average.count == wanted_average.count
-    torch.testing.assert_close(average.mean(), wanted_average.mean(), rtol=rtol, atol=0)
+    (values, gradient), (wanted_values, wanted_gradient) = actual, wanted
+    torch.testing.assert_close(values, wanted_values, rtol=rtol, atol=1e-3 * rtol)
+    torch.testing.assert_close(values.mean(), wanted_values.mean(), rtol=rtol, atol=0)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=10 * rtol, atol=1e-3 * rtol)
     for x, wanted_x in zip(gradient, wanted_gradient, strict=True):
         assert torch.equal(x.any(dim=-1), wanted_x.any(dim=-1))
@@ -65,7 +66,7 @@ def assert_same(actual: tuple[Average, Dense], wanted: tuple[Average, Dense], rt
 def test_every_objective_has_a_slow_form():
     public = {getattr(objectives, name) for name in objectives.__all__}
     classes = {x for x in public if isinstance(x, type) and issubclass(x, Objective)}
-    assert {type(objective) for objective, _ in CASES.values()} == classes - {Objective, SequenceObjective}
+    assert {type(objective) for objective, _ in CASES.values()} == classes - {Objective}
 
 
 def test_supervised_tokens_spelt_out():
@@ -83,25 +84,28 @@ def test_value_and_gradient_are_those_of_the_slow_form(case):
 
 
 @every_case
-def test_averages_add_over_micro_batches(case):
-    """Totals and counts of unequal parts, one without tokens, give the mean of the whole and its gradient."""
+def test_micro_batches_add_up(case):
+    """Sums and counts of unequal parts, one without tokens, give the mean of the full batch and its gradient."""
     objective, _ = CASES[case]
-    whole, dense = evaluate(objective), draw()
+    full, dense = evaluate(objective), draw()
     parts = [objective(FakeModel(), fill(located(objective, [row]), dense)) for row in range(B)]
-    added = Average(torch.stack([part.total for part in parts]).sum(), sum(part.count for part in parts))
-    assert (parts[1].total.item(), parts[1].count) == (0, 0)
-    added.mean().backward()
-    assert_same((added, gradients(dense)), whole)
-    if not isinstance(objective, SequenceObjective) and parts[2].count:
-        means = torch.stack([part.mean() for part in parts if part.count])
-        assert means.mean().item() != pytest.approx(whole[0].mean().item(), rel=1e-3)  # weighs short answers more
+    counts = [objective.count(located(objective, [row])) for row in range(B)]
+    assert [len(part) for part in parts] == counts
+    assert counts[1] == 0
+    loss = sum(part.sum() for part in parts) / sum(counts)
+    loss.backward()
+    torch.testing.assert_close(loss, full[0].mean(), rtol=1e-12, atol=0)
+    assert_same((torch.cat(parts), gradients(dense)), full)
+    if objective.per == "token" and counts[2]:
+        means = torch.stack([part.mean() for part in parts if len(part)])
+        assert means.mean().item() != pytest.approx(full[0].mean().item(), rel=1e-3)  # weighs short answers more
 
 
 @every_case
 def test_count_comes_from_the_labels_alone(case):
-    """The module asks for it before any forward pass, when `hidden` holds indices and nothing else is there."""
+    """The module asks for it before any forward pass, when there are indices alone."""
     objective, form = CASES[case]
-    tokens = located(objective)._replace(hidden=None, reference_logp=None, alternate=None)
+    tokens = located(objective)._replace(state=None, reference_logp=None, alternate=None)
     assert objective.count(tokens) == len(form(draw()))
 
 
@@ -117,35 +121,28 @@ def test_counts():
 @pytest.mark.parametrize(("skip", "left"), [(0, 5), (1, 3), (2, 1), (3, 0), (99, 0)])
 def test_ceu_skips_the_start_of_every_answer_however_short(skip, left):
     dense = draw()
-    average = CEU(skip)(FakeModel(), fill(located(CEU()), dense))
-    average.total.backward()
-    assert average.count == left
+    values = CEU(skip)(FakeModel(), fill(located(CEU(skip)), dense))
+    values.sum().backward()
+    assert values.shape == (left,)
     assert dense.logits.grad.any(dim=-1).sum() == left
-    assert (average.total != 0) == (left > 0)
+    assert values.all()
 
 
 def test_ceu_tells_packed_answers_apart():
     """Three sequences in a row, of which the first has a gap in its labels and the second has none."""
     labels = torch.tensor([[-100, 1, -100, 2, 3, -100, -100, 4, 5, 6]])
     packed = {"input_ids": labels, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3]])}
-    tokens = locate(packed)
-    seen = []
-
-    class Watched(FakeModel):
-        def map_logits(self, function, tokens, *token_args):
-            seen.extend(tokens.labels.tolist())
-            return super().map_logits(function, tokens, *token_args)
-
-    average = CEU(1)(Watched(), tokens._replace(hidden=torch.zeros(6, V)))
-    assert seen == [2, 3, 5, 6]
-    assert average.count == 4
+    selected = CEU(1).select(locate(packed))
+    assert selected.labels.tolist() == [2, 3, 5, 6]
+    assert selected.state.tolist() == [2, 3, 7, 8]
+    assert CEU(1).count(selected) == 4
 
 
 def test_label_alignment_is_every_label_unshifted():
     """As in the authors' public code: the mask `labels != -100` laid over the logits as it is."""
-    average, _ = evaluate(LogitMargin(alignment="label"))
+    values, _ = evaluate(LogitMargin(alignment="label"))
     picked = draw().logits[:B][LABELS[:B] != -100]
-    torch.testing.assert_close(average.mean(), (reference.logit_margin(picked) ** 2).mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(values.mean(), (reference.logit_margin(picked) ** 2).mean(), rtol=1e-12, atol=0)
 
 
 def test_uniform_logits():
@@ -153,27 +150,20 @@ def test_uniform_logits():
     flat = draw()._replace(logits=torch.full((2 * B, T, V), 3.0, requires_grad=True))
     for case in ("LogitMargin", "KLToUniform", "KLToUniform, other"):
         objective, _ = CASES[case]
-        average = objective(FakeModel(), fill(located(objective), flat))
-        (gradient,) = torch.autograd.grad(average.mean(), flat.logits)
-        assert abs(average.mean().item()) < 1e-6
+        loss = objective(FakeModel(), fill(located(objective), flat)).mean()
+        (gradient,) = torch.autograd.grad(loss, flat.logits)
+        assert abs(loss.item()) < 1e-6
         assert gradient.abs().max() < 1e-7
     ascent, _ = CASES["GradAscent"]
     assert ascent(FakeModel(), fill(located(ascent), flat)).mean().item() == pytest.approx(-math.log(V), rel=1e-6)
 
 
-def test_average_is_total_over_count():
-    average = Average(torch.tensor(6.0, requires_grad=True), 4)
-    assert average.mean().item() == 1.5
-    average.mean().backward()
-    assert average.total.grad.item() == 0.25
-
-
 def test_a_users_objective_sees_the_model_by_the_protocol_only():
     class Entropy(Objective):
-        def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Average:
-            return Average(lm.map_logits(reference.entropy, tokens).sum(), self.count(tokens))
+        def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+            return lm.map_logits(reference.entropy, tokens)
 
-    def slowly(dense: Dense) -> torch.Tensor:
+    def slowly(dense: Dense) -> Tensor:
         return torch.cat([reference.entropy(dense.logits[row, state][None]) for row, state, _ in supervised(range(B))])
 
     assert_same(evaluate(Entropy()), evaluate_slowly(slowly))
