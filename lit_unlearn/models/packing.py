@@ -79,16 +79,19 @@ def pack(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     lengths = [len(sequence["input_ids"]) for sequence in sequences]
     num_rows = -(-sum(lengths) // max(ROW_LENGTH, *lengths))
     rows = divide_evenly(lengths, num_rows)
-    width = max(sum(lengths[i] for i in row) for row in rows)
-
-    packed_rows, positions = [], []
+    packed_rows, row_positions = [], []
     for row in rows:
-        packed_rows.append({key: torch.cat([sequences[i][key] for i in row]) for key in sequences[0]})
-        position = torch.cat([torch.arange(lengths[i]) for i in row])
+        in_row = [sequences[i] for i in row]
+        packed_rows.append(_concatenate(in_row))
+        row_positions.append(torch.cat([torch.arange(lengths[i]) for i in row]))
+    packed = _stack(packed_rows)
+
+    width = packed["input_ids"].shape[1]
+    positions = []
+    for position in row_positions:
         # Positions of the tail restart before they exceed what the model has learned.
         tail = torch.arange(width - len(position)) % max(lengths)
         positions.append(torch.cat([position, tail]))
-    packed = _stack(packed_rows)
     return {**packed, "position_ids": torch.stack(positions).to(packed["input_ids"].device)}
 
 
@@ -114,6 +117,13 @@ def pad(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     masked = [{**sequence, "attention_mask": torch.ones_like(sequence["input_ids"])} for sequence in sequences]
     return _stack(masked)
+
+
+def _concatenate(sequences: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    joined = {}
+    for key in sequences[0]:
+        joined[key] = torch.cat([sequence[key] for sequence in sequences])
+    return joined
 
 
 def _stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ Batch = Mapping[str, Any] | Sequence[Example]
 
 
 class TokenIndex(NamedTuple):
-    """Where the ``N`` supervised tokens of a batch are.
+    """The places of the ``N`` supervised tokens of a batch.
 
     Built on the CPU, before the batch goes to the device, so that no step waits for the device to answer.
 

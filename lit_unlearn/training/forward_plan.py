@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.errors import BatchError
-from lit_unlearn.models import Alignment, Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
+from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.packing import divide_evenly, is_packed, pack_or_pad
 from lit_unlearn.models.tokens import check_batch
 from lit_unlearn.objectives import Objective
@@ -113,117 +113,126 @@ def build_forward_plan(
         BatchError: If a stream is missing, its batch lacks ``input_ids``, ``labels`` or ``alternate``, an example has an
             answer and no alternate one, or an objective needs what packed batches cannot have.
     """
-    batches = {}
-    for stream in dict.fromkeys(term.stream for term in terms):
-        batches[stream] = _batch_of(batch, stream)
-    # Batches that the user has packed: their rows cannot be divided.
-    packed: dict[str, Mapping[str, Any]] = {}
-    for stream, part in batches.items():
-        if isinstance(part, Mapping) and is_packed(part):
-            packed[stream] = part
+    batches: dict[str, Batch] = {}
+    packed: dict[str, Mapping[str, Any]] = {}  # batches that the user has packed: their rows cannot be divided
+    for term in terms:
+        if term.stream not in batches:
+            stream_batch = _batch_of(batch, term.stream)
+            batches[term.stream] = stream_batch
+            if isinstance(stream_batch, Mapping) and is_packed(stream_batch):
+                packed[term.stream] = stream_batch
     together = order == "joint" and packs and not packed
 
     plan: list[ForwardPass] = []
     # Streams that need the reference model have passes of their own, so that it sees nothing else.
     for reference in (False, True):
-        streams = [stream for stream in batches if reference == _needs_reference(terms, stream)]
+        streams = [stream for stream in batches if _needs_reference(terms, stream) == reference]
         groups = [streams] if together and streams else [[stream] for stream in streams]
         for group in groups:
             numbers = [i for i, term in enumerate(terms) if term.stream in group]
-            read_by = [terms[i] for i in numbers]
-            layers = frozenset[int]().union(*(term.objective.layers for term in read_by))
+            readers = [terms[i] for i in numbers]
             if group[0] in packed:
-                passes = _split_packed_batch(packed[group[0]], read_by, micro_batch_size)
+                passes = _split_packed_batch(packed[group[0]], readers, micro_batch_size)
             else:
-                group_batches = {stream: batches[stream] for stream in group}
-                passes = _pack_passes(group_batches, read_by, packs, micro_batch_size, reference_logp)
+                sources = _collect_sources(batches, readers, reference_logp)
+                passes = _pack_passes(sources, readers, packs, micro_batch_size)
+            layers = frozenset[int]()
+            for term in readers:
+                layers |= term.objective.layers
             for rows, indices in passes:
                 plan.append(ForwardPass(rows, numbers, indices, reference, layers))
     return plan
 
 
-def _pack_passes(
-    batches: Mapping[str, Batch],
-    terms: Sequence[Term],
-    packs: bool,
-    micro_batch_size: int | None,
-    reference_logp: Callable[[Example], float] | None,
-) -> list[tuple[dict[str, Tensor], list[TokenIndex]]]:
-    """Return passes over the examples of some streams; the answers of an example stay in one pass."""
-    number = max(_count_passes(batch, micro_batch_size) for batch in batches.values())
-    # The answers that go through the model: a source is a stream with the kind of its answers.
-    sources: list[tuple[str, Answer]] = []
+class _Source(NamedTuple):
+    """Answers of one kind of one stream that go through the model: sequences without padding, and their reference values."""
+
+    sequences: Sequences
+    reference_logp: Tensor | None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence["labels"]) for sequence in self.sequences]
+
+
+_Sources = dict[tuple[str, Answer], _Source]
+
+
+def _collect_sources(
+    batches: Mapping[str, Batch], terms: Sequence[Term], logp: Callable[[Example], float] | None
+) -> _Sources:
+    """Return the answers that the terms read, by stream and kind; what nothing reads does not go through the model."""
+    scored = set[tuple[str, Answer]]()
+    for term in terms:
+        if "reference_logp" in term.objective.needs:
+            scored.update((term.stream, answer) for answer in ANSWERS_READ[term.objective.reads])
+
+    sources: _Sources = {}
     for term in terms:
         for answer in ANSWERS_READ[term.objective.reads]:
-            if (term.stream, answer) not in sources:
-                sources.append((term.stream, answer))
-    scored = {(term.stream, answer) for term in terms for answer in _answers_with_reference(term)}
+            key = (term.stream, answer)
+            if key not in sources:
+                answers = select_answer(batches[term.stream], term.stream, answer)
+                values = _reference_values(answers, logp if key in scored else None)
+                sources[key] = _Source(unpad(answers), values)
+    return sources
 
-    sequences: list[Sequences] = []
-    values: list[Tensor | None] = []
-    for stream, answer in sources:
-        part = select_answer(batches[stream], stream, answer)
-        sequences.append(unpad(part))
-        values.append(_reference_values(part, (stream, answer) in scored, reference_logp))
-    shares = {stream: _share(stream, sources, sequences, number) for stream in batches}
+
+def _pack_passes(
+    sources: _Sources, terms: Sequence[Term], packs: bool, micro_batch_size: int | None
+) -> list[tuple[dict[str, Tensor], list[TokenIndex]]]:
+    """Return passes with about as many tokens each; the answers of an example stay in one pass."""
+    totals: dict[str, list[int]] = {}  # by stream the tokens of every example, over all of its answers
+    for (stream, _), source in sources.items():
+        before = totals.get(stream, [0] * len(source.sequences))
+        totals[stream] = [a + b for a, b in zip(before, source.lengths, strict=True)]
+    number = max(_count_passes(len(lengths), micro_batch_size) for lengths in totals.values())
+    shares = {stream: divide_evenly(lengths, number) for stream, lengths in totals.items()}
 
     passes = []
     for k in range(number):
+        # Every token carries its source and its example's number through the packing.
         marked: Sequences = []
-        for source, (stream, _) in enumerate(sources):
+        for mark, ((stream, _), source) in enumerate(sources.items()):
             for i in shares[stream][k]:
-                # Every token carries its source and its example's number through the packing.
-                sequence = sequences[source][i]
-                origin = torch.full_like(sequence["labels"], source)
-                marked.append({**sequence, "source": origin, "sequence": torch.full_like(sequence["labels"], i)})
+                labels = source.sequences[i]["labels"]
+                marks = {"source": torch.full_like(labels, mark), "sequence": torch.full_like(labels, i)}
+                marked.append({**source.sequences[i], **marks})
         packed = pack_or_pad(marked, packs)
-        origins, numbers = packed.pop("source"), packed.pop("sequence")
-
-        def index_of(source: int, alignment: Alignment) -> TokenIndex:
-            labels = packed["labels"].masked_fill(origins != source, IGNORED)  # noqa: B023  (used within this round)
-            index = locate({**packed, "labels": labels, "sequence": numbers}, alignment)  # noqa: B023
-            logp = values[source]
-            return index if logp is None else index._replace(reference_logp=logp[index.examples])
-
-        indices = []
-        for term in terms:
-            answers = ANSWERS_READ[term.objective.reads]
-            found_indices = [index_of(sources.index((term.stream, a)), term.objective.alignment) for a in answers]
-            indices.append(term.objective.select(_pair(term, found_indices)))
-        passes.append((packed, indices))
+        passes.append((packed, [_index_tokens(packed, sources, term) for term in terms]))
+        # The model takes no marks.
+        del packed["source"], packed["sequence"]
     return passes
 
 
-def _share(
-    stream: str, sources: Sequence[tuple[str, Answer]], sequences: Sequence[Sequences], number: int
-) -> list[list[int]]:
-    """Return which examples of a stream go into which pass, so that passes have about as many tokens."""
-    totals: list[int] = []
-    for source, (name, _) in enumerate(sources):
-        if name == stream:
-            lengths = [len(sequence["labels"]) for sequence in sequences[source]]
-            totals = [a + b for a, b in zip(totals, lengths, strict=True)] if totals else lengths
-    return divide_evenly(totals, number)
+def _index_tokens(packed: Mapping[str, Tensor], sources: _Sources, term: Term) -> TokenIndex:
+    """Return the tokens of a packed pass that a term reads: one answer's, or a pair's."""
+    objective = term.objective
+    marks = list(sources)
+    indices = []
+    for answer in ANSWERS_READ[objective.reads]:
+        key = (term.stream, answer)
+        labels = packed["labels"].masked_fill(packed["source"] != marks.index(key), IGNORED)
+        index = locate({**packed, "labels": labels}, objective.alignment)
+        logp = sources[key].reference_logp
+        indices.append(index if logp is None else index._replace(reference_logp=logp[index.examples]))
 
-
-def _pair(term: Term, indices: Sequence[TokenIndex]) -> TokenIndex:
-    """Return the one answer's tokens that a term reads, or those of a pair."""
-    if len(indices) == 1:
-        return indices[0]
-    answer, alternate = indices
-    if not torch.equal(answer.examples, alternate.examples):
-        raise BatchError(
-            f"'{term.name}' compares the answers of the '{term.stream}' examples with their alternate ones, but some example "
-            "has supervised tokens in only one of them: drop such rows from the data."
-        )
-    return answer._replace(alternate=alternate)
+    first = indices[0]
+    if objective.reads == "pair":
+        alternate = indices[1]
+        if not torch.equal(first.examples, alternate.examples):
+            raise BatchError(
+                f"'{term.name}' compares the answers of the '{term.stream}' examples with their alternate ones, but some "
+                "example has supervised tokens in only one of them: drop such rows from the data."
+            )
+        first = first._replace(alternate=alternate)
+    return objective.select(first)
 
 
 def _split_packed_batch(
     batch: Mapping[str, Any], terms: Sequence[Term], micro_batch_size: int | None
 ) -> list[tuple[dict[str, Tensor], list[TokenIndex]]]:
     """Return passes over rows that the user has packed; the rows are left as they are."""
-    rows = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     for term in terms:
         objective = term.objective
         if objective.reads != "answer" or "reference_logp" in objective.needs:
@@ -231,12 +240,25 @@ def _split_packed_batch(
                 f"'{term.name}' ({type(objective).__name__}) needs to know the examples of the '{term.stream}' batch one by "
                 "one, which came packed: give it padded rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
-    size = -(-len(rows["labels"]) // _count_passes(rows, micro_batch_size))
+    num_rows = len(batch["labels"])
+    size = -(-num_rows // _count_passes(num_rows, micro_batch_size))
     passes = []
-    for start in range(0, len(rows["labels"]), size):
-        part = {key: value[start : start + size] for key, value in rows.items()}
-        passes.append((part, [term.objective.select(locate(part, term.objective.alignment)) for term in terms]))
+    for start in range(0, num_rows, size):
+        rows = {}
+        for key, value in batch.items():
+            if isinstance(value, Tensor):
+                rows[key] = value[start : start + size]
+        indices = [term.objective.select(locate(rows, term.objective.alignment)) for term in terms]
+        passes.append((rows, indices))
     return passes
+
+
+def _needs_reference(terms: Sequence[Term], stream: str) -> bool:
+    return any("reference" in term.objective.needs for term in terms if term.stream == stream)
+
+
+def _count_passes(num_examples: int, micro_batch_size: int | None) -> int:
+    return 1 if micro_batch_size is None else -(-num_examples // micro_batch_size)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -244,12 +266,13 @@ def _split_packed_batch(
 
 def _batch_of(batch: Mapping[str, Batch], stream: str) -> Batch:
     """Return the batch of a stream, on the CPU."""
-    part = batch.get(stream) if isinstance(batch, Mapping) else None
-    if isinstance(part, Mapping):
-        check_batch(part)
-        return _to_cpu(part)
-    if part is not None and all(isinstance(example, Example) for example in part):
-        return part
+    stream_batch = batch.get(stream) if isinstance(batch, Mapping) else None
+    if isinstance(stream_batch, Mapping):
+        check_batch(stream_batch)
+        # A user's loader may have sent it to the device already.
+        return _to_cpu(stream_batch)
+    if stream_batch is not None and isinstance(stream_batch[0], Example):
+        return stream_batch
     got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise BatchError(
         f"a training batch must be a dict with '{stream}' among its keys, whose value is a batch with `input_ids`, "
@@ -265,16 +288,15 @@ def select_answer(batch: Batch, stream: str, answer: Answer) -> Batch:
     """
     if answer == "answer":
         return batch
-    alternate: Any = None
     if isinstance(batch, Mapping):
         alternate = batch.get("alternate")
         if isinstance(alternate, Mapping) and len(alternate["labels"]) == len(batch["labels"]):
             check_batch(alternate)
             return alternate
     else:
-        alternate = [example.alternate for example in batch if example.alternate is not None]
-        if len(alternate) == len(batch):
-            return alternate  # type: ignore[no-any-return]
+        alternates = [example.alternate for example in batch if example.alternate is not None]
+        if len(alternates) == len(batch):
+            return alternates
     raise BatchError(
         f"an objective reads alternate answers of the '{stream}' examples, but the batch has none: give it a batch `alternate` "
         "whose row i is question i with another answer, as the data modules of this package do for their forget set."
@@ -283,14 +305,15 @@ def select_answer(batch: Batch, stream: str, answer: Answer) -> Batch:
 
 def unpad(batch: Batch) -> Sequences:
     """Return ``input_ids`` and ``labels`` of every example, without padding, shape ``(length,)`` each."""
-    if not isinstance(batch, Mapping):
-        return [
-            {"input_ids": torch.tensor(example.input_ids), "labels": torch.tensor(example.labels)} for example in batch
-        ]
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     sequences = []
-    for kept_tokens, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
-        sequences.append({"input_ids": ids[kept_tokens], "labels": labels[kept_tokens]})
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        for real, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
+            sequences.append({"input_ids": ids[real], "labels": labels[real]})
+    else:
+        for example in batch:
+            ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
+            sequences.append({"input_ids": ids, "labels": labels})
     return sequences
 
 
@@ -301,27 +324,23 @@ def as_examples(batch: Batch) -> list[Example]:
     return [Example(row["input_ids"].tolist(), row["labels"].tolist()) for row in unpad(_to_cpu(batch))]
 
 
-def _reference_values(batch: Batch, needed: bool, logp: Callable[[Example], float] | None) -> Tensor | None:
+def _reference_values(batch: Batch, logp: Callable[[Example], float] | None) -> Tensor | None:
     """Return the log-probabilities of a batch's examples under the reference model, float64, shape ``(B,)``."""
     if isinstance(batch, Mapping) and "reference_logp" in batch:
         return torch.as_tensor(batch["reference_logp"])
-    if not needed or logp is None:
+    if logp is None:
         return None
     return torch.tensor([logp(example) for example in as_examples(batch)], dtype=torch.float64)
 
 
-def _answers_with_reference(term: Term) -> tuple[Answer, ...]:
-    needs_logp = "reference_logp" in term.objective.needs
-    return ANSWERS_READ[term.objective.reads] if needs_logp else ()
-
-
-def _needs_reference(terms: Sequence[Term], stream: str) -> bool:
-    return any("reference" in term.objective.needs for term in terms if term.stream == stream)
-
-
-def _count_passes(batch: Batch, micro_batch_size: int | None) -> int:
-    size = len(batch["labels"]) if isinstance(batch, Mapping) else len(batch)
-    return 1 if micro_batch_size is None else -(-size // micro_batch_size)
+def _to_cpu(batch: Mapping[str, Any]) -> dict[str, Any]:
+    moved: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, Mapping):
+            moved[key] = _to_cpu(value)
+        else:
+            moved[key] = value.cpu() if isinstance(value, Tensor) else value
+    return moved
 
 
 def _send(value: Tensor, device: torch.device) -> Tensor:
@@ -329,13 +348,3 @@ def _send(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
-
-
-def _to_cpu(batch: Mapping[str, Any]) -> dict[str, Any]:
-    moved: dict[str, Any] = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor):
-            moved[key] = value.cpu()
-        else:
-            moved[key] = _to_cpu(value) if isinstance(value, Mapping) else value
-    return moved

@@ -47,7 +47,7 @@ class ReferenceCache:
 
     @property
     def is_needed(self) -> bool:
-        """Whether an objective needs log-probabilities of the reference model."""
+        """True if an objective needs log-probabilities of the reference model."""
         return any("reference_logp" in term.objective.needs for term in self._module.terms())
 
     def prepare(self) -> None:
@@ -76,17 +76,17 @@ class ReferenceCache:
             digests.update(example.digest() for example in examples)
         digests = set[str]().union(*gather_objects(digests))
 
-        known = trainer.strategy.broadcast(self._read_file())
-        is_known = digests <= known.keys()
+        earlier = trainer.strategy.broadcast(self._read_file())
+        is_known = digests <= earlier.keys()
         if is_known:
-            self.values = {digest: known[digest] for digest in digests}
+            self.values = {digest: earlier[digest] for digest in digests}
         else:
             measured: dict[str, float] = {}
             with module.lm.reference() if module.lm.has_adapter else nullcontext():
                 for stream, examples in self._examples_to_measure():
                     measured |= self._measure_examples(stream, examples)
-            for part in gather_objects(measured):
-                self.values |= part
+            for values in gather_objects(measured):
+                self.values |= values
             if trainer.is_global_zero:
                 self._write_file()
         self.is_measured = True
@@ -139,8 +139,8 @@ class ReferenceCache:
     def _examples_to_measure(self) -> Iterator[tuple[str, list[Example]]]:
         for stream, batch in self._module.evaluator.batches():
             terms = [term for term in self._module.terms() if term.stream == stream]
-            for part in answers_to_measure(batch, stream, terms):
-                yield stream, [example for example in as_examples(part) if _is_supervised(example)]
+            for answers in answers_to_measure(batch, stream, terms):
+                yield stream, [example for example in as_examples(answers) if _is_supervised(example)]
 
     def _measure_examples(self, stream: str, examples: list[Example]) -> dict[str, float]:
         if not examples:
@@ -197,13 +197,14 @@ def answers_to_measure(batch: Batch, stream: str, terms: Sequence[Term]) -> list
     for term in terms:
         if "reference_logp" in term.objective.needs:
             answers.extend(ANSWERS_READ[term.objective.reads])
-    parts = []
+    missing = []
     for answer in dict.fromkeys(answers):
-        part = select_answer(batch, stream, answer)
-        given = isinstance(part, Mapping) and ("reference_logp" in part or is_packed(part))
-        if not given:
-            parts.append(part)
-    return parts
+        answers_batch = select_answer(batch, stream, answer)
+        is_given = isinstance(answers_batch, Mapping) and "reference_logp" in answers_batch
+        # The plan refuses packed batches, and says why.
+        if not is_given and not (isinstance(answers_batch, Mapping) and is_packed(answers_batch)):
+            missing.append(answers_batch)
+    return missing
 
 
 def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:

@@ -1,4 +1,4 @@
-"""Which Trainer strategies take these steps exactly, and what sharding a model needs."""
+"""Strategies of the Trainer: those that take exact steps, and sharding a model with FSDP2."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
             "a quantised model cannot be sharded: use `ddp`, with which every device holds it, or leave out "
             "`model.lm.quantization`."
         )
-    blocks = {name for model in models for name in model._no_split_modules or ()}  # what accelerate keeps together too
+    blocks = set[str]()
+    for model in models:
+        blocks.update(model._no_split_modules or ())  # accelerate keeps the same modules together
     for module in lm.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh["data_parallel"])
@@ -124,8 +126,9 @@ def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(lm, options=options)
-    own = "model."  # not those of a frozen reference model
-    return {name.removeprefix(own): cast(Tensor, value) for name, value in state.items() if name.startswith(own)}
+    # Not the weights of a frozen reference model, which lie beside it.
+    prefix = "model."
+    return {name.removeprefix(prefix): cast(Tensor, value) for name, value in state.items() if name.startswith(prefix)}
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every part may use: files on disk and the processes of a run.
+"""Files on disk, processes of a run and checks of numbers, for every other package.
 
-Nothing here knows of models, data or Lightning; two files are all there is.
+Nothing here knows of models, data or Lightning.
 """

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_unlearn import NLL, NPO, Constraint, DualAscent, FixedMultiplier, LogitMargin, MatchUnseen, PIMultiplier, Relative
+from lit_unlearn import (
+    NLL,
+    NPO,
+    Constraint,
+    DualAscent,
+    FixedMultiplier,
+    LogitMargin,
+    MatchUnseen,
+    PIMultiplier,
+    Relative,
+)
 from lit_unlearn.errors import ConfigError, DivergedError
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -74,7 +84,12 @@ def test_warmup_holds_for_exactly_so_many_epochs(warmup):
 
 @pytest.mark.parametrize(
     ("objective", "unit"),
-    [(NLL(), "nats per token"), (LogitMargin(), r"logit margin\^2"), (MatchUnseen(), "squared nats"), (NPO(), "nats per answer")],
+    [
+        (NLL(), "nats per token"),
+        (LogitMargin(), r"logit margin\^2"),
+        (MatchUnseen(), "squared nats"),
+        (NPO(), "nats per answer"),
+    ],
 )
 def test_a_nan_is_refused_with_the_objectives_unit_and_leaves_the_multiplier(objective, unit):
     constraint = Constraint(objective, 0.3, DualAscent(lr=5.0, init=101.5))
@@ -105,7 +120,7 @@ def test_relative_epsilon_is_measured_first():
     assert constraint.epsilon is None
     assert "NLL on 'retain' ≤ 1.5 ×" in str(constraint)
     for action in (lambda: constraint.violation(0.5), lambda: constraint.update(0.5, epoch=0)):
-        with pytest.raises(RuntimeError, match="NLL on 'retain'.*not measured yet"):
+        with pytest.raises(RuntimeError, match=r"NLL on 'retain'.*not measured yet"):
             action()
     assert constraint.multiplier.value == 100.0
     constraint.level.set(0.2)
