@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_unlearn import NLL, NPO, Constraint, DualAscent, FixedMultiplier, LogitMargin, MatchUnseen, PIMultiplier, Relative
+from lit_unlearn import (
+    NLL,
+    NPO,
+    Constraint,
+    DualAscent,
+    FixedMultiplier,
+    LogitMargin,
+    MatchUnseen,
+    PIMultiplier,
+    Relative,
+)
 from lit_unlearn.errors import ConfigError, DivergedError
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
