@@ -115,7 +115,7 @@ def test_relative_epsilon_is_measured_first():
     assert constraint.epsilon is None
     assert "NLL on 'retain' ≤ 1.5 ×" in str(constraint)
     for action in (lambda: constraint.violation(0.5), lambda: constraint.update(0.5, epoch=0)):
-        with pytest.raises(RuntimeError, match="NLL on 'retain'.*not measured yet"):
+        with pytest.raises(RuntimeError, match=r"NLL on 'retain'.*not measured yet"):
             action()
     assert constraint.multiplier.value == 100.0
     constraint.level.set(0.2)
