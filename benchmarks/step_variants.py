@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from workload import Batch, Shape, Step, build_model
 
+from benchmarks.random_llama import Batch, Shape, Step, build_model
 from lit_unlearn import NLL, Constraint, DualAscent, LanguageModel, LitUnlearn, LogitMargin
 from lit_unlearn.models.adapters import checkpoint_activations
 

@@ -17,11 +17,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality import protocol, tofu_models
 from benchmarks.quality.results_files import read_json_lines, unit_name
 from lit_unlearn.utils.io import read_json, write_json
+
+if TYPE_CHECKING:
+    from lit_unlearn.evaluation.results import Results
 
 WORK_FOLDER = "{work}"  # stands for the sweep's folder in settings and errors: results name no folder of a machine
 FINETUNE_STAGE = "finetuned"  # its units leave a model and no result
@@ -99,7 +102,7 @@ def measure_finetuned(unit: Unit, work: Path) -> dict[str, Any]:
         reference = reference_file(size, unit.seed, work)
         results = measure_model(folder, size, unit.seed, work, retain_results=None if is_retain_only else reference)
         if is_retain_only:
-            write_json(reference, results)
+            results.write(reference)
         measured[str(size)] = summarize(results)
     return {"measured": measured}
 
@@ -112,9 +115,7 @@ def unlearn_and_measure(unit: Unit, work: Path) -> dict[str, Any]:
     folder = work / "runs" / unit.name
     # Left behind by an interrupted run; a run directory is not overwritten.
     shutil.rmtree(folder, ignore_errors=True)
-    started = time.monotonic()
     main(unlearn_arguments(unit, folder, work))
-    elapsed = time.monotonic() - started
 
     report = read_json(folder / "report.json")
     results = measure_model(
@@ -128,8 +129,8 @@ def unlearn_and_measure(unit: Unit, work: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     return {
         "report": report,
-        "seconds": report.pop("seconds", elapsed),
-        "peak_mib": report.pop("peak_memory_mib", None),
+        "seconds": report.pop("seconds"),
+        "peak_mib": report.pop("peak_memory_mib"),
         "measured": {str(unit.size): summarize(results)},
     }
 
@@ -177,7 +178,7 @@ def unlearn_arguments(unit: Unit, folder: Path, work: Path) -> list[str]:
 
 def measure_model(
     folder: Path, size: int, seed: int, work: Path, retain_results: Path | None, short: bool = False
-) -> dict[str, Any]:
+) -> Results:
     """Run TOFU's benchmark, measure the entropy of the forget answers, and repeat the forget set under stress.
 
     The two stresses are relearning on a tenth of the forget set, and weights rounded to 4 bits.
@@ -208,7 +209,7 @@ def measure_model(
     )
     with torch.no_grad():
         results = benchmark.run(lm)
-        results["aggregate"]["forget/entropy"] = measure_entropy(lm, data / "forget10.json")
+        results.aggregate["forget/entropy"] = measure_entropy(lm, data / "forget10.json")
 
     if not short:
         relearn = Relearn(
@@ -216,9 +217,9 @@ def measure_model(
         )
         forget_only = TOFUBenchmark("forget10", str(data / "alone"), **lengths)
         stressed = StressBenchmark(forget_only, relearn=relearn, bits=[4]).run(lm)
-        for key, value in stressed["aggregate"].items():
+        for key, value in stressed.aggregate.items():
             if key.startswith(("relearn/", "4bit/")):
-                results["aggregate"][key] = value
+                results.aggregate[key] = value
     return results
 
 
@@ -239,11 +240,11 @@ def reference_file(size: int, seed: int, work: Path) -> Path:
     return work / "reference" / f"{tofu_models.model_name(size, seed)}.json"
 
 
-def summarize(results: dict[str, Any]) -> dict[str, Any]:
+def summarize(results: Results) -> dict[str, Any]:
     """Return the aggregate values, the truth ratios that forget quality is computed from, and three generated answers."""
-    forget = results["examples"]["forget"]
+    forget = results.examples["forget"]
     return {
-        "aggregate": results["aggregate"],
+        "aggregate": results.aggregate,
         "forget_truth_ratios": [example["truth_ratio"] for example in forget],
         "said": [example["generated"] for example in forget[:3]],
     }
