@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo tofu test lint bench examples wheel readme results clean
+.PHONY: demo tofu test slow lint bench examples wheel readme results clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]
 	touch $@
 
-# Teaches a tiny model the embedded authors, makes it forget two of them; fails if it did not, or if the bound broke.
+# Fine-tune a tiny model on the embedded authors and unlearn two of them; fails if they are not forgotten or a constraint is violated.
 demo: $(VENV)/.installed
 	$(BIN)/lit-unlearn tokenizer --config configs/demo/tokenizer.yaml
 	$(BIN)/lit-unlearn fit --config configs/demo/target.yaml
@@ -36,44 +36,50 @@ tofu: $(VENV)/.installed
 	$(BIN)/lit-unlearn compare runs/tofu/target.json runs/tofu/retain_only.json runs/tofu/unlearned.json \
 	  --retain runs/tofu/retain_only.json --figure runs/tofu/compare.png
 
+# The default tests, in two processes with one thread each. Another number: make test PROCESSES=8
+PROCESSES ?= 2
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
+
+# The tests that start whole commands or many processes; they take minutes.
+slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Step time and memory against the straightforward formulation, and how they scale; tables, and JSON in build/bench.
+# Measure step time and memory against the straightforward formulation, and how they scale: tables, and JSON in build/bench.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.scaling
 
-# The scripts of examples/, on the demo's target model.
+# Run the scripts of examples/ on the demo's target model.
 examples: runs/demo/target/config.json
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 runs/demo/target/config.json:
 	$(MAKE) demo
 
-# Builds the wheel, installs it alone into an empty environment outside of the checkout, and runs the demo from its packaged files.
+# Build the wheel, install it alone into an empty environment outside of the checkout, and run the demo from its packaged files.
 wheel: $(VENV)/.installed-dev
 	rm -rf build/dist
 	$(BIN)/python -m build --outdir build/dist
 	.ci/wheel build/dist/*.whl
 
-# Every figure, table and picture of the README, from the commands that it names; half an hour on two cores.
+# Write every figure, table and picture of the README from the commands that it names; half an hour on two cores.
 readme: $(VENV)/.installed-dev
 	$(MAKE) demo tofu bench
-	$(BIN)/python benchmarks/methods.py
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.readme
 
-# The tables of docs/results.md from the kept results of benchmarks/quality/sweep.py.
+# Write the tables and pictures of docs/results.md from the stored results of benchmarks.quality.sweep.
 results: $(VENV)/.installed
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/gradients.py
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/bounds.py
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/quality/tables.py
+	$(BIN)/python -m benchmarks.quality.gradients
+	$(BIN)/python -m benchmarks.quality.bound_pictures
+	$(BIN)/python -m benchmarks.quality.tables
 
 clean:
 	rm -rf $(VENV) runs build

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from formulations import fit, unlearn_module
-from measures import Clock, table
-from workload import Shape, build_model, make_steps
 
+from benchmarks.random_llama import Shape, build_model, make_steps
+from benchmarks.step_variants import fit, unlearn_module
+from benchmarks.timing import Clock, table
 from lit_unlearn.training.strategies import leave_process_group
 
+ROOT = Path(__file__).parents[1]
 LOSS_TOLERANCE = 1e-4
 PLACES = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
 
@@ -44,15 +45,15 @@ def measure_processes(shape: Shape, rows: int, number: int) -> dict[str, Any]:
 
 
 def run_processes(shape: Shape, rows: int, number: int, processes: int, threads: int) -> dict[str, Any]:
-    """Runs this file under torchrun and reads what it found."""
+    """Runs this module under torchrun and reads what it found."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder, "job.json")
         settings = {"shape": asdict(shape), "rows": rows, "number": number, "threads": threads}
         job.write_text(json.dumps(settings), encoding="utf-8")
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launch, __file__, str(job)]
+        command = [sys.executable, *launch, "-m", "benchmarks.data_parallel", str(job)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         result = job.with_name("result.json")
         if not result.exists():
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """Every method on the embedded authors, with the same budget: what is forgotten, what is kept, and at what cost.
 
-    python benchmarks/methods.py
-    python benchmarks/methods.py --methods pdu npo npo_constrained
+    python -m benchmarks.methods
+    python -m benchmarks.methods --methods pdu npo npo_constrained
 
 Each method of ``configs/method`` is an overlay over ``configs/demo/unlearn.yaml``: a 0.9M-parameter Llama that knows twenty
 authors forgets two, in 100 AdamW steps on 5 forget and 20 retain rows, lr 1e-3, on a CPU. Nothing is tuned: published
@@ -24,15 +24,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import measures
 import torch
 import yaml
+
+from benchmarks import timing
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -47,12 +47,7 @@ HEADER = ["method", "forget p", "forget ROUGE", "retain p", "retain NLL", "holds
 def command(arguments: list[str], work: Path) -> subprocess.CompletedProcess[str]:
     """The command line, in a process of its own, as a user would call it."""
     environment = {**os.environ, "LIT_UNLEARN_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
-    code = (
-        "import resource, sys; from lit_unlearn.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    run = [sys.executable, "-c", code, *arguments]
+    run = [sys.executable, "-m", "lit_unlearn", *arguments]
     return subprocess.run(run, cwd=work, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -90,8 +85,8 @@ def unlearn(method: str, work: Path, extra: list[str]) -> dict[str, Any]:
         "epsilon": nll["epsilon"],
         "holds": nll["slack"] >= 0,
         "multiplier": nll["multiplier_after"],
-        "seconds": float(re.findall(r"steps in ([\d.]+) s", done.stderr)[-1]),
-        "peak_mib": int(re.findall(r"peak (\d+)", done.stdout)[-1]) / 1024,
+        "seconds": report["seconds"],
+        "peak_mib": report["peak_memory_mib"],
         "kept_step": report["kept_step"],
     }
 
@@ -151,7 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     teach(work)
-    facts = measures.machine("cpu")
+    facts = timing.machine("cpu")
     results: dict[str, Any] = {
         "machine": facts,
         "before": {"forget_rouge": rouge(work / "runs/demo/target")},
@@ -161,12 +156,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results["methods"][method] = unlearn(method, work, options.extra)
         print(f"{method} …", file=sys.stderr, flush=True)
     bounds = {values["epsilon"] for values in results["methods"].values() if "epsilon" in values}
-    print(measures.machine_line(facts))
+    print(timing.machine_line(facts))
     print(
         f"\nBefore: forget ROUGE {results['before']['forget_rouge']:.2f}; epsilon {', '.join(f'{e:.4g}' for e in bounds)}\n"
     )
-    print(measures.table(HEADER, [row(name, values) for name, values in results["methods"].items()]))
-    measures.write_json(results, options.output)
+    print(timing.table(HEADER, [row(name, values) for name, values in results["methods"].items()]))
+    timing.write_json(results, options.output)
     return results
 
 

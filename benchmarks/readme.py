@@ -1,7 +1,7 @@
 """Writes the tables of the README anew, from what the commands that it names have left, and the pictures beside it.
 
     make readme                              # all of it, by running those commands first
-    python benchmarks/readme.py demo inspect # some, from what is there
+    python -m benchmarks.readme demo inspect # some, from what is there
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 """
@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import methods as of_methods
-from blocks import fill, markdown
-from measures import in_mib
-
+from benchmarks import methods as of_methods
+from benchmarks.markdown_blocks import fill_page, markdown_table
+from benchmarks.timing import in_mib
 from lit_unlearn.cli import main as lit_unlearn
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.utils.io import read_json
@@ -71,7 +70,7 @@ def methods() -> str:
     rows = [of_methods.row(name, values) for name, values in results["methods"].items()]
     (epsilon,) = {f"{values['epsilon']:.4g}" for values in results["methods"].values() if "epsilon" in values}
     before = f"Before: forget ROUGE {results['before']['forget_rouge']:.2f}; the bound, 1.5 × the NLL before, is {epsilon}.\n\n"
-    return before + markdown(of_methods.HEADER, rows)
+    return before + markdown_table(of_methods.HEADER, rows)
 
 
 def step() -> str:
@@ -92,7 +91,7 @@ def step() -> str:
                     f"{values['memory_ratio']:.2f}",
                 ]
             )
-    return markdown(["vocabulary", "", "s/step", "ratio", "× floor", "peak MiB", "extra MiB", "ratio"], rows)
+    return markdown_table(["vocabulary", "", "s/step", "ratio", "× floor", "peak MiB", "extra MiB", "ratio"], rows)
 
 
 def startup() -> str:
@@ -100,7 +99,8 @@ def startup() -> str:
     rows = [[f"`{name}`", f"{statistics.median(seconds):.2f}"] for name, seconds in results["seconds"].items()]
     ratio = next(iter(results["ratios"].values()))
     return (
-        markdown(["command", "seconds"], rows) + f"\n\nThe median ratio to Lightning's own command line is {ratio:.2f}."
+        markdown_table(["command", "seconds"], rows)
+        + f"\n\nThe median ratio to Lightning's own command line is {ratio:.2f}."
     )
 
 
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*BLOCKS, []], metavar="NAME", help=f"of {', '.join(BLOCKS)} (all)")
     names: list[Any] = parser.parse_args(arguments).names
-    fill(ROOT / "README.md", {name: BLOCKS[name]() for name in names or BLOCKS})
+    fill_page(ROOT / "README.md", {name: BLOCKS[name]() for name in names or BLOCKS})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a step of `LitUnlearn` costs as the work grows, and what the dual step and a second process add.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 
 From one small base (a Llama with random weights, batches as in `step.py`) one thing at a time changes: rows per batch,
 length of the rows, vocabulary, number of constraints (each with a stream of its own). Time and extra memory are defined
@@ -26,9 +26,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from data_parallel import measure_processes, processes_report
-from formulations import EPSILON, MULTIPLIER, fit, gradient_bytes, unlearn_module
-from measures import (
+
+from benchmarks.data_parallel import measure_processes, processes_report
+from benchmarks.random_llama import Shape, Step, build_model, make_steps, real_tokens, tiny_step
+from benchmarks.step_variants import EPSILON, MULTIPLIER, fit, gradient_bytes, unlearn_module
+from benchmarks.timing import (
     Clock,
     PeakMemory,
     alternate,
@@ -41,8 +43,6 @@ from measures import (
     table,
     write_json,
 )
-from workload import Shape, Step, build_model, make_steps, real_tokens, tiny_step
-
 from lit_unlearn import NLL, Constraint, DualAscent, FixedMultiplier, LitUnlearn
 
 BASE = Shape(16_000, hidden=256, intermediate=1024, layers=2, heads=4, kv_heads=4)

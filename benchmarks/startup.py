@@ -1,6 +1,6 @@
 """How long the command line takes before it does anything, beside a plain `LightningCLI`.
 
-    python benchmarks/startup.py
+    python -m benchmarks.startup
 
 Every command runs in a fresh process; they take turns. Of two commands the median of the ratio within a round counts.
 
@@ -25,7 +25,7 @@ import time
 from functools import partial
 from typing import Any
 
-from measures import alternate, machine, machine_line, median_ratio, table, write_json
+from benchmarks.timing import alternate, machine, machine_line, median_ratio, table, write_json
 
 PEER = """
 import lightning as L

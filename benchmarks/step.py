@@ -1,11 +1,11 @@
 """Time and memory of one optimizer step, against the straightforward formulation.
 
-    python benchmarks/step.py                           # 4 layers × 512 with V = 32 000 and 128 256; on a GPU also the 1B shape
-    python benchmarks/step.py --shapes 32k --lora --compile --activation-checkpointing
+    python -m benchmarks.step                           # 4 layers × 512 with V = 32 000 and 128 256; on a GPU also the 1B shape
+    python -m benchmarks.step --shapes 32k --lora --compile --activation-checkpointing
 
-Models have random weights, batches 8 forget and 8 retain rows with lengths like TOFU's (`workload.make_steps`). Variants:
+Models have random weights, batches 8 forget and 8 retain rows with lengths like TOFU's (`random_llama.make_steps`). Variants:
 
-plain       What the method's public trainer does, written anew in `formulations.py`: padded batches, logits of every
+plain       What the method's public trainer does, written anew in `step_variants.py`: padded batches, logits of every
             position of both sets, margin² + λ · NLL, one backward pass, clipping, AdamW. Its losses are taken at the right,
             shifted positions, so that it minimises what ours does; the first step's losses are compared, and a relative
             difference above 1e-4 (1e-2 with bfloat16) is an error.
@@ -51,7 +51,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from formulations import (
+
+from benchmarks.random_llama import (
+    SHAPES,
+    Shape,
+    answer_tokens,
+    build_model,
+    floor_flops,
+    make_steps,
+    real_tokens,
+    tiny_step,
+)
+from benchmarks.step_variants import (
     Formulation,
     Precision,
     Variant,
@@ -61,7 +72,7 @@ from formulations import (
     step_optimizer,
     trainable,
 )
-from measures import (
+from benchmarks.timing import (
     Clock,
     PeakMemory,
     alternate,
@@ -75,7 +86,6 @@ from measures import (
     table,
     write_json,
 )
-from workload import SHAPES, Shape, answer_tokens, build_model, floor_flops, make_steps, real_tokens, tiny_step
 
 PLAIN, *OURS = Variant("plain", "plain"), Variant("sequential", "sequential"), Variant("joint", "joint")
 TOLERANCE = {"32-true": 1e-4, "bf16-true": 1e-2, "bf16-mixed": 1e-2}

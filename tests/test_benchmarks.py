@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
-import scaling, step
+from benchmarks import scaling, step
+folder = sys.argv[1]
 step.apart = scaling.apart = lambda function, *arguments: function(*arguments)  # a process each would take long
-step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--output", "step.json"])
-scaling.main(["--small", "--rounds", "1", "--dual-rounds", "1", "--threads", "1", "--no-processes", "--output", "scaling.json"])
+step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--output", f"{folder}/step.json"])
+scaling.main(["--small", "--rounds", "1", "--dual-rounds", "1", "--threads", "1", "--no-processes", "--output", f"{folder}/scaling.json"])
 try:
     step.check_agreement({"plain": {"nll": 1.0}, "joint": {"nll": 1.001}}, 1e-4)
 except RuntimeError as error:
@@ -29,9 +30,9 @@ except RuntimeError as error:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("bench")
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -53,7 +54,7 @@ def test_formulations_start_alike_and_are_measured(ran: tuple[Path, subprocess.C
 
 
 def test_a_disagreement_is_an_error(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    assert "the formulations disagree: relative differences" in ran[1].stderr
+    assert "disagree" in ran[1].stderr
 
 
 def test_scaling_has_every_sweep(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -68,15 +69,14 @@ def test_methods_are_compared_and_a_failure_is_a_row(model_dir: str, tmp_path: P
     target = tmp_path / "work/runs/demo/target"
     target.parent.mkdir(parents=True)
     target.symlink_to(model_dir)  # has two layers, so that RMU's layer 1 is one too many
-    command = [sys.executable, str(FOLDER / "methods.py"), "--methods", "npo", "rmu", "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "benchmarks.methods", "--methods", "npo", "rmu", "--work", str(tmp_path / "work")]
     extra = [
         "--output",
         str(tmp_path / "methods.json"),
         "--extra=--trainer.max_steps=2",
         "--extra=--data.max_length=200",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
-    done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     methods = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["methods"]
     assert 0 < methods["npo"]["forget_probability"] < 1

@@ -1,10 +1,11 @@
-"""The paper's claim of gradients that do not vanish: losses that flatten a distribution, from certainty to uniformity.
+"""Check the paper's claim of gradients that do not vanish, on losses that flatten a distribution.
 
-    python benchmarks/quality/gradients.py
+    python -m benchmarks.quality.gradients
 
-No model: the logits themselves are the variable, of one token that a model is sure of (2048 entries, the largest logit 14 above
-normally distributed others). Shown are the norm of the gradient where the logits are scaled towards zero, and how many steps of plain gradient
-descent on the logits each loss needs to an entropy, each with the step size that needs fewest.
+There is no model: the variable is the logits themselves, of one token that a model is sure of (2048 entries, the largest
+logit 14 above normally distributed others). Two things are measured: the norm of the gradient where the logits are scaled
+towards zero, and the number of steps of plain gradient descent on the logits that each loss needs to reach an entropy, each
+with the step size that needs fewest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.quality.protocol import ROOT
+from benchmarks.quality.results_files import RESULTS
 from lit_unlearn.functional import kl_to_uniform, logit_margin
 from lit_unlearn.utils.io import atomic_file, write_json
 
@@ -35,61 +38,68 @@ STYLES = ("-", "--", "-.", ":")
 COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#009E73")
 
 
-def certain() -> Tensor:
-    """Logits of a token that a model is sure of, shape (1, V)."""
+def make_certain_logits() -> Tensor:
+    """Return the logits of a token that a model is sure of, shape (1, V)."""
+    # float64: near uniformity the gradients differ by less than float32 resolves.
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[0, 0] = logits.mean() + TOP
     return logits
 
 
-def entropy(logits: Tensor) -> float:
-    """H / log V."""
+def relative_entropy(logits: Tensor) -> float:
+    """Return H / log V: 0 is certainty, 1 the uniform distribution."""
     return 1 - kl_to_uniform(logits, "model_to_uniform").item() / math.log(VOCABULARY)
 
 
-def norm(loss: Callable[[Tensor], Tensor], logits: Tensor) -> float:
+def compute_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Return the gradient of a loss in the logits."""
     variable = logits.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(variable).sum(), variable)
-    return gradient.norm().item()
+    return gradient
 
 
-def norms(points: int = 60) -> dict[str, list[float]]:
-    """Along the logits scaled towards zero: entropy, and every loss's gradient norm."""
+def measure_norms(points: int = 60) -> dict[str, list[float]]:
+    """Return the entropy and every loss's gradient norm, along the logits scaled towards zero."""
     scales = torch.logspace(0, -3, points, dtype=torch.float64).tolist()
-    found: dict[str, list[float]] = {"entropy": [entropy(scale * certain()) for scale in scales]}
+    norms: dict[str, list[float]] = {"entropy": [relative_entropy(scale * make_certain_logits()) for scale in scales]}
     for name, loss in LOSSES.items():
-        found[name] = [norm(loss, scale * certain()) for scale in scales]
-    return found
+        norms[name] = [compute_gradient(loss, scale * make_certain_logits()).norm().item() for scale in scales]
+    return norms
 
 
-def steps(loss: Callable[[Tensor], Tensor], rate: float) -> list[int | None]:
-    """Steps of gradient descent until each of the levels is reached; ``None`` where it is not."""
-    logits, reached = certain(), dict.fromkeys(LEVELS, None)
+def count_steps(loss: Callable[[Tensor], Tensor], rate: float) -> list[int | None]:
+    """Count the steps of gradient descent until each of `LEVELS` is reached; ``None`` where it is not."""
+    logits = make_certain_logits()
+    reached: dict[float, int | None] = dict.fromkeys(LEVELS, None)
     for step in range(1, STEPS + 1):
-        variable = logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(variable).sum(), variable)
-        logits = variable.detach() - rate * gradient
-        now = entropy(logits)
+        logits = logits - rate * compute_gradient(loss, logits)
+        entropy = relative_entropy(logits)
         for level in LEVELS:
-            if reached[level] is None and now >= level:
+            # A large step size can overshoot and come back: the first time counts.
+            if reached[level] is None and entropy >= level:
                 reached[level] = step
-        if now >= LEVELS[-1]:
+        if entropy >= LEVELS[-1]:
             break
     return list(reached.values())
 
 
-def fewest(loss: Callable[[Tensor], Tensor]) -> list[int | None]:
-    """For each level, with the best of the step sizes."""
-    runs = [steps(loss, rate) for rate in RATES]
-    return [min((run[i] for run in runs if run[i] is not None), default=None) for i in range(len(LEVELS))]
+def count_fewest_steps(loss: Callable[[Tensor], Tensor]) -> list[int | None]:
+    """Count the steps to each of `LEVELS`, each with the best of `RATES`."""
+    runs = [count_steps(loss, rate) for rate in RATES]
+    fewest = []
+    for counts in zip(*runs, strict=True):
+        fewest.append(min((count for count in counts if count is not None), default=None))
+    return fewest
 
 
-def draw(found: dict[str, list[float]], target: Path) -> None:
+def draw_norms(norms: dict[str, list[float]], target: Path) -> None:
+    """Draw every loss's gradient norm against the distance from uniformity."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    flatness = [1 - value for value in found["entropy"]]
-    for (name, style), colour in zip(zip(LOSSES, STYLES, strict=True), COLOURS, strict=True):
-        axes.loglog(flatness, found[name], style, color=colour, label=name)
+    # Both ends of H / log V are of interest, and only 1 − H / log V spreads the uniform one on a logarithmic axis.
+    distances = [1 - entropy for entropy in norms["entropy"]]
+    for name, style, colour in zip(LOSSES, STYLES, COLOURS, strict=True):
+        axes.loglog(distances, norms[name], style, color=colour, label=name)
     axes.invert_xaxis()
     axes.set(
         xlabel="1 − H / log V: certain on the left, uniform on the right", ylabel="norm of the gradient in the logits"
@@ -101,15 +111,15 @@ def draw(found: dict[str, list[float]], target: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, write the numbers, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/gradients.json")
-    parser.add_argument("--figure", type=Path, default=Path(__file__).parents[2] / "docs/pictures/gradients.png")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gradients.json", help="file for the numbers")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs/pictures/gradients.png", help="file to draw")
     options = parser.parse_args(arguments)
-    found = norms()
-    write_json(
-        options.output, {"norms": found, "levels": LEVELS, "steps": {n: fewest(loss) for n, loss in LOSSES.items()}}
-    )
-    draw(found, options.figure)
+    norms = measure_norms()
+    fewest = {name: count_fewest_steps(loss) for name, loss in LOSSES.items()}
+    write_json(options.output, {"norms": norms, "levels": LEVELS, "steps": fewest})
+    draw_norms(norms, options.figure)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,60 @@
 """The comparison of methods on TOFU with models made here: what is run, and by which rule it is judged.
 
-Written down before the runs that it judges. A change here is a new comparison: results carry a digest of this file's
-settings, and results with another digest are not put into one table.
+This was written before the runs that it judges. A change here starts a new comparison: every result carries a digest of
+this file's settings, and results with different digests are never put into one table.
 
-Rows. TOFU's first 20 authors (those of ``retain_perturbed``) and its last 20 (those of ``forget10``): 800 rows. The last 2,
-4 or 8 authors (40, 80, 160 rows) are to be forgotten; the others are the retain set.
+Data. TOFU's first 20 authors (those of ``retain_perturbed``) and its last 20 (those of ``forget10``): 800 examples. The
+last 2, 4 or 8 authors (40, 80, 160 examples) are the forget set; all others are the retain set.
 
-Models. A Llama of 1.6 million parameters with random weights and a tokenizer of 2048 entries, taught by NLL (`TEACH`) until the NLL of
-what it was taught is about 0.1 nats per token, near that of the Llama-2 that TOFU is usually run on (0.18). For each
-seed: a target that has seen all 800 rows, and for each forget set a retain-only model, taught in the same way and with
-the same seed but without the forget rows. The target's seed is also that of its unlearning runs.
+Models. A Llama of 1.6 million parameters with random weights and a tokenizer of 2048 entries, fine-tuned with the NLL
+(`FINETUNE`) until its NLL on its own training data is about 0.1 nats per token, near that of the Llama-2 that TOFU is
+usually run on (0.18). For each seed: a target model that has seen all 800 examples, and for each forget set a retain-only
+model, trained in the same way and with the same seed but without the forget set. The target model's seed is also that of
+its unlearning runs.
 
-Unlearning. Every file of ``configs/method``, over `UNLEARN`: the same epochs, batches, optimizer and schedule. Tuning: on the
-4 authors, seed 0, learning rates × two values of the method's own main parameter (`MAIN`), so four runs each; the published
-value is among them, or is what the file has. No method sees the retain-only model before it is judged by it; the rule does.
+Unlearning. Every file of ``configs/method``, over `UNLEARN`: the same epochs, batches, optimizer and schedule. Tuning: on
+4 authors, seed 0, learning rates × two values of the method's own main parameter (`MAIN`), so four runs each; the
+published value is among them, or is what the file has. No method sees the retain-only model before it is judged by it; the
+rule does.
 
-Rule. Among a method's four tuning runs, those whose retain NLL on all retain rows is at most epsilon (1.5 times the
-target's) are admitted; if there is none, all are, and the method is marked infeasible. Of the admitted, the one with the
-highest forget quality is chosen; ties (within a factor of 1.1) go to the truth ratio nearest to the retain-only model's. Also shown: the
-one with the highest harmonic mean of forget quality and retain utility (the harmonic mean of probability, ROUGE-L recall and
-truth ratio on retain rows). The chosen settings are then run on every forget set and seed.
+Rule. Among a method's four tuning runs, those whose retain NLL on all retain examples is at most epsilon (1.5 times the
+target model's) are admitted; if there is none, all are, and the method is marked infeasible. Of the admitted runs, the one
+with the highest forget quality is chosen; ties (within a factor of 1.1) go to the truth ratio nearest to the retain-only
+model's. The tables also show the run with the highest harmonic mean of forget quality and retain utility (the harmonic mean
+of probability, ROUGE-L recall and truth ratio on the retain set). The chosen settings are then run on every forget set and
+seed.
 
-Calibrated forgetting, in three rounds. First, before any run: PDU as the rule chose it, where a row, or a token, is left out of the
-forgetting loss once its NLL has reached 0.75, 1 or 1.25 times the target's NLL on 200 rows of ten other TOFU authors, which no model has
-seen; on 4 and 8 authors, seed 0. What is sought is the setting whose forget quality is above 0.05 on both with a retain utility no lower
-than plain PDU's; if several are, the one with the highest product of forget qualities.
+Calibrated forgetting, in three rounds. First, before any run: PDU as the rule chose it, where an example, or a token, is
+left out of the forgetting loss once its NLL has reached 0.75, 1 or 1.25 times the target model's NLL on 200 examples of ten
+other TOFU authors, which no model has seen; on 4 and 8 authors, seed 0. Wanted: the setting whose forget quality is above
+0.05 on both with a retain utility no lower than plain PDU's; if several qualify, the one with the highest product of forget
+qualities.
 
-Second, when those had been seen (gates by row reach forget quality late, gates by token leave the relearnt probability higher
-than plain PDU's), and after trials on seed 0, 4 and 8 authors: ``MatchUnseen`` at the factors 1 and 1.25, with PDU's learning rate and
-dual step size; of the gates, only those by token at 0.75 and 1 go on. All on 2, 4 and 8 authors and three seeds, of which 1 and 2 are the
-test. What stays in the package: of the settings whose forget quality is above 0.05 on every forget set in every seed, and whose mean
-retain utility is no lower than plain PDU's on any, the one with the lowest mean relearnt probability; if none is, the one that fails
-least often.
+Second, when those had been seen (gates by example reach forget quality late, gates by token leave the relearnt probability
+higher than plain PDU's), and after trials on seed 0, 4 and 8 authors: ``MatchUnseen`` at the factors 1 and 1.25, with PDU's
+learning rate and dual step size; of the gates, only those by token at 0.75 and 1 continue. All run on 2, 4 and 8 authors and
+three seeds, of which 1 and 2 are the test. The package keeps: of the settings whose forget quality is above 0.05 on every
+forget set in every seed, and whose mean retain utility is no lower than plain PDU's on any, the one with the lowest mean
+relearnt probability; if there is none, the one that fails least often.
 
-Third, when that had been run (both gates by token passed; matching at 1.25 missed on one of nine, 8 authors of seed 2, where its truth
-ratio was too low, and had a half to a fifth of the gates' relearnt probability): the factor 1.5, on all nine, under the same rule.
+Third, when that had been run (both gates by token passed; matching at 1.25 missed on one of nine, 8 authors of seed 2, where
+its truth ratio was too low, and had a half to a fifth of the gates' relearnt probability): the factor 1.5, on all nine, under
+the same rule.
 
-What came of it, and a deviation. Matching at 1.5 has a forget quality above 0.05 on all nine and a higher utility than plain PDU on 4 and 8
-authors; on 2 its mean is 0.725 against 0.728, a fifth of the standard deviation over seeds. To the letter the rule keeps the gate by token
-at 1. It was not kept: its relearnt probability is above plain PDU's on every forget set, three to five times that of matching, and what was
-to stay had to win after relearning. The results of the gates name the commits that had them.
+Result, and a deviation. Matching at 1.5 has a forget quality above 0.05 on all nine and a higher utility than plain PDU on 4
+and 8 authors; on 2 its mean is 0.725 against 0.728, a fifth of the standard deviation over seeds. To the letter, the rule
+keeps the gate by token at 1. It was not kept: its relearnt probability is above plain PDU's on every forget set, three to
+five times that of matching, and the purpose was to win after relearning. The results of the gates name the commits that had
+them.
 
-The constraint and its price. PDU and the same forgetting loss with fixed weights, on 4 authors, seed 0, at PDU's chosen learning rate,
-keeping the last step whatever it is: PDU for every bound of `BOUNDS`, first multiplier of `FIRST` and dual step size of `DUAL_RATES`; fixed
-weights of `WEIGHTS`, each judged by every bound. Shown: the retain NLL at the end against the bound, the share of runs that
-hold it, and what was forgotten against the bound and against the last multiplier.
+The constraint and its price. PDU and the same forgetting loss with fixed weights, on 4 authors, seed 0, at PDU's chosen
+learning rate, keeping the last step even if it is infeasible: PDU for every bound of `BOUNDS`, first multiplier of `FIRST`
+and dual step size of `DUAL_RATES`; fixed weights of `WEIGHTS`, each judged by every bound. Shown: the retain NLL at the end
+against the bound, the share of runs that satisfy it, and how much was forgotten against the bound and against the last
+multiplier.
 
-Measured on every final model: TOFU's benchmark (every forget row, the first 60 rows of the other sets), the same forget rows after five
-AdamW steps on a tenth of them (rate `RELEARN_LR`), and with weights rounded to 4 bits.
+Measured on every final model: TOFU's benchmark (every forget example, the first 60 examples of the other sets), the same
+forget set after five AdamW steps on a tenth of it (learning rate `RELEARN_LR`), and with weights rounded to 4 bits.
 """
 
 from __future__ import annotations
@@ -62,11 +69,11 @@ SIZES = (2, 4, 8)  # authors to forget
 SEEDS = (0, 1, 2)
 TUNED_SIZE, TUNED_SEED = 4, 0
 RATES = (3e-4, 1e-3)
-EPSILON = 0.5  # relative
-EVAL_ROWS = 60  # of every set but the forget set
+EPSILON = 0.5  # relative to the target model's retain NLL
+EVAL_ROWS = 60  # of every set except the forget set, which is measured completely
 RELEARN_STEPS, RELEARN_LR = 5, 3e-4
 
-TEACH = {
+FINETUNE = {
     "config": {
         "model_type": "llama",
         "hidden_size": 160,
@@ -84,6 +91,7 @@ TEACH = {
 }
 UNLEARN = {"epochs": 10, "batch_size": 8, "retain_batch_size": 16, "weight_decay": 0.01, "check_val_every_n_epoch": 2}
 
+# Each method's main parameter and the two values of it that are tried.
 _NLL = "model.constraints.nll.multiplier.init_args"
 MAIN: dict[str, tuple[str, tuple[float, float]]] = {
     "ceu": (f"{_NLL}.weight", (0, 1)),
@@ -109,14 +117,25 @@ MATCHED = (1.0, 1.25, 1.5)
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)  # relative
 FIRST, DUAL_RATES = (1, 100), (5, 100)
 WEIGHTS = (0.1, 1, 10, 100, 1000)
+# RMU's published layer is the seventh; these models have three.
 ADAPTED = {"rmu": ["--model.forget.init_args.layer=1", "--model.constraints.activations.objective.init_args.layer=1"]}
 
 
-def settings() -> dict[str, Any]:
-    """Everything above that decides a result."""
-    names = ("SIZES", "EPSILON", "EVAL_ROWS", "RELEARN_STEPS", "RELEARN_LR", "TEACH", "UNLEARN", "ADAPTED")
-    return {name: globals()[name] for name in names}
+def get_settings() -> dict[str, Any]:
+    """Return every setting above that decides a result."""
+    return {
+        "SIZES": SIZES,
+        "EPSILON": EPSILON,
+        "EVAL_ROWS": EVAL_ROWS,
+        "RELEARN_STEPS": RELEARN_STEPS,
+        "RELEARN_LR": RELEARN_LR,
+        # The key keeps the constant's first name: it is part of the digest that the stored results carry.
+        "TEACH": FINETUNE,
+        "UNLEARN": UNLEARN,
+        "ADAPTED": ADAPTED,
+    }
 
 
 def digest() -> str:
-    return hashlib.sha256(json.dumps(settings(), sort_keys=True).encode()).hexdigest()[:12]
+    """Return the digest of the settings that a result is stored with."""
+    return hashlib.sha256(json.dumps(get_settings(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,13 +1,13 @@
-"""Runs the comparison of `protocol.py`, in token_texts that continue after an interruption.
+"""Run the comparison of `protocol.py`, in units that continue after an interruption.
 
-    python benchmarks/quality/sweep.py --tofu ../shared/data/tofu            # everything that is not there yet
-    python benchmarks/quality/sweep.py --tofu DIR --methods pdu npo --seeds 0
-    python benchmarks/quality/sweep.py --tofu DIR --only final/pdu-4-0 --again --results build/again   # one row, anew
+    python -m benchmarks.quality.sweep --tofu ../shared/data/tofu              # everything that has no result yet
+    python -m benchmarks.quality.sweep --tofu DIR --methods pdu npo --seeds 0
+    python -m benchmarks.quality.sweep --tofu DIR --only final/pdu-4-0 --again # one unit anew
 
-Every unit (a model taught, a method tuned, a final run) is a process of its own with one thread, and a JSON file in
-``benchmarks/quality/results``, which is kept in the repository; a unit whose file is there is not run again. Weights and logs
-are under ``build/quality``. The whole is about seven hours of one core, going by the units run so far; the order is such
-that a part is of use: models and tuning, then all methods with seed 0, then the other seeds.
+Every unit (a model fine-tuned, a method tuned, a final run) is a process of its own with one thread, and one line of a JSON
+Lines file per stage in ``benchmarks/quality/results``, which is kept in the repository; a unit that has a line is not run
+again. Weights and logs are under ``build/quality``. All of it takes about seven hours of one core, going by the units run so
+far; the order makes a partial sweep useful: models and tuning, then all methods with seed 0, then the other seeds.
 """
 
 from __future__ import annotations
@@ -15,149 +15,201 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from benchmarks.quality import protocol, tofu_models
+from benchmarks.quality.results_files import RESULTS, Result, read_results, unit_name, write_result
+from benchmarks.quality.run_unit import FINETUNE_STAGE, WORK_FOLDER, Unit
+from benchmarks.quality.selection_rule import choose_settings
+from lit_unlearn.utils.io import read_json
 
-import models
-import protocol
-from choose import chosen
-from units import WORK_FOLDER, Unit, run
-
-HERE = Path(__file__).parent
 STAGES = ("models", "tuning", "final", "calibrated", "bounds")
 
 
-def teaching(seeds: Sequence[int]) -> Iterator[list[Unit]]:
-    """All models; then the retain-only ones measured, and then the targets, which are compared with them."""
+# The units of each stage -------------------------------------------------------------------------------------------------
+
+
+def plan_models(seeds: Sequence[int]) -> Iterator[list[Unit]]:
+    """Yield the units of all models in three groups, each of which needs the one before it.
+
+    All models are fine-tuned; then the retain-only models are measured, and then the target models, which are compared
+    with them.
+    """
     targets = [("target", None, seed) for seed in seeds]
-    others = [("retain_only", size, seed) for seed in seeds for size in protocol.SIZES]
-    yield [Unit("taught", *which) for which in (*targets, *others)]
-    yield [Unit("models", *which) for which in others]
-    yield [Unit("models", *which) for which in targets]
+    retain_only = [("retain_only", size, seed) for seed, size in itertools.product(seeds, protocol.SIZES)]
+    yield [Unit(FINETUNE_STAGE, *model) for model in (*targets, *retain_only)]
+    yield [Unit("models", *model) for model in retain_only]
+    yield [Unit("models", *model) for model in targets]
 
 
-def tuning(methods: Sequence[str]) -> list[Unit]:
-    """Four runs of every method."""
+def plan_tuning(methods: Sequence[str]) -> list[Unit]:
+    """Return the four tuning runs of every method."""
     units = []
     for method in methods:
         key, values = protocol.MAIN[method]
-        for i, rate in enumerate(protocol.RATES):
-            for j, value in enumerate(values):
-                settings = (
-                    f"--model.optimizer.init_args.lr={rate}",
-                    f"--{key}={value}",
-                    *protocol.ADAPTED.get(method, []),
-                )
-                facts = {"method": method, "lr": rate, "main": {key: value}}
-                size, seed = protocol.TUNED_SIZE, protocol.TUNED_SEED
-                units.append(Unit("tuning", f"{method}-{i}{j}", size, seed, settings, facts))
+        for (i, rate), (j, value) in itertools.product(enumerate(protocol.RATES), enumerate(values)):
+            settings = (f"--model.optimizer.init_args.lr={rate}", f"--{key}={value}", *protocol.ADAPTED.get(method, []))
+            facts = {"method": method, "lr": rate, "main": {key: value}}
+            units.append(Unit("tuning", f"{method}-{i}{j}", protocol.TUNED_SIZE, protocol.TUNED_SEED, settings, facts))
     return units
 
 
-def final(methods: Sequence[str], seeds: Sequence[int], results: Path) -> list[Unit]:
-    """The chosen settings on every forget set and seed."""
+def plan_final(methods: Sequence[str], seeds: Sequence[int], results: Path) -> list[Unit]:
+    """Return the runs of the chosen settings on every forget set and seed."""
+    # The size that was tuned on comes first: with it alone there is a complete table.
+    sizes = sorted(protocol.SIZES, key=lambda size: size != protocol.TUNED_SIZE)
     units = []
-    for seed in seeds:
-        for size in (protocol.TUNED_SIZE, *(size for size in protocol.SIZES if size != protocol.TUNED_SIZE)):
-            for method in methods:
-                best = chosen(method, results)["rule"]["unit"]
-                units.append(Unit("final", method, size, seed, tuple(best["settings"]), best["facts"]))
+    for seed, size, method in itertools.product(seeds, sizes, methods):
+        chosen = choose_settings(method, results).by_rule["unit"]
+        units.append(Unit("final", method, size, seed, tuple(chosen["settings"]), chosen["facts"]))
     return units
 
 
-def calibrated(seeds: Sequence[int], results: Path) -> list[Unit]:
-    """Matching under the bound of PDU, as that was chosen."""
-    best = chosen("pdu", results)["rule"]["unit"]
+def plan_calibrated(seeds: Sequence[int], results: Path) -> list[Unit]:
+    """Return the runs of ``MatchUnseen`` with the settings chosen for PDU."""
+    chosen = choose_settings("pdu", results).by_rule["unit"]
     units = []
     for seed, size, factor in itertools.product(seeds, protocol.SIZES, protocol.MATCHED):
         streams = json.dumps({"unseen": f"{WORK_FOLDER}/data/{size}/unseen.json"})
-        own = (f"--data.streams={streams}", f"--model.forget.init_args.factor={factor}")
-        facts = {"method": "match_unseen"}
-        units.append(Unit("calibrated", f"match_{factor:g}", size, seed, (*best["settings"], *own), facts))
+        settings = (
+            *chosen["settings"],
+            f"--data.streams={streams}",
+            f"--model.forget.init_args.factor={factor}",
+        )
+        units.append(Unit("calibrated", f"match_{factor:g}", size, seed, settings, {"method": "match_unseen"}))
     return units
 
 
-def bounds(results: Path) -> list[Unit]:
-    """PDU under several bounds from several starts, and fixed weights in its place."""
-    best = chosen("pdu", results)["rule"]["unit"]
-    common = (f"--model.optimizer.init_args.lr={best['facts']['lr']}", "--model.keep=last")
-    nll, size, seed = "--model.constraints.nll", protocol.TUNED_SIZE, protocol.TUNED_SEED
+def plan_bounds(results: Path) -> list[Unit]:
+    """Return the runs of PDU under several bounds from several first multipliers, and those of fixed weights."""
+    chosen = choose_settings("pdu", results).by_rule["unit"]
+    common = (f"--model.optimizer.init_args.lr={chosen['facts']['lr']}", "--model.keep=last")
+    nll = "--model.constraints.nll"
+    size, seed = protocol.TUNED_SIZE, protocol.TUNED_SEED
+
     units = []
     for bound, first, rate in itertools.product(protocol.BOUNDS, protocol.FIRST, protocol.DUAL_RATES):
+        settings = (
+            *common,
+            f"{nll}.epsilon={json.dumps({'relative': bound})}",
+            f"{nll}.multiplier.init_args.init={first}",
+            f"{nll}.multiplier.init_args.lr={rate}",
+        )
         facts = {"method": "pdu", "bound": bound, "first": first, "rate": rate}
-        epsilon, start = json.dumps({"relative": bound}), f"{nll}.multiplier.init_args"
-        settings = [f"{nll}.epsilon={epsilon}", f"{start}.init={first}", f"{start}.lr={rate}"]
-        units.append(Unit("bounds", f"pdu_{bound:g}_{first}_{rate}", size, seed, (*common, *settings), facts))
+        units.append(Unit("bounds", f"pdu_{bound:g}_{first}_{rate}", size, seed, settings, facts))
     for weight in protocol.WEIGHTS:
-        facts = {"method": "pdu", "weight": weight}
         fixed = json.dumps({"class_path": "FixedMultiplier", "init_args": {"weight": weight}})
+        facts = {"method": "pdu", "weight": weight}
         units.append(Unit("bounds", f"fixed_{weight:g}", size, seed, (*common, f"{nll}.multiplier={fixed}"), facts))
     return units
 
 
-def do(unit: Unit, work: Path, results: Path) -> tuple[Unit, float, str | None]:
-    import torch
-
-    torch.set_num_threads(1)
-    done = run(unit, work, results)
-    return unit, done["total_seconds"], done.get("error")
+# Running them ------------------------------------------------------------------------------------------------------------
 
 
-def go(units: Sequence[Unit], options: argparse.Namespace) -> None:
-    """Runs what is not there yet, side by side."""
-    left = [unit for unit in units if options.again or not (options.results / unit.file).is_file()]
-    if options.only:
-        left = [unit for unit in left if Path(unit.file).with_suffix("").as_posix() in options.only]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lit_unlearn.cli.trainer", "transformers", "peft", "units"])
+def select_pending(units: Sequence[Unit], options: argparse.Namespace) -> list[Unit]:
+    """Return the units that have no result yet (all with ``--again``), of those that ``--only`` names."""
+    pending = []
+    for unit in units:
+        if unit.stage == FINETUNE_STAGE:
+            # Fine-tuning a model anew would invalidate every result that was measured with it, so `--again` does not.
+            is_done = tofu_models.is_finetuned(unit.size, unit.seed, options.work)
+        else:
+            names = [unit_name(result["unit"]) for result in read_results(options.results, unit.stage)]
+            is_done = not options.again and unit_name(asdict(unit)) in names
+        is_selected = not options.only or unit.name in options.only
+        if is_selected and not is_done:
+            pending.append(unit)
+    return pending
+
+
+def run_in_process(unit: Unit, work: Path) -> Result | None:
+    """Run a unit in a fresh process and return its result; ``None`` if the process was interrupted or killed."""
+    output = work / "units" / f"{unit.name}.json"
+    # A result that an earlier sweep could not collect may be of other code.
+    output.unlink(missing_ok=True)
+    log = work / "log" / f"{unit.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    command = [sys.executable, "-m", "benchmarks.quality.run_unit", "--unit", json.dumps(asdict(unit))]
+    command += ["--work", str(work), "--output", str(output)]
+    with log.open("w", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=protocol.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return read_json(output) if output.is_file() else None
+
+
+def run_pending(units: Sequence[Unit], options: argparse.Namespace) -> None:
+    """Run the pending units side by side and store each result as soon as it is there."""
+    pending = select_pending(units, options)
     started = time.monotonic()
-    work: Callable[[Unit], tuple[Unit, float, str | None]] = partial(do, work=options.work, results=options.results)
-    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
-        for number, (unit, seconds, error) in enumerate(pool.imap_unordered(work, left), start=1):
+    pool = ThreadPoolExecutor(options.jobs)
+    futures = {pool.submit(run_in_process, unit, options.work): unit for unit in pending}
+    try:
+        for number, future in enumerate(as_completed(futures), start=1):
+            unit, result = futures[future], future.result()
+            # Only this thread writes results files: units that end together cannot overwrite each other's lines.
+            if result is not None and unit.stage != FINETUNE_STAGE:
+                write_result(options.results, result)
             minutes = (time.monotonic() - started) / 60
-            print(
-                f"{number} of {len(left)}, {minutes:.1f} min: {unit.file} {seconds:.0f} s{f', FAILED: {error}' if error else ''}",
-                flush=True,
-            )
+            print(f"{number} of {len(pending)}, {minutes:.1f} min: {describe_outcome(unit, result)}", flush=True)
+    finally:
+        # After Ctrl-C, a plain shutdown would still run every unit that waits.
+        pool.shutdown(cancel_futures=True)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def describe_outcome(unit: Unit, result: Result | None) -> str:
+    """Return a line for people."""
+    if result is None:
+        return f"{unit.name} was interrupted: no result"
+    outcome = f"{unit.name} {result['total_seconds']:.0f} s"
+    return f"{outcome}, FAILED: {result['error']}" if "error" in result else outcome
+
+
+# Command -----------------------------------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", type=Path, required=True, help="folder with TOFU's files")
     parser.add_argument("--methods", nargs="+", choices=protocol.MAIN, default=list(protocol.MAIN), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(protocol.SEEDS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--only", nargs="+", help="units by name, such as final/pdu-4-0")
-    parser.add_argument("--again", action="store_true", help="also what is there")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="units side by side, a thread each")
+    parser.add_argument("--only", nargs="+", help="run only these units, such as final/pdu-4-0")
+    parser.add_argument("--again", action="store_true", help="also run units that have a result, and replace it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="units side by side, with one thread each")
     parser.add_argument(
         "--work", type=Path, default=protocol.ROOT / "build/quality", help="folder for weights and logs"
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results files")
-    return parser.parse_args(arguments)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    options = parser.parse_args(arguments)
+    options.work, options.results = options.work.absolute(), options.results.absolute()
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
-    options.work, options.results = options.work.absolute(), options.results.absolute()
-    models.prepare(options.tofu.absolute(), options.work)
+    """Run all stages in their order; a later stage reads the results of the earlier ones."""
+    options = parse_options(arguments)
+    tofu_models.prepare_data(options.tofu.absolute(), options.work)
     if "models" in options.stages:
-        for units in teaching(options.seeds):
-            go(units, options)
+        for units in plan_models(options.seeds):
+            run_pending(units, options)
     if "tuning" in options.stages:
-        go(tuning(options.methods), options)
+        run_pending(plan_tuning(options.methods), options)
     if "final" in options.stages:
-        go(final(options.methods, options.seeds, options.results), options)
+        run_pending(plan_final(options.methods, options.seeds, options.results), options)
     if "calibrated" in options.stages:
-        go(calibrated(options.seeds, options.results), options)
+        run_pending(plan_calibrated(options.seeds, options.results), options)
     if "bounds" in options.stages:
-        go(bounds(options.results), options)
+        run_pending(plan_bounds(options.results), options)
 
 
 if __name__ == "__main__":

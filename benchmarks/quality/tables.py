@@ -1,242 +1,324 @@
-"""Writes the tables of docs/results.md from the results files: `make results`."""
+"""Write the tables of docs/results.md from the results files: ``python -m benchmarks.quality.tables``, or ``make results``."""
 
 from __future__ import annotations
 
 import argparse
-import operator
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import bounds
-import protocol
-from blocks import fill, markdown
-from choose import RETAIN_ONLY, chosen, feasible, read, retain_nll, retain_utility, values
-
+from benchmarks.markdown_blocks import fill_page, markdown_table
+from benchmarks.quality import protocol
+from benchmarks.quality.bound_pictures import FIXED, read_series, relative_growth
+from benchmarks.quality.results_files import RESULTS, Result, read_results
+from benchmarks.quality.selection_rule import (
+    RETAIN_ONLY,
+    choose_settings,
+    get_retain_nll,
+    get_values,
+    is_feasible,
+    retain_utility,
+)
 from lit_unlearn.metrics import forget_quality
 from lit_unlearn.utils.io import read_json
 
-Result = dict[str, Any]
 Column = Callable[[Result], float | None]
+References = Mapping[tuple[int, int], Mapping[str, float]]  # by forget set and seed
+
+MODEL_COLUMNS = {
+    "truth ratio": "forget/truth_ratio",
+    "probability": "forget/probability",
+    "ROUGE": "forget/rougeL_recall",
+    "NLL": "forget/nll",
+    "entropy": "forget/entropy",
+    "retain probability": "retain/probability",
+    "forget quality": "forget_quality",
+}
 
 
-def spread(numbers: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds; of one, the number."""
+# Numbers -----------------------------------------------------------------------------------------------------------------
+
+
+def format_spread(numbers: Sequence[float], digits: int = 3) -> str:
+    """Format the mean ± standard deviation over seeds; of a single seed, the number."""
     if not numbers:
         return "–"
-    mean = short(statistics.fmean(numbers), digits)
-    return mean if len(numbers) == 1 else f"{mean} ± {short(statistics.stdev(numbers), 1)}"
+    mean = format_number(statistics.fmean(numbers), digits)
+    return mean if len(numbers) == 1 else f"{mean} ± {format_number(statistics.stdev(numbers), 1)}"
 
 
-def short(number: float, digits: int) -> str:
-    """Without an exponent where it is large."""
+def format_number(number: float, digits: int) -> str:
+    """Format a number, without an exponent where it is large."""
     text = f"{number:.{digits}g}"
     return f"{number:.0f}" if "e+" in text else text
 
 
-def reference(results: Path) -> dict[tuple[int, int], Mapping[str, float]]:
-    """What the retain-only models measured, by forget set and seed."""
-    found = [one for one in read(results, "models") if one["unit"]["label"] == RETAIN_ONLY]
-    return {(one["unit"]["size"], one["unit"]["seed"]): values(one) for one in found}
+def measured_value(key: str) -> Column:
+    """Make a column of a measured value."""
+    return lambda result: get_values(result).get(key)
 
 
-def measured(key: str) -> Column:
-    return lambda result: values(result).get(key)
+def difference_to_retain_only(key: str, references: References) -> Column:
+    """Make a column of the signed difference from the retain-only model of the same forget set and seed."""
+
+    def column(result: Result) -> float:
+        reference = references[result["unit"]["size"], result["unit"]["seed"]]
+        return get_values(result)[key] - reference[key]
+
+    return column
 
 
-def difference(key: str, references: Mapping[tuple[int, int], Mapping[str, float]]) -> Column:
-    """Signed, to the retain-only model of the same forget set and seed."""
-    return lambda result: values(result)[key] - references[result["unit"]["size"], result["unit"]["seed"]][key]
+def used_share_of_epsilon(result: Result) -> float | None:
+    """Return retain NLL / ε; a retain-only model has no constraint, and so no value."""
+    if "report" not in result:
+        return None
+    value, epsilon = get_retain_nll(result)
+    return value / epsilon
 
 
-def rows(results: Sequence[Result], columns: Mapping[str, Column], labels: Sequence[str]) -> list[list[str]]:
-    """A line per label: every column's spread over seeds; failures keep their line."""
+def read_retain_only(results: Path) -> list[Result]:
+    """Return the results of the retain-only models."""
+    return [result for result in read_results(results, "models") if result["unit"]["label"] == RETAIN_ONLY]
+
+
+def read_references(results: Path) -> References:
+    """Return the values of the retain-only models, by forget set and seed."""
+    references = {}
+    for result in read_retain_only(results):
+        references[result["unit"]["size"], result["unit"]["seed"]] = get_values(result)
+    return references
+
+
+def select_label(results: Sequence[Result], label: str) -> list[Result]:
+    """Return the results of one method."""
+    return [result for result in results if result["unit"]["label"] == label]
+
+
+def drop_failed(results: Sequence[Result]) -> list[Result]:
+    """Return the results without an error."""
+    return [result for result in results if "error" not in result]
+
+
+# Tables ------------------------------------------------------------------------------------------------------------------
+
+
+def make_line(results: Sequence[Result], label: str, columns: Mapping[str, Column]) -> list[str]:
+    """Return a method's line: every column's spread over seeds. A method that failed keeps its line."""
+    runs = select_label(results, label)
+    succeeded = drop_failed(runs)
+    if not succeeded:
+        reason = f"failed: {runs[0]['error']}" if runs else "not run"
+        return [label, reason, *[""] * (len(columns) - 1)]
+
+    failures = len(runs) - len(succeeded)
+    line = [f"{label} ({failures} failed)" if failures else label]
+    for column in columns.values():
+        numbers = [column(result) for result in succeeded]
+        line.append(format_spread([number for number in numbers if number is not None]))
+    return line
+
+
+def make_models_table(results: Path) -> str:
+    """Show target models and retain-only models on the forget set."""
+    models = read_results(results, "models")
     lines = []
-    for label in labels:
-        mine = [one for one in results if one["unit"]["label"] == label]
-        done = [one for one in mine if "error" not in one]
-        if not done:
-            lines.append([label, f"failed: {mine[0]['error']}" if mine else "not run", *[""] * (len(columns) - 1)])
-            continue
-        cells = [[value for one in done if (value := column(one)) is not None] for column in columns.values()]
-        failed = f" ({len(mine) - len(done)} failed)" if len(done) < len(mine) else ""
-        lines.append([label + failed, *map(spread, cells)])
-    return lines
+    for label, size in itertools.product(("target", RETAIN_ONLY), protocol.SIZES):
+        of_size = []
+        for result in select_label(models, label):
+            if str(size) in result.get("measured", {}):
+                of_size.append(get_values(result, size))
+        line = [label.replace("_", "-"), str(size)]
+        for key in MODEL_COLUMNS.values():
+            line.append(format_spread([values[key] for values in of_size if values.get(key) is not None]))
+        lines.append(line)
+    return markdown_table(["model", "authors", *MODEL_COLUMNS], lines)
 
 
-def models(results: Path) -> str:
-    """Targets and retain-only models on the forget rows."""
-    keys = {
-        "truth ratio": "forget/truth_ratio",
-        "probability": "forget/probability",
-        "ROUGE": "forget/rougeL_recall",
-        "NLL": "forget/nll",
-        "entropy": "forget/entropy",
-        "retain probability": "retain/probability",
-        "forget quality": "forget_quality",
-    }
+def make_ceiling_table(results: Path) -> str:
+    """Show the forget quality of a retain-only model of one seed, judged by that of another.
+
+    Perfect unlearning would reach this much and not more.
+    """
+    ratios: dict[int, dict[int, list[float]]] = {size: {} for size in protocol.SIZES}
+    for result in read_retain_only(results):
+        unit = result["unit"]
+        ratios[unit["size"]][unit["seed"]] = next(iter(result["measured"].values()))["forget_truth_ratios"]
+
     lines = []
-    for label in ("target", RETAIN_ONLY):
-        for size in protocol.SIZES:
-            found = [one for one in read(results, "models") if one["unit"]["label"] == label]
-            of_size = [values(one, size) for one in found if str(size) in one.get("measured", {})]
-            cells = [[one[key] for one in of_size if one.get(key) is not None] for key in keys.values()]
-            lines.append([label.replace("_", "-"), str(size), *map(spread, cells)])
-    return markdown(["model", "authors", *keys], lines)
+    for size, by_seed in ratios.items():
+        qualities = []
+        for first, second in itertools.combinations(sorted(by_seed), 2):
+            qualities.append(f"{forget_quality(by_seed[first], by_seed[second]):.3g}")
+        lines.append([str(size), *(qualities or ["needs two seeds"])])
 
-
-def ceiling(results: Path) -> str:
-    """Forget quality of a retain-only model of one seed, judged by that of another: what perfect unlearning would reach."""
-    ratios = {
-        (one["unit"]["size"], one["unit"]["seed"]): next(iter(one["measured"].values()))["forget_truth_ratios"]
-        for one in read(results, "models")
-        if one["unit"]["label"] == RETAIN_ONLY
-    }
-    lines = []
-    for size in protocol.SIZES:
-        seeds = [seed for of, seed in ratios if of == size]
-        pairs = [(a, b) for a in seeds for b in seeds if a < b]
-        found = [forget_quality(ratios[size, a], ratios[size, b]) for a, b in pairs]
-        lines.append([str(size), *(f"{one:.3g}" for one in found)] if found else [str(size), "needs two seeds"])
     width = max(map(len, lines))
-    return markdown(
-        ["authors", *[f"pair {n}" for n in range(1, width)]], [line + [""] * (width - len(line)) for line in lines]
-    )
+    padded = [line + [""] * (width - len(line)) for line in lines]
+    return markdown_table(["authors", *[f"pair {number}" for number in range(1, width)]], padded)
 
 
-def tuned(results: Path) -> str:
-    """The settings that the rule chose, and what the other choice would have been."""
+def make_tuning_table(results: Path) -> str:
+    """Show the settings that the rule chose, and what the other choice would have been."""
     lines = []
     for method in protocol.MAIN:
         try:
-            picked = chosen(method, results)
-        except (ValueError, StopIteration):
+            choice = choose_settings(method, results)
+        except ValueError:  # not tuned yet
             continue
-        best, other = picked["rule"], picked["harmonic"]
+        rule, harmonic = choice.by_rule, choice.by_harmonic_mean
+        values = get_values(rule)
+        alternative = f"{format_settings(harmonic)}: {get_values(harmonic)['forget_quality']:.2g}"
         lines.append(
             [
                 method,
-                "yes" if picked["feasible"] else "NO",
-                _settings(best),
-                f"{values(best)['forget_quality']:.2g}",
-                f"{values(best)['forget/truth_ratio']:.3f}",
-                f"{retain_utility(values(best)):.3f}",
-                "the same" if other is best else f"{_settings(other)}: {values(other)['forget_quality']:.2g}",
+                "yes" if choice.feasible else "NO",
+                format_settings(rule),
+                f"{values['forget_quality']:.2g}",
+                f"{values['forget/truth_ratio']:.3f}",
+                f"{retain_utility(values):.3f}",
+                "the same" if harmonic is rule else alternative,
             ]
         )
-    head = ["method", "feasible", "chosen", "forget quality", "truth ratio", "retain utility", "by harmonic mean"]
-    return markdown(head, lines)
+    header = ["method", "feasible", "chosen", "forget quality", "truth ratio", "retain utility", "by harmonic mean"]
+    return markdown_table(header, lines)
 
 
-def _settings(result: Result) -> str:
+def format_settings(result: Result) -> str:
+    """Format the learning rate and the method's main parameter."""
     facts = result["unit"]["facts"]
-    main = ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in facts["main"].items())
-    return f"lr {facts['lr']:g}, {main}"
+    settings = [f"lr {facts['lr']:g}"]
+    settings += [f"{key.rpartition('.')[2]} {value:g}" for key, value in facts["main"].items()]
+    return ", ".join(settings)
 
 
-def comparison(results: Path, stage: str, size: int) -> str:
-    """Every method on one forget set: forgetting, what it cost, and how it differs from the retain-only model."""
-    found = [one for one in read(results, stage) if one["unit"]["size"] == size]
-    references = reference(results)
-    ideal = [
-        one for one in read(results, "models") if (one["unit"]["label"], one["unit"]["size"]) == (RETAIN_ONLY, size)
-    ]
+def make_comparison_table(results: Path, stage: str, size: int) -> str:
+    """Show every method on one forget set: forgetting, its cost, and the difference from the retain-only model."""
+    runs = [result for result in read_results(results, stage) if result["unit"]["size"] == size]
+    if not runs:
+        return "Not run yet."
+    ideal = [result for result in read_retain_only(results) if result["unit"]["size"] == size]
+    references = read_references(results)
     columns: dict[str, Column] = {
-        "forget quality": measured("forget_quality"),
-        "truth ratio": measured("forget/truth_ratio"),
-        "Δ": difference("forget/truth_ratio", references),
-        "forget p": measured("forget/probability"),
-        "ROUGE": measured("forget/rougeL_recall"),
-        "extraction": measured("forget/extraction_strength"),
-        "Δ NLL": difference("forget/nll", references),
-        "Δ entropy": difference("forget/entropy", references),
-        "fluency": measured("forget/fluency_nll"),
-        "retain NLL / ε": lambda one: operator.truediv(*retain_nll(one)) if "report" in one else None,
-        "retain utility": lambda one: retain_utility(values(one)),
-        "utility": measured("model_utility"),
-        "relearnt p": measured("relearn/forget_others/probability"),
-        "4-bit p": measured("4bit/forget/probability"),
-        "s": lambda one: one.get("seconds"),
-        "MiB": lambda one: one.get("peak_mib"),
+        "forget quality": measured_value("forget_quality"),
+        "truth ratio": measured_value("forget/truth_ratio"),
+        "Δ": difference_to_retain_only("forget/truth_ratio", references),
+        "forget p": measured_value("forget/probability"),
+        "ROUGE": measured_value("forget/rougeL_recall"),
+        "extraction": measured_value("forget/extraction_strength"),
+        "Δ NLL": difference_to_retain_only("forget/nll", references),
+        "Δ entropy": difference_to_retain_only("forget/entropy", references),
+        "fluency": measured_value("forget/fluency_nll"),
+        "retain NLL / ε": used_share_of_epsilon,
+        "retain utility": lambda result: retain_utility(get_values(result)),
+        "utility": measured_value("model_utility"),
+        "relearnt p": measured_value("relearn/forget_others/probability"),
+        "4-bit p": measured_value("4bit/forget/probability"),
+        "s": lambda result: result.get("seconds"),
+        "MiB": lambda result: result.get("peak_mib"),
     }
-    labels = sorted({one["unit"]["label"] for one in found})
-    lines = rows([*ideal, *found], columns, [RETAIN_ONLY, *labels])
-    for line, label in zip(lines, [RETAIN_ONLY, *labels], strict=True):
-        mine = [one for one in found if one["unit"]["label"] == label and "error" not in one]
-        line.insert(1, "–" if label == RETAIN_ONLY else f"{sum(map(feasible, mine))} of {len(mine)}")
-        worst = [values(one)["forget_quality"] for one in mine]
-        line.insert(3, f"{min(worst):.2g}" if worst else "–")
-    return markdown(["", "holds", next(iter(columns)), "least", *list(columns)[1:]], lines) if found else "Not run yet."
 
-
-def unseen(results: Path) -> str:
-    """The NLL of rows that the targets were not taught, before unlearning."""
-    levels = {
-        one["unit"]["seed"]: one["report"]["before"]["unseen/nll"]
-        for one in read(results, "calibrated")
-        if "error" not in one and "unseen/nll" in one["report"]["before"]
-    }
-    return f"NLL of the targets on rows of ten other authors: {spread(list(levels.values()))} nats per token."
-
-
-def steps(results: Path) -> str:
-    """How many steps each flattening loss needs to an entropy."""
-    found = read_json(results / "gradients.json")
-    lines = [
-        [name, *("over 2000" if count is None else str(count) for count in counts)]
-        for name, counts in found["steps"].items()
-    ]
-    return markdown(["to H / log V =", *(f"{level:g}" for level in found["levels"])], lines)
-
-
-def held(results: Path) -> str:
-    """The retain NLL at the end of a run over each bound: PDU by its start and step size, and fixed weights."""
+    labels = sorted({result["unit"]["label"] for result in runs})
     lines = []
-    for name, runs in bounds.series(results).items():
-        if name == "fixed":
+    for label in [RETAIN_ONLY, *labels]:
+        line = make_line([*ideal, *runs], label, columns)
+        succeeded = drop_failed(select_label(runs, label))
+        holds = "–" if label == RETAIN_ONLY else f"{sum(map(is_feasible, succeeded))} of {len(succeeded)}"
+        least = min((get_values(result)["forget_quality"] for result in succeeded), default=None)
+        # The mean of a p-value over seeds hides the seed that failed, so that the least stands beside it.
+        label_cell, quality, *cells = line
+        lines.append([label_cell, holds, quality, "–" if least is None else f"{least:.2g}", *cells])
+
+    first, *rest = columns
+    return markdown_table(["", "holds", first, "least", *rest], lines)
+
+
+def make_unseen_line(results: Path) -> str:
+    """Show the NLL of examples that the target models were not fine-tuned on, before unlearning."""
+    levels = {}
+    for result in drop_failed(read_results(results, "calibrated")):
+        before = result["report"]["before"]
+        # All runs of a seed start from the same target model, so that one of them is enough.
+        if "unseen/nll" in before:
+            levels[result["unit"]["seed"]] = before["unseen/nll"]
+    return f"NLL of the targets on rows of ten other authors: {format_spread(list(levels.values()))} nats per token."
+
+
+def make_steps_table(results: Path) -> str:
+    """Show the number of steps that each flattening loss needs to reach an entropy."""
+    gradients = read_json(results / "gradients.json")
+    lines = []
+    for name, counts in gradients["steps"].items():
+        lines.append([name, *("over 2000" if count is None else str(count) for count in counts)])
+    return markdown_table(["to H / log V =", *(f"{level:g}" for level in gradients["levels"])], lines)
+
+
+def make_bounds_table(results: Path) -> str:
+    """Show the retain NLL at the end of a run over each bound: PDU by first λ and step size, and fixed weights."""
+    lines = []
+    for name, runs in read_series(results).items():
+        if name == FIXED:
+            # A fixed weight knows no bound: the one run is judged by all of them.
             for run in runs:
-                ends = dict.fromkeys(protocol.BOUNDS, bounds.growth(run))
-                lines.append(_held(f"fixed weight {run['unit']['facts']['weight']:g}", ends))
+                growth = dict.fromkeys(protocol.BOUNDS, relative_growth(run))
+                lines.append(make_bounds_line(f"fixed weight {run['unit']['facts']['weight']:g}", growth))
         else:
-            lines.append(_held(name, {run["unit"]["facts"]["bound"]: bounds.growth(run) for run in runs}))
-    return markdown(["bound / before:", *(f"{1 + bound:g}" for bound in protocol.BOUNDS), "held"], lines)
+            growth = {run["unit"]["facts"]["bound"]: relative_growth(run) for run in runs}
+            lines.append(make_bounds_line(name, growth))
+    return markdown_table(["bound / before:", *(f"{1 + bound:g}" for bound in protocol.BOUNDS), "held"], lines)
 
 
-def _held(name: str, ends: Mapping[float, float]) -> list[str]:
-    shares = {bound: end / (1 + bound) for bound, end in ends.items()}
-    cells = [f"{shares[bound]:.2f}" if bound in shares else "failed" for bound in protocol.BOUNDS]
-    return [name, *cells, f"{sum(share <= 1 for share in shares.values())} of {len(cells)}"]
+def make_bounds_line(name: str, growth: Mapping[float, float]) -> list[str]:
+    """Return the share of every bound that the retain NLL reached, and how often that is at most 1."""
+    cells, satisfied = [], 0
+    for bound in protocol.BOUNDS:
+        if bound not in growth:
+            cells.append("failed")
+            continue
+        share = growth[bound] / (1 + bound)
+        cells.append(f"{share:.2f}")
+        satisfied += share <= 1
+    return [name, *cells, f"{satisfied} of {len(protocol.BOUNDS)}"]
 
 
-def progress(results: Path) -> str:
-    """What has been run."""
-    whole = {
+def make_progress_line(results: Path) -> str:
+    """Show the number of units of each stage that have a result."""
+    planned = {
         "models": len(protocol.SEEDS) * (1 + len(protocol.SIZES)),
         "tuning": 4 * len(protocol.MAIN),
         "final": len(protocol.MAIN) * len(protocol.SIZES) * len(protocol.SEEDS),
         "calibrated": len(protocol.MATCHED) * len(protocol.SIZES) * len(protocol.SEEDS),
         "bounds": len(protocol.BOUNDS) * len(protocol.FIRST) * len(protocol.DUAL_RATES) + len(protocol.WEIGHTS),
     }
-    files = {
-        stage: "match_*.json" if stage == "calibrated" else "*.json" for stage in whole
-    }  # gates cannot be run any more
-    done = {stage: len(list((results / stage).glob(pattern))) for stage, pattern in files.items()}
-    return "; ".join(f"{stage} {done[stage]} of {count}" for stage, count in whole.items()) + "."
+    progress = []
+    for stage, count in planned.items():
+        units = [result["unit"] for result in read_results(results, stage)]
+        if stage == "calibrated":
+            # The gates have results, but their code is gone: they are no longer part of the plan.
+            units = [unit for unit in units if unit["label"].startswith("match_")]
+        progress.append(f"{stage} {len(units)} of {count}")
+    return "; ".join(progress) + "."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill the blocks of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--page", type=Path, default=protocol.ROOT / "docs/results.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    parser.add_argument("--page", type=Path, default=protocol.ROOT / "docs/results.md", help="page to fill")
     options = parser.parse_args(arguments)
-    blocks = {"progress": progress, "models": models, "ceiling": ceiling, "steps": steps, "tuned": tuned}
-    blocks |= {"held": held, "unseen": unseen}
-    contents = {name: block(options.results) for name, block in blocks.items()}
+    results: Path = options.results
+    contents = {
+        "progress": make_progress_line(results),
+        "models": make_models_table(results),
+        "ceiling": make_ceiling_table(results),
+        "steps": make_steps_table(results),
+        "tuned": make_tuning_table(results),
+        "held": make_bounds_table(results),
+        "unseen": make_unseen_line(results),
+    }
     for size in protocol.SIZES:
-        contents[f"final{size}"] = comparison(options.results, "final", size)
-        contents[f"calibrated{size}"] = comparison(options.results, "calibrated", size)
-    fill(options.page, contents)
+        contents[f"final{size}"] = make_comparison_table(results, "final", size)
+        contents[f"calibrated{size}"] = make_comparison_table(results, "calibrated", size)
+    fill_page(options.page, contents)
 
 
 if __name__ == "__main__":
