@@ -15,8 +15,8 @@ answers, at most 60 tokens. retain p: as forget p, all retain rows. retain NLL: 
 its bound, epsilon, is 1.5 times the value before. holds: whether the exported model keeps it. λ: the multiplier at the end,
 or the fixed weight. s: seconds of the fit, measuring included. MiB: largest resident memory of the process.
 
-Every fit is a process of its own with one thread, lest another program on the cores decide the seconds. The target model is taught first, if ``--work`` has none. A method that fails is a row
-that says so.
+Every fit is a process of its own with one thread, so that other programs on the cores change the seconds
+less. The target model is fine-tuned first if ``--work`` has none. A method that fails is a row that says so.
 """
 
 from __future__ import annotations

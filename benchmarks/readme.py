@@ -1,7 +1,7 @@
-"""Writes the tables of the README anew, from what the commands that it names have left, and the pictures beside it.
+"""Write the tables of the README and of two pages of docs/ from the files that `make readme` leaves, and the demo's pictures.
 
-    make readme                              # all of it, by running those commands first
-    python -m benchmarks.readme demo inspect # some, from what is there
+    make readme                              # all of them, after running the commands they come from
+    python -m benchmarks.readme demo inspect # some, from the files that exist
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
 """
@@ -16,7 +16,6 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import methods as of_methods
 from benchmarks.markdown_blocks import fill_page, markdown_table
@@ -104,16 +103,22 @@ def startup() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    block.__name__: block for block in (demo, inspect, tofu, methods, step, startup)
+PAGES: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (demo, inspect, tofu),
+    "docs/choosing_a_method.md": (methods,),
+    "docs/speed.md": (step, startup),
 }
+"""The blocks of each page, in order."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    names = [block.__name__ for blocks in PAGES.values() for block in blocks]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*BLOCKS, []], metavar="NAME", help=f"of {', '.join(BLOCKS)} (all)")
-    names: list[Any] = parser.parse_args(arguments).names
-    fill_page(ROOT / "README.md", {name: BLOCKS[name]() for name in names or BLOCKS})
+    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=f"of {', '.join(names)} (all)")
+    chosen = parser.parse_args(arguments).names or names
+
+    for page, blocks in PAGES.items():
+        fill_page(ROOT / page, {block.__name__: block() for block in blocks if block.__name__ in chosen})
 
 
 if __name__ == "__main__":

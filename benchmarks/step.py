@@ -35,7 +35,7 @@ is masked up to their size. A small extra therefore says that the step needs har
 of two extras can be far from the ratio of the peaks, which the table has too: of the whole process (on a GPU, of the
 allocator), parameters, optimizer state and libraries included.
 
-Floor. Work that nobody can avoid: 6 × trunk parameters × real tokens, and per answer token 2 · D · V for the margin's one
+Floor. Work that cannot be avoided: 6 × trunk parameters × real tokens, and per answer token 2 · D · V for the margin's one
 head product, three times that for the NLL's; divided by the FLOP/s of matrix products of these sizes, measured in the same
 rounds. Attention's own products are left out. With LoRA, the weights that are frozen need no gradient: 4 instead of 6, and
 two head products instead of three for the NLL.

@@ -1,7 +1,8 @@
-"""Every command and script of README and docs, as it stands there, on a tiny model and rows of its own."""
+"""Run every command and script of README and docs as it stands there, on a tiny model and a few rows."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -16,9 +17,18 @@ import yaml
 from command_line import ROOT, instantiate, quick
 from evaluation.rows import TOFU
 
+from benchmarks import readme
 from lit_unlearn import cli
 
-PAGES = ("README.md", "docs/running.md", "docs/methods.md", "docs/evaluation.md")
+PAGES = (
+    "README.md",
+    "docs/choosing_a_method.md",
+    "docs/evaluation.md",
+    "docs/methods.md",
+    "docs/outputs.md",
+    "docs/running.md",
+)
+ALL_PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))))
 SHORT = ["--data.num_authors=4", "--data.max_length=200", "--trainer.max_epochs=1"]
 LENIENT = ["--report.require_feasible=false", "--report.max_forget_probability=null"]
 
@@ -92,6 +102,8 @@ def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch:
         program, *rest = shlex.split(command)
         if program == "make":
             assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), command
+        elif program == "python" and rest[0] == "-m":
+            assert importlib.util.find_spec(rest[1]), command
         elif program == "python":
             assert (ROOT / rest[0]).is_file(), command
         elif program == "lit-unlearn":
@@ -111,7 +123,7 @@ def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch:
 
 def test_the_script_runs(world: Path, model_dir: str) -> None:
     (script,) = blocks("README.md", "python")
-    script = script.replace("path/or/hub-name", model_dir).replace("max_epochs=10", "max_epochs=1, accelerator='cpu'")
+    script = script.replace("path/or/hub-name", model_dir).replace("max_epochs=20", "max_epochs=1, accelerator='cpu'")
     exec(compile(script, "README.md", "exec"), {})
     assert Path("unlearned/model.safetensors").is_file()
 
@@ -122,10 +134,21 @@ def test_the_overlays_are_yaml() -> None:
             assert isinstance(yaml.safe_load(block), dict)
 
 
-def test_what_is_generated_has_its_place() -> None:
-    """`make readme` fills these; nothing in the README is typed by hand that a run can write."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_generated_blocks_have_their_place(page: str) -> None:
+    """`make readme` fills these: nothing is typed by hand that a run can write."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     names: list[Any] = re.findall(r"<!-- begin (\w+) -->\n.+?<!-- end (\w+) -->", text, re.DOTALL)
-    assert names == [(name, name) for name in ("demo", "inspect", "tofu", "methods", "step", "startup")]
-    for picture in re.findall(r"\]\((docs/\S+\.png)\)", text):
-        assert (ROOT / picture).is_file(), picture
+    assert names == [(block.__name__, block.__name__) for block in readme.PAGES[page]]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

@@ -196,7 +196,7 @@ def _find_model_settings(path: Path, record: Record, base_model: str | None) -> 
 
 
 def _check_base_model(lm: LanguageModel, record: Record) -> None:
-    """Refuse another base model than the adapter was trained on: merged, it would be a model that nobody trained."""
+    """Refuse another base model than the adapter was trained on: merged, it would be a model that was never trained."""
     if not lm.has_adapter or not record:
         return
     recorded, loaded = record["model"], lm.origin()

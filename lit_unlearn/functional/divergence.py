@@ -165,7 +165,7 @@ def undial(logits: Tensor, reference_logits: Tensor, labels: Tensor, beta: float
 
 
 def ceu(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy unlearning: the model is taught its own distribution without the label.
+    """Compute cross-entropy unlearning: the target is the model's own distribution without the label.
 
     Args:
         logits: Scores before softmax, shape ``(N, V)`` with ``V > 1``, any float dtype.
