@@ -1,11 +1,11 @@
-"""Deletion requests that arrive one after the other: what the first took out must not come back with the second.
+"""Answer deletion requests one after the other, so that the second does not bring back what the first removed.
 
     python examples/sequential_requests.py --model runs/demo/target --output runs/examples/sequential_requests
 
-Request A is to forget two authors, request B, later, two others. B is answered twice from the model that A left: as if A had
-never been, and with a further constraint that keeps the squared margin on A's rows below 1.2 times what A achieved. The bound
-on the rows to keep is measured once, before A, and carried on as a number: a relative one would allow each request another
-half.
+Request A is to forget two authors. Request B, later, is to forget two others. Request B is answered twice, both times from
+the model that request A produced: once without any regard to A, and once with a further constraint, which keeps the squared
+margin on A's examples below 1.2 times what A achieved. The bound on the retain NLL is measured once, before A, and used as a
+number from then on: a relative epsilon would be measured again, and allow every request another half.
 """
 
 from __future__ import annotations
@@ -32,22 +32,10 @@ from lit_unlearn import (
 from lit_unlearn.callbacks import ExportModel
 
 
-def write_rows(folder: Path) -> dict[str, str]:
-    """Writes the files of both requests, of what is kept at first (all but A) and after both (all but A and B)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    authors = FictionalAuthors(20, 4).load()
-    a = authors["forget"].filter(lambda row: row["author"] < 18)
-    b = authors["forget"].filter(lambda row: row["author"] >= 18)
-    sets = {"a": a, "b": b, "all_but_a": concatenate_datasets([authors["retain"], b]), "rest": authors["retain"]}
-    for name, rows in sets.items():
-        rows.to_json(folder / f"{name}.jsonl")
-    return {name: str(folder / f"{name}.jsonl") for name in sets}
-
-
 def unlearn(
     model: str | Path, data: ForgetRetain, constraints: dict[str, Constraint], epochs: int, output: Path
 ) -> LitUnlearn:
-    """Answers one request: ``output`` has the model that the run keeps, ``best.values`` what it measured."""
+    """Answer one request: export the best model to ``output``, return the module with what it measured."""
     L.seed_everything(0)
     module = LitUnlearn(
         LanguageModel(str(model)),
@@ -70,28 +58,34 @@ def unlearn(
     return module
 
 
-def keep(epsilon: float | Relative) -> Constraint:
+def bound_retain_nll(epsilon: float | Relative) -> Constraint:
+    """Return a new constraint: λ and a measured epsilon stay in the object, so every run needs its own."""
     return Constraint(NLL(), epsilon, DualAscent(lr=200, init=200), "retain", warmup_epochs=5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/demo/target", help="the default is what `make demo` makes")
-    parser.add_argument("--epochs", default=18, type=int, help="passes over the forget rows, per request")
-    parser.add_argument("--output", default="runs/examples/sequential_requests", type=Path, help="for rows and models")
+    parser.add_argument("--model", default="runs/demo/target", help="directory or hub name; default: from `make demo`")
+    parser.add_argument("--epochs", default=18, type=int, help="passes over the forget set, per request")
+    parser.add_argument("--output", default="runs/examples/sequential_requests", type=Path, help="for the models")
     options = parser.parse_args()
-    out, epochs, rows = options.output, options.epochs, write_rows(options.output / "rows")
+    out, epochs = options.output, options.epochs
 
-    # A further stream is measured like the others, and trained on only where a constraint names it.
-    data_a = ForgetRetain(rows["a"], rows["all_but_a"], {"b": rows["b"]}, batch_size=5, retain_batch_size=20)
-    data_b = ForgetRetain(rows["b"], rows["rest"], {"a": rows["a"]}, batch_size=5, retain_batch_size=20)
-    first = unlearn(options.model, data_a, {"nll": keep(Relative(0.5))}, epochs, out / "a")
-    bound, achieved = first.constraints["nll"].epsilon, first.best.values["forget/loss"]
-    alone = unlearn(out / "a", data_b, {"nll": keep(bound)}, epochs, out / "b_alone")
-    forgotten = Constraint(LogitMargin(), 1.2 * achieved, DualAscent(lr=1, init=0), "a")
-    both = unlearn(out / "a", data_b, {"nll": keep(bound), "forgotten": forgotten}, epochs, out / "b")
+    authors = FictionalAuthors(20, 4).load()
+    a = authors["forget"].filter(lambda row: row["author"] < 18)
+    b = authors["forget"].filter(lambda row: row["author"] >= 18)
+    all_but_a = concatenate_datasets([authors["retain"], b])
+    # An additional stream is measured like the others, and trained on only where a constraint names it.
+    data_a = ForgetRetain(a, all_but_a, {"b": b}, batch_size=5, retain_batch_size=20)
+    data_b = ForgetRetain(b, authors["retain"], {"a": a}, batch_size=5, retain_batch_size=20)
 
-    print(f"\n{'':<24}{'A: probability':>15}{'margin':>8}{'B: probability':>16}{'margin':>8}{'kept NLL':>10}")
+    first = unlearn(options.model, data_a, {"nll": bound_retain_nll(Relative(0.5))}, epochs, out / "a")
+    epsilon, achieved = first.constraints["nll"].epsilon, first.best.values["forget/loss"]
+    alone = unlearn(out / "a", data_b, {"nll": bound_retain_nll(epsilon)}, epochs, out / "b_alone")
+    keep_a = Constraint(LogitMargin(), 1.2 * achieved, DualAscent(lr=1, init=0), "a")
+    both = unlearn(out / "a", data_b, {"nll": bound_retain_nll(epsilon), "forgotten": keep_a}, epochs, out / "b")
+
+    print(f"\n{'':<24}{'A: probability':>15}{'margin':>8}{'B: probability':>16}{'margin':>8}{'retain NLL':>12}")
     stages = {
         "after A": (first, "forget", "b"),
         "after B": (alone, "a", "forget"),
@@ -100,8 +94,8 @@ def main() -> None:
     for title, (module, *streams) in stages.items():
         values = module.best.values
         pairs = [f"{values[f'{stream}/probability']:>15.5f}{values[f'{stream}/margin']:>8.2f}" for stream in streams]
-        print(f"{title:<24}{' '.join(pairs)}{values['retain/nll']:>10.5f}")
-    print(f"kept NLL ≤ {bound:.5f}; A's squared margin ≤ {forgotten.epsilon:.2f}, λ {forgotten.multiplier.value:.2f}")
+        print(f"{title:<24}{' '.join(pairs)}{values['retain/nll']:>12.5f}")
+    print(f"retain NLL ≤ {epsilon:.5f}; A's squared margin ≤ {keep_a.epsilon:.2f}, λ {keep_a.multiplier.value:.2f}")
 
 
 if __name__ == "__main__":

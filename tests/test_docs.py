@@ -1,4 +1,4 @@
-"""What the documentation tells people to do works."""
+"""The examples and commands of the documentation work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_a_method_of_ones_own(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/methods.md, saved and run as it says."""
+def test_a_method_of_your_own(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/methods.md is saved and run as the page says."""
     (example,) = blocks(METHODS, "python")
     (overlay,) = blocks(METHODS, "yaml")
     assert example.count("\n") < 30
@@ -40,11 +40,11 @@ def test_the_command_finds_modules_where_it_is_run(in_tmp: Path, monkeypatch: py
     """An installed command has its own folder on the path, not the one where it was started."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(in_tmp))])
     cli.main(["methods", "--json"])
-    assert sys.path[-1] == str(in_tmp)  # the last, lest a file there take the place of an installed package
+    assert sys.path[-1] == str(in_tmp)  # last, so that a file there cannot hide an installed package
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "docs/evaluation.md"])
-def test_the_commands_name_files_that_there_are(page: str) -> None:
+def test_the_commands_name_files_that_exist(page: str) -> None:
     named = re.findall(r"configs/[\w/]+\.yaml", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert all((ROOT / name).is_file() for name in named)
