@@ -28,7 +28,7 @@ tofu: $(VENV)/.installed
 	$(BIN)/lit-unlearn tokenizer --config configs/demo/tofu_tokenizer.yaml --data.source $(TOFU)
 	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU)
 	$(BIN)/lit-unlearn fit --config configs/demo/tofu_target.yaml --data.source $(TOFU) --data.train_on=retain \
-	  --logs.name=teach_retain_only --export.dirpath=runs/tofu/retain_only
+	  --logs.name=finetune_retain_only --export.dirpath=runs/tofu/retain_only
 	$(BIN)/lit-unlearn fit --config configs/tofu.yaml --config configs/demo/tofu_unlearn.yaml --data.source $(TOFU)
 	$(TOFU_TEST) --model.lm.model runs/tofu/retain_only --model.results runs/tofu/retain_only.json
 	$(TOFU_TEST) --model.lm.model runs/tofu/target --model.results runs/tofu/target.json

@@ -341,8 +341,8 @@ class LanguageModel(nn.Module):
         prompts = []
         for question in questions:
             # A token may carry the last space of the prompt and the first letter of the answer, so an answer is needed to
-            # find where the prompt ends. Any word does: it is cut off again.
-            example = encode(question, "Answer", tokenizer, template=template, max_length=sys.maxsize)
+            # find where the prompt ends. A single letter, because tokenizers join it to the space as they do most answers.
+            example = encode(question, "A", tokenizer, template=template, max_length=sys.maxsize)
             prompts.append(prompt_of(example))
         return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
 
