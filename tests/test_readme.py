@@ -81,9 +81,6 @@ def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of a page; one that needs several devices or a large model is only instantiated."""
     text = re.sub(r"\bMODEL\b", model, command.replace("DIR_WITH_TOFU", "tofu"))
     words = shlex.split(re.sub(r"(lm\.model[= ])DIR\b", rf"\1{model}", text).replace(" DIR", " exported"))[1:]
-    if words[0] == "evaluate":
-        words = [model if word == "MODEL" else word for word in words]
-        words += ["--max_new_tokens=4", "--trainer.accelerator=cpu"]
     if words[0] in ("fit", "validate", "test") and "--print_config" not in words:
         words += ["--trainer.accelerator=cpu"]
         if "configs/demo/unlearn.yaml" in words:
