@@ -21,7 +21,7 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
-from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask, mean_scores, record
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies, mean_scores
 from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> None:
         answered = _answer_questions(models, _read_questions(options), options)
 
     if options.format == "json":
-        content = {"models": {name: lm.name for name, lm in models.items()}, **record(answered)}
+        content = {"models": {name: lm.name for name, lm in models.items()}, **describe_replies(answered)}
         text = json.dumps(content, indent=2, ensure_ascii=False)
     else:
         text = page.format_page(answered)
@@ -157,7 +157,7 @@ def _load_model(lm: LanguageModel, dtype: str) -> None:
 
 def _ask_model(lm: LanguageModel, question: Question, number: int, options: Namespace) -> Reply:
     limits = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
-    return ask(lm, *question, template=options.template, number=number, **limits)
+    return ask_model(lm, *question, template=options.template, number=number, **limits)
 
 
 def _answer_questions(
@@ -235,11 +235,11 @@ class AnswerPage(NamedTuple):
         for name, reply in answered.replies.items():
             label = f"{name:<{name_width}}"
             if not reply.exact:
-                lines += self._format_answer(f"{label}{'says':<{6 if reply.right is None else 15}}", reply.said)
+                lines += self._format_answer(f"{label}{'says':<{6 if reply.expected is None else 15}}", reply.generated)
                 label = " " * name_width
-            if reply.right is not None:
+            if reply.expected is not None:
                 kind = f"says {_EXACT_MARK}" if reply.exact else "right"
-                lines += self._format_answer(f"{label}{kind:<6} {reply.right.probability:<8.2g}", reply.right)
+                lines += self._format_answer(f"{label}{kind:<6} {reply.expected.probability:<8.2g}", reply.expected)
         return "\n".join(lines)
 
     def _format_answer(self, label: str, answer: Answer) -> Iterator[str]:

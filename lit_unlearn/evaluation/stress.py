@@ -162,12 +162,11 @@ class StressBenchmark(Benchmark):
                 "quantisation, or set `relearn` to null and `bits` to [].",
                 owner=self,
             )
-        folders = {stress: partial_dir and partial_dir / stress for stress in ("plain", *self.stresses)}
         # The benchmark's own name stays in the results, so that plain results can be compared with these.
-        results = self.benchmark.run(lm, folders["plain"])
+        results = self.benchmark.run(lm, partial_dir and partial_dir / "plain")
         results.settings = self.settings()
         for stress in self.stresses:
-            stressed = self._run_under(stress, lm, folders[stress])
+            stressed = self._run_under(stress, lm, partial_dir and partial_dir / stress)
             results.aggregate |= _add_prefix(stress, stressed.aggregate)
             results.missing |= _add_prefix(stress, stressed.missing)
             results.data |= _add_prefix(stress, stressed.data)

@@ -95,16 +95,18 @@ def relearn(lm: LanguageModel, examples: Sequence[Example], attack: Relearn, tok
         DivergedError: If the NLL is not finite.
     """
     # All weights move, whatever the unlearning trained: an attacker is not bound to its adapter or frozen layers.
-    parameters = [parameter.requires_grad_() for parameter in lm.eval().parameters()]
-    dtypes = [parameter.dtype for parameter in parameters]
+    parameters = list(lm.eval().requires_grad_().parameters())
+    dtypes = []
     for parameter in parameters:
+        dtypes.append(parameter.dtype)
         parameter.data = upcast(parameter.data)
+    # No weight decay: it would pull the weights towards zero, which is no part of learning the rows again.
     optimizer = torch.optim.AdamW(parameters, attack.lr, weight_decay=0.0)
 
     def compute_loss(tokens: SupervisedTokens) -> torch.Tensor:
         return -lm.token_logp(tokens).sum() / num_tokens
 
-    num_tokens = sum(_count_supervised(example) for example in examples)
+    num_tokens = sum(map(_count_supervised, examples))
     batches = [build_batch(lm, group) for group in _group_by_tokens(examples, token_budget // GRADIENT_SHARE)]
     for step in range(attack.steps):
         for batch in batches:
