@@ -163,14 +163,14 @@ def _ask_model(lm: LanguageModel, question: Question, number: int, options: Name
 def _answer_questions(
     models: Mapping[str, LanguageModel], questions: Sequence[Question], options: Namespace
 ) -> list[Asked]:
-    replies: list[dict[str, Reply]] = [{} for _ in questions]
+    answered = [Asked(*question, replies={}) for question in questions]
     # One model after the other answers all questions, so that only one is in memory.
     for name, lm in models.items():
         _load_model(lm, options.dtype)
         for number, question in enumerate(questions):
-            replies[number][name] = _ask_model(lm, question, number, options)
+            answered[number].replies[name] = _ask_model(lm, question, number, options)
         lm.model = None
-    return [Asked(*question, replies=by_model) for question, by_model in zip(questions, replies, strict=True)]
+    return answered
 
 
 def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namespace, page: AnswerPage) -> list[Asked]:
@@ -182,7 +182,10 @@ def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namesp
     print(f"{page.format_legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
     try:
         while question := input("\n> ").strip():
-            replies = {name: _ask_model(lm, (question, None), len(answered), options) for name, lm in models.items()}
+            replies = {}
+            for name, lm in models.items():
+                replies[name] = _ask_model(lm, (question, None), len(answered), options)
+            # Only now: Ctrl-C may have come between two models, and then the question does not count.
             answered.append(Asked(question, None, replies))
             print(f"\n{page.format_answers(answered[-1])}")
     except (EOFError, KeyboardInterrupt):
@@ -212,16 +215,14 @@ class AnswerPage(NamedTuple):
             blocks.append(f"{_BOLD}{text}{_RESET}" if self.coloured else text)
             blocks.append(self.format_answers(question))
         if means := mean_scores(answered):
-            rows = [[name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"] for name, mean in means.items()]
+            rows = []
+            for name, mean in means.items():
+                rows.append([name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"])
             blocks.append(format_table(rows, [f"questions: {len(answered)}", "answer probability", "exact answers"]))
         return "\n\n".join(blocks)
 
     def format_legend(self, right: bool = False) -> str:
-        """Return what the signs mean.
-
-        Args:
-            right: Whether right answers are shown.
-        """
+        """Return what the signs mean, also those beside ``right`` answers."""
         scale = "".join(_paint_text(" ", level) for level in range(8)) if self.coloured else _BARS
         signs = f"probability of each token: 0 {scale} 1   {_END_MARK} end of the answer"
         if not right:

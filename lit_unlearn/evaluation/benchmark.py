@@ -147,6 +147,7 @@ class Benchmark(ABC):
 
     def with_retain_results(self, results: Results | None) -> Benchmark:
         """Return this benchmark, with its examples as they are read, compared with other retain-only results."""
+        # A shallow copy: the rows stay tokenised, and are shared.
         changed = copy.copy(self)
         changed.retain_results = results
         return changed
@@ -185,6 +186,7 @@ class Benchmark(ABC):
                 resumes there.
         """
         streams = self.prepare(lm.tokenizer)
+        # The weights, not the name: they may have been trained, or loaded from a checkpoint, since.
         weights = fingerprint(cast(nn.Module, lm.model))
         data = {name: _describe_stream(stream) for name, stream in streams.items()}
         # Partial files count only where everything that decides their values is the same.

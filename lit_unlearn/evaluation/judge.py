@@ -47,12 +47,7 @@ def scores_of(stream: str) -> dict[str, str]:
 
 
 def prompt_for(stream: str, row: Mapping[str, Any]) -> str:
-    """Return the prompt that asks the judge to grade a row.
-
-    Args:
-        stream: The stream of the row.
-        row: With ``question``, ``answer`` and ``generated``.
-    """
+    """Return the prompt that asks the judge to grade a stream's row with ``question``, ``answer`` and ``generated``."""
     scores = scores_of(stream)
     aim = "was made to forget" if scores is FORGET_SCORES else "should still know"
     # As JSON, a reply cannot end its own quotation and grade itself. Half a surrogate pair cannot be written as UTF-8.

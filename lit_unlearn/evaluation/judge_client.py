@@ -149,6 +149,7 @@ def request_replies(
     """
     replies: dict[str, str | RequestFailed] = {}
     missing = []
+    # Equal prompts once, in order; a set would send them in another order each time.
     for prompt in dict.fromkeys(prompts):
         cached = cache.read_reply(prompt)
         if cached is None:

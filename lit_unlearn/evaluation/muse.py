@@ -125,6 +125,7 @@ class MUSEBenchmark(Benchmark):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set that is there."""
+        # By configuration: both knowledge sets are read alike, and so are members and holdout.
         loaders = {"verbmem": self._load_passages, "knowmem": self._load_questions, "privleak": self._load_texts}
         return {name: loaders[SETS[name].config](name, tokenizer) for name in self.sources}
 

@@ -214,6 +214,7 @@ class QuestionSets:
             "probability": float(np.exp(-answer.nll)),
             "exact_memorization": exact_memorization(predictions, labels),
             "extraction_strength": extraction_strength(predictions, labels),
+            # The same number again, under the name that the attack has.
             "loss": answer.nll,
             "min_k": min_k(answer.logp, self.k),
             "min_k_plus_plus": min_k_plus_plus(answer.logp, answer.mean, answer.std, self.k),
@@ -303,6 +304,7 @@ class QuestionBenchmark(Benchmark):
         """Return this benchmark with questions from another column."""
         changed = copy.copy(self)
         changed.questions = self.questions.with_column(column)
+        # What was read has the questions of the other column.
         changed._streams = None
         return changed
 

@@ -130,6 +130,7 @@ def global_seed() -> int | None:
 
 def content_digest(content: Any) -> str:
     """Return sixteen hexadecimal digits that differ for different contents of plain types."""
+    # Sorted, so that the order in which a dictionary was built does not matter.
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -186,16 +187,7 @@ def list_differences(results: Sequence[Results]) -> list[str]:
 def results_table(results: Sequence[Results], names: Sequence[str], style: TableStyle = "text") -> str:
     """Format the aggregates of several models side by side.
 
-    Args:
-        results: Of the models to compare.
-        names: One for each, over its column.
-        style: As for `format_table`.
-
-    Returns:
-        A line per value that any of them has; a dash where a value is missing.
-
-    Raises:
-        ConfigError: If ``style`` is unknown.
+    There is a line per value that any of them has, and a dash where a value is missing. ``style`` is as for `format_table`.
     """
     keys: dict[str, None] = {}
     for result in results:

@@ -109,6 +109,7 @@ def _score_batch(lm: LanguageModel, examples: Sequence[Example]) -> list[Scored]
     # float64 has every token id, and is what means over tokens are taken in.
     values = lm(batch, compute, index=[tokens]).double().cpu().numpy()
     labels = tokens.labels.cpu().numpy()
+    # Packing changes the order of the examples, so every token is traced back to its own.
     numbers = tokens.examples[tokens.sequence].cpu().numpy()
 
     scores = []

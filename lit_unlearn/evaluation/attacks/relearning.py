@@ -59,14 +59,7 @@ class Relearn:
 
 
 def copy_model(lm: LanguageModel) -> LanguageModel:
-    """Return the same model in memory of its own; an adapter is merged into it, as by an export.
-
-    Args:
-        lm: Loaded, not quantised.
-
-    Raises:
-        ModelError: If the adapter cannot be merged.
-    """
+    """Return the same model in memory of its own, not quantised; an adapter is merged into it, as by an export."""
     model: Any = copy.deepcopy(lm.model)
     if lm.has_adapter:
         try:
