@@ -29,11 +29,12 @@ class AnswerLikelihood(ExactMetric):
         super().__init__(nll=(), tokens=(), probability=(), answers=())
 
     def update(self, logp: Tensor, sequence: Tensor, num_sequences: int) -> None:
-        """Add a batch of ``num_sequences`` answers.
+        """Add one batch.
 
         Args:
             logp: Log-probability of each answer token, shape ``(N,)``, nats.
             sequence: Index of the answer each token belongs to, shape ``(N,)``.
+            num_sequences: Number of answers.
         """
         # Before the sum: float32 has 7 digits, which a long evaluation uses up.
         logp = logp.double()
