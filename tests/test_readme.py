@@ -38,7 +38,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> Iterator[str]:
-    """The lines of a page's shell blocks, whole and without remarks."""
+    """Yield the commands of a page's shell blocks, without comments."""
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if command := line.partition(" #")[0].strip():
@@ -47,7 +47,7 @@ def commands(page: str) -> Iterator[str]:
 
 @pytest.fixture
 def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
-    """A folder in which the demo was run, with files under the names that the pages use."""
+    """Return a folder in which the demo was run, with files under the names that the pages use."""
     for name in ("target", "unlearned"):
         shutil.copytree(model_dir, f"runs/demo/{name}")
     shutil.copytree(model_dir, "runs/tofu/target")
@@ -78,12 +78,9 @@ def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
 
 
 def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a command of a page; one that needs several devices or a large model is only put together."""
-    text = command.replace("DIR_WITH_TOFU", "tofu").replace("=MODEL", f"={model}")
+    """Run a command of a page; one that needs several devices or a large model is only instantiated."""
+    text = re.sub(r"\bMODEL\b", model, command.replace("DIR_WITH_TOFU", "tofu"))
     words = shlex.split(re.sub(r"(lm\.model[= ])DIR\b", rf"\1{model}", text).replace(" DIR", " exported"))[1:]
-    if words[0] == "evaluate":
-        words = [model if word == "MODEL" else word for word in words]
-        words += ["--max_new_tokens=4", "--trainer.accelerator=cpu"]
     if words[0] in ("fit", "validate", "test") and "--print_config" not in words:
         words += ["--trainer.accelerator=cpu"]
         if "configs/demo/unlearn.yaml" in words:
@@ -95,6 +92,8 @@ def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if "hardware" in command or "configs/tofu.yaml" in words:
             instantiate([word.replace("devices=8", "devices=1") for word in words], monkeypatch)
             return
+    elif words[0] == "evaluate":
+        words += ["--trainer.accelerator=cpu", "--max_new_tokens=4"]
     cli.main(words)
 
 

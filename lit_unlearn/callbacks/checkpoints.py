@@ -150,6 +150,5 @@ def _is_command() -> bool:
 
 
 def _resuming_command() -> str:
-    has_path = any("--ckpt_path" in argument for argument in sys.argv)
-    last = [] if has_path else ["--ckpt_path=last"]
+    last = [] if "--ckpt_path" in " ".join(sys.argv) else ["--ckpt_path=last"]
     return shlex.join(["lit-unlearn", *sys.argv[1:], *last])

@@ -55,7 +55,7 @@ def default_callbacks(
 
     callbacks = []
     for kind, callback in kinds:
-        is_given = any(isinstance(other, kind) for other in given)
+        is_given = any(isinstance(candidate, kind) for candidate in given)
         if not is_given:
             callbacks.append(callback)
     return callbacks

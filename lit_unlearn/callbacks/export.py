@@ -131,10 +131,10 @@ class ExportModel(Callback):
         self._exported_step = step
 
     def _add_outcome(self, record: Record, trainer: L.Trainer, module: LitLanguageModel) -> Record:
-        kept = measure_kept_model(module)
+        measurement = measure_kept_model(module)
         states = {name: constraint.state_dict() for name, constraint in get_constraints(module).items()}
-        steps = {"step": kept.step, "kept_step": kept.step, "steps": trainer.global_step}
-        return add_outcome(record, kept.values, states, **steps)
+        steps = {"step": measurement.step, "kept_step": measurement.step, "steps": trainer.global_step}
+        return add_outcome(record, measurement.values, states, **steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the export is, and what its record says of the run so far."""

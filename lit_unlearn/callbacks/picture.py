@@ -130,7 +130,7 @@ class RunPicture(Callback):
 
     def _write_data(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and self._current_file is not None:
-            files = [Path(file) for file in (*self._earlier_files, self._current_file)]
+            files = list(map(Path, (*self._earlier_files, self._current_file)))
             write_picture_data(files[-1].parent, files, self._before, self._kept_step, self._recorded)
 
     def state_dict(self) -> dict[str, Any]:

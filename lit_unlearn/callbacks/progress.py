@@ -88,7 +88,10 @@ class ProgressBar(TQDMProgressBar):
         if not constraints:
             metrics = super().get_metrics(trainer, pl_module)
             metrics.pop("v_num", None)
-            return {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in metrics.items()}
+            for name, metric in metrics.items():
+                if isinstance(metric, float):
+                    metrics[name] = f"{metric:.4g}"
+            return metrics
 
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown: dict[str, Any] = {}

@@ -140,14 +140,14 @@ class RunReport(Callback):
             raise RequirementNotMet("\n".join(self._failures))
 
     def _make_report(self, trainer: L.Trainer, module: LitLanguageModel, seconds: float) -> Report:
-        kept = measure_kept_model(module)
+        measurement = measure_kept_model(module)
         constraints = {}
         for name, constraint in get_constraints(module).items():
             # Without validation examples of its stream, a constraint has no value to report.
-            if f"constraint/{name}/value" in kept.values:
+            if f"constraint/{name}/value" in measurement.values:
                 constraints[name] = {
-                    "value": kept.values[f"constraint/{name}/value"],
-                    "slack": kept.values[f"constraint/{name}/slack"],
+                    "value": measurement.values[f"constraint/{name}/value"],
+                    "slack": measurement.values[f"constraint/{name}/slack"],
                     "epsilon": constraint.epsilon,
                     "multiplier_before": self._before["multipliers"][name],
                     "multiplier_after": constraint.multiplier.value,
@@ -155,9 +155,9 @@ class RunReport(Callback):
         device = trainer.strategy.root_device
         return Report(
             steps=trainer.global_step,
-            kept_step=kept.step,
+            kept_step=measurement.step,
             before=self._before["values"],
-            after=kept.values,
+            after=measurement.values,
             constraints=constraints,
             seconds=seconds,
             # The process that needs most decides whether a run fits.

@@ -67,12 +67,7 @@ def run(arguments: list[str]) -> None:
 
 
 def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
-    """Return the arguments of the ``test`` command that does the same.
-
-    Args:
-        options: Parsed.
-        passed_on: ``--key=value``, for the benchmark or the whole configuration.
-    """
+    """Return the ``test`` command's arguments for parsed options and, ``passed_on``, ``--key=value`` for other objects."""
     arguments = [*_SUITES[options.suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
     prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
     for name in _BENCHMARK_OPTIONS:

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
         if problem is not None:
             raise ConfigError(problem, argument="push_to_hub")
 
-    benchmarks = [summarize_results(file) for file in options.results]
+    benchmarks = list(map(summarize_results, options.results))
     if (options.checkpoint / RECORD_FILE).is_file():
         renew_record(options.checkpoint, options.directory, benchmarks)
     else:

@@ -21,7 +21,7 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
-from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask, mean_scores, record
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies, mean_scores
 from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> None:
         answered = _answer_questions(models, _read_questions(options), options)
 
     if options.format == "json":
-        content = {"models": {name: lm.name for name, lm in models.items()}, **record(answered)}
+        content = {"models": {name: lm.name for name, lm in models.items()}, **describe_replies(answered)}
         text = json.dumps(content, indent=2, ensure_ascii=False)
     else:
         text = page.format_page(answered)
@@ -157,20 +157,20 @@ def _load_model(lm: LanguageModel, dtype: str) -> None:
 
 def _ask_model(lm: LanguageModel, question: Question, number: int, options: Namespace) -> Reply:
     limits = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
-    return ask(lm, *question, template=options.template, number=number, **limits)
+    return ask_model(lm, *question, template=options.template, number=number, **limits)
 
 
 def _answer_questions(
     models: Mapping[str, LanguageModel], questions: Sequence[Question], options: Namespace
 ) -> list[Asked]:
-    replies: list[dict[str, Reply]] = [{} for _ in questions]
+    answered = [Asked(*question, replies={}) for question in questions]
     # One model after the other answers all questions, so that only one is in memory.
     for name, lm in models.items():
         _load_model(lm, options.dtype)
         for number, question in enumerate(questions):
-            replies[number][name] = _ask_model(lm, question, number, options)
+            answered[number].replies[name] = _ask_model(lm, question, number, options)
         lm.model = None
-    return [Asked(*question, replies=by_model) for question, by_model in zip(questions, replies, strict=True)]
+    return answered
 
 
 def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namespace, page: AnswerPage) -> list[Asked]:
@@ -182,7 +182,10 @@ def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namesp
     print(f"{page.format_legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
     try:
         while question := input("\n> ").strip():
-            replies = {name: _ask_model(lm, (question, None), len(answered), options) for name, lm in models.items()}
+            replies = {}
+            for name, lm in models.items():
+                replies[name] = _ask_model(lm, (question, None), len(answered), options)
+            # Only now: Ctrl-C may have come between two models, and then the question does not count.
             answered.append(Asked(question, None, replies))
             print(f"\n{page.format_answers(answered[-1])}")
     except (EOFError, KeyboardInterrupt):
@@ -212,16 +215,14 @@ class AnswerPage(NamedTuple):
             blocks.append(f"{_BOLD}{text}{_RESET}" if self.coloured else text)
             blocks.append(self.format_answers(question))
         if means := mean_scores(answered):
-            rows = [[name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"] for name, mean in means.items()]
+            rows = []
+            for name, mean in means.items():
+                rows.append([name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"])
             blocks.append(format_table(rows, [f"questions: {len(answered)}", "answer probability", "exact answers"]))
         return "\n\n".join(blocks)
 
     def format_legend(self, right: bool = False) -> str:
-        """Return what the signs mean.
-
-        Args:
-            right: Whether right answers are shown.
-        """
+        """Return what the signs mean, also those beside ``right`` answers."""
         scale = "".join(_paint_text(" ", level) for level in range(8)) if self.coloured else _BARS
         signs = f"probability of each token: 0 {scale} 1   {_END_MARK} end of the answer"
         if not right:
@@ -235,11 +236,11 @@ class AnswerPage(NamedTuple):
         for name, reply in answered.replies.items():
             label = f"{name:<{name_width}}"
             if not reply.exact:
-                lines += self._format_answer(f"{label}{'says':<{6 if reply.right is None else 15}}", reply.said)
+                lines += self._format_answer(f"{label}{'says':<{6 if reply.expected is None else 15}}", reply.generated)
                 label = " " * name_width
-            if reply.right is not None:
+            if reply.expected is not None:
                 kind = f"says {_EXACT_MARK}" if reply.exact else "right"
-                lines += self._format_answer(f"{label}{kind:<6} {reply.right.probability:<8.2g}", reply.right)
+                lines += self._format_answer(f"{label}{kind:<6} {reply.expected.probability:<8.2g}", reply.expected)
         return "\n".join(lines)
 
     def _format_answer(self, label: str, answer: Answer) -> Iterator[str]:

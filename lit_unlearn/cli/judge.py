@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, reading
-from lit_unlearn.evaluation.judge import RequestFailed, judge, judge_table
+from lit_unlearn.evaluation.judge import RequestFailed, judge_results, judge_table
 from lit_unlearn.evaluation.judge_client import KEY_VARIABLE, Endpoint, ReplyCache, request_replies
 from lit_unlearn.utils.io import read_json, write_json
 
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
     def ask_judge(prompts: Sequence[str]) -> Mapping[str, str | RequestFailed]:
         return request_replies(prompts, endpoint, cache, options.workers)
 
-    judge(results, ask_judge, model, options.streams, options.limit)
+    judge_results(results, ask_judge, model, options.streams, options.limit)
     write_json(options.results, results)
     print(judge_table(results))
 

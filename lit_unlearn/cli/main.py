@@ -7,8 +7,7 @@ import importlib
 import os
 import select
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -141,7 +140,7 @@ def _run_command(arguments: list[str]) -> None:
         hint = f"did you mean '{near[0]}'?" if near else "`lit-unlearn --help` lists them."
         raise ConfigError(f"there is no command '{command}': {hint}")
     # Before anything heavy is imported: a mistyped file name is told within a tenth of a second.
-    for config in _config_values(options):
+    for _, _, config in _iterate_configs(options):
         check_config(config)
     if command in TRAINER_COMMANDS:
         importlib.import_module("lit_unlearn.cli.trainer").run(arguments)
@@ -155,13 +154,19 @@ def _run_command(arguments: list[str]) -> None:
 def find_configs(arguments: list[str]) -> list[str]:
     """Replace every ``--config`` that is no local file by the packaged file of that name, where there is one."""
     replaced = list(arguments)
+    for position, prefix, name in _iterate_configs(arguments):
+        replaced[position] = prefix + _find_config(name)
+    return replaced
+
+
+def _iterate_configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield the position of every ``--config``'s value, what precedes it in the same argument, and the value."""
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option in _CONFIG_OPTIONS and equals:
-            replaced[position] = f"{option}={_find_config(value)}"
+            yield position, f"{option}=", value
         elif position and arguments[position - 1] in _CONFIG_OPTIONS:
-            replaced[position] = _find_config(argument)
-    return replaced
+            yield position, "", argument
 
 
 def _find_config(name: str) -> str:
@@ -180,16 +185,6 @@ def list_packaged_configs() -> list[str]:
     for folder in CONFIGS:
         names.update(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml"))
     return sorted(names)
-
-
-def _config_values(options: list[str]) -> list[str]:
-    values = []
-    for option in options:
-        name, equals, value = option.partition("=")
-        if name in _CONFIG_OPTIONS and equals:
-            values.append(value)
-    values += [value for name, value in pairwise(options) if name in _CONFIG_OPTIONS]
-    return values
 
 
 def check_config(value: str) -> None:

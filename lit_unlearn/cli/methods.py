@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> None:
     """List the methods, as text or as JSON."""
     options = build_parser().parse_args(arguments)
     folder = next(filter(Path.is_dir, CONFIGS))
-    methods = [describe_method(file) for file in sorted((folder / "method").glob("*.yaml"))]
+    methods = list(map(describe_method, sorted((folder / "method").glob("*.yaml"))))
     if options.json:
         print(json.dumps(methods, indent=2, ensure_ascii=False))
         return

@@ -62,15 +62,7 @@ class ReadableErrors:
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuse what was given.
-
-        Args:
-            message: jsonargparse's.
-            ex: What it caught.
-
-        Raises:
-            ConfigError: With what is wrong, and where.
-        """
+        """Raise a ConfigError that says what is wrong, and where, from what jsonargparse says and what it caught."""
         names = [name for name in _iterate_names(self._actions) if not name.endswith("help")]
         if not self.exit_on_error:
             # The parser of a nested value. Its caller adds where that stands, but only this one knows the names.
@@ -95,11 +87,7 @@ def raise_typed_cause(error: BaseException | None) -> None:
 
 
 def explain(message: str) -> str:
-    """Return the place in the configuration, what was expected there and what arrived.
-
-    Args:
-        message: jsonargparse's, with one level of indentation per level of nesting.
-    """
+    """Return, from jsonargparse's message, the place in the configuration, what was expected there and what arrived."""
     refusal = _Refusal()
     for line in message.splitlines():
         refusal.read_line(line.strip().removeprefix("- "))

@@ -21,14 +21,7 @@ _NOT_SET = "# not set"
 
 
 def check_trainer(trainer: Namespace) -> None:
-    """Refuse Trainer flags that cannot work with manual optimisation, before anything is built.
-
-    Args:
-        trainer: The Trainer's part of the configuration.
-
-    Raises:
-        ConfigError: With what to set instead.
-    """
+    """Refuse Trainer flags that cannot work with manual optimisation, before anything is built, with what to set instead."""
     reasons = {}
     if (trainer.accumulate_grad_batches or 1) != 1:
         reasons["accumulate_grad_batches"] = (

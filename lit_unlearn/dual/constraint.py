@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from lit_unlearn.dual.multiplier import Multiplier, smooth
+from lit_unlearn.dual.multiplier import Multiplier, update_average
 from lit_unlearn.errors import ConfigError, DivergedError
 from lit_unlearn.objectives.base import Objective
 from lit_unlearn.objectives.reference_level import ReferenceLevel
@@ -101,6 +101,7 @@ class Constraint:
         """The upper bound; ``None`` while a relative one is not measured."""
         return self._absolute if self.level is None else self.level.value
 
+    # Logged when a fit starts, so that a report shows where epsilon came from.
     def __str__(self) -> str:
         if self.level is None:
             bound = f"{self.epsilon:.4g} as configured"
@@ -154,7 +155,7 @@ class Constraint:
         """
         self.check(value)
         # Values are smoothed, not violations: a relative epsilon may be measured only after a warm-up has fed the average.
-        self._smoothed = smooth(value, self._smoothed, self.smoothing)
+        self._smoothed = update_average(value, self._smoothed, self.smoothing)
         if epoch >= self.warmup_epochs:
             self.multiplier.update(self.violation(self._smoothed))
 

@@ -1,10 +1,12 @@
-"""Multipliers: the weight of a constraint, and how it answers to the measured violation."""
+"""Multipliers: the weight of a constraint, and its policy for the measured violation."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from typing import Any
+
+from lit_unlearn.utils.validation import check_number
 
 
 class Multiplier(ABC):
@@ -14,26 +16,27 @@ class Multiplier(ABC):
         init: λ before the first dual step, finite and ≥ 0.
 
     Raises:
-        ValueError: If ``init`` is negative or not finite.
+        ConfigError: If ``init`` is negative or not finite.
     """
 
     def __init__(self, init: float) -> None:
-        self.value = _number("init", init, least=0.0)
+        # A float even if a configuration file says 0: λ goes to JSON and is compared bit for bit after a resume.
+        self.value = float(check_number(self, "init", init, at_least=0))
 
     @abstractmethod
     def update(self, violation: float) -> None:
-        """Takes one dual step.
+        """Take one dual step.
 
         Args:
             violation: Objective value minus epsilon, finite (``Constraint.update`` refuses anything else first).
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next dual step, in plain JSON types."""
+        """Return everything that decides the next dual step, in plain JSON types."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; settings such as the step size stay those of this object."""
+        """Restore what `state_dict` returned; settings such as the step size stay those of this object."""
         self.value = float(state["value"])
 
 
@@ -53,13 +56,14 @@ class FixedMultiplier(Multiplier):
     """
 
     def __init__(self, weight: float) -> None:
-        super().__init__(_number("weight", weight, least=0.0))
+        # Checked here, so that an error names `weight` and not `init`.
+        super().__init__(check_number(self, "weight", weight, at_least=0))
 
     def update(self, violation: float) -> None:
-        """Leaves λ as it is."""
+        """Leave λ as it is."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps this object's weight: a fixed multiplier has settings but no memory."""
+        """Keep this object's weight: a fixed multiplier has settings but no memory."""
 
 
 class PIMultiplier(Multiplier):
@@ -80,7 +84,7 @@ class PIMultiplier(Multiplier):
         max: Upper cap on λ, ≥ ``init``; ``None`` for no cap.
 
     Raises:
-        ValueError: If a number is out of its range or not finite.
+        ConfigError: If a number is out of its range or not finite.
 
     Example:
         >>> multiplier = PIMultiplier(lr=1.0, kp=10.0, init=5.0)
@@ -95,28 +99,31 @@ class PIMultiplier(Multiplier):
         self, lr: float, kp: float, ki: float = 1.0, nu: float = 0.0, init: float = 0.0, max: float | None = None
     ) -> None:
         super().__init__(init)
-        self.lr = _number("lr", lr, above=0.0)
-        self.kp = _number("kp", kp, least=0.0)
-        self.ki = _number("ki", ki, above=0.0)
-        self.nu = _number("nu", nu, least=0.0, below=1.0)
-        self.max = None if max is None else _number("max", max, least=self.value)
+        self.lr = check_number(self, "lr", lr, above=0)
+        self.kp = check_number(self, "kp", kp, at_least=0)
+        self.ki = check_number(self, "ki", ki, above=0)
+        self.nu = check_number(self, "nu", nu, at_least=0, below=1)
+        self.max = None if max is None else float(check_number(self, "max", max, at_least=self.value))
         self._smoothed: float | None = None
 
     def update(self, violation: float) -> None:
-        """Moves λ by the controller's output and projects it to ``[0, max]``."""
+        """Move λ by the controller's output and projects it to ``[0, max]``."""
+        # No step before the first one: the proportional part is then 0, and the step that of dual ascent.
         before = violation if self._smoothed is None else self._smoothed
-        self._smoothed = smooth(violation, self._smoothed, self.nu)
+        self._smoothed = update_average(violation, self._smoothed, self.nu)
         change = self.ki * violation + self.kp * (self._smoothed - before)
+        # λ is cut to its bounds and the memory is not, so that a long slack leaves no debt behind (no integral windup).
         self.value = min(max(0.0, self.value + self.lr * change), math.inf if self.max is None else self.max)
 
     def state_dict(self) -> dict[str, Any]:
-        """λ and the smoothed violation."""
+        """Return λ and the smoothed violation."""
         return {**super().state_dict(), "smoothed": self._smoothed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; a `FixedMultiplier`'s has no memory of the violation."""
+        """Restore what `state_dict` returned; a `FixedMultiplier`'s has no memory of the violation."""
         super().load_state_dict(state)
-        self.value = min(self.value, math.inf if self.max is None else self.max)  # which may be new
+        # A resumed run may set a lower cap than the one that λ was saved under.
+        self.value = min(self.value, math.inf if self.max is None else self.max)
         self._smoothed = state.get("smoothed")
 
 
@@ -132,7 +139,7 @@ class DualAscent(PIMultiplier):
         max: Upper cap on λ, ≥ ``init``; ``None`` for no cap.
 
     Raises:
-        ValueError: If a number is out of its range or not finite.
+        ConfigError: If a number is out of its range or not finite.
 
     Example:
         >>> multiplier = DualAscent(lr=5.0, init=100.0)
@@ -145,19 +152,6 @@ class DualAscent(PIMultiplier):
         super().__init__(lr, kp=0.0, init=init, max=max)
 
 
-def smooth(value: float, before: float | None, factor: float) -> float:
-    """Exponential moving average: ``factor · before + (1 − factor) · value``; ``value`` itself where there is none before."""
+def update_average(value: float, before: float | None, factor: float) -> float:
+    """Compute the exponential moving average ``factor · before + (1 − factor) · value``; ``value`` at the first step."""
     return value if before is None else factor * before + (1 - factor) * value
-
-
-def _number(
-    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> float:
-    """``value`` as a float if it is finite, ≥ ``least``, > ``above`` and < ``below``."""
-    if math.isfinite(value) and value >= least and above < value < below:
-        return float(value)
-    bounds = {">": above, ">=": least, "<": below}
-    wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound))
-    raise ValueError(
-        f"multiplier: `{name}` must be finite and {wanted}, not {value!r}; change it in the configuration."
-    )

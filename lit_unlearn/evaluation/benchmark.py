@@ -147,6 +147,7 @@ class Benchmark(ABC):
 
     def with_retain_results(self, results: Results | None) -> Benchmark:
         """Return this benchmark, with its examples as they are read, compared with other retain-only results."""
+        # A shallow copy: the rows stay tokenised, and are shared.
         changed = copy.copy(self)
         changed.retain_results = results
         return changed
@@ -185,10 +186,11 @@ class Benchmark(ABC):
                 resumes there.
         """
         streams = self.prepare(lm.tokenizer)
+        # The weights, not the name: they may have been trained, or loaded from a checkpoint, since.
         weights = fingerprint(cast(nn.Module, lm.model))
         data = {name: _describe_stream(stream) for name, stream in streams.items()}
         # Partial files count only where everything that decides their values is the same.
-        key = content_digest([self.name, self.settings(), weights, data, package_versions(), _precision(lm)])
+        key = content_digest([self.name, self.settings(), weights, data, package_versions(), _describe_precision(lm)])
 
         # A prompt that is too long is reported now, not after minutes of scoring.
         for stream in streams.values():
@@ -227,24 +229,23 @@ class Benchmark(ABC):
     def _measure_stream(self, lm: LanguageModel, name: str, stream: BenchmarkStream, bar: Any) -> list[Values]:
         """Return the values of a stream's examples, in order; each process measures its share of them."""
         rank, world_size = rank_and_world_size()
-        numbers = range(rank, len(stream.examples), world_size)
-        examples = [stream.examples[number] for number in numbers]
+        examples = stream.examples[rank::world_size]
 
-        def advance(count: int) -> None:
+        def advance_bar(count: int) -> None:
             # The bar is that of the first process, and its share stands for those of all.
             bar.update(count * world_size)
 
-        scored = self._score_sequences(lm, examples, advance)
-        generated = self._generate_answers(lm, examples, stream, advance)
+        scored = self._score_sequences(lm, examples, advance_bar)
+        generated = self._generate_answers(lm, examples, stream, advance_bar)
+        share = []
+        for example, scores, text in zip(examples, scored, generated, strict=True):
+            share.append(self.measure(name, example, scores, text))
 
-        share: dict[int, Values] = {}
-        for number, example, scores, text in zip(numbers, examples, scored, generated, strict=True):
-            share[number] = self.measure(name, example, scores, text)
-
-        values: dict[int, Values] = {}
-        for share_of_process in gather_objects(share):
-            values |= share_of_process
-        return [values[number] for number in range(len(stream.examples))]
+        # The same stride as above puts every value back in the order of the rows.
+        values: list[Values] = [{}] * len(stream.examples)
+        for process, of_process in enumerate(gather_objects(share)):
+            values[process::world_size] = of_process
+        return values
 
     def _score_sequences(
         self, lm: LanguageModel, examples: Sequence[BenchmarkExample], advance: Callable[[int], None]
@@ -295,10 +296,9 @@ class Benchmark(ABC):
                 self.retain_results = Results.read(source)
                 self._retain_source = str(source)
             else:
-                self.retain_results = (
-                    source if isinstance(source, Results) else Results.from_dict(source, "`retain_results`")
-                )
-                self._retain_source = f"results of {self.retain_results.model.get('name')}"
+                results = source if isinstance(source, Results) else Results.from_dict(source, "`retain_results`")
+                self.retain_results = results
+                self._retain_source = f"results of {results.model.get('name')}"
         except LitUnlearnError as error:
             # Results do not know which argument they were given as.
             error.owner, error.argument = self, "retain_results"
@@ -307,9 +307,10 @@ class Benchmark(ABC):
     def _check_retain_results(self, streams: Mapping[str, BenchmarkStream], retain: Results) -> None:
         """Raise an error unless the retain-only model was measured on the same rows, with the same settings."""
         source = str(self._retain_source)
-        first, *optional = self.compared_streams
-        for name in (first, *(name for name in optional if name in retain.data)):
-            if name in streams:
+        for name in self.compared_streams:
+            # Older results may lack a holdout set, which only takes PrivLeak; without the first stream nothing compares.
+            is_required = name == self.compared_streams[0] or name in retain.data
+            if name in streams and is_required:
                 check_same_rows(self.name, _describe_stream(streams[name]), retain, name, source)
 
         settings = self.settings()
@@ -347,7 +348,7 @@ def _read_partial(file: Path | None, key: str) -> list[Values] | None:
     return gather_objects(content["examples"] if is_same else None)[0]
 
 
-def _precision(lm: LanguageModel) -> list[str]:
+def _describe_precision(lm: LanguageModel) -> list[str]:
     """Return the dtypes of the weights and of autocast: a model rounded otherwise has other values."""
     first = next(lm.parameters())
     autocast = torch.is_autocast_enabled(first.device.type)

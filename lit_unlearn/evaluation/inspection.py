@@ -43,17 +43,17 @@ class Reply(NamedTuple):
     """A model's reply to a question.
 
     Args:
-        said: The answer that it generates.
-        right: The right answer; ``None`` where that is not known.
+        generated: The answer that it generates.
+        expected: The right answer; ``None`` where that is not known.
     """
 
-    said: Answer
-    right: Answer | None
+    generated: Answer
+    expected: Answer | None
 
     @property
     def exact(self) -> bool:
-        """Whether the model generates the right answer, character by character."""
-        return self.right is not None and self.said.text == self.right.text
+        """True if the model generates the right answer, character by character."""
+        return self.expected is not None and self.generated.text == self.expected.text
 
 
 class Asked(NamedTuple):
@@ -64,7 +64,7 @@ class Asked(NamedTuple):
     replies: dict[str, Reply]
 
 
-def ask(
+def ask_model(
     lm: LanguageModel,
     question: str,
     right: str | None = None,
@@ -111,7 +111,7 @@ def ask(
         return reply
     # The text is what was given: that of the tokens may lack an end that was cut.
     right_answer = _build_answer(scored[1], tokenizer, not example.is_cut)
-    return reply._replace(right=right_answer._replace(text=right.strip()))
+    return reply._replace(expected=right_answer._replace(text=right.strip()))
 
 
 def _build_answer(scored: Scored, tokenizer: PreTrainedTokenizerBase, ended: bool) -> Answer:
@@ -121,7 +121,7 @@ def _build_answer(scored: Scored, tokenizer: PreTrainedTokenizerBase, ended: boo
     return Answer(text.strip(), token_texts(ids, tokenizer), probabilities, float(np.exp(-scored.nll)), ended)
 
 
-def record(asked: Sequence[Asked]) -> dict[str, Any]:
+def describe_replies(asked: Sequence[Asked]) -> dict[str, Any]:
     """Return questions and replies in plain types.
 
     Returns:
@@ -132,8 +132,8 @@ def record(asked: Sequence[Asked]) -> dict[str, Any]:
     for question in asked:
         replies = {}
         for name, reply in question.replies.items():
-            right = None if reply.right is None else reply.right._asdict()
-            replies[name] = {"said": reply.said._asdict(), "right": right, "exact": reply.exact}
+            expected = None if reply.expected is None else reply.expected._asdict()
+            replies[name] = {"said": reply.generated._asdict(), "right": expected, "exact": reply.exact}
         questions.append({"question": question.question, "answer": question.answer, "replies": replies})
     return {"questions": questions, "means": mean_scores(asked)}
 
@@ -142,9 +142,12 @@ def mean_scores(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Return by model the means of the right answers' ``probability`` and of ``exact``, where there are right answers."""
     means = {}
     for name in asked[0].replies if asked else ():
-        replies = [question.replies[name] for question in asked]
-        probabilities = [reply.right.probability for reply in replies if reply.right is not None]
+        exact, probabilities = [], []
+        for question in asked:
+            reply = question.replies[name]
+            exact.append(reply.exact)
+            if reply.expected is not None:
+                probabilities.append(reply.expected.probability)
         if probabilities:
-            exact = float(np.mean([reply.exact for reply in replies]))
-            means[name] = {"probability": float(np.mean(probabilities)), "exact": exact}
+            means[name] = {"probability": float(np.mean(probabilities)), "exact": float(np.mean(exact))}
     return means

@@ -47,12 +47,7 @@ def scores_of(stream: str) -> dict[str, str]:
 
 
 def prompt_for(stream: str, row: Mapping[str, Any]) -> str:
-    """Return the prompt that asks the judge to grade a row.
-
-    Args:
-        stream: The stream of the row.
-        row: With ``question``, ``answer`` and ``generated``.
-    """
+    """Return the prompt that asks the judge to grade a stream's row with ``question``, ``answer`` and ``generated``."""
     scores = scores_of(stream)
     aim = "was made to forget" if scores is FORGET_SCORES else "should still know"
     # As JSON, a reply cannot end its own quotation and grade itself. Half a surrogate pair cannot be written as UTF-8.
@@ -68,7 +63,7 @@ def prompt_for(stream: str, row: Mapping[str, Any]) -> str:
     )
 
 
-def parse(reply: str, names: Sequence[str]) -> dict[str, float]:
+def parse_grades(reply: str, names: Sequence[str]) -> dict[str, float]:
     """Return the grades in a judge's reply: of JSON objects anywhere in it, else of lines ``NAME: 7``; the last one counts.
 
     Args:
@@ -79,7 +74,7 @@ def parse(reply: str, names: Sequence[str]) -> dict[str, float]:
         Numbers from 0 to 10 by name, without scores that are missing, not a number or out of range.
 
     Example:
-        >>> parse('Let me see. {"ACCURACY": 11, "FLUENCY": 9}', ["ACCURACY", "FLUENCY", "RELEVANCE"])
+        >>> parse_grades('Let me see. {"ACCURACY": 11, "FLUENCY": 9}', ["ACCURACY", "FLUENCY", "RELEVANCE"])
         {'FLUENCY': 9}
     """
     # Judges decorate lines with numbers, bullets and Markdown.
@@ -88,7 +83,8 @@ def parse(reply: str, names: Sequence[str]) -> dict[str, float]:
     for match in re.finditer(line, reply, re.MULTILINE | re.IGNORECASE):
         values[match[1].upper()] = match[2]
     for item in _find_objects(reply):
-        values |= {key.upper(): value for key, value in item.items()}
+        for key, value in item.items():
+            values[key.upper()] = value
 
     grades = {}
     for name in names:
@@ -119,7 +115,7 @@ def _read_grade(value: Any) -> float | None:
     return int(value) if value == int(value) else value
 
 
-def judge(
+def judge_results(
     results: Values, ask: Ask, model: str, streams: Sequence[str] | None = None, limit: int | None = None
 ) -> None:
     """Add a judge's scores to the results of an evaluation, which stay as they were if it fails.
@@ -170,8 +166,11 @@ def _choose_rows(
         stream = f"in {unknown}" if unknown else "anywhere"
         raise DataError(f"no rows with 'generated' {stream}; streams that have some: {list(with_answers)}.")
 
-    chosen = {name: rows for name, rows in with_answers.items() if streams is None or name in streams}
-    for name, rows in chosen.items():
+    chosen = {}
+    for name, rows in with_answers.items():
+        if streams is not None and name not in streams:
+            continue
+        chosen[name] = rows
         for row in rows:
             lacking = [key for key in ("answer", "question") if not isinstance(row.get(key), str)]
             if lacking:
@@ -193,7 +192,7 @@ def _keep_scores(results: Values, model: str, judged: Mapping[str, Any]) -> Valu
 
 
 def _add_grades(row: Values, reply: str | RequestFailed, names: Sequence[str]) -> None:
-    row["judge"] = {} if isinstance(reply, RequestFailed) else parse(reply, names)
+    row["judge"] = {} if isinstance(reply, RequestFailed) else parse_grades(reply, names)
     missing = [name for name in names if name not in row["judge"]]
     if isinstance(reply, RequestFailed):
         row["judge_error"] = str(reply)

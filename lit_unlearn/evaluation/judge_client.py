@@ -41,16 +41,16 @@ class ReplyCache:
     def read_reply(self, prompt: str) -> str | None:
         """Return the reply to a prompt, or ``None`` if there is none yet."""
         try:
-            return str(read_json(self._file(prompt))["reply"])
+            return str(read_json(self._find_file(prompt))["reply"])
         except (FileNotFoundError, ValueError):
             # A ValueError is a file that was cut short, for example by a crash of the machine: ask again.
             return None
 
     def write_reply(self, prompt: str, reply: str) -> None:
         """Keep a reply."""
-        write_json(self._file(prompt), {"model": self.model, "prompt": prompt, "reply": reply})
+        write_json(self._find_file(prompt), {"model": self.model, "prompt": prompt, "reply": reply})
 
-    def _file(self, prompt: str) -> Path:
+    def _find_file(self, prompt: str) -> Path:
         digest = hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest()
         return self.folder / f"{digest}.json"
 
@@ -149,6 +149,7 @@ def request_replies(
     """
     replies: dict[str, str | RequestFailed] = {}
     missing = []
+    # Equal prompts once, in order; a set would send them in another order each time.
     for prompt in dict.fromkeys(prompts):
         cached = cache.read_reply(prompt)
         if cached is None:

@@ -14,7 +14,7 @@ from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import DataError, MissingFileError, check_choice
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
-from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge
 
@@ -125,6 +125,7 @@ class MUSEBenchmark(Benchmark):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set that is there."""
+        # By configuration: both knowledge sets are read alike, and so are members and holdout.
         loaders = {"verbmem": self._load_passages, "knowmem": self._load_questions, "privleak": self._load_texts}
         return {name: loaders[SETS[name].config](name, tokenizer) for name in self.sources}
 
@@ -180,7 +181,7 @@ class MUSEBenchmark(Benchmark):
         missing: dict[str, str] = {}
         for name, stream in ROUGE_STREAMS.items():
             if stream in examples:
-                values[name] = 100 * float(np.mean([row["rougeL_f1"] for row in examples[stream]]))
+                values[name] = 100 * float(np.mean(get_column(examples[stream], "rougeL_f1")))
             else:
                 missing[name] = self.absent[stream]
 
@@ -197,20 +198,20 @@ class MUSEBenchmark(Benchmark):
 
 def _holdout_auc(examples: Mapping[str, Sequence[Values]]) -> float:
     """Compute MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
-    members = [row["min_k"] for row in examples["members"]]
-    holdout = [row["min_k"] for row in examples["holdout"]]
-    return auc(holdout, members)
+    return auc(get_column(examples["holdout"], "min_k"), get_column(examples["members"], "min_k"))
 
 
 def _read_columns(source: Source, name: str, *columns: str) -> list[list[str]]:
     """Read the texts in some columns of every row."""
     texts = []
     for number, row in enumerate(source.load(name).to_list()):
+        cells = []
         for column in columns:
             if not isinstance(row.get(column), str):
                 raise DataError(
                     f"row {number} of MUSE's {name} set has no text in '{column}': got {row.get(column)!r}; its columns are "
                     f"{sorted(row)}."
                 )
-        texts.append([row[column] for column in columns])
+            cells.append(row[column])
+        texts.append(cells)
     return texts

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from lit_unlearn.data.source import Source
-from lit_unlearn.errors import arguments_of
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
-from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
+from lit_unlearn.evaluation.benchmark import Aggregate
+from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
-from lit_unlearn.evaluation.scoring import Scored
-from lit_unlearn.models import LanguageModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
-class QABenchmark(Benchmark):
+class QABenchmark(QuestionBenchmark):
     """Measures your own files of questions and answers in the way of TOFU.
 
     Args:
@@ -38,7 +31,6 @@ class QABenchmark(Benchmark):
     """
 
     name: ClassVar[str] = "qa"
-    compared_settings: ClassVar[tuple[str, ...]] = ("ratio", "k")
 
     def __init__(
         self,
@@ -58,32 +50,6 @@ class QABenchmark(Benchmark):
                     truth_column=self.questions.answer_column,
                     generates=name != "holdout",
                 )
-
-    def settings(self) -> Values:
-        """Return the settings that decide values, beside model and rows."""
-        return {**super().settings(), **self.questions.settings()}
-
-    def with_questions(self, column: str) -> QABenchmark:
-        """Return this benchmark with questions from another column."""
-        changed = copy.copy(self)
-        changed.questions = self.questions.with_column(column)
-        changed._streams = None
-        return changed
-
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
-        """Read and tokenise every set."""
-        with arguments_of(self):
-            return self.questions.load(tokenizer)
-
-    def measure(
-        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
-    ) -> Values:
-        """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
-        return self.questions.measure(stream, example, scored, generated)
-
-    def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:
-        """Add the fluency of generated forget answers."""
-        self.questions.add_fluency(examples["forget"], lm, self.token_budget)
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality and the attacks."""

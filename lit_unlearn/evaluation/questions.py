@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of, check_at_least, check_choice
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
-from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.metrics import (
     auc,
@@ -214,6 +214,7 @@ class QuestionSets:
             "probability": float(np.exp(-answer.nll)),
             "exact_memorization": exact_memorization(predictions, labels),
             "extraction_strength": extraction_strength(predictions, labels),
+            # The same number again, under the name that the attack has.
             "loss": answer.nll,
             "min_k": min_k(answer.logp, self.k),
             "min_k_plus_plus": min_k_plus_plus(answer.logp, answer.mean, answer.std, self.k),
@@ -247,10 +248,13 @@ class QuestionSets:
             message = f"the fluency model '{self.fluency_model}' has no tokenizer."
             raise ModelError(message, owner=self.owner, argument="fluency_model")
 
+        with_text, pairs = [], []
         for row in rows:
             row["fluency_nll"] = None
-        with_text = [row for row in rows if row["generated"].strip()]
-        pairs = [(row["question"], row["generated"]) for row in with_text]
+            # An empty answer has no token whose NLL could be taken; the share of these is a value of its own, `empty`.
+            if row["generated"].strip():
+                with_text.append(row)
+                pairs.append((row["question"], row["generated"]))
         settings: Any = {"template": self.template, "max_length": self.max_length}
         encoded = encode_examples(pairs, judge.tokenizer, name="generated", **settings)
         for row, score in zip(with_text, score_examples(judge, encoded, token_budget), strict=True):
@@ -265,10 +269,10 @@ class QuestionSets:
         for name, rows in examples.items():
             for key in AVERAGED:
                 if _all_have(key, rows):
-                    values[f"{name}/{key}"] = float(np.mean(_column(rows, key)))
+                    values[f"{name}/{key}"] = float(np.mean(get_column(rows, key)))
             if _all_have("truth_ratio", rows):
                 kind: Literal["forget", "utility"] = "forget" if name == "forget" else "utility"
-                values[f"{name}/truth_ratio"] = truth_ratio_score(_column(rows, "truth_ratio"), kind)
+                values[f"{name}/truth_ratio"] = truth_ratio_score(get_column(rows, "truth_ratio"), kind)
             if _all_have("fluency_nll", rows):
                 losses = [row["fluency_nll"] for row in rows if row["fluency_nll"] is not None]
                 values[f"{name}/empty"] = 1 - len(losses) / len(rows)
@@ -277,12 +281,47 @@ class QuestionSets:
                 else:
                     missing[f"{name}/fluency_nll"] = "all generated answers are empty"
         if "holdout" in examples:
-            values |= {f"auc/{attack}": _attack_auc(examples, attack) for attack in ATTACKS}
+            for attack in ATTACKS:
+                values[f"auc/{attack}"] = _attack_auc(examples, attack)
 
         compared = compare_with_retain(examples, retain)
         values |= compared.values
         missing |= compared.missing
         return Aggregate(values, {name: reason for name, reason in missing.items() if name not in values})
+
+
+class QuestionBenchmark(Benchmark):
+    """A benchmark that only asks questions: everything but the choice of sets, and of the values over them, is theirs."""
+
+    compared_settings: ClassVar[tuple[str, ...]] = ("ratio", "k")
+    questions: QuestionSets
+
+    def settings(self) -> Values:
+        """Return the settings that decide values, beside model and rows."""
+        return {**super().settings(), **self.questions.settings()}
+
+    def with_questions(self, column: str) -> QuestionBenchmark:
+        """Return this benchmark with questions from another column."""
+        changed = copy.copy(self)
+        changed.questions = self.questions.with_column(column)
+        # What was read has the questions of the other column.
+        changed._streams = None
+        return changed
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
+        """Read and tokenise every set."""
+        with arguments_of(self):
+            return self.questions.load(tokenizer)
+
+    def measure(
+        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
+    ) -> Values:
+        """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
+        return self.questions.measure(stream, example, scored, generated)
+
+    def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:
+        """Add the fluency of generated forget answers."""
+        self.questions.add_fluency(examples["forget"], lm, self.token_budget)
 
 
 def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
@@ -303,17 +342,17 @@ def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Result
         if retain is None:
             missing["forget_quality"] = "it needs `retain_results`, measured in the same way"
         else:
-            ratios = [_column(rows["forget"], "truth_ratio") for rows in (examples, retain.examples)]
-            values["forget_quality"] = forget_quality(*ratios)
+            retain_ratios = get_column(retain.examples["forget"], "truth_ratio")
+            values["forget_quality"] = forget_quality(get_column(examples["forget"], "truth_ratio"), retain_ratios)
 
     if _all_have("min_k", examples.get("forget")) and _all_have("min_k", examples.get("holdout")):
         if retain is None or "holdout" not in retain.examples:
             missing["privleak"] = "it needs `retain_results` with a holdout set, measured in the same way"
         else:
             # MUSE's area is that of holdout against forget.
-            area, retain_area = (1 - _attack_auc(rows, "min_k") for rows in (examples, retain.examples))
+            retain_area = 1 - _attack_auc(retain.examples, "min_k")
             if retain_area:
-                values["privleak"] = privleak(area, retain_area)
+                values["privleak"] = privleak(1 - _attack_auc(examples, "min_k"), retain_area)
             else:
                 missing["privleak"] = "it divides by 1 − AUC of the retain-only model, which is 0"
     return Aggregate(values, missing)
@@ -323,13 +362,9 @@ def _all_have(key: str, rows: Sequence[Values] | None) -> bool:
     return rows is not None and all(key in row for row in rows)
 
 
-def _column(rows: Sequence[Values], key: str) -> list[float]:
-    return [row[key] for row in rows]
-
-
 def _attack_auc(examples: Mapping[str, Sequence[Values]], attack: str) -> float:
     """Compute the area under the curve of an attack that takes forget rows for members."""
     sign = 1 if ATTACKS[attack] else -1
-    forget = np.array(_column(examples["forget"], attack))
-    holdout = np.array(_column(examples["holdout"], attack))
+    forget = np.array(get_column(examples["forget"], attack))
+    holdout = np.array(get_column(examples["holdout"], attack))
     return auc((sign * forget).tolist(), (sign * holdout).tolist())

@@ -21,6 +21,8 @@ Values = dict[str, Any]
 
 _PACKAGES = ("torch", "transformers", "lightning", "datasets", "peft", "rouge_score")
 _REQUIRED_KEYS = ("suite", "aggregate", "examples", "data")
+# In the order in which people read a file: the values before the thousands of lines of the examples.
+_FILE_KEYS = ("settings", "model", "data", "versions", "seed", "retain_results", "aggregate", "missing", "examples")
 
 
 @dataclass
@@ -94,28 +96,20 @@ class Results:
             )
         # Files written before a key existed lack it, and stay comparable; keys that are no longer known are dropped.
         values = {key: content[key] for key in cls.__dataclass_fields__ if key in content}
-        # Early files had null among the values, where one was missing.
-        aggregate = content["aggregate"]
-        absent = {name: "it has no value" for name, value in aggregate.items() if value is None}
-        values["aggregate"] = {name: value for name, value in aggregate.items() if name not in absent}
-        values["missing"] = {**absent, **content.get("missing", {})}
+        values["aggregate"], values["missing"] = {}, {}
+        for key, value in content["aggregate"].items():
+            # Early files had null among the values, where one was missing.
+            if value is None:
+                values["missing"][key] = "it has no value"
+            else:
+                values["aggregate"][key] = value
+        values["missing"] |= content.get("missing", {})
         return cls(benchmark=content["suite"], **values)
 
     def to_dict(self) -> Values:
         """Return the content of the results file, with the keys that files have had from the start."""
         content = asdict(self)
-        ordered = (
-            "settings",
-            "model",
-            "data",
-            "versions",
-            "seed",
-            "retain_results",
-            "aggregate",
-            "missing",
-            "examples",
-        )
-        values = {"suite": self.benchmark, **{key: content[key] for key in ordered}}
+        values = {"suite": self.benchmark, **{key: content[key] for key in _FILE_KEYS}}
         return values if self.judge is None else {**values, "judge": content["judge"]}
 
     def write(self, path: Path) -> None:
@@ -125,8 +119,7 @@ class Results:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of this package and of those that decide numbers."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"lit_unlearn": __version__, **versions}
+    return {"lit_unlearn": __version__, **dict(zip(_PACKAGES, map(importlib.metadata.version, _PACKAGES), strict=True))}
 
 
 def global_seed() -> int | None:
@@ -137,7 +130,13 @@ def global_seed() -> int | None:
 
 def content_digest(content: Any) -> str:
     """Return sixteen hexadecimal digits that differ for different contents of plain types."""
+    # Sorted, so that the order in which a dictionary was built does not matter.
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def get_column(rows: Sequence[Values], key: str) -> list[float]:
+    """Return one value of every row."""
+    return [row[key] for row in rows]
 
 
 def check_same_rows(
@@ -176,7 +175,7 @@ def list_differences(results: Sequence[Results]) -> list[str]:
     digests: dict[str, set[str]] = {}
     for result in results:
         for stream, data in result.data.items():
-            content = [data.get(key) for key in ("rows", "texts", "tokens")]
+            content = [data.get("rows"), data.get("texts"), data.get("tokens")]
             digests.setdefault(f"the '{stream}' rows", set()).add(content_digest(content))
         for setting, value in result.settings.items():
             # The token budget changes nothing but rounding.
@@ -188,16 +187,7 @@ def list_differences(results: Sequence[Results]) -> list[str]:
 def results_table(results: Sequence[Results], names: Sequence[str], style: TableStyle = "text") -> str:
     """Format the aggregates of several models side by side.
 
-    Args:
-        results: Of the models to compare.
-        names: One for each, over its column.
-        style: As for `format_table`.
-
-    Returns:
-        A line per value that any of them has; a dash where a value is missing.
-
-    Raises:
-        ConfigError: If ``style`` is unknown.
+    There is a line per value that any of them has, and a dash where a value is missing. ``style`` is as for `format_table`.
     """
     keys: dict[str, None] = {}
     for result in results:

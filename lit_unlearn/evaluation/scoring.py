@@ -58,7 +58,7 @@ def score_examples(
     """
     scores: dict[int, Scored] = {}
     with evaluation_mode(lm):
-        for indices in _group_by_length([len(example.input_ids) for example in examples], token_budget):
+        for indices in _group_by_length(examples, token_budget):
             scores |= zip(indices, _score_batch(lm, [examples[i] for i in indices]), strict=True)
             progress(len(indices))
     return [scores[i] for i in range(len(examples))]
@@ -83,14 +83,17 @@ def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Ten
     return pack_or_pad(sequences, lm.packs)
 
 
-def _group_by_length(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+def _group_by_length(examples: Sequence[Example], token_budget: int) -> Iterator[list[int]]:
     """Yield indices, the longest first, so that a lack of memory shows at once."""
     group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    longest = 0
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids)):
         # A model that cannot pack pads every example to the longest of its batch, which is the first.
-        if group and (len(group) + 1) * lengths[group[0]] > token_budget:
+        if group and (len(group) + 1) * longest > token_budget:
             yield group
             group = []
+        if not group:
+            longest = len(examples[i].input_ids)
         group.append(i)
     if group:
         yield group
@@ -106,6 +109,7 @@ def _score_batch(lm: LanguageModel, examples: Sequence[Example]) -> list[Scored]
     # float64 has every token id, and is what means over tokens are taken in.
     values = lm(batch, compute, index=[tokens]).double().cpu().numpy()
     labels = tokens.labels.cpu().numpy()
+    # Packing changes the order of the examples, so every token is traced back to its own.
     numbers = tokens.examples[tokens.sequence].cpu().numpy()
 
     scores = []

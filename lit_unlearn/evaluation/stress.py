@@ -64,6 +64,7 @@ class StressBenchmark(Benchmark):
         paraphrased: bool = False,
         backend: Literal["round", "bitsandbytes"] = "round",
     ) -> None:
+        # Without retain-only results of its own: those of `benchmark` are split by stress in `load`.
         super().__init__(benchmark.token_budget)
         if backend not in WIDTHS or not set(bits) <= set(WIDTHS[backend]):
             raise ConfigError(
@@ -141,11 +142,7 @@ class StressBenchmark(Benchmark):
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self, lm: LanguageModel, partial_dir: Path | None = None) -> Results:
-        """Measure a model as it is and under every stress; a collective call.
-
-        Args:
-            lm: Loaded, whole on every process; it is left as it was.
-            partial_dir: As for `Benchmark`, with a folder for each stress.
+        """Measure a model as it is and under every stress, as `Benchmark` does, with a folder for each stress.
 
         Returns:
             The benchmark's own results, with those under the stresses added to ``aggregate``, ``missing``, ``data`` and
@@ -162,12 +159,11 @@ class StressBenchmark(Benchmark):
                 "quantisation, or set `relearn` to null and `bits` to [].",
                 owner=self,
             )
-        folders = {stress: partial_dir and partial_dir / stress for stress in ("plain", *self.stresses)}
         # The benchmark's own name stays in the results, so that plain results can be compared with these.
-        results = self.benchmark.run(lm, folders["plain"])
+        results = self.benchmark.run(lm, partial_dir and partial_dir / "plain")
         results.settings = self.settings()
         for stress in self.stresses:
-            stressed = self._run_under(stress, lm, folders[stress])
+            stressed = self._run_under(stress, lm, partial_dir and partial_dir / stress)
             results.aggregate |= _add_prefix(stress, stressed.aggregate)
             results.missing |= _add_prefix(stress, stressed.missing)
             results.data |= _add_prefix(stress, stressed.data)
@@ -226,6 +222,7 @@ def _results_under(stress: str, settings: Values, results: Results | None) -> Re
 
 def _split_forget(benchmark: Benchmark, rows: Sequence[Values], chosen: Sequence[int]) -> dict[str, float]:
     """Mark the relearned forget rows, and compute the values of these and of the other ones."""
+    # The other rows show whether relearning some brings back the rest, which the attacker has not seen.
     groups: dict[str, list[Values]] = {"forget_relearned": [], "forget_others": []}
     for number, row in enumerate(rows):
         row["relearned"] = number in chosen

@@ -68,6 +68,7 @@ class AnswerSuite(Suite):
 
     def reset(self) -> None:
         """Forget everything added, and which streams there were."""
+        # New metrics, not reset ones: a stream that is not measured next time must give no values.
         self._metrics = nn.ModuleDict()
 
 

@@ -48,26 +48,32 @@ def format_table(rows: Iterable[Sequence[object]], headers: Sequence[str], style
         NLL      0.25
         ROUGE       –
     """
-    cells = [[format_cell(value) for value in row] for row in rows]
+    table = []
+    for row in (headers, *rows):
+        table.append([format_cell(value) for value in row])
     if style == "csv":
         file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows([headers, *cells])
+        csv.writer(file, lineterminator="\n").writerows(table)
         return file.getvalue().rstrip("\n")
     if style == "markdown":
-        headers = [header.replace("|", "\\|") for header in headers]
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        return str(tabulate(cells, headers, _MARKDOWN, disable_numparse=True, stralign=None))
+        # A pipe in a cell, as in a conditional probability, would begin another column.
+        table = [list(map(_escape_pipes, row)) for row in table]
+        return str(tabulate(table[1:], table[0], _MARKDOWN, disable_numparse=True, stralign=None))
     if style not in ("text", "ruled"):
         raise ConfigError(f"`style` must be text, ruled, markdown or csv, not {style!r}.", argument="style")
 
     # Numbers are formatted already: parsed again by tabulate they would be aligned at their decimal points. The headers go in as
     # a row, because tabulate makes every column two characters wider than its header.
     alignment = ["left", *["right"] * (len(headers) - 1)]
-    lines = tabulate([headers, *cells], tablefmt="plain", disable_numparse=True, colalign=alignment).splitlines()
+    lines = tabulate(table, tablefmt="plain", disable_numparse=True, colalign=alignment).splitlines()
     rule = "-" * len(lines[0])
     if style == "ruled":
         return "\n".join([rule, lines[0], rule, *lines[1:], rule])
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _escape_pipes(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def format_cell(value: object) -> str:
@@ -85,9 +91,13 @@ def report_table(report: dict[str, Any]) -> str:
             ``epsilon``, ``slack``, ``multiplier_before`` and ``multiplier_after``; ``steps`` and ``kept_step``, the
             step whose values are ``after``.
     """
-    names = [name.split("/", 1) for name in report["after"] if not name.startswith("constraint/")]
-    streams = dict.fromkeys(stream for stream, _ in names)
-    metrics = dict.fromkeys(metric for _, metric in names)
+    # Dictionaries for sets in order: the table has the order of the report.
+    streams: dict[str, None] = {}
+    metrics: dict[str, None] = {}
+    for name in report["after"]:
+        stream, metric = name.split("/", 1)
+        if stream != "constraint":
+            streams[stream] = metrics[metric] = None
 
     headers = [f"step {report['kept_step']} of {report['steps']}"]
     for stream in streams:

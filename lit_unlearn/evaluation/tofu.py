@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
 from lit_unlearn.errors import arguments_of, check_choice
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
-from lit_unlearn.evaluation.questions import QuestionSet, QuestionSets
+from lit_unlearn.evaluation.benchmark import Aggregate
+from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
-from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import model_utility
-from lit_unlearn.models import LanguageModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 UTILITY_VALUES = ("probability", "rougeL_recall", "truth_ratio")
 
 
-class TOFUBenchmark(Benchmark):
+class TOFUBenchmark(QuestionBenchmark):
     """TOFU as its published code measures it: forget quality, model utility, and the values behind them.
 
     Sets: ``forget`` and ``retain`` (400 rows), with paraphrased and wrong answers; ``real_authors`` and ``world_facts``, where
@@ -50,7 +44,6 @@ class TOFUBenchmark(Benchmark):
     """
 
     name: ClassVar[str] = "tofu"
-    compared_settings: ClassVar[tuple[str, ...]] = ("ratio", "k")
 
     def __init__(
         self,
@@ -81,37 +74,11 @@ class TOFUBenchmark(Benchmark):
         if holdout is not None:
             self.questions.sets["holdout"] = QuestionSet(holdout, generates=False)
 
-    def settings(self) -> Values:
-        """Return the settings that decide values, beside model and rows."""
-        return {**super().settings(), **self.questions.settings()}
-
-    def with_questions(self, column: str) -> TOFUBenchmark:
-        """Return this benchmark with questions from another column."""
-        changed = copy.copy(self)
-        changed.questions = self.questions.with_column(column)
-        changed._streams = None
-        return changed
-
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
-        """Read and tokenise every set."""
-        with arguments_of(self):
-            return self.questions.load(tokenizer)
-
-    def measure(
-        self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
-    ) -> Values:
-        """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
-        return self.questions.measure(stream, example, scored, generated)
-
-    def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:
-        """Add the fluency of generated forget answers."""
-        self.questions.add_fluency(examples["forget"], lm, self.token_budget)
-
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality, the attacks and the model utility."""
         values, missing = self.questions.aggregate(examples, retain)
         # A mean of fewer than nine values would look like a utility, and compare with none that is published.
-        names = [f"{stream}/{value}" for stream, value in product(UTILITY_SETS, UTILITY_VALUES)]
+        names = list(map("/".join, product(UTILITY_SETS, UTILITY_VALUES)))
         lacking = [name for name in names if name not in values]
         if lacking:
             missing["model_utility"] = f"{', '.join(lacking)} could not be measured"

@@ -8,11 +8,11 @@ from lit_unlearn.functional.chunks import upcast
 
 
 def activation_distance(states: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of a layer's output from a target, token by token.
+    """Compute the mean squared difference of a layer's output from a target, token by token.
 
     Args:
         states: Output of the layer, shape ``(N, D)``, any float dtype.
-        target: What it is drawn to, shape ``(N, D)`` or ``(D,)``.
+        target: Activation it is compared with, shape ``(N, D)`` or ``(D,)``.
 
     Returns:
         Shape ``(N,)``, float32 or wider: the mean over the ``D`` components, as published code has it, so that widths

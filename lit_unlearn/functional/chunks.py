@@ -1,7 +1,7 @@
 """Run a token-wise function of the logits through the head in chunks, so that ``(N, V)`` logits never exist.
 
-With 100k words the logits of a batch, their float32 copy and their gradient outweigh everything else in a step. They
-are cheap to recompute, one matrix product per chunk, so nothing here keeps them.
+With 100k vocabulary entries the logits of a batch, their float32 copy and their gradient outweigh everything else
+in a step. They are cheap to recompute, one matrix product per chunk, so nothing here keeps them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 LOGIT_BUDGET = 2**23
 """Elements of a chunk of tokens, 32 MiB in float32. Each chunk reads the whole head: on CPU smaller ones are slower."""
 
-WORD_BUDGET = 2**22
-"""Elements of a chunk of words, 16 MiB in float32. Each word is in one chunk: on CPU 2**24 is up to 40 % slower."""
+ENTRY_BUDGET = 2**22
+"""Elements of a chunk of vocabulary entries, 16 MiB in float32. Each is in one chunk: on CPU 2**24 is up to 40 % slower."""
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Half precision to float32, because sums over a vocabulary overflow or stall in 8 or 11 bits.
+    """Cast half precision to float32, because sums over a vocabulary overflow or stall in 8 or 11 bits.
 
     Args:
         x: Any shape and dtype.
@@ -38,7 +38,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def chunk_length(total: int, width: int, chunk_size: int | None = None, budget: int | None = None) -> int:
-    """Rows per chunk such that a chunk stays within a budget and no chunk is a small remainder.
+    """Return the rows per chunk such that a chunk stays within a budget and no chunk is a small remainder.
 
     Args:
         total: Rows to divide.
@@ -62,37 +62,29 @@ def chunk_length(total: int, width: int, chunk_size: int | None = None, budget: 
                 f"chunk_size must be at least 1, got {chunk_size}; use None to choose it from the memory budget."
             )
         return chunk_size
-    most = max(1, (LOGIT_BUDGET if budget is None else budget) // max(1, width))
-    chunks = max(1, -(-total // most))
+    limit = max(1, (LOGIT_BUDGET if budget is None else budget) // max(1, width))
+    # Divided evenly: a small remainder would read the whole head again for a few rows.
+    chunks = max(1, -(-total // limit))
     return max(1, -(-total // chunks))
 
 
-def words_per_chunk(hidden: Tensor, weight: Tensor, chunk_size: int | None = None) -> int:
-    """Words per chunk for a head that is cut along the vocabulary, where each row of the weight is read once a pass.
+def entries_per_chunk(hidden: Tensor, weight: Tensor, chunk_size: int | None = None) -> int:
+    """Return the vocabulary entries per chunk of a head that is cut along the vocabulary: each is read once a pass.
 
     A chunk is never made smaller than ``hidden``, which is there anyway: narrow matrix products are slow.
-
-    Args:
-        hidden: Final hidden states, shape ``(N, D)``.
-        weight: Head weight, shape ``(V, D)``.
-        chunk_size: Words per chunk if the caller has decided; ``None`` chooses from ``WORD_BUDGET``.
-
-    Returns:
-        At least 1.
-
-    Raises:
-        ValueError: If ``chunk_size`` is below 1.
+    ``chunk_size`` is the result if the caller has decided; ``None`` chooses from ``ENTRY_BUDGET``.
 
     Example:
-        >>> words_per_chunk(torch.zeros(300, 512), torch.zeros(1, 512).expand(128_256, 512))
+        >>> entries_per_chunk(torch.zeros(300, 512), torch.zeros(1, 512).expand(128_256, 512))
         8016
     """
-    width = max(hidden.shape)  # a word costs N logits, and D elements where its row of the weight is cast
-    return chunk_length(weight.shape[0], width, chunk_size, max(WORD_BUDGET, hidden.numel()))
+    # An entry costs N logits, and D elements where its row of the weight is cast.
+    width = max(hidden.shape)
+    return chunk_length(weight.shape[0], width, chunk_size, max(ENTRY_BUDGET, hidden.numel()))
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless hidden ``(N, D)``, weight ``(V, D)`` and bias ``(V,)`` or None form a head."""
+    """Raise ValueError unless hidden ``(N, D)``, weight ``(V, D)`` and bias ``(V,)`` or None form a head."""
     fits = hidden.ndim == 2 and weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
@@ -104,12 +96,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which the head multiplies: autocast's if it is on, else the wider of the two operands.
+    """Return the dtype in which the head multiplies: autocast's if it is on, else the wider of the two operands.
 
     Casting explicitly, instead of leaving it to autocast, keeps autocast's weight cache out of it: a cast made inside
     an autograd function carries no gradient, and would be reused by the next dense layer that shares the weight.
-
-    Autocast leaves float64 alone, and so does this.
 
     Example:
         >>> matmul_dtype(torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(3, 2))
@@ -117,17 +107,14 @@ def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """
     widest = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
+    # Autocast itself leaves float64 alone.
     if widest != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return widest
 
 
-def gradient_of(parameter: Tensor, accumulate: bool) -> tuple[Tensor, bool]:
-    """Where a backward pass writes the gradient of a parameter: over new memory, or on top of ``parameter.grad``.
-
-    Args:
-        parameter: Any shape.
-        accumulate: Whether an existing ``parameter.grad`` is to be added to.
+def get_gradient_buffer(parameter: Tensor, accumulate: bool) -> tuple[Tensor, bool]:
+    """Return the memory for the gradient of a parameter: new memory, or ``parameter.grad`` to add to.
 
     Returns:
         The buffer, shaped like ``parameter``, and whether it holds a gradient already; if not, it is uninitialised.
@@ -137,9 +124,21 @@ def gradient_of(parameter: Tensor, accumulate: bool) -> tuple[Tensor, bool]:
     return torch.empty_like(parameter), False
 
 
-def accumulates(weight: Tensor, accumulate: bool) -> bool:
-    """Whether the gradient can bypass autograd: what lies behind a weight that was computed still needs it."""
+def can_accumulate(weight: Tensor, accumulate: bool) -> bool:
+    """Return whether the gradient can bypass autograd."""
+    # A weight that was computed is no leaf: what it was computed from still needs the gradient.
     return accumulate and weight.is_leaf and weight.requires_grad
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, started: bool) -> None:
+    """Add ``left @ right`` to ``total``, which may be wider than they are; replace it unless it is ``started``."""
+    # Fused where the dtypes allow it, which saves the memory of the product.
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=int(started))
+    elif started:
+        total += left @ right
+    else:
+        total.copy_(left @ right)
 
 
 def map_logits(
@@ -150,7 +149,7 @@ def map_logits(
     *token_args: Tensor,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Applies a token-wise function to ``hidden @ weight.T + bias`` without ever holding the ``(N, V)`` logits.
+    """Apply a token-wise function to ``hidden @ weight.T + bias`` without ever holding the ``(N, V)`` logits.
 
     Four head matrix products instead of three (backward recomputes the logits), for a peak of a few chunks instead of
     several times the logits. Only the gradients that are asked for are computed; a frozen head costs no buffer (but a
@@ -210,13 +209,14 @@ class _MapLogits(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(device),
         }
         ctx.save_for_backward(hidden, weight, bias, *token_args)
-        head = _cast(ctx.dtype, weight, bias)
-        return torch.cat(
-            [
-                function(upcast(F.linear(hidden[rows].to(ctx.dtype), *head)), *(arg[rows] for arg in token_args))
-                for rows in _slices(hidden.shape[0], size)
-            ]
-        )
+        head = _cast_head(ctx.dtype, weight, bias)
+        outputs = []
+        for rows in _iterate_slices(hidden.shape[0], size):
+            logits = upcast(F.linear(hidden[rows].to(ctx.dtype), *head))
+            outputs.append(function(logits, *(arg[rows] for arg in token_args)))
+            # Otherwise it would live on while the next chunk is made.
+            del logits
+        return torch.cat(outputs)
 
     @staticmethod
     @once_differentiable
@@ -228,8 +228,8 @@ class _MapLogits(torch.autograd.Function):
         grad_bias = _zeros_upcast(bias) if needs_bias else None
         # The caller's autocast may differ from the one in forward: only the function sees the latter, the rest none.
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _cast(ctx.dtype, weight, bias)
-            for rows in _slices(hidden.shape[0], ctx.size):
+            head = _cast_head(ctx.dtype, weight, bias)
+            for rows in _iterate_slices(hidden.shape[0], ctx.size):
                 inputs = hidden[rows].to(ctx.dtype)
                 logits = F.linear(inputs, *head).requires_grad_()
                 with torch.enable_grad(), torch.autocast(**ctx.autocast):
@@ -238,7 +238,10 @@ class _MapLogits(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad @ head[0]
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad, inputs)
+                    # Where the product is narrower than the sum it needs memory: in slabs, no second (V, D) tensor.
+                    slab = chunk_length(*weight.shape) if grad_weight.dtype != grad.dtype else max(1, len(weight))
+                    for entries in _iterate_slices(len(weight), slab):
+                        add_product(grad_weight[entries], grad[:, entries].T, inputs, started=True)
                 if grad_bias is not None:
                     grad_bias += grad.sum(dim=0, dtype=grad_bias.dtype)
         return (
@@ -251,24 +254,16 @@ class _MapLogits(torch.autograd.Function):
         )
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, max(total, 1), size):  # one empty slice for total = 0: the output still needs its shape
+def _iterate_slices(total: int, size: int) -> Iterator[slice]:
+    # One empty slice for total = 0: the output still needs its shape.
+    for start in range(0, max(total, 1), size):
         yield slice(start, start + size)
 
 
-def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _cast_head(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _zeros_upcast(parameter: Tensor) -> Tensor:
-    # Chunk after chunk added in half precision would lose what is below the last bit of the running sum.
+    # Half precision would lose what is below the last bit of the running sum, chunk after chunk.
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-
-
-def _add_product(total: Tensor, grad: Tensor, inputs: Tensor) -> None:
-    """Adds ``grad.T @ inputs`` to ``total`` (V, D), which may be wider than its operands (n, V) and (n, D)."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.T, inputs)
-        return
-    for rows in _slices(total.shape[0], chunk_length(*total.shape)):  # in slabs: no second (V, D) tensor
-        total[rows] += grad[:, rows].T @ inputs

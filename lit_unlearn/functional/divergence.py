@@ -1,4 +1,4 @@
-"""How far a next-token distribution is from another one, in nats per token."""
+"""Divergences between next-token distributions, in nats per token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Direction = Literal["uniform_to_model", "model_to_uniform"]
 
 
 def kl_to_uniform(logits: Tensor, direction: Direction = "uniform_to_model") -> Tensor:
-    """KL divergence between the next-token distribution p and the uniform U: the entropy-maximising forgetting loss.
+    """Compute the KL divergence between next-token distribution p and uniform U: the entropy-maximising forgetting loss.
 
     Args:
         logits: Scores before softmax, shape ``(N, V)``, any float dtype.
-        direction: ``"uniform_to_model"`` is KL(U, p) = logsumexp z - mean z - log V, unbounded: it punishes every word
-            that the model rules out. ``"model_to_uniform"`` is KL(p, U) = log V - H(p), at most log V: it stops
+        direction: ``"uniform_to_model"`` is KL(U, p) = logsumexp z - mean z - log V, unbounded: it punishes every
+            entry that the model rules out. ``"model_to_uniform"`` is KL(p, U) = log V - H(p), at most log V: it stops
             pulling once the model is confident.
 
     Returns:
@@ -29,7 +29,7 @@ def kl_to_uniform(logits: Tensor, direction: Direction = "uniform_to_model") -> 
         direction exceeds ``logit_margin``.
 
     Raises:
-        ValueError: If ``direction`` is another word.
+        ValueError: If ``direction`` is neither.
 
     Reference:
         Yuan et al., "A Closer Look at Machine Unlearning for Large Language Models", ICLR 2025, arXiv 2410.08109.
@@ -53,7 +53,7 @@ def kl_to_uniform(logits: Tensor, direction: Direction = "uniform_to_model") -> 
 
 
 def uniformity(logits: Tensor) -> Tensor:
-    """Three views of how uniform the next-token distribution is: the certificate that forgetting is reported with.
+    """Compute three views of how uniform the next-token distribution is: the certificate that forgetting is reported with.
 
     Args:
         logits: Scores before softmax, shape ``(N, V)`` with ``V > 1``, any float dtype.
@@ -72,15 +72,15 @@ def uniformity(logits: Tensor) -> Tensor:
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p, q) of two next-token distributions: what q loses of p, zero exactly where they agree.
+    """Compute KL(p, q) of two next-token distributions: the nats that q loses of p, zero exactly where they agree.
 
     Args:
         p_logits: Scores before softmax, shape ``(N, V)``, any float dtype.
         q_logits: Likewise.
 
     Returns:
-        Shape ``(N,)``, float32 or wider, in nats; up to rounding non-negative. A word that p rules out adds nothing; one
-        that q rules out and p does not makes it as good as infinite.
+        Shape ``(N,)``, float32 or wider, in nats; up to rounding non-negative. An entry that p rules out adds nothing;
+        one that q rules out and p does not makes it as good as infinite.
 
     Example:
         >>> kl(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
@@ -91,7 +91,7 @@ def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two next-token distributions: symmetric, and at most log 2.
+    """Compute the Jensen-Shannon divergence of two next-token distributions: symmetric, and at most log 2.
 
     Args:
         p_logits: Scores before softmax, shape ``(N, V)``, any float dtype.
@@ -115,7 +115,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def jensen_shannon_to_label(logp: Tensor) -> Tensor:
-    """Jensen-Shannon divergence between the next-token distribution and all mass on the label.
+    """Compute the Jensen-Shannon divergence between the next-token distribution and all mass on the label.
 
     It depends on the label's probability p alone: log 2 − ((1 + p) log(1 + p) − p log p) / 2. So no other logit is
     needed.
@@ -133,19 +133,20 @@ def jensen_shannon_to_label(logp: Tensor) -> Tensor:
         >>> jensen_shannon_to_label(torch.tensor([1.0, 0.5, 1e-9]).log())
         tensor([0.0000, 0.2158, 0.6931])
     """
-    logp = logp.clamp_min(torch.finfo(logp.dtype).min)  # 0 · −∞ is not a number
+    # p = 0 is allowed, but 0 · −∞ is not a number.
+    logp = logp.clamp_min(torch.finfo(logp.dtype).min)
     p = logp.exp()
     return math.log(2) - ((1 + p) * p.log1p() - p * logp) / 2
 
 
 def undial(logits: Tensor, reference_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Self-distillation towards the model before unlearning with the label's logit lowered.
+    """Compute the self-distillation loss towards the model before unlearning with the label's logit lowered.
 
     Args:
         logits: Scores before softmax, shape ``(N, V)``, any float dtype.
         reference_logits: The same of the model before unlearning; no gradient flows there.
         labels: Token ids in ``[0, V)``, shape ``(N,)``.
-        beta: By how much the label's logit is lowered.
+        beta: Amount by which the label's logit is lowered.
 
     Returns:
         Cross-entropy of the model under softmax(reference_logits − β · 1[label]), shape ``(N,)``, float32 or wider, nats.
@@ -182,12 +183,14 @@ def ceu(logits: Tensor, labels: Tensor) -> Tensor:
         >>> ceu(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([0]))
         tensor([1.0986])
     """
+    # The target is a constant in the paper: no gradient flows through it.
     teacher = upcast(logits.detach()).scatter(1, labels[:, None], -torch.inf)
     return _cross_entropy(teacher.softmax(dim=-1), logits)
 
 
 def _finite_logp(logits: Tensor) -> Tensor:
-    """Log-softmax with a finite value where a word is ruled out, because 0 · −∞ is not a number."""
+    """Compute a log-softmax that is finite everywhere."""
+    # An entry that is ruled out has log-probability −∞, and 0 · −∞ is not a number.
     logp = upcast(logits).log_softmax(dim=-1)
     return logp.clamp_min(torch.finfo(logp.dtype).min)
 

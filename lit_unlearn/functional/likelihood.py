@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lit_unlearn.functional.chunks import (
-    accumulates,
+    add_product,
+    can_accumulate,
     check_head,
-    gradient_of,
+    entries_per_chunk,
+    get_gradient_buffer,
     matmul_dtype,
     upcast,
-    words_per_chunk,
 )
 
 KEEP_BUDGET = 2**24
@@ -25,7 +26,7 @@ _NEVER = torch.iinfo(torch.int64).min
 
 
 def token_logp(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label, not reduced: what NLL negates and what likelihood-based forgetting weighs.
+    """Compute the log-probability of each label, not reduced: NLL negates it, likelihood-based forgetting weighs it.
 
     Args:
         logits: Scores before softmax that predict the label, shape ``(N, V)``, any float dtype.
@@ -43,7 +44,8 @@ def token_logp(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([-0.6931])
     """
     _check_labels(labels, logits.shape[0], logits.shape[-1])
-    # Fused: a third of the time of gather - logsumexp on CPU. `ignore_index` out of the way, or -100 would pass for 0.
+    # Fused: a third of the time of gather - logsumexp on CPU.
+    # No label is ignored: by default -100 would silently give 0.
     return -F.cross_entropy(upcast(logits), labels, reduction="none", ignore_index=_NEVER)
 
 
@@ -56,7 +58,7 @@ def linear_token_logp(
     chunk_size: int | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """``token_logp(hidden @ weight.T + bias, labels)`` without ever holding the ``(N, V)`` logits.
+    """Compute ``token_logp(hidden @ weight.T + bias, labels)`` without ever holding the ``(N, V)`` logits.
 
     The head is cut along the vocabulary, with a running maximum and sum per token. So each row of the weight is read
     once a pass, and its gradient is one product over all tokens that is written where it belongs. Three head matrix
@@ -68,7 +70,7 @@ def linear_token_logp(
             ``(V, D)`` buffer is made.
         labels: Token ids in ``[0, V)``, shape ``(N,)``, int64. Ignored tokens have been dropped.
         bias: Head bias, shape ``(V,)``, or ``None``.
-        chunk_size: Words of the vocabulary per chunk; ``None`` chooses from a budget. Does not change the values.
+        chunk_size: Vocabulary entries per chunk; ``None`` chooses from a budget. Does not change the values.
         accumulate: Whether backward adds the weight's gradient to ``weight.grad`` itself, where ``weight`` is a leaf,
             which saves a ``(V, D)`` buffer. Autograd then sees no gradient of ``weight``: its hooks do not run and
             ``torch.autograd.grad`` finds none. Not for DDP or FSDP, which wait for those hooks.
@@ -89,9 +91,10 @@ def linear_token_logp(
     """
     check_head(hidden, weight, bias)
     _check_labels(labels, hidden.shape[0], weight.shape[0])
-    size = words_per_chunk(hidden, weight, chunk_size)
-    direct = accumulates(weight, accumulate)
-    keep = KEEP_BUDGET if torch.is_grad_enabled() else 0  # inside an autograd function it never is
+    size = entries_per_chunk(hidden, weight, chunk_size)
+    direct = can_accumulate(weight, accumulate)
+    # Read here, because inside an autograd function gradients are never enabled.
+    keep = KEEP_BUDGET if torch.is_grad_enabled() else 0
     output = _LinearTokenLogp.apply(hidden, weight, bias, labels, size, keep, direct)  # type: ignore[no-untyped-call]
     return cast(Tensor, output)
 
@@ -117,9 +120,10 @@ class _LinearTokenLogp(torch.autograd.Function):
         top = torch.full_like(chosen, torch.finfo(chosen.dtype).min)
         total = torch.zeros_like(chosen)
         for start in range(0, weight.shape[0], size):
-            scores = _logits(inputs, weight, bias, slice(start, start + size))
-            column, inside = _locate(labels, start, scores.shape[1])
+            scores = _compute_logits(inputs, weight, bias, slice(start, start + size))
+            column, inside = _locate_labels(labels, start, scores.shape[1])
             chosen = torch.where(inside, scores.gather(1, column).squeeze(1), chosen)
+            # The online softmax of Milakov and Gimelshein: a sum under the old maximum is rescaled to the new one.
             before, top = top, torch.maximum(top, scores.amax(dim=1))
             scores.sub_(top.unsqueeze(1)).exp_()
             total = total * (before - top).exp() + scores.sum(dim=1)
@@ -127,8 +131,10 @@ class _LinearTokenLogp(torch.autograd.Function):
             room -= scores.numel()
             if room >= 0:
                 ctx.kept[start] = scores
-            del scores  # or it would live on while the next chunk is made
-        logp = (chosen - top) - total.log()  # this order: the logarithm is at least 0 and the rest at most
+            # Otherwise it would live on while the next chunk is made.
+            del scores
+        # In this order no result exceeds 0: the logarithm is at least 0, the difference at most.
+        logp = (chosen - top) - total.log()
         ctx.save_for_backward(hidden, weight, bias, labels, top + total.log(), logp)
         return logp
 
@@ -139,54 +145,47 @@ class _LinearTokenLogp(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = upcast(torch.zeros_like(hidden)) if needs_hidden else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
-        leaf = weight if ctx.leaf is None else ctx.leaf  # a saved tensor's hooks may have made a copy of it
-        grad_weight, started = gradient_of(leaf, ctx.leaf is not None) if needs_weight else (None, False)
-        at_label = -grad * torch.expm1(logp)  # not p - 1, which has no digits left for a confident token
+        # Not the saved tensor, of which a hook may have made a copy.
+        leaf = weight if ctx.leaf is None else ctx.leaf
+        grad_weight, started = get_gradient_buffer(leaf, ctx.leaf is not None) if needs_weight else (None, False)
+        # Not p - 1, which has no digits left for a confident token.
+        at_label = -grad * torch.expm1(logp)
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = hidden.to(ctx.dtype)
             for start in range(0, weight.shape[0], ctx.size):
-                words = slice(start, start + ctx.size)
+                entries = slice(start, start + ctx.size)
                 # Popped, so that memory is given back on the way; a second backward pass computes them again.
                 scores, top = ctx.kept.pop(start, None), ctx.tops[start]
-                if scores is None:  # with the same maximum as before: bit for bit what was kept
-                    scores = _logits(inputs, weight, bias, words).sub_(top.unsqueeze(1)).exp_()
+                # Under the maximum that this chunk saw in forward: bit for bit what was kept.
+                if scores is None:
+                    scores = _compute_logits(inputs, weight, bias, entries).sub_(top.unsqueeze(1)).exp_()
                 scores.mul_((-grad * (top - normalizer).exp()).unsqueeze(1))
-                column, inside = _locate(labels, start, scores.shape[1])
+                column, inside = _locate_labels(labels, start, scores.shape[1])
                 value = torch.where(inside, at_label, scores.gather(1, column).squeeze(1))
                 scores.scatter_(1, column, value.unsqueeze(1))
                 if grad_bias is not None:
-                    grad_bias[words] = scores.sum(dim=0)
+                    grad_bias[entries] = scores.sum(dim=0)
                 scores = scores.to(ctx.dtype)
                 if grad_hidden is not None:
-                    _add_product(grad_hidden, scores, weight[words].to(ctx.dtype), True)
+                    add_product(grad_hidden, scores, weight[entries].to(ctx.dtype), started=True)
                 if grad_weight is not None:
-                    _add_product(grad_weight[words], scores.T, inputs, started)
+                    add_product(grad_weight[entries], scores.T, inputs, started)
                 del scores
         if ctx.leaf is not None:
             ctx.leaf.grad, grad_weight = grad_weight, None
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *[None] * 4
 
 
-def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, words: slice) -> Tensor:
-    """Logits of some words, ``(N, v)``, float32 or wider, in memory of their own."""
-    offsets = None if bias is None else bias[words].to(inputs.dtype)
-    return upcast(F.linear(inputs, weight[words].to(inputs.dtype), offsets))
+def _compute_logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, entries: slice) -> Tensor:
+    """Return the logits of some vocabulary entries, ``(N, v)``, float32 or wider, in new memory."""
+    offsets = None if bias is None else bias[entries].to(inputs.dtype)
+    return upcast(F.linear(inputs, weight[entries].to(inputs.dtype), offsets))
 
 
-def _locate(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Column of each label in a chunk of ``count`` words, ``(N, 1)``, any where it is not ``inside``, ``(N,)``."""
+def _locate_labels(labels: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return each label's column in a chunk, ``(N, 1)``, and whether it is inside, ``(N,)``; any column if not."""
     column = labels - start
     return column.clamp(0, count - 1).unsqueeze(1), (column >= 0) & (column < count)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, started: bool) -> None:
-    """Adds ``left @ right`` to ``total``, which may be wider than they are; replaces it unless it is ``started``."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=int(started))
-    elif started:
-        total += left @ right
-    else:
-        total.copy_(left @ right)
 
 
 def _check_labels(labels: Tensor, count: int, vocabulary: int) -> None:

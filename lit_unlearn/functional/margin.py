@@ -10,17 +10,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lit_unlearn.functional.chunks import (
-    accumulates,
+    can_accumulate,
     check_head,
-    gradient_of,
+    entries_per_chunk,
+    get_gradient_buffer,
     matmul_dtype,
     upcast,
-    words_per_chunk,
 )
 
 
 def logit_margin(logits: Tensor) -> Tensor:
-    """Largest minus mean logit of each row: zero exactly for a uniform next-token distribution.
+    """Compute the largest minus the mean logit of each row: zero exactly for a uniform next-token distribution.
 
     It bounds what the model still prefers: ``log V - H(p) <= margin`` and ``KL(uniform, p) <= margin``, in nats.
 
@@ -37,9 +37,9 @@ def logit_margin(logits: Tensor) -> Tensor:
         >>> logit_margin(torch.tensor([[0.0, 0.0], [3.0, 1.0]]))
         tensor([0., 1.])
     """
-    z = upcast(logits)  # half precision to float32; float64 stays, so that gradcheck works
-    # `max`, not `amax`: it gives a tied gradient to one index, as the chunked form does. The mean of equal numbers
-    # can exceed them by a rounding error, and fractional powers of the margin must not see that.
+    z = upcast(logits)
+    # `max`, not `amax`: it gives a tied gradient to one index, as the chunked form does.
+    # Clamped: the mean of equal numbers can exceed them by a rounding error, and its fractional power would be nan.
     return (z.max(dim=-1).values - z.mean(dim=-1)).clamp_min(0)
 
 
@@ -51,7 +51,7 @@ def linear_logit_margin(
     chunk_size: int | None = None,
     accumulate: bool = False,
 ) -> Tensor:
-    """``logit_margin(hidden @ weight.T + bias)`` with one head matrix product in forward and none in backward.
+    """Compute ``logit_margin(hidden @ weight.T + bias)`` with one head matrix product in forward and none in backward.
 
     Only the largest logit and the mean matter, and the mean of the logits is ``hidden`` times the mean row of the
     weight. So forward searches the maximum over chunks of the vocabulary, and the gradient is a gather, an index-add
@@ -66,7 +66,7 @@ def linear_logit_margin(
         weight: Head weight, shape ``(V, D)``; may differ from ``hidden`` in dtype, as under autocast. If frozen, no
             ``(V, D)`` buffer is made.
         bias: Head bias, shape ``(V,)``, or ``None``.
-        chunk_size: Words of the vocabulary per chunk; ``None`` chooses from a budget. Does not change the values.
+        chunk_size: Vocabulary entries per chunk; ``None`` chooses from a budget. Does not change the values.
         accumulate: Whether backward adds the weight's gradient to ``weight.grad`` itself, which saves a ``(V, D)``
             buffer; see ``linear_token_logp``.
 
@@ -86,8 +86,8 @@ def linear_logit_margin(
         tensor([1., 2.])
     """
     check_head(hidden, weight, bias)
-    size = words_per_chunk(hidden, weight, chunk_size)
-    direct = accumulates(weight, accumulate)
+    size = entries_per_chunk(hidden, weight, chunk_size)
+    direct = can_accumulate(weight, accumulate)
     return cast(Tensor, _LinearLogitMargin.apply(hidden, weight, bias, size, direct))  # type: ignore[no-untyped-call]
 
 
@@ -101,7 +101,8 @@ class _LinearLogitMargin(torch.autograd.Function):
         if bias is not None:
             wide = bias.to(mean.dtype)
             margin = margin + (wide[index] - wide.mean())
-        return margin.clamp_min(0)  # a maximum is no less than the mean: what is below zero is rounding
+        # A maximum is no less than the mean: anything below zero is rounding.
+        return margin.clamp_min(0)
 
     @staticmethod
     @once_differentiable
@@ -113,17 +114,18 @@ class _LinearLogitMargin(torch.autograd.Function):
         if needs_hidden:
             grad_hidden = (column * (weight[index].to(mean.dtype) - mean)).to(ctx.hidden_dtype)
         if needs_weight:
-            leaf = weight if ctx.leaf is None else ctx.leaf  # a saved tensor's hooks may have made a copy of it
-            grad_weight = _scatter_centred(*gradient_of(leaf, ctx.leaf is not None), column * hidden, index)
+            # Not the saved tensor, of which a hook may have made a copy.
+            leaf = weight if ctx.leaf is None else ctx.leaf
+            grad_weight = _scatter_centred(*get_gradient_buffer(leaf, ctx.leaf is not None), column * hidden, index)
             if ctx.leaf is not None:
                 ctx.leaf.grad, grad_weight = grad_weight, None
         if needs_bias:
-            grad_bias = _scatter_centred(*gradient_of(bias, False), grad, index)
+            grad_bias = _scatter_centred(*get_gradient_buffer(bias, False), grad, index)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _argmax_and_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Index of each row's largest logit, ``(N,)``, first on ties, and the mean row of the weight, ``(D,)``, wide."""
+    """Return the index of each row's largest logit, ``(N,)``, first on ties, and the weight's mean row, ``(D,)``."""
     dtype = matmul_dtype(hidden, weight)
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     inputs, vocabulary = hidden.to(dtype), weight.shape[0]
@@ -131,28 +133,29 @@ def _argmax_and_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: 
     index = torch.zeros_like(best, dtype=torch.int64)
     total = weight.new_zeros(weight.shape[1], dtype=wide)
     for start in range(0, vocabulary, size):
-        words = weight[start : start + size]
+        entries = weight[start : start + size]
         offsets = None if bias is None else bias[start : start + size].to(dtype)
-        value, word = F.linear(inputs, words.to(dtype), offsets).max(dim=-1)
-        better = value > best  # strictly, so that the first of equal maxima stays
-        best, index = torch.where(better, value, best), torch.where(better, word + start, index)
-        total += words.sum(dim=0, dtype=wide)
+        value, column = F.linear(inputs, entries.to(dtype), offsets).max(dim=-1)
+        # Strictly, so that the first of equal maxima stays.
+        better = value > best
+        best, index = torch.where(better, value, best), torch.where(better, column + start, index)
+        total += entries.sum(dim=0, dtype=wide)
     return index, total / vocabulary
 
 
 def _scatter_centred(total: Tensor, started: bool, rows: Tensor, index: Tensor) -> Tensor:
-    """Sum over n of ``(one_hot(index[n]) - 1/V)`` times ``rows[n]``, added to ``total`` (V, ...) if that is ``started``.
+    """Sum over n ``(one_hot(index[n]) - 1/V)`` times ``rows[n]``, added to ``total`` (V, ...) if that is ``started``.
 
-    Tokens that share a word are added up before the result is rounded to ``total``'s dtype: adding them one by one to
+    Tokens that share an entry are added up before the result is rounded to ``total``'s dtype: adding them one by one to
     a half precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
     """
     shared = rows.sum(dim=0) / -len(total)
-    words, group = torch.unique(index, return_inverse=True)
-    own = rows.new_zeros((len(words), *rows.shape[1:])).index_add_(0, group, rows) + shared
+    entries, group = torch.unique(index, return_inverse=True)
+    sums = rows.new_zeros((len(entries), *rows.shape[1:])).index_add_(0, group, rows) + shared
     if started:
-        own += total[words]
+        sums += total[entries]
         total += shared
     else:
         total.copy_(shared)
-    total[words] = own.to(total.dtype)
+    total[entries] = sums.to(total.dtype)
     return total

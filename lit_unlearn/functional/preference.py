@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def npo(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
-    """Negative preference optimisation: gradient ascent that fades as an answer becomes unlikelier than it was.
+    """Compute the loss of negative preference optimisation: ascent that fades as an answer becomes less likely than before.
 
     Args:
         logp: Log-probability of each answer, summed over its tokens, shape ``(S,)``, nats.
@@ -29,7 +29,7 @@ def npo(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
 
 
 def simnpo(logp: Tensor, lengths: Tensor, beta: float, delta: float) -> Tensor:
-    """NPO without a reference model: the reward is the answer's mean log-probability per token.
+    """Compute NPO without a reference model: the reward is the answer's mean log-probability per token.
 
     Args:
         logp: Log-probability of each answer, summed over its tokens, shape ``(S,)``, nats.
@@ -53,7 +53,7 @@ def simnpo(logp: Tensor, lengths: Tensor, beta: float, delta: float) -> Tensor:
 
 
 def dpo(alternate_gain: Tensor, forget_gain: Tensor, beta: float) -> Tensor:
-    """Direct preference optimisation with the answer to forget as the rejected one.
+    """Compute the loss of direct preference optimisation with the answer to forget as the rejected one.
 
     Args:
         alternate_gain: How far each preferred answer's log-probability is above that of the model before unlearning,
@@ -78,7 +78,7 @@ def dpo(alternate_gain: Tensor, forget_gain: Tensor, beta: float) -> Tensor:
 
 
 def wga_weight(logp: Tensor, beta: float) -> Tensor:
-    """Weight of a token in weighted gradient ascent: what the model has forgotten already weighs little.
+    """Compute the token weight of weighted gradient ascent: tokens that are forgotten already weigh little.
 
     Args:
         logp: Log-probability of each token, shape ``(N,)``, nats.
@@ -100,7 +100,7 @@ def wga_weight(logp: Tensor, beta: float) -> Tensor:
 
 
 def satimp_weight(logp: Tensor, beta1: float, beta2: float) -> Tensor:
-    """Weight of a token by saturation and importance: neither what is forgotten nor what is certain weighs much.
+    """Compute the token weight by saturation and importance: forgotten and certain tokens both weigh little.
 
     Args:
         logp: Log-probability of each token, shape ``(N,)``, nats.
@@ -119,4 +119,5 @@ def satimp_weight(logp: Tensor, beta1: float, beta2: float) -> Tensor:
         tensor([0.0000, 0.2500])
     """
     logp = logp.detach()
-    return (beta1 * logp).exp() * logp.expm1().abs().pow(beta2)  # 1 − p has no digits left for a confident token
+    # Not 1 − p, which has no digits left for a confident token.
+    return (beta1 * logp).exp() * logp.expm1().abs().pow(beta2)

@@ -28,6 +28,7 @@ class ExactMetric(Metric):
         for name, shape in sums.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
+    # Called by Module.to, .half, .bfloat16: only the device may change.
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         def move_only(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device)

@@ -1,4 +1,4 @@
-"""The likelihood of answers."""
+"""Likelihood of answers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class AnswerLikelihood(ExactMetric):
         super().__init__(nll=(), tokens=(), probability=(), answers=())
 
     def update(self, logp: Tensor, sequence: Tensor, num_sequences: int) -> None:
-        """Adds one batch.
+        """Add one batch.
 
         Args:
             logp: Log-probability of each answer token, shape ``(N,)``, nats.
             sequence: Index of the answer each token belongs to, shape ``(N,)``.
             num_sequences: Number of answers.
         """
+        # Before the sum: float32 has 7 digits, which a long evaluation uses up.
         logp = logp.double()
         sums = logp.new_zeros(num_sequences).index_add_(0, sequence, logp)
         lengths = torch.bincount(sequence, minlength=num_sequences)
@@ -45,5 +46,5 @@ class AnswerLikelihood(ExactMetric):
         self.answers = self.answers + num_sequences
 
     def compute(self) -> dict[str, Tensor]:
-        """``nll`` in nats per token and ``probability`` per answer, float64 scalars."""
+        """Return ``nll`` in nats per token and ``probability`` per answer, float64 scalars."""
         return {"nll": self.nll / self.tokens, "probability": self.probability / self.answers}

@@ -8,13 +8,15 @@ import zlib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lit_unlearn.metrics.validation import checked_ratios, finite, refuse
+from lit_unlearn.errors import ConfigError, DataError
+from lit_unlearn.metrics.validation import read_finite, read_ratios, refuse_bad
 
-MIN_STD = 1e-3  # open-unlearning's floor as well; a one-hot prediction has std 0
+# A one-hot prediction has standard deviation 0. open-unlearning has the same floor.
+MIN_STD = 1e-3
 
 
 def forget_quality(truth_ratio_unlearned: ArrayLike, truth_ratio_retain: ArrayLike) -> float:
-    """TOFU's forget quality: can the unlearned model be told from one that never saw the forget set?
+    """Compute TOFU's forget quality: can the unlearned model be told from one that never saw the forget set?
 
     The p-value of the two-sided, exact two-sample Kolmogorov-Smirnov test; small means that it can. With ties it is
     an upper bound, as in every implementation. The time grows with n · m: 0.03 s for TOFU's 400 rows each.
@@ -24,31 +26,35 @@ def forget_quality(truth_ratio_unlearned: ArrayLike, truth_ratio_retain: ArrayLi
         truth_ratio_retain: R by the model trained on the retain set alone, shape ``(m,)``.
 
     Raises:
-        ValueError: If a sample is empty, or a ratio is negative or NaN.
+        DataError: If a sample is empty, or a ratio is negative or NaN.
 
     Example:
         >>> forget_quality([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])  # 2 of the C(6, 3) = 20 orders are as far apart
         0.1
     """
-    first = np.sort(checked_ratios("truth_ratio_unlearned", truth_ratio_unlearned))
-    second = np.sort(checked_ratios("truth_ratio_retain", truth_ratio_retain))
+    first = np.sort(read_ratios("truth_ratio_unlearned", truth_ratio_unlearned))
+    second = np.sort(read_ratios("truth_ratio_retain", truth_ratio_retain))
     n, m = len(first), len(second)
-    at = np.concatenate([first, second])
-    ranks = [np.searchsorted(sample, at, side="right") for sample in (first, second)]
-    distance = int(np.abs(m * ranks[0] - n * ranks[1]).max())  # n · m times the statistic, without rounding
+    ratios = np.concatenate([first, second])
+    first_ranks, second_ranks = (np.searchsorted(sample, ratios, side="right") for sample in (first, second))
+    # n · m times the statistic: an integer, so that nothing is rounded.
+    distance = int(np.abs(m * first_ranks - n * second_ranks).max())
     # An order of the n + m ratios is a path over a lattice; counted are those that stay nearer than `distance`. Not by
     # `scipy.stats.ks_2samp(method="exact")`, which warns and turns to the asymptotic p-value where its own result is
     # rounded to above 1, as of two samples of 200 or of 400 that differ by one rank (scipy 1.17).
     near = [1] + [0] * m
     for i in range(n + 1):
         for j in range(m + 1):
-            near[j] = near[j] + (near[j - 1] if j else 0) if abs(i * m - j * n) < distance else 0
+            if abs(i * m - j * n) >= distance:
+                near[j] = 0
+            elif j:
+                near[j] += near[j - 1]
     orders = math.comb(n + m, n)
     return (orders - near[m]) / orders
 
 
 def min_k(logp: ArrayLike, k: float = 0.4) -> float:
-    """Mean log-probability of a text's least likely tokens: high for a text the model was trained on.
+    """Compute the mean log-probability of a text's least likely tokens: high for a text the model was trained on.
 
     Shi et al., "Detecting Pretraining Data from Large Language Models", 2024 (arXiv 2310.16789).
 
@@ -58,20 +64,21 @@ def min_k(logp: ArrayLike, k: float = 0.4) -> float:
             code, but at least one.
 
     Raises:
-        ValueError: If there is no token, a number is not finite, or the fraction is out of range.
+        DataError: If there is no token or a number is not finite.
+        ConfigError: If the fraction is out of range.
 
     Example:
         >>> min_k([-1.0, -4.0, -2.0, -3.0, -0.5])
         -3.5
     """
-    scores = np.sort(finite("logp", logp))
+    scores = np.sort(read_finite("logp", logp))
     if not 0 < k <= 1:
-        raise ValueError(f"`k` must be a fraction above 0 and at most 1, not {k}: 0.4 means the lowest 40 %.")
+        raise ConfigError(f"`k` must be a fraction above 0 and at most 1, not {k}: 0.4 means the lowest 40 %.")
     return float(scores[: max(1, int(len(scores) * k))].mean())
 
 
 def min_k_plus_plus(logp: ArrayLike, mean: ArrayLike, std: ArrayLike, k: float = 0.4) -> float:
-    """Min-K of log-probabilities standardised at each position, so that hard positions count no more than easy ones.
+    """Compute Min-K of log-probabilities standardised at each position, so that hard positions count no more than easy ones.
 
     Zhang et al., "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models", 2025
     (arXiv 2404.02936). A standard deviation below 0.001, as of a one-hot prediction, counts as 0.001.
@@ -83,18 +90,18 @@ def min_k_plus_plus(logp: ArrayLike, mean: ArrayLike, std: ArrayLike, k: float =
         k: As of ``min_k``.
 
     Raises:
-        ValueError: If lengths differ, there is no token, a number is not finite, or a deviation is negative.
+        DataError: If lengths differ, there is no token, a number is not finite, or a deviation is negative.
 
     Example:
         >>> min_k_plus_plus([-1.0, -4.0], mean=[-2.0, -2.0], std=[0.5, 0.5], k=0.5)
         -4.0
     """
-    scores, centre, spread = finite("logp", logp), finite("mean", mean), finite("std", std)
-    refuse(
+    scores, centre, spread = read_finite("logp", logp), read_finite("mean", mean), read_finite("std", std)
+    refuse_bad(
         "std", spread, spread < 0, "at or above 0", "give the square root of the variance, the variance clamped at 0"
     )
     if not len(scores) == len(centre) == len(spread):
-        raise ValueError(
+        raise DataError(
             f"`logp`, `mean` and `std` must have one number for each token, but have {len(scores)}, {len(centre)} and "
             f"{len(spread)}: take all three from the same positions."
         )
@@ -102,7 +109,7 @@ def min_k_plus_plus(logp: ArrayLike, mean: ArrayLike, std: ArrayLike, k: float =
 
 
 def zlib_score(nll_sum: float, text: str) -> float:
-    """NLL of a text over its compressed length: low for a text the model was trained on, and not just for a dull one.
+    """Compute NLL over compressed length: low for a text the model was trained on, and not just for a dull one.
 
     Carlini et al., "Extracting Training Data from Large Language Models", 2021 (arXiv 2012.07805).
 
@@ -114,14 +121,14 @@ def zlib_score(nll_sum: float, text: str) -> float:
         Nats per compressed byte. ``auc`` wants high scores for members: give it the negative.
 
     Raises:
-        ValueError: If the NLL is not finite, or the text is empty.
+        DataError: If the NLL is not finite, or the text is empty.
 
     Example:
         >>> round(zlib_score(20.0, "to be or not to be"), 3)
         0.87
     """
     if not math.isfinite(nll_sum) or not text:
-        raise ValueError(
+        raise DataError(
             f"the zlib score needs a finite NLL of a text that is not empty, but got {nll_sum} for {text[:60]!r}: "
             "leave empty texts out, and look for a model that diverged."
         )
@@ -129,7 +136,7 @@ def zlib_score(nll_sum: float, text: str) -> float:
 
 
 def auc(members: ArrayLike, nonmembers: ArrayLike) -> float:
-    """Area under the ROC curve of a membership attack: how often a member scores above a non-member, ties half.
+    """Compute the area under the ROC curve of a membership attack: how often a member scores above a non-member, ties half.
 
     Args:
         members: Scores of texts the model was trained on (the forget set), shape ``(n,)``. Higher means "member", as
@@ -140,19 +147,20 @@ def auc(members: ArrayLike, nonmembers: ArrayLike) -> float:
         1 if every member scores above every non-member, 0.5 if the attack is a coin toss.
 
     Raises:
-        ValueError: If there is no score on a side, or one is not finite.
+        DataError: If there is no score on a side, or one is not finite.
 
     Example:
         >>> auc(members=[3.0, 2.0], nonmembers=[2.0, 1.0])
         0.875
     """
-    inside, outside = finite("members", members), np.sort(finite("nonmembers", nonmembers))
+    inside, outside = read_finite("members", members), np.sort(read_finite("nonmembers", nonmembers))
+    # Sorted and searched: n · log m comparisons instead of n · m.
     below, upto = (int(np.searchsorted(outside, inside, side=side).sum()) for side in ("left", "right"))
     return (below + upto) / (2 * len(inside) * len(outside))
 
 
 def privleak(auc: float, auc_retain: float) -> float:
-    """MUSE's privacy leakage: how far an attack's AUC is from that against a model trained on the retain set alone.
+    """Compute MUSE's privacy leakage: how far an attack's AUC is from that against a model trained on the retain set alone.
 
     Shi et al., "MUSE: Machine Unlearning Six-Way Evaluation for Language Models", 2024 (arXiv 2407.06460). MUSE counts
     its AUC from the other side: the chance that a *holdout* text has the higher Min-K, which is
@@ -167,7 +175,7 @@ def privleak(auc: float, auc_retain: float) -> float:
         (AUC − AUC_retain) / AUC_retain × 100, percent; 0 is best.
 
     Raises:
-        ValueError: If an AUC is out of range.
+        DataError: If an AUC is out of range.
 
     Example:
         >>> forget, holdout = [-1.0, -2.0], [-3.0, -4.0]  # Min-K of a model that remembers
@@ -176,7 +184,7 @@ def privleak(auc: float, auc_retain: float) -> float:
         -100.0
     """
     if not 0 <= auc <= 1 or not 0 < auc_retain <= 1:
-        raise ValueError(
+        raise DataError(
             f"AUCs must be from 0 to 1, and the retain model's above 0 because it divides, but got {auc} and "
             f"{auc_retain}: give areas, not percentages."
         )

@@ -30,17 +30,12 @@ class ConstraintSlack(ExactMetric):
         self.epsilon = epsilon
 
     def update(self, total: Tensor, count: int) -> None:
-        """Adds one batch.
-
-        Args:
-            total: Sum of the objective, a scalar.
-            count: Number of values summed.
-        """
+        """Add the sum of a batch's objective values, a scalar, and their number."""
         self.total = self.total + total.double()
         self.count = self.count + count
 
     def compute(self) -> dict[str, Tensor]:
-        """``value``, and where epsilon is known ``violation`` and ``slack``: float64 scalars."""
+        """Return ``value``, and where epsilon is known ``violation`` and ``slack``: float64 scalars."""
         value = self.total / self.count
         if self.epsilon is None:
             return {"value": value}

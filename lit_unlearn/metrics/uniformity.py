@@ -8,7 +8,7 @@ from lit_unlearn.metrics.exact import ExactMetric
 
 
 class ForgetUniformity(ExactMetric):
-    """How close the model's next-token distributions are to uniform, in three views averaged over tokens.
+    """Distance of the model's next-token distributions from uniform, in three views averaged over tokens.
 
     ``margin`` (largest minus mean logit) bounds the other two: log V − H ≤ margin and KL(U‖p) ≤ margin; ``entropy``
     is H / log V, 1 at uniform; ``kl_to_uniform`` is KL(U‖p) in nats. Entesari et al. (arXiv 2506.05314).
@@ -29,14 +29,10 @@ class ForgetUniformity(ExactMetric):
         super().__init__(total=(3,), count=())
 
     def update(self, uniformity: Tensor) -> None:
-        """Adds one batch.
-
-        Args:
-            uniformity: What ``functional.uniformity`` gives, shape ``(N, 3)``.
-        """
+        """Add a batch: the result of ``functional.uniformity``, shape ``(N, 3)``."""
         self.total = self.total + uniformity.double().sum(0)
         self.count = self.count + len(uniformity)
 
     def compute(self) -> dict[str, Tensor]:
-        """Token means as float64 scalars."""
+        """Return token means as float64 scalars."""
         return dict(zip(("margin", "entropy", "kl_to_uniform"), (self.total / self.count).unbind(), strict=True))

@@ -70,9 +70,10 @@ def _try_offset(label: Annotation, offset: tuple[float, float], axes: Axes, occu
 def _cover_line(label: Annotation, axes: Axes) -> list[BboxBase]:
     """Return squares along the line from a marker to its label, in pixels; none if the label is near."""
     x, y = axes.transData.transform(label.xy)
-    dx, dy = (component * axes.figure.dpi / _POINTS_PER_INCH for component in label.get_position())
-    steps = range(8, int(math.hypot(*label.get_position())) - 1, 3)
-    return [_make_square(x + dx * step / steps.stop, y + dy * step / steps.stop, 1) for step in steps]
+    dx, dy = label.get_position()
+    steps = range(8, int(math.hypot(dx, dy)) - 1, 3)
+    scale = axes.figure.dpi / _POINTS_PER_INCH / steps.stop if steps else 0.0
+    return [_make_square(x + scale * dx * step, y + scale * dy * step, 1) for step in steps]
 
 
 def _make_square(x: float, y: float, half: float) -> BboxBase:

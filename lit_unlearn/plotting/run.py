@@ -135,10 +135,6 @@ def _plot_values(axes: Axes, run: RunLog, name: str, colour: str) -> None:
 def draw_trajectory(run: RunLog, *targets: Path) -> None:
     """Draw what forgetting costs: retention over forgetting, from validation to validation, and the constraint.
 
-    Args:
-        run: A run of `LitUnlearn`, with validations.
-        targets: Pictures to write; the suffixes give the formats.
-
     Raises:
         NothingToDraw: If nothing was measured on whole streams.
     """
@@ -165,7 +161,8 @@ def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> 
     """Draw the path through the validations, with a label at some of them."""
     path = list(points.values())
     epsilon = run.find_epsilon(name)
-    axes.plot(*zip(*path, strict=True), color="0.55", linewidth=1, zorder=1)
+    xs, ys = zip(*path, strict=True)
+    axes.plot(xs, ys, color="0.55", linewidth=1, zorder=1)
 
     feasible: list[Point] = []
     violated: list[Point] = []
@@ -178,7 +175,7 @@ def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> 
         axes.plot(*zip(*violated, strict=True), "X", color=FORGET, label="violated", **_DOTS)
 
     axes.margins(0.1)
-    choose_y_scale(axes, [y for _, y in path])
+    choose_y_scale(axes, ys)
     if epsilon is not None:
         _draw_epsilon(axes, epsilon)
         # Even where every point is feasible, the picture shows where it would not be.
@@ -222,11 +219,7 @@ def _draw_arrows(axes: Axes, path: Sequence[Point]) -> None:
 
 
 def draw_finetuning(run: RunLog, *targets: Path) -> None:
-    """Draw what a model learned: its NLL on every stream, over the optimizer steps.
-
-    Args:
-        run: A run of `LitFinetune`.
-        targets: Pictures to write; the suffixes give the formats.
+    """Draw what a run of `LitFinetune` learned: its NLL on every stream, over the optimizer steps.
 
     Raises:
         NothingToDraw: If no NLL was logged.

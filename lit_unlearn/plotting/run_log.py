@@ -117,11 +117,12 @@ def read_metrics(files: Sequence[Path]) -> dict[str, Series]:
     values_by_step: dict[str, dict[int, float]] = {}
     for path in files:
         rows = _read_rows(path)
-        first_step = min((step for step, _ in rows), default=math.inf)
+        first_step = min(dict(rows), default=math.inf)
         # What an interrupted run did after its last checkpoint was done again by the run that resumed.
         for values in values_by_step.values():
-            for step in [step for step in values if step >= first_step]:
-                del values[step]
+            for step in list(values):
+                if step >= first_step:
+                    del values[step]
         for step, row in rows:
             for name, value in row.items():
                 values_by_step.setdefault(name, {})[step] = value
@@ -129,8 +130,8 @@ def read_metrics(files: Sequence[Path]) -> dict[str, Series]:
     series = {}
     for name, values in values_by_step.items():
         if values:
-            steps = sorted(values)
-            series[name] = (steps, [values[step] for step in steps])
+            ordered = dict(sorted(values.items()))
+            series[name] = (list(ordered), list(ordered.values()))
     return series
 
 
@@ -168,15 +169,7 @@ def write_picture_data(
     kept_step: int | None,
     answers: Sequence[RecordedAnswer],
 ) -> None:
-    """Write ``pictures.json``: together with the metrics, all that the pictures are drawn from.
-
-    Args:
-        folder: Folder of the run.
-        files: As for `read_metrics`.
-        before: As in `RunLog`.
-        kept_step: As in `RunLog`.
-        answers: As in `RunLog`.
-    """
+    """Write ``pictures.json`` into a run's folder: with the metrics in ``files``, all that a `RunLog` is read from."""
     paths = []
     for file in files:
         # Relative where possible, so that the versions of a run can be moved together.

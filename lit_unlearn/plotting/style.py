@@ -75,6 +75,6 @@ def legend_above(axes: Axes) -> None:
 
 def choose_y_scale(axes: Axes, values: Sequence[float]) -> None:
     """Make the y-axis logarithmic if all values are positive and span more than a factor of 20."""
-    finite = [value for value in values if math.isfinite(value)]
+    finite = list(filter(math.isfinite, values))
     if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale("log")

@@ -42,10 +42,6 @@ class _Cell(NamedTuple):
 def draw_tokens(run: RunLog, *targets: Path) -> None:
     """Draw the recorded answers' tokens, each coloured by its probability before (above) and after (below).
 
-    Args:
-        run: With recorded answers.
-        targets: Pictures to write; the suffixes give the formats.
-
     Raises:
         NothingToDraw: If no answer was recorded.
     """

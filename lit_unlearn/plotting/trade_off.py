@@ -45,8 +45,10 @@ def draw_trade_off(results: Sequence[Results], names: Sequence[str], target: Pat
     axes.ticklabel_format(useOffset=False)
     axes.margins(0.15)
 
-    xs = [result.aggregate[forget] for result in results]
-    ys = [result.aggregate[utility] for result in results]
+    xs, ys = [], []
+    for result in results:
+        xs.append(result.aggregate[forget])
+        ys.append(result.aggregate[utility])
     if forget == "forget_quality":
         xs = _set_p_value_axis(axes, xs)
     else:

@@ -167,7 +167,7 @@ def test_overrides_reach_the_objects(in_tmp: Path, monkeypatch: pytest.MonkeyPat
     [
         ("--model.constraints.nll.epsilon=-0.5", "`epsilon` must be finite and above 0, not -0.5"),
         ("--model.constraints.nll.epsilon=.nan", "`epsilon` must be finite and above 0, not nan"),
-        ("--model.constraints.nll.multiplier.init=-5", "`init` must be finite and >= 0, not -5"),
+        ("--model.constraints.nll.multiplier.init=-5", "`init` must be finite and at least 0, not -5"),
         ("--model.constraints.nll.epsilon.relative=-2", "`relative` must be finite and above -1"),
         ("--model.forget=LogitMargn", "model.forget: there is no class 'LogitMargn': did you mean 'LogitMargin'?"),
         ("--model.forget.powr=3", "LogitMargin has no setting 'powr': did you mean 'power'?"),

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lit_unlearn import DualAscent, FixedMultiplier, PIMultiplier
+from lit_unlearn.errors import ConfigError
 
 BAD = [-1.0, -1e-9, math.nan, math.inf, -math.inf]
 
@@ -55,19 +56,18 @@ def test_fixed_multiplier_stays():
 
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_numbers_are_refused_by_name(bad):
-    for name, least in {"init": ">= 0", "max": ">= 1"}.items():
-        with pytest.raises(ValueError, match=f"multiplier: `{name}` must be finite and {least}, not {bad!r}"):
+    for name in ("lr", "init", "max"):
+        with pytest.raises(ConfigError, match=f"`{name}`.*{bad!r}") as refusal:
             DualAscent(**{"lr": 1.0, "init": 1.0, name: bad})
-    with pytest.raises(ValueError, match=f"`lr` must be finite and > 0, not {bad!r}"):
-        DualAscent(lr=bad, init=1.0)
-    with pytest.raises(ValueError, match=f"`weight` must be finite and >= 0, not {bad!r}"):
+        assert (type(refusal.value.owner), refusal.value.argument) == (DualAscent, name)
+    with pytest.raises(ConfigError, match=f"`weight`.*{bad!r}"):
         FixedMultiplier(bad)
 
 
 def test_limits_of_the_ranges():
-    with pytest.raises(ValueError, match="`lr` must be finite and > 0, not 0"):
+    with pytest.raises(ConfigError, match=r"`lr`.*0"):
         DualAscent(lr=0.0, init=1.0)
-    with pytest.raises(ValueError, match=r"`max` must be finite and >= 100, not 99\.0"):
+    with pytest.raises(ConfigError, match=r"`max`.*100.*99\.0"):
         DualAscent(lr=1.0, init=100.0, max=99.0)
     assert DualAscent(lr=1e-12, init=100.0, max=100.0).value == 100.0
 
@@ -184,19 +184,16 @@ def test_dual_ascent_and_pi_take_over_from_each_other():
 
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_settings_of_a_pi_controller_are_refused_by_name(bad):
-    wanted = {"lr": "> 0", "kp": ">= 0", "ki": "> 0", "nu": ">= 0 and < 1", "init": ">= 0", "max": ">= 1"}
-    for name, bounds in wanted.items():
-        with pytest.raises(
-            ValueError, match=f"multiplier: `{name}` must be finite and {bounds}, not {bad!r}; change it"
-        ):
+    for name in ("lr", "kp", "ki", "nu", "init", "max"):
+        with pytest.raises(ConfigError, match=f"`{name}`.*{bad!r}"):
             PIMultiplier(**{"lr": 1.0, "kp": 1.0, "init": 1.0, name: bad})
 
 
 def test_limits_of_the_ranges_of_a_pi_controller():
     for name, bad in {"lr": 0.0, "ki": 0.0, "nu": 1.0}.items():
-        with pytest.raises(ValueError, match=f"`{name}` must be finite and .*, not {bad}"):
+        with pytest.raises(ConfigError, match=f"`{name}`.*{bad}"):
             PIMultiplier(**{"lr": 1.0, "kp": 1.0, name: bad})
-    with pytest.raises(ValueError, match=r"`max` must be finite and >= 3, not 2\.5"):
+    with pytest.raises(ConfigError, match=r"`max`.*3.*2\.5"):
         PIMultiplier(lr=1.0, kp=1.0, init=3.0, max=2.5)
     edge = PIMultiplier(lr=1e-12, kp=0, ki=1e-12, nu=math.nextafter(1.0, 0.0), init=0, max=0)
     assert (edge.kp, edge.value, edge.max) == (0.0, 0.0, 0.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_unlearn import LanguageModel
-from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask, record
+from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies
 from lit_unlearn.metrics import AnswerLikelihood
 from lit_unlearn.models.generation import generate
 
@@ -46,7 +46,7 @@ def test_probabilities_of_both_answers(lm: Any, form: str) -> None:
     template, chat, text = FORMS[form]
     lm.tokenizer.chat_template = chat
     question, right = "Who wrote it?", "The poet Zoë Ø."
-    reply = ask(lm, question, right, template=template, max_new_tokens=12)
+    reply = ask_model(lm, question, right, template=template, max_new_tokens=12)
 
     assert lm.model.training  # left as it was
     lm.model.eval()
@@ -54,56 +54,56 @@ def test_probabilities_of_both_answers(lm: Any, form: str) -> None:
     prompt_ids = lm.tokenizer(prompt.format(question=question))["input_ids"]
     said_ids = lm.model.generate(torch.tensor([prompt_ids]), max_new_tokens=12, do_sample=False)[0].tolist()
     said = said_ids[len(prompt_ids) :]
-    assert len(said) == len(reply.said.tokens)
-    assert reply.said.text == generate(lm, [prompt_ids], max_new_tokens=12)[0].strip()
-    assert "".join(reply.said.tokens) == lm.tokenizer.decode(said)
+    assert len(said) == len(reply.generated.tokens)
+    assert reply.generated.text == generate(lm, [prompt_ids], max_new_tokens=12)[0].strip()
+    assert "".join(reply.generated.tokens) == lm.tokenizer.decode(said)
     probabilities, likeliest = reference(lm, said_ids, len(said))
-    assert (reply.said.probabilities, said) == (pytest.approx(probabilities), likeliest)
+    assert (reply.generated.probabilities, said) == (pytest.approx(probabilities), likeliest)
 
-    assert reply.right is not None
+    assert reply.expected is not None
     right_ids = [
         *lm.tokenizer(text.format(question=question, answer=right))["input_ids"],
         lm.tokenizer.eos_token_id,
     ]
     probabilities, _ = reference(lm, right_ids, len(right_ids) - len(prompt_ids))
-    assert reply.right.probabilities == pytest.approx(probabilities)
+    assert reply.expected.probabilities == pytest.approx(probabilities)
     metric = AnswerLikelihood()
     metric.update(torch.tensor(probabilities).log(), torch.zeros(len(probabilities), dtype=torch.long), 1)
-    assert reply.right.probability == pytest.approx(metric.compute()["probability"].item())
-    assert "".join(reply.right.tokens) == f" {right}{lm.tokenizer.eos_token}"
-    assert "" in reply.right.tokens  # the first byte of ë
-    assert reply.right.ended
+    assert reply.expected.probability == pytest.approx(metric.compute()["probability"].item())
+    assert "".join(reply.expected.tokens) == f" {right}{lm.tokenizer.eos_token}"
+    assert "" in reply.expected.tokens  # the first byte of ë
+    assert reply.expected.ended
     assert not reply.exact
 
 
 def test_without_a_right_answer_the_prompt_is_the_same(lm: LanguageModel) -> None:
-    known, unknown = ask(lm, "Who?", "The poet.", max_new_tokens=5), ask(lm, "Who?", max_new_tokens=5)
-    assert unknown.right is None
-    assert (unknown.said.tokens, known.said.text) == (known.said.tokens, unknown.said.text)
+    known, unknown = ask_model(lm, "Who?", "The poet.", max_new_tokens=5), ask_model(lm, "Who?", max_new_tokens=5)
+    assert unknown.expected is None
+    assert (unknown.generated.tokens, known.generated.text) == (known.generated.tokens, unknown.generated.text)
 
 
 def test_exact_and_ended(lm: Any) -> None:
-    first = ask(lm, "Who?", max_new_tokens=4)
-    assert first.said.text
-    assert not first.said.ended
-    assert ask(lm, "Who?", f"{first.said.text}\n", max_new_tokens=4).exact
+    first = ask_model(lm, "Who?", max_new_tokens=4)
+    assert first.generated.text
+    assert not first.generated.ended
+    assert ask_model(lm, "Who?", f"{first.generated.text}\n", max_new_tokens=4).exact
 
     lm.model.eval()
     prompt = lm.tokenizer("Question: Who?\nAnswer:")["input_ids"]
     said = lm.model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
     lm.model.generation_config.eos_token_id = [said[0]]
-    ended = ask(lm, "Who?", max_new_tokens=4).said
+    ended = ask_model(lm, "Who?", max_new_tokens=4).generated
     assert (ended.text, len(ended.tokens), ended.ended) == ("", 1, True)
 
 
 def test_refusals(lm: Any) -> None:
     with pytest.raises(ValueError, match=r"row 7 of the question set has no supervised token: its answer ' '"):
-        ask(lm, "Who?", " ", number=7)
+        ask_model(lm, "Who?", " ", number=7)
     with pytest.raises(ValueError, match=r"256 positions .* lower `max_new_tokens`"):
-        ask(lm, "Who?", max_new_tokens=250)
+        ask_model(lm, "Who?", max_new_tokens=250)
     torch.nn.init.constant_(lm.model.get_output_embeddings().weight, torch.nan)
     with pytest.raises(ValueError, match="probabilities that are not numbers"):
-        ask(lm, "Who?")
+        ask_model(lm, "Who?")
 
 
 # The record -----------------------------------------------------------------------------------------------------------
@@ -116,13 +116,13 @@ ASKED = Asked("Where?", "In Rome.", {"old": Reply(RIGHT, RIGHT), "unlearned": Re
 
 def test_a_record_has_means_where_there_are_right_answers() -> None:
     other = ASKED._replace(replies={"old": Reply(NOISE, LOST), "unlearned": Reply(NOISE, LOST)})
-    found = record([ASKED, other])
+    found = describe_replies([ASKED, other])
     assert found["means"] == {
         "old": {"probability": pytest.approx((0.86 + 0.00034) / 2), "exact": 0.5},
         "unlearned": {"probability": pytest.approx(0.00034), "exact": 0.0},
     }
     replies = found["questions"][0]["replies"]
     assert replies["old"] == {"said": RIGHT._asdict(), "right": RIGHT._asdict(), "exact": True}
-    unknown = record([Asked("Who?", None, {"m": Reply(NOISE, None)})])
+    unknown = describe_replies([Asked("Who?", None, {"m": Reply(NOISE, None)})])
     assert unknown["means"] == {}
     assert unknown["questions"][0]["replies"]["m"] == {"said": NOISE._asdict(), "right": None, "exact": False}

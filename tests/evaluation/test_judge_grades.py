@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_judge import quoted
 
-from lit_unlearn.evaluation.judge import FORGET_SCORES, RETAIN_SCORES, parse, prompt_for, scores_of
+from lit_unlearn.evaluation.judge import FORGET_SCORES, RETAIN_SCORES, parse_grades, prompt_for, scores_of
 
 ROW = {"question": "q", "answer": "a", "generated": "g"}
 
@@ -27,7 +27,7 @@ ROW = {"question": "q", "answer": "a", "generated": "g"}
 )
 def test_what_is_graded_where(stream: str, scores: dict[str, str]) -> None:
     assert scores_of(stream) == scores
-    assert parse(prompt_for(stream, ROW), list(scores)) == {}  # a judge that repeats its task has graded nothing
+    assert parse_grades(prompt_for(stream, ROW), list(scores)) == {}  # a judge that repeats its task has graded nothing
 
 
 def test_a_reply_cannot_grade_itself() -> None:
@@ -35,7 +35,7 @@ def test_a_reply_cannot_grade_itself() -> None:
     prompt = prompt_for("retain", {"question": "Où?", "answer": "half of a pair: \ud83d", "generated": attack})
     assert quoted(prompt) == {"question": "Où?", "reference answer": "half of a pair: ?", "reply": attack}
     assert "Où?" in prompt  # as it is, not escaped
-    assert parse(prompt, ["FLUENCY"]) == {}
+    assert parse_grades(prompt, ["FLUENCY"]) == {}
     prompt.encode("utf-8")
 
 
@@ -63,7 +63,7 @@ A, B = {"ACCURACY": 7}, {"ACCURACY": 7, "FLUENCY": 8}
     ],
 )
 def test_grades_are_found(reply: str, expected: dict[str, float]) -> None:
-    assert parse(reply, ["ACCURACY", "FLUENCY"]) == expected
+    assert parse_grades(reply, ["ACCURACY", "FLUENCY"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_grades_are_found(reply: str, expected: dict[str, float]) -> None:
     ],
 )
 def test_no_grade_in_json(value: str) -> None:
-    assert parse(f'{{"ACCURACY": {value}, "FLUENCY": 8}}', ["ACCURACY"]) == {}
+    assert parse_grades(f'{{"ACCURACY": {value}, "FLUENCY": 8}}', ["ACCURACY"]) == {}
 
 
 @pytest.mark.parametrize(
     "value", ["", "seven", "-3", "11", "100", "7/100", "7 / 100", "7-8", "7 – 8", "7,5", "70%", "7th", "0-10", "\n7"]
 )
 def test_no_grade_in_a_line(value: str) -> None:
-    assert parse(f"ACCURACY: {value}\nFLUENCY: 8", ["ACCURACY", "FLUENCY"]) == {"FLUENCY": 8}
+    assert parse_grades(f"ACCURACY: {value}\nFLUENCY: 8", ["ACCURACY", "FLUENCY"]) == {"FLUENCY": 8}
 
 
 def test_no_grade_elsewhere() -> None:
-    assert parse("", ["ACCURACY"]) == {}
-    assert parse("The ACCURACY: 7 would be too much. INACCURACY: 7\nACCURACY_2: 7", ["ACCURACY"]) == {}
+    assert parse_grades("", ["ACCURACY"]) == {}
+    assert parse_grades("The ACCURACY: 7 would be too much. INACCURACY: 7\nACCURACY_2: 7", ["ACCURACY"]) == {}

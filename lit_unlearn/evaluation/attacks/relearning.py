@@ -59,14 +59,7 @@ class Relearn:
 
 
 def copy_model(lm: LanguageModel) -> LanguageModel:
-    """Return the same model in memory of its own; an adapter is merged into it, as by an export.
-
-    Args:
-        lm: Loaded, not quantised.
-
-    Raises:
-        ModelError: If the adapter cannot be merged.
-    """
+    """Return the same model in memory of its own, not quantised; an adapter is merged into it, as by an export."""
     model: Any = copy.deepcopy(lm.model)
     if lm.has_adapter:
         try:
@@ -95,16 +88,18 @@ def relearn(lm: LanguageModel, examples: Sequence[Example], attack: Relearn, tok
         DivergedError: If the NLL is not finite.
     """
     # All weights move, whatever the unlearning trained: an attacker is not bound to its adapter or frozen layers.
-    parameters = [parameter.requires_grad_() for parameter in lm.eval().parameters()]
-    dtypes = [parameter.dtype for parameter in parameters]
+    parameters = list(lm.eval().requires_grad_().parameters())
+    dtypes = []
     for parameter in parameters:
+        dtypes.append(parameter.dtype)
         parameter.data = upcast(parameter.data)
+    # No weight decay: it would pull the weights towards zero, which is no part of learning the rows again.
     optimizer = torch.optim.AdamW(parameters, attack.lr, weight_decay=0.0)
 
     def compute_loss(tokens: SupervisedTokens) -> torch.Tensor:
         return -lm.token_logp(tokens).sum() / num_tokens
 
-    num_tokens = sum(_count_supervised(example) for example in examples)
+    num_tokens = sum(map(_count_supervised, examples))
     batches = [build_batch(lm, group) for group in _group_by_tokens(examples, token_budget // GRADIENT_SHARE)]
     for step in range(attack.steps):
         for batch in batches:

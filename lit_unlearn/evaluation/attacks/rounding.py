@@ -28,6 +28,7 @@ def round_weights(model: Any, bits: int) -> None:
     Raises:
         ModelError: If there is no such layer.
     """
+    # The head stays, as transformers leaves it with bitsandbytes.
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not layers:
