@@ -62,7 +62,7 @@ def test_a_run_opens_with_what_it_will_do(advise: Callable[..., list[str]], capl
     assert opening == [
         "run: 12 steps, 2 per epoch, each of 5 forget and 4 retain examples; SingleDeviceStrategy on 1 × cpu, 32-true"
     ]
-    assert "constraint: nll: NLL on 'retain' ≤ 10 as configured; DualAscent, λ = 1" in caplog.messages
+    assert "constraint nll: NLL on 'retain' ≤ 10 as configured; DualAscent, λ = 1" in caplog.messages
 
 
 def test_an_epsilon_below_the_loss_before_unlearning(advise: Callable[..., list[str]]) -> None:

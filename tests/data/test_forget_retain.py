@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lit_unlearn import ForgetRetain, Source
-from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.data.encoding import IGNORED, collate
 from lit_unlearn.errors import ConfigError, DataError
 
 CITIES = ["Bern", "Oslo", "Lima", "Rome", "Kyiv", "Baku", "Bonn"]
@@ -43,19 +43,12 @@ def ready(data):
 
 def answers(batch, tokenizer):
     """The supervised text of every row of a batch that has any."""
-    texts = [tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
+    texts = [tokenizer.decode([label for label in example.labels if label != IGNORED]) for example in batch]
     return [text.removesuffix("<|endoftext|>").strip() for text in texts if text]
 
 
 def only(column, rows):
     return [row[column] for row in rows]
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(
-        equal(first[key], second[key]) if isinstance(first[key], dict) else torch.equal(first[key], second[key])
-        for key in first
-    )
 
 
 def an_epoch(loader):
@@ -271,7 +264,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(make, tokenizer, tmp_path
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     endless.save_pretrained(tmp_path / "no_pad")
     data = ready(make(tokenizer=str(tmp_path / "no_pad")))
-    batch = data.val_dataloader()["forget"].batch(0)
+    batch = collate(data.val_dataloader()["forget"].batch(0), tokenizer.eos_token_id)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     assert not mask.all()
     assert ids[~mask].unique().tolist() == [tokenizer.eos_token_id]
@@ -314,7 +307,11 @@ def test_evaluation_has_every_row_once_the_longest_first(make, tokenizer):
         for name, rows in {"forget": FORGET, "retain": RETAIN}.items():
             batches = list(loaders[name])
             assert sorted(a for batch in batches for a in answers(batch, tokenizer)) == sorted(only("answer", rows))
-            lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
+            lengths = [
+                length
+                for batch in batches
+                for length in [len(example.input_ids) for example in batch if set(example.labels) != {IGNORED}]
+            ]
             assert lengths == sorted(lengths, reverse=True)
 
 
@@ -349,8 +346,8 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(make, train_on, taken):
     loader = resumed.train_dataloader()
     rest = [batch for _ in range(4) for batch in an_epoch(loader)]
     assert len(rest) >= len(uninterrupted) - taken > 0
-    assert all(equal(a, b) for a, b in zip(uninterrupted[taken:], rest, strict=False))
-    assert not equal(uninterrupted[0], rest[0])
+    assert all(a == b for a, b in zip(uninterrupted[taken:], rest, strict=False))
+    assert uninterrupted[0] != rest[0]
 
 
 @pytest.mark.parametrize(
