@@ -340,10 +340,13 @@ class LanguageModel(nn.Module):
         check_template(template)
         prompts = []
         for question in questions:
-            # A token may carry the last space of the prompt and the first letter of the answer, so an answer is needed to
-            # find where the prompt ends. A single letter, because tokenizers join it to the space as they do most answers.
-            example = encode(question, "A", tokenizer, template=template, max_length=sys.maxsize)
-            prompts.append(prompt_of(example))
+            # A token may carry the last space of the prompt and the first letters of the answer, so an answer is needed to
+            # find where the prompt ends, and which answers are joined to the space depends on the tokenizer.
+            candidates = []
+            for answer in ("A", "The", "Answer"):
+                example = encode(question, answer, tokenizer, template=template, max_length=sys.maxsize)
+                candidates.append(prompt_of(example))
+            prompts.append(min(candidates, key=len))
         return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
 
     def loss(self, objective: Any, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import LanguageModel
 
 _REASONS = {
@@ -28,13 +29,13 @@ def check_strategy(name: str) -> None:
         name: As in ``--trainer.strategy``, or the class name or path of a strategy.
 
     Raises:
-        ValueError: If only `ddp` or FSDP2 would do.
+        ConfigError: If only `ddp` or FSDP2 would do.
     """
     kind = name.rpartition(".")[2].lower().replace("_", "").removesuffix("strategy")
     if kind in ("auto", "singledevice", "fsdp2", "modelparallel") or kind.startswith("ddp"):
         return
     reason = next((text for key, text in _REASONS.items() if key in kind), "it has not been shown to take exact steps")
-    raise ValueError(
+    raise ConfigError(
         f"the strategy '{name}' is refused: {reason}. Use `ddp`, or FSDP2 to shard the model over the devices: "
         "--config configs/hardware/fsdp2.yaml."
     )
@@ -90,10 +91,10 @@ def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
         mesh: Lightning's, with its dimensions ``data_parallel`` and ``tensor_parallel``.
 
     Raises:
-        ValueError: If tensors are to be split over devices, too, or the model is quantised.
+        ConfigError: If tensors are to be split over devices, too, or the model is quantised.
     """
     if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
+        raise ConfigError(
             "tensor parallelism is not supported: give ModelParallelStrategy `tensor_parallel_size: 1` and the number of "
             "devices as `data_parallel_size`, or use FSDP2Strategy (configs/hardware/fsdp2.yaml)."
         )
@@ -103,7 +104,7 @@ def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
         return
     models = [module for module in lm.modules() if isinstance(module, PreTrainedModel)]
     if any(getattr(model, "is_quantized", False) for model in models):
-        raise ValueError(
+        raise ConfigError(
             "a quantised model cannot be sharded: use `ddp`, with which every device holds it, or leave out "
             "`model.lm.quantization`."
         )

@@ -55,9 +55,9 @@ def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: 
 
 
 def test_a_run_that_misses_what_is_required_fails(in_tmp: Path, model_dir: str) -> None:
-    with pytest.raises(SystemExit, match=r"forgetting did not happen: the forget rows' answer probability ended at"):
+    with pytest.raises(SystemExit, match="max_forget_probability"):
         cli.main(quick(model_dir, "--report.max_forget_probability=1e-9", "--trainer.max_steps=1"))
-    with pytest.raises(SystemExit, match="constraint 'nll' is violated on its whole stream"):
+    with pytest.raises(SystemExit, match="nll"):
         cli.main(quick(model_dir, "--report.require_feasible=true", "--model.constraints.nll.epsilon=0.01"))
 
 
@@ -70,6 +70,8 @@ def test_a_killed_run_resumes_from_its_checkpoint(in_tmp: Path, model_dir: str) 
         quick(model_dir, constant, "--trainer.max_epochs=4", "--export.dirpath=resumed", f"--ckpt_path={checkpoint}")
     )
     reports = [json.loads((in_tmp / "log" / "run" / f"version_{n}" / "report.json").read_text()) for n in (0, 2)]
+    for report in reports:
+        del report["seconds"], report["peak_memory_mib"]
     assert reports[0] == reports[1]  # "before" too: it is the model before unlearning, not before resuming
     whole, resumed = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("out", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -263,7 +263,7 @@ def test_a_fit_goes_on_as_if_there_had_been_no_stress(files, tokenizer_dir, make
         lm = LanguageModel(taught(tokenizer_dir, 20))
         suite = StressBenchmark(inner(files), **STRESSES)
         module = LitFinetune(lm, lambda p: torch.optim.AdamW(p, 1e-3), benchmark=suite, benchmark_every_n_epochs=every)
-        data = ForgetRetain(files["forget"], files["retain"], batch_size=2, num_workers=0)
+        data = ForgetRetain(files["forget"], files["retain"], batch_size=2)
         trainer = make_trainer(max_epochs=2)
         trainer.fit(module, datamodule=data)
         weights.append({name: value.clone() for name, value in lm.state_dict().items()})
