@@ -357,7 +357,7 @@ def test_questions_are_put_as_the_benchmark_puts_them(build, tmp_path, template,
     if chat:
         lm._tokenizer = copy.deepcopy(lm.tokenizer)
         lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    rows = [{"question": f"Where was author {i} born?", "answer": f"In place {i}."} for i in range(3)]
+    rows = [{"question": f"Where was author {i} born?", "answer": f"The place {i}."} for i in range(3)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     benchmark = QABenchmark(str(path), str(path), template=template, max_new_tokens=NEW)
