@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main(["export", *arguments])
-        assert caught.value.code == 1
+        assert caught.value.code == 2
         return capsys.readouterr().err
 
     return run
