@@ -206,7 +206,7 @@ def test_resuming_two_processes_equals_the_uninterrupted_run_bit_for_bit(
 def test_a_nan_of_one_process_stops_both_with_the_same_error(pairs: dict[str, list[Result]], tmp_path: Path) -> None:
     first, second = (result["error"] for result in pairs["spoiled"])
     assert first == second
-    assert "constraint 'nll' measured nan nats per token" in first
+    assert "on 'retain' measured nan nats per token" in first
     assert [len(result["steps"]) for result in pairs["spoiled"]] == [5, 5]
     good = pairs["ddp"][0]["steps"][3]["multipliers"]
     assert all(result["multipliers"] == good for result in pairs["spoiled"])  # the λ of before
