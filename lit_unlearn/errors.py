@@ -9,7 +9,7 @@ there, which it finds by ``owner`` and ``argument``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -104,21 +104,6 @@ def arguments_of(owner: object) -> Iterator[None]:
         if error.argument is not None and error.owner is None:
             error.owner = owner
         raise
-
-
-def check_at_least(minimum: int, owner: object, **arguments: int) -> None:
-    """Raise ConfigError unless every argument is ``minimum`` or more."""
-    for name, value in arguments.items():
-        if value < minimum:
-            raise ConfigError(f"`{name}` must be at least {minimum}, not {value}.", owner=owner, argument=name)
-
-
-def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> None:
-    """Raise ConfigError unless every argument is one of the choices."""
-    for name, value in arguments.items():
-        if value not in choices:
-            expected = ", ".join(map(repr, choices))
-            raise ConfigError(f"`{name}` must be one of {expected}, not {value!r}.", owner=owner, argument=name)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_unlearn.callbacks.run_state import may_have_new_best
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
-from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.scoring import score_examples
 from lit_unlearn.plotting import RecordedAnswer, draw_run, read_run, write_picture_data
 from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.utils.validation import check_integer
 
 _MAX_TOKENS = 64  # of an answer, from its start
 _END_OF_ANSWER = "∎"
@@ -40,9 +40,7 @@ class RunPicture(Callback):
     """
 
     def __init__(self, answers: int = 3) -> None:
-        if answers < 0:
-            raise ConfigError(f"`answers` must be at least 0, not {answers}.", owner=self, argument="answers")
-        self.answers = answers
+        self.answers = check_integer(self, "answers", answers)
         self._earlier_files: list[str] = []  # metrics of the runs that this one resumed
         self._current_file: str | None = None
         self._before: dict[str, float] = {}

@@ -14,16 +14,8 @@ from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ModelError,
-    arguments_of,
-    check_at_least,
-    check_choice,
-    reading,
-)
+from lit_unlearn.errors import CheckpointError, ConfigError, DataError, ModelError, arguments_of, reading
+from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
-from lit_unlearn.errors import ConfigError, arguments_of, check_at_least
+from lit_unlearn.errors import ConfigError, arguments_of
+from lit_unlearn.utils.validation import check_at_least
 
 T = TypeVar("T")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lit_unlearn.data.base import ForgetRetain, Texts
 from lit_unlearn.data.encoding import Example, encode_chunks
 from lit_unlearn.data.source import Source, find_local_folder
-from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of, check_at_least, check_choice
+from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of
+from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source, find_local_folder
-from lit_unlearn.errors import MissingFileError, arguments_of, check_choice
+from lit_unlearn.errors import MissingFileError, arguments_of
+from lit_unlearn.utils.validation import check_choice
 
 # The retain set of each forget set: together they are the 4000 rows.
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}

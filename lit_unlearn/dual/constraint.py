@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from lit_unlearn.dual.multiplier import Multiplier, update_average
-from lit_unlearn.errors import ConfigError, DivergedError
+from lit_unlearn.errors import DivergedError
 from lit_unlearn.objectives.base import Objective
 from lit_unlearn.objectives.reference_level import ReferenceLevel
-from lit_unlearn.utils.validation import check_integer, check_number
+from lit_unlearn.utils.validation import check_choice, check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,7 @@ class Constraint:
         update_every: Literal["step", "epoch"] = "step",
         smoothing: float = 0.0,
     ) -> None:
-        if update_every not in ("step", "epoch"):
-            raise ConfigError(
-                f"Constraint: `update_every` must be 'step' or 'epoch', not {update_every!r}.",
-                owner=self,
-                argument="update_every",
-            )
+        check_choice(("step", "epoch"), self, update_every=update_every)
         self.objective = objective
         self.multiplier = multiplier
         self.stream = stream

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lit_unlearn.data.encoding import Example
-from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError, check_at_least
+from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError
 from lit_unlearn.evaluation.results import (
     Results,
     Values,
@@ -29,6 +29,7 @@ from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.validation import check_at_least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

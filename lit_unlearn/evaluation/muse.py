@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
-from lit_unlearn.errors import DataError, MissingFileError, check_choice
+from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge
+from lit_unlearn.utils.validation import check_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

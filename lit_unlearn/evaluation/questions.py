@@ -12,7 +12,7 @@ import torch
 from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of, check_at_least, check_choice
+from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored, score_examples
@@ -32,6 +32,7 @@ from lit_unlearn.metrics import (
 )
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import check_model_directory
+from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

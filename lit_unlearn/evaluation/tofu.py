@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
-from lit_unlearn.errors import arguments_of, check_choice
+from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate
 from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.metrics import model_utility
+from lit_unlearn.utils.validation import check_choice
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 UTILITY_VALUES = ("probability", "rougeL_recall", "truth_ratio")

@@ -7,10 +7,10 @@ from typing import get_args
 
 from torch import Tensor
 
-from lit_unlearn.errors import ConfigError
 from lit_unlearn.functional import Direction, kl_to_uniform
 from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives.base import Objective, TokenModel
+from lit_unlearn.utils.validation import check_choice
 
 
 class KLToUniform(Objective):
@@ -32,12 +32,7 @@ class KLToUniform(Objective):
 
     def __init__(self, direction: Direction = "uniform_to_model") -> None:
         super().__init__()
-        if direction not in get_args(Direction):
-            raise ConfigError(
-                f"KLToUniform: `direction` must be one of {get_args(Direction)}, not {direction!r}.",
-                owner=self,
-                argument="direction",
-            )
+        check_choice(get_args(Direction), self, direction=direction)
         self.direction = direction
 
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:

@@ -6,10 +6,9 @@ from typing import get_args
 
 from torch import Tensor
 
-from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import Alignment, SupervisedTokens
 from lit_unlearn.objectives.base import Objective, TokenModel
-from lit_unlearn.utils.validation import check_number
+from lit_unlearn.utils.validation import check_choice, check_number
 
 
 class LogitMargin(Objective):
@@ -33,12 +32,7 @@ class LogitMargin(Objective):
 
     def __init__(self, power: float = 2.0, alignment: Alignment = "next_token") -> None:
         super().__init__()
-        if alignment not in get_args(Alignment):
-            raise ConfigError(
-                f"LogitMargin: `alignment` must be one of {get_args(Alignment)}, not {alignment!r}.",
-                owner=self,
-                argument="alignment",
-            )
+        check_choice(get_args(Alignment), self, alignment=alignment)
         self.power = check_number(self, "power", power, above=0)
         self.alignment = alignment
         self.unit = f"logit margin^{power:g} per token"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -23,6 +23,7 @@ from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
 from lit_unlearn.training.strategies import check_strategy, shard
 from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
+from lit_unlearn.utils.validation import check_choice, check_integer, check_number
 
 # Lightning warns that only one of module and data module can transfer batches. Here it is the module, for any data module.
 warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `LightningModule`")
@@ -76,22 +77,11 @@ class LitLanguageModel(L.LightningModule):
         passes: PassOrder = "joint",
     ) -> None:
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(
-                f"`micro_batch_size` must be at least 1, or None for one pass; got {micro_batch_size}.",
-                owner=self,
-                argument="micro_batch_size",
-            )
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ConfigError(
-                f"`gradient_clip_val` must be above 0, or None for no clipping; got {gradient_clip_val}.",
-                owner=self,
-                argument="gradient_clip_val",
-            )
-        if passes not in ("joint", "sequential"):
-            raise ConfigError(
-                f"`passes` must be 'joint' or 'sequential', not {passes!r}.", owner=self, argument="passes"
-            )
+        if micro_batch_size is not None:
+            check_integer(self, "micro_batch_size", micro_batch_size, at_least=1)
+        if gradient_clip_val is not None:
+            check_number(self, "gradient_clip_val", gradient_clip_val, above=0)
+        check_choice(get_args(PassOrder), self, passes=passes)
         self.automatic_optimization = False
         self.lm = lm
         self.suite = AnswerSuite() if suite is None else suite

@@ -23,7 +23,7 @@ _REASONS = {
 
 
 def check_strategy(name: str) -> None:
-    """Refuses a strategy that would take wrong steps, or has not been shown to take right ones.
+    """Refuse a strategy that would take wrong steps, or has not been shown to take right ones.
 
     Args:
         name: As in ``--trainer.strategy``, or the class name or path of a strategy.
@@ -61,14 +61,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Shards over every process there is."""
+        """Shard over all processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Writes beside the final place and moves there when all processes are done."""
+        """Write beside the final path, and move there when all processes have finished."""
         final = Path(self.broadcast(str(filepath)))
         unfinished = final.with_name(f".{final.name}.unfinished")
         if self.is_global_zero and unfinished.is_dir():  # of a run that was killed
@@ -84,7 +84,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
-    """Shards a loaded model with FSDP2, one group of parameters per transformer block and one for the rest; once.
+    """Shard a loaded model with FSDP2, one group of parameters per transformer block and one for the rest; once.
 
     Args:
         lm: Loaded; its forward is where all weights are whole.
@@ -118,7 +118,7 @@ def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
 
 
 def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
-    """The state of a sharded model, gathered to the CPU of the first process; ``None`` if the model is whole already.
+    """Return the state of a sharded model, gathered to the CPU of the first process; ``None`` if it is not sharded.
 
     A collective call: every process must make it. The others get an empty dict.
     """
@@ -133,12 +133,12 @@ def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, over all processes where they are sharded."""
+    """Return the norm of all gradients together, over all processes where they are sharded."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def leave_process_group() -> None:
-    """Ends the communication between processes; left to the interpreter's exit, that aborts now and then."""
+    """End the communication between processes: left to the exit of the interpreter, it aborts now and then."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

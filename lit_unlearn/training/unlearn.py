@@ -19,6 +19,7 @@ from lit_unlearn.objectives import Objective
 from lit_unlearn.training.evaluator import Measurement
 from lit_unlearn.training.forward_plan import PassOrder, Term
 from lit_unlearn.training.module import LitLanguageModel, Schedule
+from lit_unlearn.utils.validation import check_choice, check_number
 
 
 class LitUnlearn(LitLanguageModel):
@@ -93,19 +94,10 @@ class LitUnlearn(LitLanguageModel):
                 owner=self,
                 argument="constraints",
             )
-        if not (math.isfinite(forget_weight) and forget_weight > 0):
-            raise ConfigError(
-                f"LitUnlearn: `forget_weight` must be finite and above 0, not {forget_weight!r}.",
-                owner=self,
-                argument="forget_weight",
-            )
-        if keep not in ("best", "last"):
-            raise ConfigError(
-                f"LitUnlearn: `keep` must be 'best' or 'last', not {keep!r}.", owner=self, argument="keep"
-            )
+        check_choice(("best", "last"), self, keep=keep)
         self.keep = keep
         self.forget = forget
-        self.forget_weight = forget_weight
+        self.forget_weight = check_number(self, "forget_weight", forget_weight, above=0)
         self.constraints = constraints
         # Registered, so that objectives with buffers follow the model to its device.
         self._objectives = nn.ModuleDict({name: constraint.objective for name, constraint in constraints.items()})

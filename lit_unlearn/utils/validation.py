@@ -1,10 +1,26 @@
-"""Checks of numbers that the user sets."""
+"""Checks of arguments that the user sets."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lit_unlearn.errors import ConfigError
+
+
+def check_at_least(minimum: int, owner: object, **arguments: int) -> None:
+    """Raise ConfigError unless every argument is ``minimum`` or more."""
+    for name, value in arguments.items():
+        if value < minimum:
+            raise ConfigError(f"`{name}` must be at least {minimum}, not {value}.", owner=owner, argument=name)
+
+
+def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> None:
+    """Raise ConfigError unless every argument is one of the choices."""
+    for name, value in arguments.items():
+        if value not in choices:
+            expected = ", ".join(map(repr, choices))
+            raise ConfigError(f"`{name}` must be one of {expected}, not {value!r}.", owner=owner, argument=name)
 
 
 def check_number(

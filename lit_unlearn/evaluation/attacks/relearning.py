@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lit_unlearn.data.encoding import IGNORED, Example
-from lit_unlearn.errors import ConfigError, DivergedError, ModelError
+from lit_unlearn.errors import DivergedError, ModelError
 from lit_unlearn.evaluation.scoring import build_batch
 from lit_unlearn.functional import upcast
 from lit_unlearn.models import LanguageModel, SupervisedTokens
 from lit_unlearn.utils.distributed import rank_and_world_size
+from lit_unlearn.utils.validation import check_number
 
 GRADIENT_SHARE = 4
 """A pass with gradients keeps the states of all layers, so it gets this fraction of the tokens of a pass without."""
@@ -43,10 +44,7 @@ class Relearn:
 
     def __post_init__(self) -> None:
         for argument in ("rows", "steps", "lr"):
-            value = getattr(self, argument)
-            if not value > 0:
-                message = f"`{argument}` must be positive, not {value!r}: {asdict(self)}."
-                raise ConfigError(message, owner=self, argument=argument)
+            check_number(self, argument, getattr(self, argument), above=0)
 
     def choose(self, total: int) -> list[int]:
         """Draw the numbers of the rows, ascending: the same wherever they are drawn from ``total``.
