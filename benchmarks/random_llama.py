@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_unlearn.data.encoding import IGNORED, Example, collate
@@ -115,10 +116,9 @@ def make_tiny_step(streams: Sequence[str] = ("forget", "retain")) -> Step:
 
 def pad_step(step: Step, device: str) -> PaddedStep:
     """Return the same examples as padded Hugging Face batches on a device."""
-    padded: PaddedStep = {}
+    padded = {}
     for stream, examples in step.items():
-        batch = collate(examples, pad_id=0)
-        padded[stream] = {key: values.to(device) for key, values in batch.items()}
+        padded[stream] = move_data_to_device(collate(examples, pad_id=0), torch.device(device))
     return padded
 
 

@@ -64,14 +64,17 @@ def inspect_block() -> str:
     """Return the answers of the demo's models before and after."""
     # The command wraps its text at the width of the terminal.
     os.environ["COLUMNS"] = "100"
-    models = [str(ROOT / "runs/demo" / name) for name in ("target", "unlearned")]
-    return f"```text\n{capture_output('inspect', *models, '-q', QUESTION)}\n```"
+    target, unlearned = str(ROOT / "runs/demo/target"), str(ROOT / "runs/demo/unlearned")
+    return f"```text\n{capture_output('inspect', target, unlearned, '-q', QUESTION)}\n```"
 
 
 def tofu_block() -> str:
     """Return the comparison of the models on TOFU rows, with the values of `TOFU_VALUES` only."""
-    files = [str(ROOT / "runs/tofu" / f"{name}.json") for name in ("target", "retain_only", "unlearned")]
-    header, rule, *lines = capture_output("compare", *files, "--retain", files[1], "--format", "markdown").splitlines()
+    folder = ROOT / "runs/tofu"
+    retain_only = str(folder / "retain_only.json")
+    files = [str(folder / "target.json"), retain_only, str(folder / "unlearned.json")]
+    table = capture_output("compare", *files, "--retain", retain_only, "--format", "markdown")
+    header, rule, *lines = table.splitlines()
     by_value = {line.split("|")[1].strip(): line for line in lines}
     # A value that could not be computed has no line.
     selected = [by_value[value] for value in TOFU_VALUES if value in by_value]

@@ -76,12 +76,22 @@ def plan_sweeps(small: bool) -> dict[str, dict[str, Point]]:
     if small:
         base = Point(replace(BASE, vocabulary=500, hidden=32, intermediate=64))
         rows, scales, vocabularies, constraints = [2], [2], [1_000], [1, 2]
-    return {
-        "rows per batch": {str(n): replace(base, rows=n) for n in rows},
-        "length of rows": {f"× {n}": replace(base, scale=n) for n in scales},
-        "vocabulary": {f"{n:,}": replace(base, shape=replace(base.shape, vocabulary=n)) for n in vocabularies},
-        "constraints": {str(n): replace(base, constraints=n) for n in constraints},
+    sweeps: dict[str, dict[str, Point]] = {
+        "rows per batch": {},
+        "length of rows": {},
+        "vocabulary": {},
+        "constraints": {},
     }
+    for number in rows:
+        sweeps["rows per batch"][str(number)] = replace(base, rows=number)
+    for scale in scales:
+        sweeps["length of rows"][f"× {scale}"] = replace(base, scale=scale)
+    for vocabulary in vocabularies:
+        shape = replace(base.shape, vocabulary=vocabulary)
+        sweeps["vocabulary"][f"{vocabulary:,}"] = replace(base, shape=shape)
+    for number in constraints:
+        sweeps["constraints"][str(number)] = replace(base, constraints=number)
+    return sweeps
 
 
 # Sweeps ------------------------------------------------------------------------------------------------------------------
@@ -98,7 +108,10 @@ def measure_time(point: Point, rounds: int, number: int = 2) -> dict[str, Any]:
         run_trainer(module, steps, clock)
         return statistics.fmean(clock.step_seconds())
 
-    seconds = take_turns(rounds, {order: partial(measure_turn, point.make_module(model, order)) for order in ORDERS})
+    turns = {}
+    for order in ORDERS:
+        turns[order] = partial(measure_turn, point.make_module(model, order))
+    seconds = take_turns(rounds, turns)
     # Step 0 is the tiny one, which is not timed.
     tokens = count_tokens(steps[1:]) / number
     orders = {}
@@ -112,7 +125,10 @@ def measure_memory(points: Sequence[Point], threads: int) -> list[dict[str, int 
     """Measure the extra memory of both orders of passes at every point; call this in a fresh process."""
     torch.set_num_threads(threads)
     return_freed_blocks_at_once()
-    return [{order: measure_extra_bytes(point, order) for order in ORDERS} for point in points]
+    extra_bytes = []
+    for point in points:
+        extra_bytes.append({order: measure_extra_bytes(point, order) for order in ORDERS})
+    return extra_bytes
 
 
 def measure_extra_bytes(point: Point, order: str, number: int = 2) -> int | None:

@@ -79,7 +79,10 @@ def time_commands(rounds: int) -> dict[str, Any]:
     """Time all commands, and compare them with their bounds."""
     turns = {name: partial(time_command, command) for name, command in list_commands().items()}
     seconds = {name: values[1:] for name, values in take_turns(1 + rounds, turns).items()}
-    ratios = {name: median_ratio(seconds[OURS], seconds[name]) for name in (PLAIN, WITH_TRANSFORMERS)}
+    ratios = {
+        PLAIN: median_ratio(seconds[OURS], seconds[PLAIN]),
+        WITH_TRANSFORMERS: median_ratio(seconds[OURS], seconds[WITH_TRANSFORMERS]),
+    }
     within = {}
     for name, bound in BOUNDS.items():
         within[name] = statistics.median(seconds[name]) <= bound
