@@ -58,7 +58,7 @@ def run_processes(shape: Shape, rows: int, number: int, processes: int, threads:
         write_json(job, {"shape": asdict(shape), "rows": rows, "number": number, "threads": threads})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += ["-m", "benchmarks.data_parallel", str(job), str(result)]
-        # torchrun would set one thread for every process.
+        # Without this, torchrun sets one thread for each of several processes.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if not result.exists():

@@ -42,6 +42,6 @@ def _read_cpu_model() -> str:
 def format_machine(facts: dict[str, Any]) -> str:
     """Format the result of `describe_machine` as two lines of text."""
     hardware = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']}, {facts['cpu']}"
-    packages = ", ".join(f"{name} {facts[name]}" for name in ("torch", "lightning", "transformers"))
+    packages = f"torch {facts['torch']}, lightning {facts['lightning']}, transformers {facts['transformers']}"
     load = "unknown" if facts["load"] is None else f"{facts['load']:.1f}"
     return f"{hardware}, {facts['threads']} threads, {packages}\nload before: {load} on {facts['cores']} cores"

@@ -47,6 +47,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -161,7 +162,7 @@ def measure_time(job: Job, variants: list[Variant]) -> tuple[dict[str, Any], dic
     """
     formulations = {variant.name: job.build(variant) for variant in variants}
     steps = job.make_steps()
-    pauses: dict[str, list[float]] = {name: [] for name in formulations}
+    pauses: dict[str, list[float]] = defaultdict(list)
 
     def measure_turn(name: str) -> float:
         # Garbage of another variant's turn must not be collected at the expense of this one.

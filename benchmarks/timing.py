@@ -10,7 +10,7 @@ import torch
 
 
 def synchronize(device: str) -> None:
-    """Wait until the GPU has finished; kernels are only queued when a function returns."""
+    """Wait until a GPU has finished: when a function returns, its kernels are only queued."""
     if device == "cuda":
         torch.cuda.synchronize()
 
