@@ -1,4 +1,4 @@
-"""What is benchmarked: Llama models with random weights, and batches with rows as long as TOFU's."""
+"""Llama models with random weights, and training batches whose examples are as long as TOFU's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lit_unlearn.data.encoding import IGNORED, Example, collate
 
-Batch = dict[str, Tensor]
-Step = dict[str, Batch]  # one batch per stream: what an optimizer step takes
+# One optimizer step's batch of every stream, as the data modules of the package give it.
+Step = dict[str, list[Example]]
+PaddedStep = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama model by its sizes, and whether its head shares the embedding's weight."""
+    """Sizes of a Llama model; a ``tied`` head shares the embedding's weight."""
 
     vocabulary: int
     hidden: int = 512
@@ -28,22 +30,21 @@ class Shape:
     tied: bool = False
 
     def __str__(self) -> str:
-        return (
-            f"{self.layers} layers × {self.hidden}, V = {self.vocabulary:,}, {'tied' if self.tied else 'untied'} head"
-        )
+        head = "tied" if self.tied else "untied"
+        return f"{self.layers} layers × {self.hidden}, V = {self.vocabulary:,}, {head} head"
 
 
 SHAPES = {
     "toy": Shape(1_000, hidden=64, intermediate=128, layers=2, heads=2, kv_heads=2),
     "32k": Shape(32_000),
     "128k": Shape(128_256),
-    # the sizes of Llama-3.2-1B
+    # The sizes of Llama-3.2-1B.
     "1b": Shape(128_256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, tied=True),
 }
 
 
 def build_model(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A transformers model with the same random weights at every call."""
+    """Return a transformers model with the same random weights at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -61,84 +62,106 @@ def build_model(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.fl
         return LlamaForCausalLM(config).to(dtype).train()
 
 
-def trunk_parameters(shape: Shape) -> int:
-    """Parameters that are neither embedding nor head."""
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_trunk_parameters(shape: Shape) -> int:
+    """Return the number of parameters that belong neither to the embedding nor to the head."""
+    # On the meta device a model has shapes and no memory.
     trunk = build_model(shape, "meta").base_model
-    return sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
+    return count_parameters(trunk) - trunk.get_input_embeddings().weight.numel()
 
 
 def make_steps(
-    shape: Shape,
-    number: int,
-    *,
-    rows: int = 8,
-    scale: float = 1.0,
-    streams: Sequence[str] = ("forget", "retain"),
-    device: str = "cpu",
+    shape: Shape, number: int, *, rows: int = 8, scale: float = 1.0, streams: Sequence[str] = ("forget", "retain")
 ) -> list[Step]:
-    """Padded batches of random tokens, the same at every call.
+    """Return batches of random tokens, the same at every call.
 
-    Rows have a prompt of about 20 tokens (12 to 30) without labels and an answer of about 42 (12 to 80) with labels:
+    Examples have a prompt of about 20 tokens (12 to 30) without labels and an answer of about 42 (12 to 80) with labels:
     nearly the spread of TOFU's questions and answers.
 
     Args:
-        shape: Tells the vocabulary.
-        number: How many steps.
-        rows: Of one batch.
+        shape: Gives the vocabulary.
+        number: Number of steps.
+        rows: Examples of one batch.
         scale: Factor of all lengths.
         streams: Names of the batches of a step.
-        device: Where the tensors lie.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def length(mean: float, spread: float, low: int, high: int) -> int:
-        drawn = mean + spread * torch.randn((), generator=generator).item()
-        return max(1, round(scale * min(max(drawn, low), high)))
+    def draw_length(mean: float, spread: float, low: int, high: int) -> int:
+        length = mean + spread * torch.randn((), generator=generator).item()
+        return max(1, round(scale * min(max(length, low), high)))
 
-    def row() -> Example:
-        prompt, answer = length(20, 4, 12, 30), length(42, 16, 12, 80)
+    def draw_example() -> Example:
+        prompt, answer = draw_length(20, 4, 12, 30), draw_length(42, 16, 12, 80)
         ids = torch.randint(shape.vocabulary, (prompt + answer,), generator=generator).tolist()
         return Example(ids, [IGNORED] * prompt + ids[prompt:])
 
-    def batch() -> Batch:
-        padded = collate([row() for _ in range(rows)], pad_id=0)
-        return {key: value.to(device) for key, value in padded.items()}
-
-    return [{stream: batch() for stream in streams} for _ in range(number)]
-
-
-def tiny_step(streams: Sequence[str] = ("forget", "retain"), device: str = "cpu") -> Step:
-    """One row of two tokens per stream: with it the optimizer makes its state, and hardly anything else happens."""
-    row = Example([1, 2], [IGNORED, 2])
-    return {stream: {key: value.to(device) for key, value in collate([row], 0).items()} for stream in streams}
+    steps = []
+    for _ in range(number):
+        step: Step = {}
+        for stream in streams:
+            step[stream] = [draw_example() for _ in range(rows)]
+        steps.append(step)
+    return steps
 
 
-def real_tokens(steps: Sequence[Step]) -> int:
-    """Tokens that are no padding, in all batches of all steps."""
-    return sum(int(batch["attention_mask"].sum()) for step in steps for batch in step.values())
+def make_tiny_step(streams: Sequence[str] = ("forget", "retain")) -> Step:
+    """Return one example of two tokens per stream: it makes the optimizer create its state, at hardly any other cost."""
+    return {stream: [Example([1, 2], [IGNORED, 2])] for stream in streams}
 
 
-def answer_tokens(steps: Sequence[Step], stream: str) -> int:
-    """Supervised tokens of one stream in all steps."""
-    return sum(int((step[stream]["labels"] != IGNORED).sum()) for step in steps)
+def pad_step(step: Step, device: str) -> PaddedStep:
+    """Return the same examples as padded Hugging Face batches on a device."""
+    padded = {}
+    for stream, examples in step.items():
+        padded[stream] = move_data_to_device(collate(examples, pad_id=0), torch.device(device))
+    return padded
 
 
-def floor_flops(shape: Shape, steps: Sequence[Step], adapter: int | None = None) -> dict[str, float]:
-    """Mean FLOPs of a step that must be done, in the trunk and at the head.
+def count_tokens(steps: Sequence[Step], *, padded: bool = False) -> int:
+    """Return the number of tokens in all batches of all steps, without or with padding."""
+    total = 0
+    for step in steps:
+        for examples in step.values():
+            lengths = [len(example.input_ids) for example in examples]
+            total += len(lengths) * max(lengths) if padded else sum(lengths)
+    return total
+
+
+def count_answer_tokens(steps: Sequence[Step], stream: str) -> int:
+    """Return the number of supervised tokens of one stream in all steps."""
+    total = 0
+    for step in steps:
+        for example in step[stream]:
+            total += len(example.labels) - example.labels.count(IGNORED)
+    return total
+
+
+def compute_floor_flops(shape: Shape, steps: Sequence[Step], adapter: int | None = None) -> dict[str, float]:
+    """Return the mean FLOPs that a step cannot avoid, in the trunk and at the head.
 
     Args:
-        shape: Of the model.
-        steps: Over which the mean is taken.
-        adapter: Parameters of the adapter that is trained in place of the model, if one is.
+        shape: Sizes of the model.
+        steps: Steps to average over.
+        adapter: Number of parameters of the adapter that is trained instead of the model, if there is one.
     """
-    forward, inputs, weights = 2, 2, 2  # FLOPs per parameter and token
-    trunk = trunk_parameters(shape)
+    # FLOPs per parameter and token: of the outputs, of the gradient in the inputs, and of that in the weights.
+    forward, inputs, weights = 2, 2, 2
+    trunk = count_trunk_parameters(shape)
     if adapter is None:
-        per_token, products = (forward + inputs + weights) * trunk, 3
+        flops_per_token = (forward + inputs + weights) * trunk
+        nll_products = 3
     else:
-        per_token, products = (forward + inputs) * trunk + (forward + inputs + weights) * adapter, 2
-    head_products = answer_tokens(steps, "forget") + products * answer_tokens(steps, "retain")
+        # Frozen weights pass the gradient on and have none themselves, in the trunk as at the head.
+        flops_per_token = (forward + inputs) * trunk + (forward + inputs + weights) * adapter
+        nll_products = 2
+    # One product for the margin: its gradient is the largest logit's weights minus the mean weights, and needs no other.
+    head_tokens = count_answer_tokens(steps, "forget") + nll_products * count_answer_tokens(steps, "retain")
     return {
-        "trunk": per_token * real_tokens(steps) / len(steps),
-        "head": 2.0 * shape.hidden * shape.vocabulary * head_products / len(steps),
+        "trunk": flops_per_token * count_tokens(steps) / len(steps),
+        "head": 2.0 * shape.hidden * shape.vocabulary * head_tokens / len(steps),
     }

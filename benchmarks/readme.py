@@ -1,4 +1,4 @@
-"""Write the tables of the README and of two pages of docs/ from the files that `make readme` leaves, and the demo's pictures.
+"""Write the tables of the README and of two pages of docs/ from the files that `make readme` leaves, and the demo's plots.
 
     make readme                              # all of them, after running the commands they come from
     python -m benchmarks.readme demo inspect # some, from the files that exist
@@ -11,114 +11,137 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import methods as of_methods
 from benchmarks.markdown_blocks import fill_page, markdown_table
-from benchmarks.timing import in_mib
+from benchmarks.memory import format_mib
+from benchmarks.methods import HEADERS, format_epsilon, format_row
 from lit_unlearn.cli import main as lit_unlearn
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.utils.io import read_json
 
 ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "build/bench"
 QUESTION = "Where was the author Lunnian Dunmeth born?"
-TOFU = (
+TOFU_VALUES = (
     "forget_quality",
     "model_utility",
-    *(f"forget/{key}" for key in ("probability", "rougeL_recall", "truth_ratio", "extraction_strength")),
-    *(f"retain/{key}" for key in ("probability", "rougeL_recall", "truth_ratio")),
+    "forget/probability",
+    "forget/rougeL_recall",
+    "forget/truth_ratio",
+    "forget/extraction_strength",
+    "retain/probability",
+    "retain/rougeL_recall",
+    "retain/truth_ratio",
 )
 
 
-def command(*arguments: str) -> str:
-    """What a command prints."""
+def capture_output(*arguments: str) -> str:
+    """Run a command of `lit-unlearn` and return what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         lit_unlearn(arguments)
     return printed.getvalue().strip()
 
 
-def run_folder() -> Path:
-    """The newest run of the demo."""
-    versions = (ROOT / "runs/demo/unlearn").glob("version_*/report.json")
-    return max(versions, key=lambda file: file.stat().st_mtime).parent
+def find_newest_run() -> Path:
+    """Return the run directory of the demo's latest run."""
+    reports = (ROOT / "runs/demo/unlearn").glob("version_*/report.json")
+    # By time: as text, version_10 comes before version_9.
+    return max(reports, key=lambda file: file.stat().st_mtime).parent
 
 
-def demo() -> str:
-    command("plot", str(run_folder()), "--format", "png", "--output", str(ROOT / "docs/pictures"))
-    return f"```text\n{report_table(read_json(run_folder() / 'report.json'))}\n```"
+def demo_block() -> str:
+    """Return the demo's report, and draw its plots."""
+    run = find_newest_run()
+    capture_output("plot", str(run), "--format", "png", "--output", str(ROOT / "docs/pictures"))
+    return f"```text\n{report_table(read_json(run / 'report.json'))}\n```"
 
 
-def inspect() -> str:
+def inspect_block() -> str:
+    """Return the answers of the demo's models before and after."""
+    # The command wraps its text at the width of the terminal.
     os.environ["COLUMNS"] = "100"
-    models = [str(ROOT / "runs/demo" / name) for name in ("target", "unlearned")]
-    return f"```text\n{command('inspect', *models, '-q', QUESTION)}\n```"
+    target, unlearned = str(ROOT / "runs/demo/target"), str(ROOT / "runs/demo/unlearned")
+    return f"```text\n{capture_output('inspect', target, unlearned, '-q', QUESTION)}\n```"
 
 
-def tofu() -> str:
-    files = [str(ROOT / "runs/tofu" / f"{name}.json") for name in ("target", "retain_only", "unlearned")]
-    lines = command("compare", *files, "--retain", files[1], "--format", "markdown").splitlines()
-    return "\n".join([*lines[:2], *(line for key in TOFU for line in lines[2:] if line.split("|")[1].strip() == key)])
+def tofu_block() -> str:
+    """Return the comparison of the models on TOFU rows, with the values of `TOFU_VALUES` only."""
+    folder = ROOT / "runs/tofu"
+    retain_only = str(folder / "retain_only.json")
+    files = [str(folder / "target.json"), retain_only, str(folder / "unlearned.json")]
+    table = capture_output("compare", *files, "--retain", retain_only, "--format", "markdown")
+    header, rule, *lines = table.splitlines()
+    by_value = {line.split("|")[1].strip(): line for line in lines}
+    # A value that could not be computed has no line.
+    selected = [by_value[value] for value in TOFU_VALUES if value in by_value]
+    return "\n".join([header, rule, *selected])
 
 
-def methods() -> str:
-    results = json.loads((ROOT / "build/bench/methods.json").read_text("utf-8"))
-    rows = [of_methods.row(name, values) for name, values in results["methods"].items()]
-    (epsilon,) = {f"{values['epsilon']:.4g}" for values in results["methods"].values() if "epsilon" in values}
-    before = f"Before: forget ROUGE {results['before']['forget_rouge']:.2f}; the bound, 1.5 × the NLL before, is {epsilon}.\n\n"
-    return before + markdown_table(of_methods.HEADER, rows)
+def methods_block() -> str:
+    """Return the table of `benchmarks.methods`."""
+    results = read_json(BENCH / "methods.json")
+    rows = [format_row(name, values) for name, values in results["methods"].items()]
+    before = f"forget ROUGE {results['before']['forget_rouge']:.2f}"
+    bound = f"the bound, 1.5 × the NLL before, is {format_epsilon(results['methods'])}"
+    return f"Before: {before}; {bound}.\n\n{markdown_table(HEADERS, rows)}"
 
 
-def step() -> str:
-    results = json.loads((ROOT / "build/bench/step.json").read_text("utf-8"))
+def step_block() -> str:
+    """Return the table of `benchmarks.step`, for all shapes together."""
+    labels = {"plain": "straightforward", "joint": "`passes: joint` (default)"}
     rows = []
-    for shape in results["shapes"].values():
+    for shape in read_json(BENCH / "step.json")["shapes"].values():
         for name, values in shape["variants"].items():
             memory = values["memory"]
             rows.append(
                 [
                     f"{shape['shape']['vocabulary']:,}",
-                    {"plain": "straightforward", "joint": "`passes: joint` (default)"}.get(name, f"`passes: {name}`"),
+                    labels.get(name, f"`passes: {name}`"),
                     f"{values['seconds']:.3g}",
                     f"{values['time_ratio']:.2f}",
                     f"{values['time_over_floor']:.1f}",
-                    in_mib(memory["peak_bytes"]),
-                    in_mib(memory["extra_bytes"]),
+                    format_mib(memory["peak_bytes"]),
+                    format_mib(memory["extra_bytes"]),
                     f"{values['memory_ratio']:.2f}",
                 ]
             )
     return markdown_table(["vocabulary", "", "s/step", "ratio", "× floor", "peak MiB", "extra MiB", "ratio"], rows)
 
 
-def startup() -> str:
-    results = json.loads((ROOT / "build/bench/startup.json").read_text("utf-8"))
+def startup_block() -> str:
+    """Return the table of `benchmarks.startup`."""
+    results = read_json(BENCH / "startup.json")
     rows = [[f"`{name}`", f"{statistics.median(seconds):.2f}"] for name, seconds in results["seconds"].items()]
+    # The first ratio is to Lightning's command line without transformers.
     ratio = next(iter(results["ratios"].values()))
-    return (
-        markdown_table(["command", "seconds"], rows)
-        + f"\n\nThe median ratio to Lightning's own command line is {ratio:.2f}."
-    )
+    table = markdown_table(["command", "seconds"], rows)
+    return f"{table}\n\nThe median ratio to Lightning's own command line is {ratio:.2f}."
 
 
-PAGES: dict[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (demo, inspect, tofu),
-    "docs/choosing_a_method.md": (methods,),
-    "docs/speed.md": (step, startup),
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo_block, "inspect": inspect_block, "tofu": tofu_block},
+    "docs/choosing_a_method.md": {"methods": methods_block},
+    "docs/speed.md": {"step": step_block, "startup": startup_block},
 }
-"""The blocks of each page, in order."""
+"""The blocks of each page by name, in the order in which they stand there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    names = [block.__name__ for blocks in PAGES.values() for block in blocks]
+    names: list[str] = []
+    for blocks in PAGES.values():
+        names += blocks
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # argparse checks the empty default against the choices, too.
     parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=f"of {', '.join(names)} (all)")
-    chosen = parser.parse_args(arguments).names or names
+    selected = parser.parse_args(arguments).names or names
 
     for page, blocks in PAGES.items():
-        fill_page(ROOT / page, {block.__name__: block() for block in blocks if block.__name__ in chosen})
+        contents = {name: write_block() for name, write_block in blocks.items() if name in selected}
+        fill_page(ROOT / page, contents)
 
 
 if __name__ == "__main__":

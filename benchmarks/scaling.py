@@ -1,17 +1,17 @@
-"""What a step of `LitUnlearn` costs as the work grows, and what the dual step and a second process add.
+"""Measure the cost of a step of `LitUnlearn` as the work grows, and of the dual step and a second process.
 
     python -m benchmarks.scaling
 
-From one small base (a Llama with random weights, batches as in `step.py`) one thing at a time changes: rows per batch,
-length of the rows, vocabulary, number of constraints (each with a stream of its own). Time and extra memory are defined
-as in `step.py`, but the memory of one table is measured in one further process, one row after the other.
+From one small base (a Llama with random weights, examples as in `step.py`) one quantity at a time changes: examples per
+batch, their length, the vocabulary, the number of constraints (each with a stream of its own). Time and extra memory are
+defined as in `step.py`, but the memory of all rows of a table is measured in one further process, in turn.
 
-Dual step: the same step with `DualAscent` and with `FixedMultiplier`, in turns; the median of the ratio is to stay within
-3 %, and whether it did is printed. Beside it stands the time of `Constraint.update` alone.
+Dual step: the same step with `DualAscent` and with `FixedMultiplier`, in turns. The median of the ratio should stay within
+3 %; whether it does is printed, beside the time of `Constraint.update` alone.
 
-Data parallel: the same global batches, of twice as many rows, on one process and on two, with DDP over gloo. The first
-step's losses must agree to 1e-4, relative. Two processes with one thread each compare with one process of one thread
-(what a second core brings) and of two threads (the same cores).
+Data parallel: the same global batches, of twice as many examples, on one process and on two, with DDP over gloo. The first
+step's losses must agree to 1e-4, relative. Two processes with one thread each are compared with one process of one thread
+(the gain from a second core) and of two threads (the same cores).
 """
 
 from __future__ import annotations
@@ -23,27 +23,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.data_parallel import measure_processes, processes_report
-from benchmarks.random_llama import Shape, Step, build_model, make_steps, real_tokens, tiny_step
-from benchmarks.step_variants import EPSILON, MULTIPLIER, fit, gradient_bytes, unlearn_module
-from benchmarks.timing import (
-    Clock,
-    PeakMemory,
-    alternate,
-    apart,
-    in_mib,
-    machine,
-    machine_line,
-    measure_what_is_used,
-    median_ratio,
-    table,
-    write_json,
-)
+from benchmarks.data_parallel import format_processes, measure_processes
+from benchmarks.machine import describe_machine, format_machine
+from benchmarks.memory import PeakMemory, format_mib, return_freed_blocks_at_once, run_in_fresh_process
+from benchmarks.random_llama import Shape, Step, build_model, count_tokens, make_steps, make_tiny_step
+from benchmarks.step_variants import EPSILON, MULTIPLIER, count_gradient_bytes, make_unlearn_module, run_trainer
+from benchmarks.timing import Clock, median_ratio, take_turns
 from lit_unlearn import NLL, Constraint, DualAscent, FixedMultiplier, LitUnlearn
+from lit_unlearn.evaluation.tables import format_table
+from lit_unlearn.utils.io import write_json
 
 BASE = Shape(16_000, hidden=256, intermediate=1024, layers=2, heads=4, kv_heads=4)
 ORDERS = ("sequential", "joint")
@@ -52,7 +45,7 @@ DUAL_TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of everything that is varied."""
+    """One setting of every quantity that is varied."""
 
     shape: Shape = field(default=BASE)
     rows: int = 8
@@ -60,131 +53,148 @@ class Point:
     constraints: int = 1
 
     @property
-    def streams(self) -> list[str]:
-        return ["forget", *self.retain_streams]
-
-    @property
     def retain_streams(self) -> list[str]:
-        return ["retain", *(f"retain {n}" for n in range(2, self.constraints + 1))]
+        return ["retain", *(f"retain {number}" for number in range(2, self.constraints + 1))]
 
-    def steps(self, number: int) -> list[Step]:
-        return make_steps(self.shape, number, rows=self.rows, scale=self.scale, streams=self.streams)
+    def make_steps(self, number: int) -> list[Step]:
+        """Return a tiny step, in which the optimizer creates its state, and ``number`` steps to measure."""
+        streams = ["forget", *self.retain_streams]
+        steps = make_steps(self.shape, number, rows=self.rows, scale=self.scale, streams=streams)
+        return [make_tiny_step(streams), *steps]
 
-    def module(self, model: Any, passes: str) -> LitUnlearn:
-        constraints = {s: Constraint(NLL(), EPSILON, DualAscent(**MULTIPLIER), stream=s) for s in self.retain_streams}
-        return unlearn_module(model, constraints, passes=passes)
+    def make_module(self, model: Any, order: str) -> LitUnlearn:
+        constraints = {}
+        for stream in self.retain_streams:
+            constraints[stream] = Constraint(NLL(), EPSILON, DualAscent(**MULTIPLIER), stream=stream)
+        return make_unlearn_module(model, constraints, passes=order)
 
 
-def sweeps(small: bool) -> dict[str, dict[str, Point]]:
-    """For each table its rows; the toy version is for tests."""
-    base = Point(replace(BASE, vocabulary=500, hidden=32, intermediate=64)) if small else Point()
-    vocabularies = [1_000] if small else [4_000, 16_000, 64_000]
-    return {
-        "rows per batch": {str(n): replace(base, rows=n) for n in ([2] if small else [2, 4, 8, 16])},
-        "length of rows": {f"× {n}": replace(base, scale=n) for n in ([2] if small else [0.5, 1, 2, 4])},
-        "vocabulary": {f"{n:,}": replace(base, shape=replace(base.shape, vocabulary=n)) for n in vocabularies},
-        "constraints": {str(n): replace(base, constraints=n) for n in ([1, 2] if small else [1, 2, 3])},
+def plan_sweeps(small: bool) -> dict[str, dict[str, Point]]:
+    """Return the points of each table by row; ``small`` is for tests."""
+    base = Point()
+    rows, scales, vocabularies, constraints = [2, 4, 8, 16], [0.5, 1, 2, 4], [4_000, 16_000, 64_000], [1, 2, 3]
+    if small:
+        base = Point(replace(BASE, vocabulary=500, hidden=32, intermediate=64))
+        rows, scales, vocabularies, constraints = [2], [2], [1_000], [1, 2]
+    sweeps: dict[str, dict[str, Point]] = {
+        "rows per batch": {},
+        "length of rows": {},
+        "vocabulary": {},
+        "constraints": {},
     }
+    for number in rows:
+        sweeps["rows per batch"][str(number)] = replace(base, rows=number)
+    for scale in scales:
+        sweeps["length of rows"][f"× {scale}"] = replace(base, scale=scale)
+    for vocabulary in vocabularies:
+        shape = replace(base.shape, vocabulary=vocabulary)
+        sweeps["vocabulary"][f"{vocabulary:,}"] = replace(base, shape=shape)
+    for number in constraints:
+        sweeps["constraints"][str(number)] = replace(base, constraints=number)
+    return sweeps
 
 
 # Sweeps ------------------------------------------------------------------------------------------------------------------
 
 
-def measure(point: Point, rounds: int, number: int = 2) -> dict[str, Any]:
-    """Time of both orders of passes."""
-    steps = [tiny_step(point.streams), *point.steps(number)]
+def measure_time(point: Point, rounds: int, number: int = 2) -> dict[str, Any]:
+    """Measure the step seconds of both orders of passes, on one model."""
+    steps = point.make_steps(number)
     model = build_model(point.shape)
-    modules = {order: point.module(model, order) for order in ORDERS}
 
-    def turn(order: str) -> float:
+    def measure_turn(module: LitUnlearn) -> float:
         gc.collect()
         clock = Clock()
-        fit(modules[order], steps, clock)
-        return statistics.fmean(clock.seconds)
+        run_trainer(module, steps, clock)
+        return statistics.fmean(clock.step_seconds())
 
-    seconds = alternate(rounds, {order: partial(turn, order) for order in ORDERS})
-    tokens = real_tokens(steps[1:]) / number
-    return {
-        **asdict(point),
-        "tokens_per_step": tokens,
-        "orders": {
-            order: {
-                "seconds": statistics.median(seconds[order]),
-                "seconds_of_rounds": seconds[order],
-                "tokens_per_second": tokens / statistics.median(seconds[order]),
-            }
-            for order in ORDERS
-        },
-    }
+    turns = {}
+    for order in ORDERS:
+        turns[order] = partial(measure_turn, point.make_module(model, order))
+    seconds = take_turns(rounds, turns)
+    # Step 0 is the tiny one, which is not timed.
+    tokens = count_tokens(steps[1:]) / number
+    orders = {}
+    for order, values in seconds.items():
+        median = statistics.median(values)
+        orders[order] = {"seconds": median, "seconds_of_rounds": values, "tokens_per_second": tokens / median}
+    return {**asdict(point), "tokens_per_step": tokens, "orders": orders}
 
 
-def measure_memory(points: Sequence[Point], threads: int, number: int = 2) -> list[dict[str, int | None]]:
-    """Extra memory of both orders of passes at every point; call it in a fresh process."""
+def measure_memory(points: Sequence[Point], threads: int) -> list[dict[str, int | None]]:
+    """Measure the extra memory of both orders of passes at every point; call this in a fresh process."""
     torch.set_num_threads(threads)
-    measure_what_is_used()
-    return [{order: extra_memory(point, order, number) for order in ORDERS} for point in points]
+    return_freed_blocks_at_once()
+    extra_bytes = []
+    for point in points:
+        extra_bytes.append({order: measure_extra_bytes(point, order) for order in ORDERS})
+    return extra_bytes
 
 
-def extra_memory(point: Point, order: str, number: int) -> int | None:
+def measure_extra_bytes(point: Point, order: str, number: int = 2) -> int | None:
+    """Measure the extra memory of one order of passes."""
     model, memory = build_model(point.shape), PeakMemory(1, number)
-    fit(point.module(model, order), [tiny_step(point.streams), *point.steps(number)], memory)
-    return memory.extra(gradient_bytes(model))
+    run_trainer(point.make_module(model, order), point.make_steps(number), memory)
+    return memory.extra_bytes(count_gradient_bytes(model))
 
 
 def measure_sweep(points: dict[str, Point], rounds: int, threads: int) -> dict[str, Any]:
-    """One table: time, and memory from another process."""
-    memory = apart(measure_memory, list(points.values()), threads)
-    return {
-        label: {**measure(point, rounds), "extra_bytes": extra}
-        for (label, point), extra in zip(points.items(), memory, strict=True)
-    }
+    """Measure time and memory for the rows of one table."""
+    # The process starts once per table: its start and its imports take longer than a small point.
+    extra_bytes = run_in_fresh_process(measure_memory, list(points.values()), threads)
+    results = {}
+    for (label, point), extra in zip(points.items(), extra_bytes, strict=True):
+        results[label] = {**measure_time(point, rounds), "extra_bytes": extra}
+    return results
 
 
-def sweep_table(name: str, points: dict[str, Any]) -> str:
-    header = [name, "tokens/step"]
-    header += [f"{order} {unit}" for unit in ("ms/step", "tokens/s", "MiB") for order in ORDERS]
+def format_sweep(name: str, results: dict[str, Any]) -> str:
+    """Format the results of one sweep as a table."""
+    headers = [name, "tokens/step"]
+    for unit in ("ms/step", "tokens/s", "MiB"):
+        headers += [f"{order} {unit}" for order in ORDERS]
     rows = []
-    for label, point in points.items():
-        orders = [point["orders"][order] for order in ORDERS]
-        row = [label, f"{point['tokens_per_step']:.0f}", *(f"{1e3 * o['seconds']:.0f}" for o in orders)]
-        row += [f"{o['tokens_per_second']:,.0f}" for o in orders]
-        row += [in_mib(point["extra_bytes"][order]) for order in ORDERS]
-        rows.append(row)
-    return table(header, rows)
+    for label, point in results.items():
+        milliseconds, rates, extra = [], [], []
+        for order in ORDERS:
+            milliseconds.append(f"{1e3 * point['orders'][order]['seconds']:.0f}")
+            rates.append(f"{point['orders'][order]['tokens_per_second']:,.0f}")
+            extra.append(format_mib(point["extra_bytes"][order]))
+        rows.append([label, f"{point['tokens_per_step']:.0f}", *milliseconds, *rates, *extra])
+    return format_table(rows, headers)
 
 
 # The dual step -----------------------------------------------------------------------------------------------------------
 
 
-def measure_dual(point: Point, rounds: int, number: int = 4) -> dict[str, Any]:
-    """The same step with and without a multiplier that moves."""
-    multipliers = {"DualAscent": DualAscent(**MULTIPLIER), "FixedMultiplier": FixedMultiplier(MULTIPLIER["init"])}
-    steps, model = [tiny_step(), *point.steps(number)], build_model(point.shape)
-    modules = {
-        name: unlearn_module(model, {"nll": Constraint(NLL(), EPSILON, multiplier)})
-        for name, multiplier in multipliers.items()
-    }
+def measure_dual_step(point: Point, rounds: int, number: int = 4) -> dict[str, Any]:
+    """Measure the same step with a multiplier that is updated and with a fixed one."""
+    steps, model = point.make_steps(number), build_model(point.shape)
 
-    def turn(name: str) -> float:
+    def measure_turn(module: LitUnlearn) -> float:
         clock = Clock()
-        fit(modules[name], steps, clock)
-        return statistics.median(clock.seconds)
+        run_trainer(module, steps, clock)
+        return statistics.median(clock.step_seconds())
 
-    turns = {name: partial(turn, name) for name in modules}
-    alternate(1, turns)  # fills caches
-    seconds = alternate(rounds, turns)
+    turns = {}
+    for multiplier in (DualAscent(**MULTIPLIER), FixedMultiplier(MULTIPLIER["init"])):
+        module = make_unlearn_module(model, {"nll": Constraint(NLL(), EPSILON, multiplier)})
+        turns[type(multiplier).__name__] = partial(measure_turn, module)
+    # The first round fills caches and does not count.
+    take_turns(1, turns)
+    seconds = take_turns(rounds, turns)
     ratio = median_ratio(seconds["DualAscent"], seconds["FixedMultiplier"])
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "seconds_of_rounds": seconds,
         "ratio": ratio,
         "within_tolerance": abs(ratio - 1) <= DUAL_TOLERANCE,
-        "update_seconds": update_seconds(),
+        "update_seconds": measure_update(),
     }
 
 
-def update_seconds(repeats: int = 1000) -> float:
-    """Of one `Constraint.update`."""
+def measure_update(repeats: int = 1000) -> float:
+    """Measure the mean seconds of one `Constraint.update`."""
     constraint = Constraint(NLL(), EPSILON, DualAscent(**MULTIPLIER))
     start = time.perf_counter()
     for _ in range(repeats):
@@ -192,56 +202,55 @@ def update_seconds(repeats: int = 1000) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def dual_report(results: dict[str, Any]) -> str:
+def format_dual_step(results: dict[str, Any]) -> str:
+    """Format the result of `measure_dual_step` as a table with a line of text below it."""
     rows = [[name, f"{1e3 * seconds:.1f}"] for name, seconds in results["seconds"].items()]
     verdict = "within" if results["within_tolerance"] else "NOT within"
-    return "\n".join(
-        [
-            table(["multiplier", "ms/step"], rows),
-            f"DualAscent / FixedMultiplier: {results['ratio']:.4f}, {verdict} {DUAL_TOLERANCE:.0%}; "
-            f"Constraint.update alone: {1e6 * results['update_seconds']:.1f} µs",
-        ]
+    return (
+        f"{format_table(rows, ['multiplier', 'ms/step'])}\n"
+        f"DualAscent / FixedMultiplier: {results['ratio']:.4f}, {verdict} {DUAL_TOLERANCE:.0%}; "
+        f"Constraint.update alone: {1e6 * results['update_seconds']:.1f} µs"
     )
 
 
 # Command -----------------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of both orders of passes (default 5)")
     parser.add_argument("--dual-rounds", type=int, default=15, help="turns with and without dual steps (default 15)")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch (default: its own choice)"
     )
-    parser.add_argument("--small", action="store_true", help="toy sizes, which show that the script works and no more")
-    parser.add_argument("--no-processes", action="store_true", help="leaves out data parallelism")
-    parser.add_argument("--output", default="build/bench/scaling.json")
+    parser.add_argument("--small", action="store_true", help="toy sizes, only to show that the script works")
+    parser.add_argument("--no-processes", action="store_true", help="do not measure data parallelism")
+    parser.add_argument("--output", type=Path, default="build/bench/scaling.json", help="file for the results")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     torch.set_num_threads(options.threads)
-    gc.freeze()  # what the imports made is never garbage: collecting between turns need not look at it
-    results: dict[str, Any] = {"machine": machine("cpu"), "sweeps": {}}
-    plan = sweeps(options.small)
+    # The imports' objects are never garbage, and there are enough of them to make the collections between turns slow.
+    gc.freeze()
+    results: dict[str, Any] = {"machine": describe_machine("cpu"), "sweeps": {}}
+    plan = plan_sweeps(options.small)
     base = plan["constraints"]["1"]
-    print(machine_line(results["machine"]))
+    print(format_machine(results["machine"]))
     print(
         f"base: {base.shape}, {base.rows} rows per batch, one constraint; MiB beyond parameters, gradients, optimizer"
     )
     for name, points in plan.items():
         results["sweeps"][name] = measure_sweep(points, options.rounds, options.threads)
-        print(f"\n{sweep_table(name, results['sweeps'][name])}", flush=True)
-    results["dual_step"] = measure_dual(base, options.dual_rounds)
-    print(f"\n{dual_report(results['dual_step'])}", flush=True)
+        print(f"\n{format_sweep(name, results['sweeps'][name])}", flush=True)
+    results["dual_step"] = measure_dual_step(base, options.dual_rounds)
+    print(f"\n{format_dual_step(results['dual_step'])}", flush=True)
     if not options.no_processes:
         results["processes"] = measure_processes(base.shape, rows=2 * base.rows, number=8)
-        print(f"\n{processes_report(results['processes'])}")
-    write_json(results, options.output)
+        print(f"\n{format_processes(results['processes'])}")
+    write_json(options.output, results)
     print(f"\nwritten to {options.output}")
-    return results
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""How long the command line takes before it does anything, beside a plain `LightningCLI`.
+"""Time the start of the command line, beside a plain `LightningCLI`.
 
     python -m benchmarks.startup
 
-Every command runs in a fresh process; they take turns. Of two commands the median of the ratio within a round counts.
+Every command runs in a fresh process, in turn with the others. Two commands are compared by the median of their ratio
+within a round.
 
-- ``--version`` and ``--help`` are to answer within 0.2 and 1 second.
+- ``--version`` and ``--help`` should answer within 0.2 and 1 second.
 - ``fit --print_config`` builds the parsers of all subcommands and prints the defaults. Its peer is a script of three
-  lines: `LightningCLI` with any `LightningModule` and `LightningDataModule` by class name, as here, and nothing but
-  lightning imported. Ours is to take at most 1.2 times as long, though it also imports this package with its callbacks,
-  pictures and transformers. A second peer imports transformers' auto classes too, as every language model's script does.
-- The last command also reads a whole configuration. It has no peer, for a plain CLI has no such classes.
+  lines: `LightningCLI` with any `LightningModule` and `LightningDataModule` by class name, as here, which imports nothing
+  but lightning. Ours should take at most 1.2 times as long, although it also imports this package with its callbacks,
+  plots and transformers. A second peer imports transformers' auto classes too, as every language model's script does.
+- The last command also reads a complete configuration. It has no peer, because a plain CLI has no such classes.
 
 The first round warms the disk cache and does not count.
 """
@@ -23,9 +24,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import alternate, machine, machine_line, median_ratio, table, write_json
+from benchmarks.machine import describe_machine, format_machine
+from benchmarks.timing import median_ratio, take_turns
+from lit_unlearn.evaluation.tables import format_table
+from lit_unlearn.utils.io import write_json
 
 PEER = """
 import lightning as L
@@ -40,62 +45,79 @@ BOUNDS = {"lit-unlearn --version": 0.2, "lit-unlearn --help": 1.0}
 RATIO = 1.2
 
 
-def commands() -> dict[str, list[str]]:
-    ours = [sys.executable, "-c", "from lit_unlearn.cli import main; main()"]  # what the installed script does
-    peers = {PLAIN: "", WITH_TRANSFORMERS: "from transformers import AutoModelForCausalLM, AutoTokenizer"}
-    show = ["fit", "--print_config"]
+def list_commands() -> dict[str, list[str]]:
+    """Return the commands to time, by name."""
+    # The installed script does the same; a checkout need not have it.
+    ours = [sys.executable, "-c", "from lit_unlearn.cli import main; main()"]
+    plain = [sys.executable, "-c", PEER.format(imports="")]
+    transformers_import = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    with_transformers = [sys.executable, "-c", PEER.format(imports=transformers_import)]
+    print_config = ["fit", "--print_config"]
     return {
-        **{name: [*ours, name.split()[1]] for name in BOUNDS},
-        OURS: [*ours, *show],
-        **{name: [sys.executable, "-c", PEER.format(imports=imports), *show] for name, imports in peers.items()},
-        f"{OURS} --config demo/unlearn.yaml": [*ours, *show, "--config", "demo/unlearn.yaml"],
+        "lit-unlearn --version": [*ours, "--version"],
+        "lit-unlearn --help": [*ours, "--help"],
+        OURS: [*ours, *print_config],
+        PLAIN: [*plain, *print_config],
+        WITH_TRANSFORMERS: [*with_transformers, *print_config],
+        f"{OURS} --config demo/unlearn.yaml": [*ours, *print_config, "--config", "demo/unlearn.yaml"],
     }
 
 
-def seconds(command: list[str]) -> float:
+def time_command(command: list[str]) -> float:
+    """Run a command in a fresh process and return its seconds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     elapsed = time.perf_counter() - start
+    # A command that fails early would be the fastest.
     if done.returncode or not done.stdout:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return elapsed
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Seconds of each round, and what the bounds say of them."""
-    turns = alternate(1 + rounds, {name: partial(seconds, command) for name, command in commands().items()})
-    counted = {name: values[1:] for name, values in turns.items()}
-    ratios = {name: median_ratio(counted[OURS], counted[name]) for name in (PLAIN, WITH_TRANSFORMERS)}
-    within = {name: statistics.median(counted[name]) <= bound for name, bound in BOUNDS.items()}
-    return {"seconds": counted, "ratios": ratios, "within": {**within, OURS: ratios[PLAIN] <= RATIO}}
-
-
-def report(results: dict[str, Any]) -> str:
-    times = results["seconds"]
-    rows = [[name, f"{statistics.median(of):.2f}", f"{min(of):.2f}", f"{max(of):.2f}"] for name, of in times.items()]
-    lines = [table(["command, seconds", "median", "least", "most"], rows), ""]
+def time_commands(rounds: int) -> dict[str, Any]:
+    """Time all commands, and compare them with their bounds."""
+    turns = {name: partial(time_command, command) for name, command in list_commands().items()}
+    seconds = {name: values[1:] for name, values in take_turns(1 + rounds, turns).items()}
+    ratios = {
+        PLAIN: median_ratio(seconds[OURS], seconds[PLAIN]),
+        WITH_TRANSFORMERS: median_ratio(seconds[OURS], seconds[WITH_TRANSFORMERS]),
+    }
+    within = {}
     for name, bound in BOUNDS.items():
-        lines.append(f"{name}: {'within' if results['within'][name] else 'NOT within'} {bound} s")
-    plain, transformers = results["ratios"][PLAIN], results["ratios"][WITH_TRANSFORMERS]
-    verdict = "within" if results["within"][OURS] else "NOT within"
-    lines.append(f"{OURS}: {plain:.2f} × LightningCLI's, {verdict} {RATIO}; {transformers:.2f} × with transformers")
+        within[name] = statistics.median(seconds[name]) <= bound
+    within[OURS] = ratios[PLAIN] <= RATIO
+    return {"seconds": seconds, "ratios": ratios, "within": within}
+
+
+def format_report(results: dict[str, Any]) -> str:
+    """Format the result of `time_commands` as a table with lines of text below it."""
+    rows = []
+    for name, seconds in results["seconds"].items():
+        rows.append([name, f"{statistics.median(seconds):.2f}", f"{min(seconds):.2f}", f"{max(seconds):.2f}"])
+    verdicts = {name: "within" if is_within else "NOT within" for name, is_within in results["within"].items()}
+    lines = [format_table(rows, ["command, seconds", "median", "least", "most"]), ""]
+    for name, bound in BOUNDS.items():
+        lines.append(f"{name}: {verdicts[name]} {bound} s")
+    plain, with_transformers = results["ratios"][PLAIN], results["ratios"][WITH_TRANSFORMERS]
+    lines.append(
+        f"{OURS}: {plain:.2f} × LightningCLI's, {verdicts[OURS]} {RATIO}; {with_transformers:.2f} × with transformers"
+    )
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="turns of all commands that count (default 9)")
-    parser.add_argument("--output", default="build/bench/startup.json")
+    parser.add_argument("--output", type=Path, default="build/bench/startup.json", help="file for the results")
     options = parser.parse_args(arguments)
-    facts = machine("cpu")
-    print(machine_line(facts), end="\n\n")
-    results = {"machine": facts, **measure(options.rounds)}
-    print(report(results))
-    write_json(results, options.output)
+    # Before the commands: the load should be that of the other programs.
+    facts = describe_machine("cpu")
+    print(format_machine(facts), end="\n\n")
+    results = {"machine": facts, **time_commands(options.rounds)}
+    print(format_report(results))
+    write_json(options.output, results)
     print(f"\nwritten to {options.output}")
-    return results
 
 
 if __name__ == "__main__":

@@ -1,44 +1,45 @@
-"""Time and memory of one optimizer step, against the straightforward formulation.
+"""Measure time and memory of one optimizer step, beside the straightforward formulation.
 
     python -m benchmarks.step                           # 4 layers × 512 with V = 32 000 and 128 256; on a GPU also the 1B shape
     python -m benchmarks.step --shapes 32k --lora --compile --activation-checkpointing
 
-Models have random weights, batches 8 forget and 8 retain rows with lengths like TOFU's (`random_llama.make_steps`). Variants:
+Models have random weights. A step has 8 forget and 8 retain examples with lengths like TOFU's (`random_llama.make_steps`).
+Variants:
 
-plain       What the method's public trainer does, written anew in `step_variants.py`: padded batches, logits of every
-            position of both sets, margin² + λ · NLL, one backward pass, clipping, AdamW. Its losses are taken at the right,
-            shifted positions, so that it minimises what ours does; the first step's losses are compared, and a relative
-            difference above 1e-4 (1e-2 with bfloat16) is an error.
+plain       The computation of the method's public trainer, reimplemented in `step_variants.py`: padded batches, logits of
+            every position of both sets, margin² + λ · NLL, one backward pass, clipping, AdamW. Unlike there, logits are
+            compared with the labels they predict (shifted by one), so that all variants minimise the same function. The
+            first step's losses are compared; a relative difference above 1e-4 (1e-2 with bfloat16) is an error.
 sequential  `LitUnlearn(passes="sequential")` in a Lightning Trainer.
 joint       `LitUnlearn(passes="joint")`.
 
-Options add variants with LoRA (frozen head; compared with a plain one with LoRA), ``torch.compile`` of the trunk, and
-activation checkpointing.
+Options add variants with LoRA (frozen head; compared with a plain variant with LoRA), with ``torch.compile`` of the trunk,
+and with activation checkpointing.
 
-Time. All variants take turns in one process. A turn is a new optimizer, a step on two tokens that does not count, and
-``--steps`` steps on the same batches for everybody, each timed from ``on_train_batch_start`` to ``on_train_batch_end``
-(what the loop does between steps is printed below the table). A turn's value is its mean step; the table shows the
-median over ``--rounds`` turns, their range, and the median of the ratio within a round.
+Time. All variants take turns in one process. A turn is a new optimizer, a step on two tokens that is not timed, and
+``--steps`` steps on the same examples for every variant, each timed from ``on_train_batch_start`` to ``on_train_batch_end``
+(the time between steps is printed below the table). A turn's value is its mean step. The table shows the median over
+``--rounds`` turns, their range, and the median of the ratio within a round.
 
 Memory. Each variant runs in a fresh process::
 
-    extra = peak over the steps − what was resident before the first of them − bytes of the gradients
+    extra = peak over the steps − resident memory before the first of them − bytes of the gradients
 
-Before the first of them there are parameters, optimizer state (made by a step on two tokens), batches and libraries, but
-no gradients, which are freed between steps. So extra is what a variant needs beyond parameters, gradients and optimizer
-state: activations, logits, temporaries, also those of clipping and AdamW; how much these two need by themselves is printed
-below the table. On a CPU the peak is the kernel's high-water mark of the resident set, reset before the first step, with a
-malloc that keeps no large freed blocks; on a GPU PyTorch's allocator keeps it.
+Before the first step the memory holds parameters, optimizer state (created by a step on two tokens), batches and libraries,
+but no gradients, which are freed between steps. So extra is the memory beyond parameters, gradients and optimizer state:
+activations, logits and temporaries, including those of clipping and AdamW; the share of these two alone is printed below
+the table. On a CPU the peak is the kernel's high-water mark of the resident set, reset before the first step, with a malloc
+that keeps no large freed blocks. On a GPU it comes from PyTorch's allocator.
 
-All gradients count, although they never coexist with all activations: what a variant holds before the gradients are there
-is masked up to their size. A small extra therefore says that the step needs hardly more than any step needs, and the ratio
-of two extras can be far from the ratio of the peaks, which the table has too: of the whole process (on a GPU, of the
-allocator), parameters, optimizer state and libraries included.
+All gradients are subtracted, although they never coexist with all activations. Activations that are freed before the
+gradients exist are therefore hidden, up to the size of the gradients. A small extra says that the step needs hardly more
+memory than any step does, and the ratio of two extras can be far from the ratio of the peaks, which are in the table too.
+A peak is that of the whole process (on a GPU, of the allocator), with parameters, optimizer state and libraries.
 
-Floor. Work that cannot be avoided: 6 × trunk parameters × real tokens, and per answer token 2 · D · V for the margin's one
-head product, three times that for the NLL's; divided by the FLOP/s of matrix products of these sizes, measured in the same
-rounds. Attention's own products are left out. With LoRA, the weights that are frozen need no gradient: 4 instead of 6, and
-two head products instead of three for the NLL.
+Floor. The arithmetic that cannot be avoided: 6 × trunk parameters × tokens without padding, and per answer token 2 · D · V
+for the margin's one head product, three times that for the NLL's; divided by the FLOP/s of matrix products of these sizes,
+measured in the same rounds. Attention's own products are left out. With LoRA, frozen weights need no gradient: 4 instead
+of 6, and two head products instead of three for the NLL.
 """
 
 from __future__ import annotations
@@ -46,54 +47,53 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.machine import describe_machine, format_machine
+from benchmarks.memory import PeakMemory, format_mib, return_freed_blocks_at_once, run_in_fresh_process
 from benchmarks.random_llama import (
     SHAPES,
     Shape,
-    answer_tokens,
+    Step,
     build_model,
-    floor_flops,
+    compute_floor_flops,
+    count_answer_tokens,
+    count_parameters,
+    count_tokens,
     make_steps,
-    real_tokens,
-    tiny_step,
+    make_tiny_step,
 )
 from benchmarks.step_variants import (
     Formulation,
     Precision,
     Variant,
-    adamw,
     check_agreement,
+    count_gradient_bytes,
     first_loss_difference,
+    make_adamw,
+    select_trainable,
     step_optimizer,
-    trainable,
 )
-from benchmarks.timing import (
-    Clock,
-    PeakMemory,
-    alternate,
-    apart,
-    in_mib,
-    machine,
-    machine_line,
-    matmul_rate,
-    measure_what_is_used,
-    median_ratio,
-    table,
-    write_json,
-)
+from benchmarks.timing import Clock, measure_matmul_rate, median_ratio, take_turns
+from lit_unlearn.evaluation.tables import format_table
+from lit_unlearn.utils.io import write_json
 
-PLAIN, *OURS = Variant("plain", "plain"), Variant("sequential", "sequential"), Variant("joint", "joint")
+PLAIN, SEQUENTIAL, JOINT = Variant("plain", "plain"), Variant("sequential", "sequential"), Variant("joint", "joint")
+# Relative, of the first losses. bfloat16 has 8 bits, and the variants sum in different orders.
 TOLERANCE = {"32-true": 1e-4, "bf16-true": 1e-2, "bf16-mixed": 1e-2}
+HEADERS = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "peak MiB", "extra MiB", "extra ratio"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shape, and how it is run."""
+    """One shape, and the conditions under which it is measured."""
 
     shape: Shape
     device: str
@@ -102,170 +102,191 @@ class Job:
     steps: int
     threads: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of matrix products."""
-        return torch.float32 if self.precision == "32-true" else torch.bfloat16
+    def make_steps(self) -> list[Step]:
+        return make_steps(self.shape, self.steps)
 
-    def batches(self) -> list[Any]:
-        return make_steps(self.shape, self.steps, device=self.device)
-
-    def formulation(self, variant: Variant) -> Formulation:
+    def build(self, variant: Variant) -> Formulation:
         return Formulation(variant, self.shape, self.device, self.precision)
 
 
+# Measurements ------------------------------------------------------------------------------------------------------------
+
+
 def measure_memory(job: Job, variant: Variant) -> dict[str, Any]:
-    """Peak memory of one variant; call it in a fresh process."""
+    """Measure the peak memory of one variant; call this in a fresh process."""
     torch.set_num_threads(job.threads)
-    measure_what_is_used()
-    formulation, steps = job.formulation(variant), job.batches()
-    before = [tiny_step(device=job.device), *(steps if variant.compiled else [])]  # compiling is not what is measured
-    memory = PeakMemory(len(before), len(before) + len(steps) - 1, job.device)
-    formulation.run([*before, *steps], memory)
+    return_freed_blocks_at_once()
+    formulation, steps = job.build(variant), job.make_steps()
+    warmup = [make_tiny_step()]
+    if variant.compiled:
+        # The compiler's own memory is not what is measured: it has seen these lengths before the first counted step.
+        warmup += steps
+    memory = PeakMemory(len(warmup), len(warmup) + len(steps) - 1, job.device)
+    formulation.run([*warmup, *steps], memory)
+    gradient_bytes = count_gradient_bytes(formulation.model)
     return {
-        "extra_bytes": memory.extra(formulation.gradient_bytes),
+        "extra_bytes": memory.extra_bytes(gradient_bytes),
         "peak_bytes": memory.peak,
         "baseline_bytes": memory.baseline,
-        "gradient_bytes": formulation.gradient_bytes,
+        "gradient_bytes": gradient_bytes,
         "method": memory.method,
     }
 
 
 def measure_optimizer_memory(job: Job) -> int | None:
-    """Extra bytes of clipping and AdamW alone, on gradients that are there; call it in a fresh process."""
+    """Measure the extra bytes of clipping and AdamW alone, on given gradients; call this in a fresh process."""
     torch.set_num_threads(job.threads)
-    measure_what_is_used()
-    parameters = trainable(job.formulation(PLAIN).model)
-    optimizer, memory = adamw(parameters), PeakMemory(1, 1, job.device)
+    return_freed_blocks_at_once()
+    model = job.build(PLAIN).model
+    parameters = select_trainable(model)
+    optimizer, memory = make_adamw(parameters), PeakMemory(1, 1, job.device)
+    # AdamW creates its state in step 0, so that step 1 is the one that counts.
     for number in range(2):
-        memory.step_starts(number)
+        memory.on_step_start(number)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         step_optimizer(optimizer, parameters)
-        memory.step_ends(number, {})
-    return memory.extra(sum(p.numel() * p.element_size() for p in parameters))
+        memory.on_step_end(number, {})
+    return memory.extra_bytes(count_gradient_bytes(model))
 
 
 def measure_time(job: Job, variants: list[Variant]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Step seconds of all variants, the losses of their first steps, and the rates of matrix products in between."""
-    formulations = {variant.name: job.formulation(variant) for variant in variants}
-    steps, tiny = job.batches(), tiny_step(device=job.device)
-    measured: dict[str, Any] = {name: {"pauses": []} for name in formulations}
+    """Measure the step seconds of all variants.
 
-    def first_losses(name: str) -> dict[str, float]:
-        clock = Clock(job.device)
-        formulations[name].run(steps, clock)
-        return clock.losses[0]
+    Returns:
+        For every variant ``seconds`` and ``pauses`` of its turns and ``first_losses``; and the rates of matrix products
+        measured between the turns.
 
-    def turn(name: str) -> float:
+    Raises:
+        RuntimeError: If the variants do not start with the same losses.
+    """
+    formulations = {variant.name: job.build(variant) for variant in variants}
+    steps = job.make_steps()
+    pauses: dict[str, list[float]] = defaultdict(list)
+
+    def measure_turn(name: str) -> float:
+        # Garbage of another variant's turn must not be collected at the expense of this one.
         gc.collect()
         clock = Clock(job.device)
-        formulations[name].run([tiny, *steps], clock)
-        measured[name]["pauses"] += clock.pauses
-        return statistics.fmean(clock.seconds)
+        formulations[name].run([make_tiny_step(), *steps], clock)
+        pauses[name] += clock.pause_seconds()
+        return statistics.fmean(clock.step_seconds())
 
-    for name in formulations:  # also compiles, and fills caches
-        measured[name]["first_losses"] = first_losses(name)
-    check_agreement({name: values["first_losses"] for name, values in measured.items()}, TOLERANCE[job.precision])
-    turns = {name: partial(turn, name) for name in formulations}
-    seconds = alternate(job.rounds, {**turns, **rate_turns(job)})
-    for name, values in measured.items():
-        values["seconds"] = seconds.pop(name)
-    return measured, seconds
+    # The first run also compiles and fills caches.
+    first_losses = {}
+    for name, formulation in formulations.items():
+        clock = Clock(job.device)
+        formulation.run(steps, clock)
+        first_losses[name] = clock.losses[0]
+    check_agreement(first_losses, TOLERANCE[job.precision])
+
+    turns = {name: partial(measure_turn, name) for name in formulations}
+    rates = take_turns(job.rounds, {**turns, **make_rate_turns(job)})
+    measured = {}
+    for name in formulations:
+        measured[name] = {"seconds": rates.pop(name), "pauses": pauses[name], "first_losses": first_losses[name]}
+    return measured, rates
 
 
-def rate_turns(job: Job) -> dict[str, Any]:
-    """Measures the speed of products as large as the head's and as the trunk's."""
-    shape, steps = job.shape, job.batches()
-    answers = answer_tokens(steps, "retain") // len(steps)
-    tokens = real_tokens(steps) // (2 * len(steps))
+def make_rate_turns(job: Job) -> dict[str, Callable[[], float]]:
+    """Return functions that measure the rate of products as large as the head's and the trunk's."""
+    shape, steps = job.shape, job.make_steps()
+    # Rows of one stream's product: the straightforward formulation has one pass per stream.
+    answer_tokens = count_answer_tokens(steps, "retain") // len(steps)
+    stream_tokens = count_tokens(steps) // (2 * len(steps))
+    dtype = torch.float32 if job.precision == "32-true" else torch.bfloat16
+    rate = partial(measure_matmul_rate, device=job.device, dtype=dtype)
     return {
-        "head": lambda: matmul_rate(answers, shape.hidden, shape.vocabulary, job.device, job.dtype),
-        "trunk": lambda: matmul_rate(tokens, shape.hidden, shape.intermediate, job.device, job.dtype),
+        "head": partial(rate, answer_tokens, shape.hidden, shape.vocabulary),
+        "trunk": partial(rate, stream_tokens, shape.hidden, shape.intermediate),
     }
 
 
-def adapter_parameters(shape: Shape) -> int:
+def count_adapter_parameters(shape: Shape) -> int:
+    """Return the number of parameters that LoRA trains."""
     adapted = Formulation(Variant("lora", "plain", lora=True), shape, "meta", "32-true").model
-    return sum(p.numel() for p in trainable(adapted))
+    return sum(parameter.numel() for parameter in select_trainable(adapted))
 
 
-def make_variants(options: argparse.Namespace) -> list[Variant]:
-    """The three, and those that options ask for."""
-    variants = [PLAIN, *OURS]
-    if options.lora:
-        variants += [Variant("plain, lora", "plain", lora=True), Variant("sequential, lora", "sequential", lora=True)]
-    if options.compile:
-        variants.append(Variant("sequential, compiled", "sequential", compiled=True))
-    if options.activation_checkpointing:
-        variants.append(Variant("sequential, checkpointed", "sequential", checkpointed=True))
-    return variants
+# Results -----------------------------------------------------------------------------------------------------------------
 
 
-def benchmark(job: Job, variants: list[Variant], with_memory: bool) -> dict[str, Any]:
-    """Everything about one shape."""
-    memory = {v.name: apart(measure_memory, job, v) if with_memory else {} for v in variants}
+def benchmark_shape(job: Job, variants: list[Variant], with_memory: bool) -> dict[str, Any]:
+    """Measure all variants of one shape and return everything that is stored about it."""
+    memory: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        memory[variant.name] = run_in_fresh_process(measure_memory, job, variant) if with_memory else {}
     measured, rates = measure_time(job, variants)
-    rate = {name: statistics.median(values) for name, values in rates.items()}
+    median_rates = {name: statistics.median(values) for name, values in rates.items()}
+
+    compared = {}
+    for variant in variants:
+        values = compare_variant(variant, measured, memory, job, median_rates)
+        compared[variant.name] = {**asdict(variant), **values}
+    first_losses = {name: values["first_losses"] for name, values in measured.items()}
     return {
-        **workload(job),
-        "optimizer_extra_bytes": apart(measure_optimizer_memory, job) if with_memory else None,
-        "matmul_flops_per_second": rate,
-        "first_loss_difference": first_loss_difference({n: v["first_losses"] for n, v in measured.items()}),
-        "variants": {v.name: {**asdict(v), **against(v, measured, memory, job, rate)} for v in variants},
+        **describe_workload(job),
+        "optimizer_extra_bytes": run_in_fresh_process(measure_optimizer_memory, job) if with_memory else None,
+        "matmul_flops_per_second": median_rates,
+        "first_loss_difference": first_loss_difference(first_losses),
+        "variants": compared,
     }
 
 
-def workload(job: Job) -> dict[str, Any]:
-    """What a step of this shape has to do."""
-    steps = job.batches()
+def describe_workload(job: Job) -> dict[str, Any]:
+    """Return the sizes of the model and of a step."""
+    steps = job.make_steps()
     return {
         "shape": asdict(job.shape),
-        "parameters": sum(p.numel() for p in build_model(job.shape, "meta").parameters()),
+        "parameters": count_parameters(build_model(job.shape, "meta")),
         "precision": job.precision,
         "rounds": job.rounds,
         "steps": job.steps,
-        "tokens_per_step": real_tokens(steps) / len(steps),
-        "padded_tokens_per_step": sum(b["input_ids"].numel() for s in steps for b in s.values()) / len(steps),
-        "answer_tokens_per_step": {s: answer_tokens(steps, s) / len(steps) for s in ("forget", "retain")},
+        "tokens_per_step": count_tokens(steps) / len(steps),
+        "padded_tokens_per_step": count_tokens(steps, padded=True) / len(steps),
+        "answer_tokens_per_step": {
+            stream: count_answer_tokens(steps, stream) / len(steps) for stream in ("forget", "retain")
+        },
     }
 
 
-def against(
-    variant: Variant, measured: dict[str, Any], memory: dict[str, Any], job: Job, rate: dict[str, float]
+def compare_variant(
+    variant: Variant, measured: dict[str, Any], memory: dict[str, Any], job: Job, rates: dict[str, float]
 ) -> dict[str, Any]:
-    """One variant's numbers, beside those of the plain one and the floor."""
-    values, other = measured[variant.name], "plain, lora" if variant.lora else "plain"
-    steps, seconds = job.batches(), statistics.median(values["seconds"])
-    flops = floor_flops(job.shape, steps, adapter_parameters(job.shape) if variant.lora else None)
-    floor = sum(flops[part] / rate[part] for part in flops)
+    """Return the numbers of one variant, with those relative to the plain variant and to the floor."""
+    values = measured[variant.name]
+    # Training an adapter is different work, so that it has a plain variant of its own.
+    plain = "plain, lora" if variant.lora else "plain"
+    steps, seconds = job.make_steps(), statistics.median(values["seconds"])
+    flops = compute_floor_flops(job.shape, steps, count_adapter_parameters(job.shape) if variant.lora else None)
+    floor_seconds = flops["trunk"] / rates["trunk"] + flops["head"] / rates["head"]
     return {
-        "compared_with": other,
+        "compared_with": plain,
         "seconds": seconds,
         "seconds_of_rounds": values["seconds"],
-        "time_ratio": median_ratio(values["seconds"], measured[other]["seconds"]),
-        "tokens_per_second": real_tokens(steps) / len(steps) / seconds,
+        "time_ratio": median_ratio(values["seconds"], measured[plain]["seconds"]),
+        "tokens_per_second": count_tokens(steps) / len(steps) / seconds,
         "floor_flops": flops,
-        "floor_seconds": floor,
-        "time_over_floor": seconds / floor,
+        "floor_seconds": floor_seconds,
+        "time_over_floor": seconds / floor_seconds,
+        # With a single timed step there is no pause.
         "seconds_between_steps": statistics.median(values["pauses"]) if values["pauses"] else None,
         "first_losses": values["first_losses"],
         "memory": memory[variant.name],
-        "memory_ratio": _quotient(memory[variant.name], memory[other]),
+        "memory_ratio": _extra_ratio(memory[variant.name], memory[plain]),
     }
 
 
-def _quotient(memory: dict[str, Any], other: dict[str, Any]) -> float | None:
-    mine, theirs = memory.get("extra_bytes"), other.get("extra_bytes")
-    return None if mine is None or not theirs else mine / theirs
+def _extra_ratio(memory: dict[str, Any], plain_memory: dict[str, Any]) -> float | None:
+    extra, plain_extra = memory.get("extra_bytes"), plain_memory.get("extra_bytes")
+    return None if extra is None or not plain_extra else extra / plain_extra
 
 
-def report(name: str, results: dict[str, Any]) -> str:
-    """The table of one shape."""
-    header = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "peak MiB", "extra MiB", "extra ratio"]
+def format_report(name: str, results: dict[str, Any]) -> str:
+    """Format the results of one shape as a table with lines of text around it."""
     rows = []
     for variant, values in results["variants"].items():
-        of_rounds, extra = values["seconds_of_rounds"], values["memory"].get("extra_bytes")
+        of_rounds, memory, memory_ratio = values["seconds_of_rounds"], values["memory"], values["memory_ratio"]
         rows.append(
             [
                 variant,
@@ -274,34 +295,36 @@ def report(name: str, results: dict[str, Any]) -> str:
                 f"{values['tokens_per_second']:,.0f}",
                 f"{values['time_ratio']:.2f}",
                 f"{values['time_over_floor']:.2f}",
-                in_mib(values["memory"].get("peak_bytes")),
-                in_mib(extra),
-                "–" if values["memory_ratio"] is None else f"{values['memory_ratio']:.2f}",
+                format_mib(memory.get("peak_bytes")),
+                format_mib(memory.get("extra_bytes")),
+                None if memory_ratio is None else f"{memory_ratio:.2f}",
             ]
         )
-    shape, answers, rate = (
-        Shape(**results["shape"]),
-        results["answer_tokens_per_step"],
-        results["matmul_flops_per_second"],
-    )
+
+    answers, rates = results["answer_tokens_per_step"], results["matmul_flops_per_second"]
     difference = ", ".join(f"{key} {value:.1e}" for key, value in results["first_loss_difference"].items())
-    pauses = max(values["seconds_between_steps"] or 0.0 for values in results["variants"].values())
-    methods = {values["memory"].get("method", "not measured") for values in results["variants"].values()}
-    return "\n".join(
-        [
-            f"{name}: {shape}, {results['parameters'] / 1e6:.0f} M parameters, {results['precision']}; a step: "
-            f"{results['tokens_per_step']:.0f} tokens ({results['padded_tokens_per_step']:.0f} with padding), answers "
-            f"{answers['forget']:.0f} + {answers['retain']:.0f}",
-            table(header, rows),
-            f"median of {results['rounds']} rounds of {results['steps']} steps; products: head {rate['head'] / 1e9:,.0f}, "
-            f"trunk {rate['trunk'] / 1e9:,.0f} GFLOP/s; between steps at most {1e3 * pauses:.1f} ms",
-            f"ratios are to plain ('lora' to 'plain, lora'); first losses agree to {difference} (relative)",
-            f"memory: {'; '.join(sorted(methods))}; clipping and AdamW alone {in_mib(results['optimizer_extra_bytes'])} MiB",
-        ]
-    )
+    pauses, methods = [], set()
+    for values in results["variants"].values():
+        pauses.append(values["seconds_between_steps"] or 0.0)
+        methods.add(values["memory"].get("method", "not measured"))
+    lines = [
+        f"{name}: {Shape(**results['shape'])}, {results['parameters'] / 1e6:.0f} M parameters, {results['precision']}; a step: "
+        f"{results['tokens_per_step']:.0f} tokens ({results['padded_tokens_per_step']:.0f} with padding), answers "
+        f"{answers['forget']:.0f} + {answers['retain']:.0f}",
+        format_table(rows, HEADERS),
+        f"median of {results['rounds']} rounds of {results['steps']} steps; products: head {rates['head'] / 1e9:,.0f}, "
+        f"trunk {rates['trunk'] / 1e9:,.0f} GFLOP/s; between steps at most {1e3 * max(pauses):.1f} ms",
+        f"ratios are to plain ('lora' to 'plain, lora'); first losses agree to {difference} (relative)",
+        f"memory: {'; '.join(sorted(methods))}; clipping and AdamW alone "
+        f"{format_mib(results['optimizer_extra_bytes'])} MiB",
+    ]
+    return "\n".join(lines)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+# Command -----------------------------------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 32k 128k, and 1b on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant (default 5)")
@@ -313,13 +336,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=TOLERANCE, default="32-true", help="as for the Trainer (default 32-true)"
     )
-    parser.add_argument("--lora", action="store_true", help="adds variants that train an adapter")
-    parser.add_argument("--compile", action="store_true", help="adds a variant with a compiled trunk")
+    parser.add_argument("--lora", action="store_true", help="add variants that train an adapter")
+    parser.add_argument("--compile", action="store_true", help="add a variant with a compiled trunk")
     parser.add_argument(
-        "--activation-checkpointing", action="store_true", help="adds a variant that recomputes activations"
+        "--activation-checkpointing", action="store_true", help="add a variant that recomputes activations"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leaves out the memory, and its processes")
-    parser.add_argument("--output", default="build/bench/step.json")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process each")
+    parser.add_argument("--output", type=Path, default="build/bench/step.json", help="file for the results")
     options = parser.parse_args(arguments)
     for name in ("rounds", "steps", "threads"):
         if getattr(options, name) < 1:
@@ -327,20 +350,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
+def make_variants(options: argparse.Namespace) -> list[Variant]:
+    """Return the three variants, and those that options ask for."""
+    variants = [PLAIN, SEQUENTIAL, JOINT]
+    if options.lora:
+        variants += [Variant("plain, lora", "plain", lora=True), Variant("sequential, lora", "sequential", lora=True)]
+    if options.compile:
+        variants.append(Variant("sequential, compiled", "sequential", compiled=True))
+    if options.activation_checkpointing:
+        variants.append(Variant("sequential, checkpointed", "sequential", checkpointed=True))
+    return variants
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     torch.set_num_threads(options.threads)
-    gc.freeze()  # what the imports made is never garbage: collecting between turns need not look at it
-    names = options.shapes or ["32k", "128k", *(["1b"] if options.device == "cuda" else [])]
-    results: dict[str, Any] = {"machine": machine(options.device), "shapes": {}}
-    print(machine_line(results["machine"]))
+    # The imports' objects are never garbage, and there are enough of them to make the collections between turns slow.
+    gc.freeze()
+    names = options.shapes or ["32k", "128k"]
+    if options.shapes is None and options.device == "cuda":
+        names.append("1b")
+    results: dict[str, Any] = {"machine": describe_machine(options.device), "shapes": {}}
+    print(format_machine(results["machine"]))
     for name in names:
         job = Job(SHAPES[name], options.device, options.precision, options.rounds, options.steps, options.threads)
-        results["shapes"][name] = benchmark(job, make_variants(options), not options.no_memory)
-        print(f"\n{report(name, results['shapes'][name])}", flush=True)
-        write_json(results, options.output)
+        results["shapes"][name] = benchmark_shape(job, make_variants(options), not options.no_memory)
+        print(f"\n{format_report(name, results['shapes'][name])}", flush=True)
+        # After every shape, because the large ones take long and can run out of memory.
+        write_json(options.output, results)
     print(f"\nwritten to {options.output}")
-    return results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The formulations that are compared: the straightforward one, written here, and `LitUnlearn`.
 
-Both minimise the token mean of margin² on forget rows plus λ times the token mean of the NLL on retain rows, clip the
-gradient's norm to 1, step AdamW, and move λ. An observer sees where each optimizer step begins and ends.
+Both minimise the token mean of margin² on the forget set plus λ times the token mean of the NLL on the retain set, clip the
+gradient's norm to 1, step AdamW, and update λ. Each gets the same examples in the form that its users have: `LitUnlearn`
+lists of `Example`, as the package's data modules give them, and the straightforward one padded batches on its device.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.random_llama import Batch, Shape, Step, build_model
+from benchmarks.random_llama import PaddedStep, Shape, Step, build_model, pad_step
 from lit_unlearn import NLL, Constraint, DualAscent, LanguageModel, LitUnlearn, LogitMargin
+from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.models.adapters import checkpoint_activations
 
 CLIP = 1.0
@@ -30,25 +32,25 @@ Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 
 
 class Observer(Protocol):
-    """Sees every optimizer step from outside."""
+    """Is called at both ends of every optimizer step."""
 
-    def step_starts(self, number: int) -> None:
-        """Before anything of step ``number`` is computed; the batch is on its device."""
+    def on_step_start(self, number: int) -> None:
+        """Run before anything of step ``number`` is computed; its batch has been loaded."""
 
-    def step_ends(self, number: int, losses: dict[str, float]) -> None:
-        """After the optimizer and λ have moved; ``losses`` has the step's ``forget`` and ``nll``."""
+    def on_step_end(self, number: int, losses: dict[str, float]) -> None:
+        """Run after the optimizer and λ have been updated; ``losses`` has the step's ``forget`` and ``nll``."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take the steps.
+    """One way to compute the steps.
 
     Args:
-        name: In tables.
+        name: Name in tables.
         kind: ``"plain"``, or the order of passes of `LitUnlearn`.
-        lora: Whether an adapter is trained, and the model, its head included, is frozen.
-        compiled: Whether the trunk goes through ``torch.compile``.
-        checkpointed: Whether the backward pass computes the activations again.
+        lora: Whether an adapter is trained while the model, its head included, is frozen.
+        compiled: Whether the trunk is compiled with ``torch.compile``.
+        checkpointed: Whether the backward pass recomputes the activations.
     """
 
     name: str
@@ -58,65 +60,61 @@ class Variant:
     checkpointed: bool = False
 
 
-Run = Callable[[Sequence[Step], Observer], None]
-
-
 class Formulation:
-    """A model, and steps on it that a `Variant` describes; the optimizer starts afresh at every call."""
+    """A model, and the steps on it that a `Variant` describes; every call of `run` starts with a new optimizer."""
 
     def __init__(self, variant: Variant, shape: Shape, device: str, precision: Precision) -> None:
-        quiet()
+        silence_hints()
         dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-        self.model = _prepare(build_model(shape, device, dtype), variant)
+        self.model = _apply_options(build_model(shape, device, dtype), variant)
+        self.run: Callable[[Sequence[Step], Observer], None]
         if variant.kind == "plain":
-            self._run: Run = _Plain(self.model, device, precision)
+            self.run = _PlainTraining(self.model, device, precision).run
         else:
-            module = unlearn_module(self.model, passes=variant.kind)
-            self._run = lambda steps, observer: fit(module, steps, observer, device, precision)
+            module = make_unlearn_module(self.model, passes=variant.kind)
+            self.run = lambda steps, observer: run_trainer(module, steps, observer, device, precision)
         if variant.compiled:
+            # In place, because the modules above have the model already.
             self.model.base_model.compile()
 
-    @property
-    def gradient_bytes(self) -> int:
-        return gradient_bytes(self.model)
 
-    def run(self, steps: Sequence[Step], observer: Observer) -> None:
-        self._run(steps, observer)
-
-
-def _prepare(model: Any, variant: Variant) -> Any:
+def _apply_options(model: Any, variant: Variant) -> Any:
     if variant.checkpointed:
         checkpoint_activations(model)
     if not variant.lora:
         return model
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)  # an adapter starts at random
+    # An adapter starts at random, and all variants must start alike.
+    torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def select_trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that need a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gradient_bytes(model: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in trainable(model))
+def count_gradient_bytes(model: torch.nn.Module) -> int:
+    """Return the size of all gradients together."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in select_trainable(model))
 
 
-def quiet() -> None:
-    """No hints, which would tear the tables apart."""
+def silence_hints() -> None:
+    """Hide the libraries' hints, which would be printed between the rows of tables."""
     for name in ("lightning.pytorch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
 
 
-def adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Return the optimizer of all variants."""
     return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01, fused=True)
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Clips, steps, and frees the gradients."""
+    """Clip the gradients, step, and free the gradients."""
     torch.nn.utils.clip_grad_norm_(parameters, CLIP)
     optimizer.step()
     optimizer.zero_grad()
@@ -125,58 +123,62 @@ def step_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
 # The straightforward formulation -----------------------------------------------------------------------------------------
 
 
-class _Plain:
-    """Padded batches, logits of every position of both sets, one sum, one backward pass."""
+class _PlainTraining:
+    """Padded batches, the logits of every position of both sets, one sum, one backward pass."""
 
     def __init__(self, model: Any, device: str, precision: Precision) -> None:
         self._model, self._device = model, device
-        self._mixed = precision == "bf16-mixed"
+        self._is_mixed = precision == "bf16-mixed"
 
-    def __call__(self, steps: Sequence[Step], observer: Observer) -> None:
-        parameters = trainable(self._model)
-        optimizer = adamw(parameters)
+    def run(self, steps: Sequence[Step], observer: Observer) -> None:
+        # Padded and sent before the first step, so that this variant is charged neither time nor memory for it.
+        padded_steps = [pad_step(step, self._device) for step in steps]
+        parameters = select_trainable(self._model)
+        optimizer = make_adamw(parameters)
         multiplier = MULTIPLIER["init"]
-        for number, step in enumerate(steps):
-            observer.step_starts(number)
-            losses = self._backward(step, multiplier)
+        for number, step in enumerate(padded_steps):
+            observer.on_step_start(number)
+            losses = self._accumulate_gradients(step, multiplier)
             step_optimizer(optimizer, parameters)
             multiplier = max(0.0, multiplier + MULTIPLIER["lr"] * (losses["nll"] - EPSILON))
-            observer.step_ends(number, losses)
+            observer.on_step_end(number, losses)
 
-    def _backward(self, step: Step, multiplier: float) -> dict[str, float]:
-        with torch.autocast(self._device, torch.bfloat16) if self._mixed else nullcontext():
-            forget = squared_margin(self._logits(step["forget"]), step["forget"]["labels"])
-            nll = negative_log_likelihood(self._logits(step["retain"]), step["retain"]["labels"])
+    def _accumulate_gradients(self, step: PaddedStep, multiplier: float) -> dict[str, float]:
+        with torch.autocast(self._device, torch.bfloat16) if self._is_mixed else nullcontext():
+            forget = squared_margin(self._compute_logits(step["forget"]), step["forget"]["labels"])
+            nll = negative_log_likelihood(self._compute_logits(step["retain"]), step["retain"]["labels"])
         (forget + multiplier * nll).backward()
         return {"forget": forget.item(), "nll": nll.item()}
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _compute_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        # transformers upcasts the same way for its own losses: in bfloat16, sums over the vocabulary lose precision.
         return self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
 
 def squared_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of (largest − mean logit)² over the positions that predict a label."""
+    """Return the mean of (largest − mean logit)² over the positions that predict a label."""
     margin = logits.max(dim=-1).values - logits.mean(dim=-1)
-    return margin[:, :-1][labels[:, 1:] != -100].square().mean()
+    # The logits of position t predict the token of position t + 1.
+    return margin[:, :-1][labels[:, 1:] != IGNORED].square().mean()
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the positions that predict a label."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    """Return the mean NLL, in nats per token, over the positions that predict a label."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 # LitUnlearn --------------------------------------------------------------------------------------------------------------
 
 
-def unlearn_module(model: Any, constraints: dict[str, Constraint] | None = None, **settings: Any) -> LitUnlearn:
-    """`LitUnlearn` with the paper's objectives and this benchmark's numbers."""
+def make_unlearn_module(model: Any, constraints: dict[str, Constraint] | None = None, **settings: Any) -> LitUnlearn:
+    """Return `LitUnlearn` with the paper's objectives and the settings of the plain formulation."""
     if constraints is None:
         constraints = {"nll": Constraint(NLL(), EPSILON, DualAscent(**MULTIPLIER))}
     lm = LanguageModel.wrap(model)
-    return LitUnlearn(lm, LogitMargin(), constraints, adamw, gradient_clip_val=CLIP, **settings)
+    return LitUnlearn(lm, LogitMargin(), constraints, make_adamw, gradient_clip_val=CLIP, **settings)
 
 
-def fit(
+def run_trainer(
     module: LitUnlearn,
     steps: Sequence[Step],
     observer: Observer,
@@ -184,8 +186,8 @@ def fit(
     precision: Precision = "32-true",
     **settings: Any,
 ) -> None:
-    """Fits with a Trainer that does nothing beside the steps."""
-    quiet()
+    """Fit with a Trainer that computes nothing except the steps."""
+    silence_hints()
     trainer = L.Trainer(
         **{
             "accelerator": "gpu" if device == "cuda" else "cpu",
@@ -198,40 +200,48 @@ def fit(
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [_Watched(observer)],
+            "callbacks": [_StepCallback(observer)],
             **settings,
         }
     )
-    trainer.fit(module, DataLoader(steps, batch_size=None))  # type: ignore[arg-type]  # a list is a dataset
-    module.trainer = None  # which holds the optimizer
+    # The default `collate_fn` would copy every example, token by token.
+    loader = DataLoader(steps, batch_size=None, collate_fn=lambda step: step)  # type: ignore[arg-type]
+    trainer.fit(module, loader)
+    # The Trainer holds the optimizer, whose state would stay in memory during other variants' turns.
+    module.trainer = None
 
 
-class _Watched(L.Callback):
+class _StepCallback(L.Callback):
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._observer.step_starts(batch_idx)
+        self._observer.on_step_start(batch_idx)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         logged = trainer.callback_metrics
-        losses = {name: float(logged[f"constraint/{name}/value"]) for name in pl_module.constraints}
-        self._observer.step_ends(batch_idx, {"forget": float(logged["forget/loss"]), **losses})
+        losses = {"forget": float(logged["forget/loss"])}
+        for name in pl_module.constraints:
+            losses[name] = float(logged[f"constraint/{name}/value"])
+        self._observer.on_step_end(batch_idx, losses)
 
 
-# Whether they do the same -------------------------------------------------------------------------------------------------
+# Agreement ---------------------------------------------------------------------------------------------------------------
 
 
 def first_loss_difference(losses: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Largest relative difference of any variant's first losses from the plain one's."""
-    plain = losses["plain"]
-    return {key: max(abs(values[key] / plain[key] - 1) for values in losses.values()) for key in plain}
+    """Return the largest relative difference of any variant's first losses from those of the plain one."""
+    differences = {}
+    for key, plain in losses["plain"].items():
+        differences[key] = max(abs(values[key] / plain - 1) for values in losses.values())
+    return differences
 
 
 def check_agreement(losses: dict[str, dict[str, float]], tolerance: float) -> None:
-    """Raises RuntimeError unless all variants measure the same in their first step: else they do different work."""
+    """Raise RuntimeError unless the first losses of all variants agree: otherwise they do different work."""
     differences = first_loss_difference(losses)
-    if not all(difference <= tolerance for difference in differences.values()):  # also refuses nan
+    # Not `any(… > tolerance)`: a difference that is NaN must fail, too.
+    if not all(difference <= tolerance for difference in differences.values()):
         raise RuntimeError(
             f"the formulations disagree: relative differences {differences} in the first step's losses, above {tolerance}; "
             f"they are {losses}. Their times cannot be compared."

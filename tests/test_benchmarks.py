@@ -17,7 +17,8 @@ SCRIPT = """
 import sys
 from benchmarks import scaling, step
 folder = sys.argv[1]
-step.apart = scaling.apart = lambda function, *arguments: function(*arguments)  # a process each would take long
+# A process for each measurement would take long.
+step.run_in_fresh_process = scaling.run_in_fresh_process = lambda function, *arguments: function(*arguments)
 step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--output", f"{folder}/step.json"])
 scaling.main(["--small", "--rounds", "1", "--dual-rounds", "1", "--threads", "1", "--no-processes", "--output", f"{folder}/scaling.json"])
 try:

@@ -145,7 +145,7 @@ def test_generated_blocks_have_their_place(page: str) -> None:
     """`make readme` fills these: nothing is typed by hand that a run can write."""
     text = (ROOT / page).read_text(encoding="utf-8")
     names: list[Any] = re.findall(r"<!-- begin (\w+) -->\n.+?<!-- end (\w+) -->", text, re.DOTALL)
-    assert names == [(block.__name__, block.__name__) for block in readme.PAGES[page]]
+    assert names == [(name, name) for name in readme.PAGES[page]]
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

@@ -1,4 +1,5 @@
-"""The comparison of methods on TOFU: `protocol` says what is run, `sweep` runs it, `tables` and `bound_pictures` show it.
+"""The comparison of methods on TOFU: `protocol` has the settings, `sweep` runs it, `tables` and `bound_pictures` show it.
 
-Results are kept in ``results/``, one JSON Lines file per stage; docs/results.md is filled from them by ``make results``.
+Results are stored in ``results/``, one JSON Lines file per stage; ``make results`` writes the tables of docs/results.md
+from them.
 """

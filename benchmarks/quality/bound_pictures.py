@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = (FORGET, RETAIN, DUAL, "#CC79A7")
+RELATIVE_BOUNDS = [1 + bound for bound in protocol.BOUNDS]
 FIXED = "fixed"
 
 Series = dict[str, list[Result]]
@@ -50,11 +51,10 @@ def draw_bound(series: Series, target: Path) -> None:
     """Draw the retain NLL at the end against the bound."""
     with picture([target], 6, 3.6) as figure:
         axes = figure.subplots()
-        bounds = [1 + bound for bound in protocol.BOUNDS]
-        axes.plot(bounds, bounds, color=BOUND, label="bound")
+        axes.plot(RELATIVE_BOUNDS, RELATIVE_BOUNDS, color=BOUND, label="bound")
         for runs, line, style in _styled_dual_runs(series):
-            axes.plot(_relative_bounds(runs), [relative_growth(run) for run in runs], line, **style)
-        # A fixed weight knows no bound: its runs are horizontal lines.
+            axes.plot(list(map(_relative_bound, runs)), list(map(relative_growth, runs)), line, **style)
+        # A fixed weight has no bound: its runs are horizontal lines.
         for run in series.get(FIXED, []):
             growth = relative_growth(run)
             axes.axhline(growth, color="0.6", linewidth=0.8)
@@ -64,7 +64,7 @@ def draw_bound(series: Series, target: Path) -> None:
         axes.set(
             xscale="log", yscale="log", xlabel="bound / retain NLL before", ylabel="retain NLL at the end / before"
         )
-        _set_plain_ticks(axes, bounds)
+        _set_plain_ticks(axes, RELATIVE_BOUNDS)
         legend_above(axes)
 
 
@@ -77,45 +77,54 @@ def draw_price(series: Series, retain_only: float, target: Path) -> None:
         target: File to write.
     """
     with picture([target], 8, 3.6) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
+        by_bound, by_multiplier = figure.subplots(1, 2, sharey=True)
         for runs, line, style in _styled_dual_runs(series):
-            multipliers = [run["report"]["constraints"]["nll"]["multiplier_after"] for run in runs]
-            left.plot(_relative_bounds(runs), _truth_ratios(runs), line, **style)
-            right.plot(multipliers, _truth_ratios(runs), linestyle="", **style)
+            truth_ratios = list(map(_truth_ratio, runs))
+            by_bound.plot(list(map(_relative_bound, runs)), truth_ratios, line, **style)
+            # Without a line: runs with neighbouring bounds can end with multipliers in any order.
+            by_multiplier.plot(list(map(_final_multiplier, runs)), truth_ratios, linestyle="", **style)
         fixed = series.get(FIXED, [])
-        weights = [run["unit"]["facts"]["weight"] for run in fixed]
-        right.plot(weights, _truth_ratios(fixed), "x", color="0.4", label="fixed weight")
-        left.set(xscale="log", xlabel="bound / retain NLL before", ylabel="truth ratio of the forget rows")
-        for axes in (left, right):
+        weights, truth_ratios = list(map(_bound_or_weight, fixed)), list(map(_truth_ratio, fixed))
+        by_multiplier.plot(weights, truth_ratios, "x", color="0.4", label="fixed weight")
+        by_bound.set(xscale="log", xlabel="bound / retain NLL before", ylabel="truth ratio of the forget rows")
+        for axes in (by_bound, by_multiplier):
             axes.axhline(retain_only, color=BOUND, label="retain-only model")
         # Multipliers can end at zero, which a plain logarithmic axis cannot show.
-        right.set(xscale="symlog", xlim=(-0.5, 1e4), xlabel="λ at the end, or fixed weight")
-        _set_plain_ticks(left, [1 + bound for bound in protocol.BOUNDS])
-        figure.legend(*right.get_legend_handles_labels(), loc="outside upper left", ncols=6)
+        by_multiplier.set(xscale="symlog", xlim=(-0.5, 1e4), xlabel="λ at the end, or fixed weight")
+        _set_plain_ticks(by_bound, RELATIVE_BOUNDS)
+        # One legend for both axes: these have all the labels.
+        figure.legend(*by_multiplier.get_legend_handles_labels(), loc="outside upper left", ncols=6)
 
 
 def _bound_or_weight(run: Result) -> float:
     facts = run["unit"]["facts"]
-    return facts["bound"] if "bound" in facts else facts["weight"]  # type: ignore[no-any-return]
+    return facts["bound"] if "bound" in facts else facts["weight"]
 
 
 def _styled_dual_runs(series: Series) -> Iterator[tuple[list[Result], str, dict[str, Any]]]:
     """Yield the runs of every dual series with its line and the other arguments of ``plot``."""
-    dual = {name: runs for name, runs in series.items() if name != FIXED}
+    dual = dict(series)
+    dual.pop(FIXED, None)
+    # Not strict: another results folder can have fewer series than there are styles.
     for (name, runs), line, marker, colour in zip(dual.items(), LINES, MARKERS, COLOURS, strict=False):
         yield runs, line, {"marker": marker, "color": colour, "fillstyle": "none", "label": name}
 
 
-def _relative_bounds(runs: Sequence[Result]) -> list[float]:
-    return [1 + run["unit"]["facts"]["bound"] for run in runs]
+def _relative_bound(run: Result) -> float:
+    return 1 + run["unit"]["facts"]["bound"]
 
 
-def _truth_ratios(runs: Sequence[Result]) -> list[float]:
-    return [get_values(run)["forget/truth_ratio"] for run in runs]
+def _final_multiplier(run: Result) -> float:
+    return run["report"]["constraints"]["nll"]["multiplier_after"]
+
+
+def _truth_ratio(run: Result) -> float:
+    return get_values(run)["forget/truth_ratio"]
 
 
 def _set_plain_ticks(axes: Axes, positions: Sequence[float]) -> None:
-    axes.set_xticks(positions, [f"{position:g}" for position in positions])
+    axes.set_xticks(positions, list(map("{:g}".format, positions)))
+    # A logarithmic axis has minor ticks with labels of their own.
     axes.minorticks_off()
 
 

@@ -1,4 +1,4 @@
-"""The comparison of methods on TOFU with models made here: what is run, and by which rule it is judged.
+"""Settings and selection rule of the comparison of methods on TOFU, with models that are trained here.
 
 This was written before the runs that it judges. A change here starts a new comparison: every result carries a digest of
 this file's settings, and results with different digests are never put into one table.
@@ -65,12 +65,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SIZES = (2, 4, 8)  # authors to forget
+# Numbers of authors to forget.
+SIZES = (2, 4, 8)
 SEEDS = (0, 1, 2)
 TUNED_SIZE, TUNED_SEED = 4, 0
 RATES = (3e-4, 1e-3)
-EPSILON = 0.5  # relative to the target model's retain NLL
-EVAL_ROWS = 60  # of every set except the forget set, which is measured completely
+# Relative to the target model's retain NLL.
+EPSILON = 0.5
+# Of every set except the forget set, which is measured completely.
+EVAL_ROWS = 60
 RELEARN_STEPS, RELEARN_LR = 5, 3e-4
 
 FINETUNE = {
@@ -114,7 +117,8 @@ MAIN: dict[str, tuple[str, tuple[float, float]]] = {
     "wga": ("model.forget.init_args.beta", (1, 3)),
 }
 MATCHED = (1.0, 1.25, 1.5)
-BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)  # relative
+# Values of epsilon, relative like `EPSILON`.
+BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0)
 FIRST, DUAL_RATES = (1, 100), (5, 100)
 WEIGHTS = (0.1, 1, 10, 100, 1000)
 # RMU's published layer is the seventh; these models have three.

@@ -57,10 +57,22 @@ def write_result(results: Path, result: Result) -> None:
 
     The file is read again before every write, so that two sweeps with different units can share a folder.
     """
-    path = results / f"{result['unit']['stage']}.jsonl"
-    by_name = {unit_name(row["unit"]): row for row in read_json_lines(path)}
-    by_name[unit_name(result["unit"])] = round_numbers(result)
-    write_json_lines(path, [by_name[name] for name in sorted(by_name)])
+    path, name = results / f"{result['unit']['stage']}.jsonl", unit_name(result["unit"])
+    rows = [row for row in read_json_lines(path) if unit_name(row["unit"]) != name]
+    rows.append(round_numbers(result))
+    # Sorted, so that the file's history in git shows which results changed, whatever order they ran in.
+    rows.sort(key=lambda row: unit_name(row["unit"]))
+    write_json_lines(path, rows)
+
+
+def select_results(results: Sequence[Result], **values: Any) -> list[Result]:
+    """Return the results whose unit has the given values, such as ``label="pdu", size=4``."""
+    return [result for result in results if values.items() <= result["unit"].items()]
+
+
+def drop_failed(results: Sequence[Result]) -> list[Result]:
+    """Return the results without an error."""
+    return [result for result in results if "error" not in result]
 
 
 def round_numbers(value: Any) -> Any:

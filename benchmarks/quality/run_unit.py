@@ -1,4 +1,4 @@
-"""Run one unit of the sweep, in a process of its own: fine-tune, unlearn or measure a model.
+"""Run one unit of the sweep in a process of its own: fine-tune, unlearn or measure a model.
 
     python -m benchmarks.quality.run_unit --unit JSON --work FOLDER --output FILE
 
@@ -26,20 +26,23 @@ from lit_unlearn.utils.io import read_json, write_json
 if TYPE_CHECKING:
     from lit_unlearn.evaluation.results import Results
 
-WORK_FOLDER = "{work}"  # stands for the sweep's folder in settings and errors: results name no folder of a machine
-FINETUNE_STAGE = "finetuned"  # its units leave a model and no result
-SHORT_STAGES = ("tuning", "bounds")  # measured without real authors, world facts and stress: those take half the time
+# Stands for the sweep's folder in settings and errors: stored results must not depend on one machine's paths.
+WORK_FOLDER = "{work}"
+# Its units leave a model and no result.
+FINETUNE_STAGE = "finetuned"
+# Measured without real authors, world facts and stress, which take half the time.
+SHORT_STAGES = ("tuning", "bounds")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """All that decides a result.
+    """Everything that decides a result.
 
     Args:
         stage: ``finetuned``, or the name of a results file: ``models``, ``tuning``, ``final``, or that of an experiment.
-        label: Of the line in a table: a method, or a kind of model.
-        size: Authors to forget; ``None`` for a target model.
-        seed: Of the target model and of the run.
+        label: Label of the line in a table: a method, or a kind of model.
+        size: Number of authors to forget; ``None`` for a target model.
+        seed: Seed of the target model and of the run.
         settings: Command-line arguments on top of the protocol's; ``None`` for a model that is not unlearned.
         facts: The same settings as values, for tables.
     """
@@ -61,7 +64,7 @@ def run_unit(unit: Unit, work: Path) -> dict[str, Any]:
     """Run a unit and return its result; an error is a result, too.
 
     Raises:
-        SystemExit: If the run was interrupted or terminated. That says nothing about the method, so it is no result.
+        SystemExit: If the run was interrupted or terminated, which says nothing about the method.
     """
     started = time.monotonic()
     content: dict[str, Any] = {"unit": asdict(unit), "protocol": protocol.digest(), "commit": describe_commit()}
@@ -73,6 +76,7 @@ def run_unit(unit: Unit, work: Path) -> dict[str, Any]:
         else:
             content |= unlearn_and_measure(unit, work)
     except (Exception, SystemExit) as error:
+        # The command line ends with 130 after Ctrl-C; with any other code it has refused or failed.
         if isinstance(error, SystemExit) and error.code in (None, 130):
             raise
         message = re.sub(r"\s+", " ", str(error))
@@ -91,7 +95,7 @@ def finetune_model(unit: Unit, work: Path) -> None:
 def measure_finetuned(unit: Unit, work: Path) -> dict[str, Any]:
     """Measure a target model on every forget set, or a retain-only model on its own.
 
-    The complete results of a retain-only model are kept in the work folder: forget quality compares with all its examples.
+    The complete results of a retain-only model stay in the work folder: forget quality compares with all its examples.
     """
     folder = tofu_models.model_folder(unit.size, unit.seed, work)
     is_retain_only = unit.size is not None
@@ -103,7 +107,7 @@ def measure_finetuned(unit: Unit, work: Path) -> dict[str, Any]:
         results = measure_model(folder, size, unit.seed, work, retain_results=None if is_retain_only else reference)
         if is_retain_only:
             results.write(reference)
-        measured[str(size)] = summarize(results)
+        measured[str(size)] = summarize_results(results)
     return {"measured": measured}
 
 
@@ -113,7 +117,7 @@ def unlearn_and_measure(unit: Unit, work: Path) -> dict[str, Any]:
 
     assert unit.size is not None
     folder = work / "runs" / unit.name
-    # Left behind by an interrupted run; a run directory is not overwritten.
+    # An interrupted run leaves it behind, and a run directory is not overwritten.
     shutil.rmtree(folder, ignore_errors=True)
     main(unlearn_arguments(unit, folder, work))
 
@@ -131,7 +135,7 @@ def unlearn_and_measure(unit: Unit, work: Path) -> dict[str, Any]:
         "report": report,
         "seconds": report.pop("seconds"),
         "peak_mib": report.pop("peak_memory_mib"),
-        "measured": {str(unit.size): summarize(results)},
+        "measured": {str(unit.size): summarize_results(results)},
     }
 
 
@@ -139,7 +143,7 @@ def unlearn_arguments(unit: Unit, folder: Path, work: Path) -> list[str]:
     """Return the command line of an unlearning run.
 
     Args:
-        unit: Its settings come last, so that they override the protocol's.
+        unit: The unit; its settings come last, so that they override the protocol's.
         folder: Run directory, for the log, the report and the export.
         work: Folder of the sweep.
     """
@@ -185,11 +189,11 @@ def measure_model(
 
     Args:
         folder: Exported model.
-        size: Authors to forget.
-        seed: Of the target model, which judges fluency.
+        size: Number of authors to forget.
+        seed: Seed of the target model, which judges fluency.
         work: Folder of the sweep.
         retain_results: Results file of the retain-only model, for forget quality.
-        short: Leave out real authors, world facts and stress.
+        short: Whether to leave out real authors, world facts and stress.
     """
     import torch
 
@@ -228,7 +232,9 @@ def measure_entropy(lm: Any, forget_file: Path) -> float:
     from lit_unlearn.data.encoding import encode_examples
     from lit_unlearn.evaluation.scoring import score_examples
 
-    pairs = [(row["question"], row["answer"]) for row in read_json_lines(forget_file)]
+    pairs = []
+    for row in read_json_lines(forget_file):
+        pairs.append((row["question"], row["answer"]))
     examples = encode_examples(pairs, lm.tokenizer, name="forget", max_length=256)
     scores = score_examples(lm, examples)
     # `mean` is the log-probability that the distribution expects, of each token: minus the entropy.
@@ -240,9 +246,10 @@ def reference_file(size: int, seed: int, work: Path) -> Path:
     return work / "reference" / f"{tofu_models.model_name(size, seed)}.json"
 
 
-def summarize(results: Results) -> dict[str, Any]:
+def summarize_results(results: Results) -> dict[str, Any]:
     """Return the aggregate values, the truth ratios that forget quality is computed from, and three generated answers."""
     forget = results.examples["forget"]
+    # Not the complete results with every example: a unit is one line of a file in the repository.
     return {
         "aggregate": results.aggregate,
         "forget_truth_ratios": [example["truth_ratio"] for example in forget],

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.quality import protocol
-from benchmarks.quality.results_files import Result, read_results
+from benchmarks.quality.results_files import Result, drop_failed, read_results, select_results
 
 RETAIN_ONLY = "retain_only"
 TIE = 1.1
-UTILITY = ("probability", "rougeL_recall", "truth_ratio")
+UTILITY = ("retain/probability", "retain/rougeL_recall", "retain/truth_ratio")
 
 
 class Choice(NamedTuple):
@@ -29,11 +29,16 @@ def get_values(result: Result, size: int | None = None) -> dict[str, float]:
 
     Args:
         result: Of a unit that succeeded.
-        size: Forget set, in authors. Only target models were measured on more than one; default: the first.
+        size: Size of the forget set, in authors. Default: the first one; only target models were measured on several.
     """
     measured = result["measured"]
     key = next(iter(measured)) if size is None else str(size)
-    return measured[key]["aggregate"]  # type: ignore[no-any-return]
+    return measured[key]["aggregate"]
+
+
+def get_forget_quality(result: Result) -> float:
+    """Return the forget quality, judged by the retain-only model of the same forget set and seed."""
+    return get_values(result)["forget_quality"]
 
 
 def get_retain_nll(result: Result) -> tuple[float, float]:
@@ -55,13 +60,12 @@ def retain_utility(values: Mapping[str, float]) -> float:
 
     TOFU's own `model_utility` also averages real authors and world facts, which models made from scratch do not know.
     """
-    return statistics.harmonic_mean([values[f"retain/{key}"] for key in UTILITY])
+    return statistics.harmonic_mean([values[key] for key in UTILITY])
 
 
 def harmonic_score(result: Result) -> float:
     """Return the harmonic mean of forget quality and retain utility."""
-    values = get_values(result)
-    return statistics.harmonic_mean([values["forget_quality"], retain_utility(values)])
+    return statistics.harmonic_mean([get_forget_quality(result), retain_utility(get_values(result))])
 
 
 def retain_only_truth_ratio(results: Path) -> float:
@@ -70,12 +74,11 @@ def retain_only_truth_ratio(results: Path) -> float:
     Raises:
         ValueError: If that model has not been measured yet.
     """
-    tuned_against = (RETAIN_ONLY, protocol.TUNED_SIZE, protocol.TUNED_SEED)
-    for result in read_results(results, "models"):
-        unit = result["unit"]
-        if (unit["label"], unit["size"], unit["seed"]) == tuned_against:
-            return get_values(result)["forget/truth_ratio"]
-    raise ValueError(f"'{results}' has no result of the model {tuned_against}: run the stage 'models' first.")
+    tuned_against = {"label": RETAIN_ONLY, "size": protocol.TUNED_SIZE, "seed": protocol.TUNED_SEED}
+    models = select_results(read_results(results, "models"), **tuned_against)
+    if not models:
+        raise ValueError(f"'{results}' has no result of the model {tuned_against}: run the stage 'models' first.")
+    return get_values(models[0])["forget/truth_ratio"]
 
 
 def choose_settings(method: str, results: Path) -> Choice:
@@ -86,19 +89,19 @@ def choose_settings(method: str, results: Path) -> Choice:
     """
     runs = [run for run in read_results(results, "tuning") if run["unit"]["facts"]["method"] == method]
     expected = len(protocol.RATES) * len(protocol.MAIN[method][1])
-    succeeded = [run for run in runs if "error" not in run]
+    succeeded = drop_failed(runs)
     if len(runs) < expected or not succeeded:
         raise ValueError(
             f"'{method}' has {len(runs)} of {expected} tuning runs, {len(succeeded)} of them without an error."
         )
 
     # A method without a feasible run still gets settings, so that its failure is a line of the tables.
-    feasible = [run for run in succeeded if is_feasible(run)]
+    feasible = list(filter(is_feasible, succeeded))
     admitted = feasible or succeeded
 
     # Forget quality is a p-value over 40 to 160 examples: within ten per cent it does not tell two runs apart.
-    best = max(get_values(run)["forget_quality"] for run in admitted)
-    tied = [run for run in admitted if get_values(run)["forget_quality"] * TIE >= best]
+    best = max(map(get_forget_quality, admitted))
+    tied = [run for run in admitted if get_forget_quality(run) * TIE >= best]
     target = retain_only_truth_ratio(results)
     by_rule = min(tied, key=lambda run: abs(get_values(run)["forget/truth_ratio"] - target))
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.quality.sweep --tofu ../shared/data/tofu              # everything that has no result yet
     python -m benchmarks.quality.sweep --tofu DIR --methods pdu npo --seeds 0
-    python -m benchmarks.quality.sweep --tofu DIR --only final/pdu-4-0 --again # one unit anew
+    python -m benchmarks.quality.sweep --tofu DIR --only final/pdu-4-0 --again # one unit once more
 
-Every unit (a model fine-tuned, a method tuned, a final run) is a process of its own with one thread, and one line of a JSON
-Lines file per stage in ``benchmarks/quality/results``, which is kept in the repository; a unit that has a line is not run
-again. Weights and logs are under ``build/quality``. All of it takes about seven hours of one core, going by the units run so
-far; the order makes a partial sweep useful: models and tuning, then all methods with seed 0, then the other seeds.
+Every unit (a model to fine-tune, a tuning run, a final run) is a process of its own with one thread. Its result is one line
+of a JSON Lines file per stage in ``benchmarks/quality/results``, which is part of the repository; a unit that has a line is
+not run again. Weights and logs are under ``build/quality``. The whole sweep takes about seven hours of one core, estimated
+from the units run so far. The order makes a partial sweep useful: models and tuning, then all methods with seed 0, then the
+other seeds.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.quality import protocol, tofu_models
 from benchmarks.quality.results_files import RESULTS, Result, read_results, unit_name, write_result
 from benchmarks.quality.run_unit import FINETUNE_STAGE, WORK_FOLDER, Unit
-from benchmarks.quality.selection_rule import choose_settings
+from benchmarks.quality.selection_rule import RETAIN_ONLY, choose_settings
 from lit_unlearn.utils.io import read_json
 
 STAGES = ("models", "tuning", "final", "calibrated", "bounds")
@@ -42,11 +43,13 @@ def plan_models(seeds: Sequence[int]) -> Iterator[list[Unit]]:
     All models are fine-tuned; then the retain-only models are measured, and then the target models, which are compared
     with them.
     """
-    targets = [("target", None, seed) for seed in seeds]
-    retain_only = [("retain_only", size, seed) for seed, size in itertools.product(seeds, protocol.SIZES)]
-    yield [Unit(FINETUNE_STAGE, *model) for model in (*targets, *retain_only)]
-    yield [Unit("models", *model) for model in retain_only]
-    yield [Unit("models", *model) for model in targets]
+    targets = [Unit("models", "target", None, seed) for seed in seeds]
+    retain_only = []
+    for seed, size in itertools.product(seeds, protocol.SIZES):
+        retain_only.append(Unit("models", RETAIN_ONLY, size, seed))
+    yield [replace(unit, stage=FINETUNE_STAGE) for unit in (*targets, *retain_only)]
+    yield retain_only
+    yield targets
 
 
 def plan_tuning(methods: Sequence[str]) -> list[Unit]:
@@ -119,7 +122,7 @@ def select_pending(units: Sequence[Unit], options: argparse.Namespace) -> list[U
     pending = []
     for unit in units:
         if unit.stage == FINETUNE_STAGE:
-            # Fine-tuning a model anew would invalidate every result that was measured with it, so `--again` does not.
+            # Another fine-tuning would invalidate every result that was measured with the model, so `--again` does none.
             is_done = tofu_models.is_finetuned(unit.size, unit.seed, options.work)
         else:
             names = [unit_name(result["unit"]) for result in read_results(options.results, unit.stage)]
@@ -166,7 +169,7 @@ def run_pending(units: Sequence[Unit], options: argparse.Namespace) -> None:
 
 
 def describe_outcome(unit: Unit, result: Result | None) -> str:
-    """Return a line for people."""
+    """Return a line for the terminal."""
     if result is None:
         return f"{unit.name} was interrupted: no result"
     outcome = f"{unit.name} {result['total_seconds']:.0f} s"
@@ -196,7 +199,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all stages in their order; a later stage reads the results of the earlier ones."""
+    """Run all stages in order; a later stage reads the results of the earlier ones."""
     options = parse_options(arguments)
     tofu_models.prepare_data(options.tofu.absolute(), options.work)
     if "models" in options.stages:

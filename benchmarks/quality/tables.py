@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.markdown_blocks import fill_page, markdown_table
 from benchmarks.quality import protocol
-from benchmarks.quality.bound_pictures import FIXED, read_series, relative_growth
-from benchmarks.quality.results_files import RESULTS, Result, read_results
+from benchmarks.quality.bound_pictures import FIXED, RELATIVE_BOUNDS, read_series, relative_growth
+from benchmarks.quality.results_files import RESULTS, Result, drop_failed, read_results, select_results
 from benchmarks.quality.selection_rule import (
     RETAIN_ONLY,
     choose_settings,
+    get_forget_quality,
     get_retain_nll,
     get_values,
     is_feasible,
@@ -24,7 +25,8 @@ from lit_unlearn.metrics import forget_quality
 from lit_unlearn.utils.io import read_json
 
 Column = Callable[[Result], float | None]
-References = Mapping[tuple[int, int], Mapping[str, float]]  # by forget set and seed
+# Values by size of the forget set and seed.
+References = Mapping[tuple[int, int], Mapping[str, float]]
 
 MODEL_COLUMNS = {
     "truth ratio": "forget/truth_ratio",
@@ -40,16 +42,18 @@ MODEL_COLUMNS = {
 # Numbers -----------------------------------------------------------------------------------------------------------------
 
 
-def format_spread(numbers: Sequence[float], digits: int = 3) -> str:
-    """Format the mean ± standard deviation over seeds; of a single seed, the number."""
-    if not numbers:
+def format_spread(numbers: Iterable[float | None], digits: int = 3) -> str:
+    """Format the mean ± standard deviation over seeds, without those that have no value; of a single seed, the number."""
+    measured = [number for number in numbers if number is not None]
+    if not measured:
         return "–"
-    mean = format_number(statistics.fmean(numbers), digits)
-    return mean if len(numbers) == 1 else f"{mean} ± {format_number(statistics.stdev(numbers), 1)}"
+    mean = format_number(statistics.fmean(measured), digits)
+    return mean if len(measured) == 1 else f"{mean} ± {format_number(statistics.stdev(measured), 1)}"
 
 
 def format_number(number: float, digits: int) -> str:
     """Format a number, without an exponent where it is large."""
+    # "g" alone would write 1e+03 for a time of 1000 seconds.
     text = f"{number:.{digits}g}"
     return f"{number:.0f}" if "e+" in text else text
 
@@ -70,7 +74,7 @@ def difference_to_retain_only(key: str, references: References) -> Column:
 
 
 def used_share_of_epsilon(result: Result) -> float | None:
-    """Return retain NLL / ε; a retain-only model has no constraint, and so no value."""
+    """Return retain NLL / ε, or ``None`` for a retain-only model, which has no constraint."""
     if "report" not in result:
         return None
     value, epsilon = get_retain_nll(result)
@@ -79,25 +83,15 @@ def used_share_of_epsilon(result: Result) -> float | None:
 
 def read_retain_only(results: Path) -> list[Result]:
     """Return the results of the retain-only models."""
-    return [result for result in read_results(results, "models") if result["unit"]["label"] == RETAIN_ONLY]
+    return select_results(read_results(results, "models"), label=RETAIN_ONLY)
 
 
 def read_references(results: Path) -> References:
-    """Return the values of the retain-only models, by forget set and seed."""
+    """Return the values of the retain-only models."""
     references = {}
     for result in read_retain_only(results):
         references[result["unit"]["size"], result["unit"]["seed"]] = get_values(result)
     return references
-
-
-def select_label(results: Sequence[Result], label: str) -> list[Result]:
-    """Return the results of one method."""
-    return [result for result in results if result["unit"]["label"] == label]
-
-
-def drop_failed(results: Sequence[Result]) -> list[Result]:
-    """Return the results without an error."""
-    return [result for result in results if "error" not in result]
 
 
 # Tables ------------------------------------------------------------------------------------------------------------------
@@ -105,7 +99,7 @@ def drop_failed(results: Sequence[Result]) -> list[Result]:
 
 def make_line(results: Sequence[Result], label: str, columns: Mapping[str, Column]) -> list[str]:
     """Return a method's line: every column's spread over seeds. A method that failed keeps its line."""
-    runs = select_label(results, label)
+    runs = select_results(results, label=label)
     succeeded = drop_failed(runs)
     if not succeeded:
         reason = f"failed: {runs[0]['error']}" if runs else "not run"
@@ -114,8 +108,7 @@ def make_line(results: Sequence[Result], label: str, columns: Mapping[str, Colum
     failures = len(runs) - len(succeeded)
     line = [f"{label} ({failures} failed)" if failures else label]
     for column in columns.values():
-        numbers = [column(result) for result in succeeded]
-        line.append(format_spread([number for number in numbers if number is not None]))
+        line.append(format_spread(map(column, succeeded)))
     return line
 
 
@@ -125,12 +118,13 @@ def make_models_table(results: Path) -> str:
     lines = []
     for label, size in itertools.product(("target", RETAIN_ONLY), protocol.SIZES):
         of_size = []
-        for result in select_label(models, label):
+        for result in select_results(models, label=label):
+            # A target model is measured on every forget set, a retain-only model on its own, a failed one on none.
             if str(size) in result.get("measured", {}):
                 of_size.append(get_values(result, size))
         line = [label.replace("_", "-"), str(size)]
         for key in MODEL_COLUMNS.values():
-            line.append(format_spread([values[key] for values in of_size if values.get(key) is not None]))
+            line.append(format_spread(values.get(key) for values in of_size))
         lines.append(line)
     return markdown_table(["model", "authors", *MODEL_COLUMNS], lines)
 
@@ -138,23 +132,22 @@ def make_models_table(results: Path) -> str:
 def make_ceiling_table(results: Path) -> str:
     """Show the forget quality of a retain-only model of one seed, judged by that of another.
 
-    Perfect unlearning would reach this much and not more.
+    It is the most that perfect unlearning would reach.
     """
-    ratios: dict[int, dict[int, list[float]]] = {size: {} for size in protocol.SIZES}
-    for result in read_retain_only(results):
-        unit = result["unit"]
-        ratios[unit["size"]][unit["seed"]] = next(iter(result["measured"].values()))["forget_truth_ratios"]
-
-    lines = []
-    for size, by_seed in ratios.items():
+    models = read_retain_only(results)
+    lines, width = [], 0
+    for size in protocol.SIZES:
+        of_size = sorted(select_results(models, size=size), key=lambda result: result["unit"]["seed"])
         qualities = []
-        for first, second in itertools.combinations(sorted(by_seed), 2):
-            qualities.append(f"{forget_quality(by_seed[first], by_seed[second]):.3g}")
+        for pair in itertools.combinations(of_size, 2):
+            first, second = (result["measured"][str(size)]["forget_truth_ratios"] for result in pair)
+            qualities.append(f"{forget_quality(first, second):.3g}")
         lines.append([str(size), *(qualities or ["needs two seeds"])])
+        width = max(width, len(lines[-1]))
 
-    width = max(map(len, lines))
-    padded = [line + [""] * (width - len(line)) for line in lines]
-    return markdown_table(["authors", *[f"pair {number}" for number in range(1, width)]], padded)
+    for line in lines:
+        line += [""] * (width - len(line))
+    return markdown_table(["authors", *(f"pair {number}" for number in range(1, width))], lines)
 
 
 def make_tuning_table(results: Path) -> str:
@@ -163,11 +156,12 @@ def make_tuning_table(results: Path) -> str:
     for method in protocol.MAIN:
         try:
             choice = choose_settings(method, results)
-        except ValueError:  # not tuned yet
+        except ValueError:
+            # Not tuned yet.
             continue
         rule, harmonic = choice.by_rule, choice.by_harmonic_mean
         values = get_values(rule)
-        alternative = f"{format_settings(harmonic)}: {get_values(harmonic)['forget_quality']:.2g}"
+        alternative = f"{format_settings(harmonic)}: {get_forget_quality(harmonic):.2g}"
         lines.append(
             [
                 method,
@@ -186,17 +180,19 @@ def make_tuning_table(results: Path) -> str:
 def format_settings(result: Result) -> str:
     """Format the learning rate and the method's main parameter."""
     facts = result["unit"]["facts"]
-    settings = [f"lr {facts['lr']:g}"]
-    settings += [f"{key.rpartition('.')[2]} {value:g}" for key, value in facts["main"].items()]
-    return ", ".join(settings)
+    text = f"lr {facts['lr']:g}"
+    for key, value in facts["main"].items():
+        # The last part of the key is enough to tell a method's two values apart.
+        text += f", {key.rpartition('.')[2]} {value:g}"
+    return text
 
 
 def make_comparison_table(results: Path, stage: str, size: int) -> str:
     """Show every method on one forget set: forgetting, its cost, and the difference from the retain-only model."""
-    runs = [result for result in read_results(results, stage) if result["unit"]["size"] == size]
+    runs = select_results(read_results(results, stage), size=size)
     if not runs:
         return "Not run yet."
-    ideal = [result for result in read_retain_only(results) if result["unit"]["size"] == size]
+    ideal = select_results(read_retain_only(results), size=size)
     references = read_references(results)
     columns: dict[str, Column] = {
         "forget quality": measured_value("forget_quality"),
@@ -221,12 +217,12 @@ def make_comparison_table(results: Path, stage: str, size: int) -> str:
     lines = []
     for label in [RETAIN_ONLY, *labels]:
         line = make_line([*ideal, *runs], label, columns)
-        succeeded = drop_failed(select_label(runs, label))
+        succeeded = drop_failed(select_results(runs, label=label))
         holds = "–" if label == RETAIN_ONLY else f"{sum(map(is_feasible, succeeded))} of {len(succeeded)}"
-        least = min((get_values(result)["forget_quality"] for result in succeeded), default=None)
         # The mean of a p-value over seeds hides the seed that failed, so that the least stands beside it.
+        least = f"{min(map(get_forget_quality, succeeded)):.2g}" if succeeded else "–"
         label_cell, quality, *cells = line
-        lines.append([label_cell, holds, quality, "–" if least is None else f"{least:.2g}", *cells])
+        lines.append([label_cell, holds, quality, least, *cells])
 
     first, *rest = columns
     return markdown_table(["", "holds", first, "least", *rest], lines)
@@ -248,8 +244,11 @@ def make_steps_table(results: Path) -> str:
     gradients = read_json(results / "gradients.json")
     lines = []
     for name, counts in gradients["steps"].items():
-        lines.append([name, *("over 2000" if count is None else str(count) for count in counts)])
-    return markdown_table(["to H / log V =", *(f"{level:g}" for level in gradients["levels"])], lines)
+        line = [name]
+        for count in counts:
+            line.append("over 2000" if count is None else str(count))
+        lines.append(line)
+    return markdown_table(["to H / log V =", *map("{:g}".format, gradients["levels"])], lines)
 
 
 def make_bounds_table(results: Path) -> str:
@@ -257,14 +256,16 @@ def make_bounds_table(results: Path) -> str:
     lines = []
     for name, runs in read_series(results).items():
         if name == FIXED:
-            # A fixed weight knows no bound: the one run is judged by all of them.
+            # A fixed weight has no bound: the one run is judged by all of them.
             for run in runs:
                 growth = dict.fromkeys(protocol.BOUNDS, relative_growth(run))
                 lines.append(make_bounds_line(f"fixed weight {run['unit']['facts']['weight']:g}", growth))
         else:
-            growth = {run["unit"]["facts"]["bound"]: relative_growth(run) for run in runs}
+            growth = {}
+            for run in runs:
+                growth[run["unit"]["facts"]["bound"]] = relative_growth(run)
             lines.append(make_bounds_line(name, growth))
-    return markdown_table(["bound / before:", *(f"{1 + bound:g}" for bound in protocol.BOUNDS), "held"], lines)
+    return markdown_table(["bound / before:", *map("{:g}".format, RELATIVE_BOUNDS), "held"], lines)
 
 
 def make_bounds_line(name: str, growth: Mapping[float, float]) -> list[str]:
@@ -291,11 +292,11 @@ def make_progress_line(results: Path) -> str:
     }
     progress = []
     for stage, count in planned.items():
-        units = [result["unit"] for result in read_results(results, stage)]
+        finished = read_results(results, stage)
         if stage == "calibrated":
             # The gates have results, but their code is gone: they are no longer part of the plan.
-            units = [unit for unit in units if unit["label"].startswith("match_")]
-        progress.append(f"{stage} {len(units)} of {count}")
+            finished = [result for result in finished if result["unit"]["label"].startswith("match_")]
+        progress.append(f"{stage} {len(finished)} of {count}")
     return "; ".join(progress) + "."
 
 
