@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_unlearn import FictionalAuthors, LanguageModel, LitFinetune
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 Run = Callable[..., str]

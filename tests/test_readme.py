@@ -97,6 +97,7 @@ def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.main(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
@@ -123,6 +124,7 @@ def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch:
     assert seen > 1
 
 
+@pytest.mark.slow
 def test_the_script_runs(world: Path, model_dir: str) -> None:
     (script,) = blocks("README.md", "python")
     script = script.replace("path/or/hub-name", model_dir).replace("max_epochs=20", "max_epochs=1, accelerator='cpu'")

@@ -42,6 +42,8 @@ def build_script(shell: str) -> str:
     from lit_unlearn.cli.trainer import build_parsers
 
     parsers: dict[str, Any] = {**build_parsers()}
+    for parser in parsers.values():
+        _stop_at_nested_benchmark(parser)
     for command in COMMANDS:
         if command not in TRAINER_COMMANDS:
             parsers[command] = importlib.import_module(f"lit_unlearn.cli.{command}").build_parser()
@@ -56,3 +58,16 @@ def build_script(shell: str) -> str:
                 action.complete = {**shtab.glob("*.yaml"), "bash": "_lit_unlearn_config_files"}
     packaged = [_BASH_CONFIGS.format(names=" ".join(list_packaged_configs()))] if shell == "bash" else []
     return str(root.get_completion_script(f"shtab-{shell}", preambles=packaged))
+
+
+def _stop_at_nested_benchmark(parser: Any) -> None:
+    """List the options of a benchmark without those of the benchmark that it may have, as `StressBenchmark` does.
+
+    jsonargparse goes down until Python's recursion limit, which made a script of 150 MB.
+    """
+    for action in parser._actions:
+        if action.dest == "model":
+            action.sub_add_kwargs["skip"] = {"benchmark"}
+    from lit_unlearn.evaluation.benchmark import Benchmark
+
+    parser.add_subclass_arguments(Benchmark, "model.benchmark", skip={"benchmark"}, required=False)

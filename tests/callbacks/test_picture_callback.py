@@ -144,6 +144,7 @@ def test_training_does_not_notice(
     assert ("trajectory.svg" in names) == (kind == "unlearn")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_can_be_drawn_and_goes_on(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path, capsys: Any
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_run_that_misses_what_is_required_fails(in_tmp: Path, model_dir: str) 
         cli.main(quick(model_dir, "--report.require_feasible=true", "--model.constraints.nll.epsilon=0.01"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_checkpoint(in_tmp: Path, model_dir: str) -> None:
     constant = "--model.scheduler=null"  # a schedule over the shorter run would have other rates
     cli.main(quick(model_dir, constant, "--trainer.max_epochs=4"))
@@ -101,6 +102,7 @@ def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
     assert cli.find_configs(["fit", "--config", "tofu.yaml"])[2] == "tofu.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_parses_and_instantiates(
     config: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str, tokenizer_dir: str

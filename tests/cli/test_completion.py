@@ -27,6 +27,11 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {shell: folder / shell for shell in ("bash", "zsh", "fish")}
 
 
+def test_the_script_is_read_at_every_start_of_a_shell(scripts: dict[str, Path]) -> None:
+    """A class that has one of its own kind as an argument must not be listed down to the recursion limit."""
+    assert all(script.stat().st_size < 2**20 for script in scripts.values())
+
+
 def complete(script: Path, *words: str) -> list[str]:
     command = ["bash", "-c", DRIVE.format(script=script), "bash", "lit-unlearn", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
@@ -42,6 +47,7 @@ def complete(script: Path, *words: str) -> list[str]:
         (["fit", "--trainer.max_e"], {"--trainer.max_epochs"}),
         (["fit", "--model.lm.t"], {"--model.lm.tokenizer", "--model.lm.trust_remote_code"}),
         (["fit", "--data.forget_s"], {"--data.forget_split"}),
+        (["fit", "--model.benchmark.so"], {"--model.benchmark.source"}),
         (["evaluate", "m", "--suite", "t"], {"tofu"}),
         (["compare", "--fi"], {"--figure"}),
         (["compare", "--format", "m"], {"markdown"}),

@@ -200,6 +200,7 @@ def test_what_cannot_be_exported_is_refused_in_words(
     assert same_files("out", "new", "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_put_together(tmp_path: Path, model_dir: str, refused: Callable[..., str]) -> None:
     """Two processes, as a user starts them, each of which writes its part."""
     overlay = ["--config=hardware/fsdp2.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu", "--model.keep=last"]

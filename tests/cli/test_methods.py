@@ -62,6 +62,7 @@ def test_a_constrained_method_keeps_the_best_model_and_a_published_one_the_last(
     assert "nll" in model["constraints"]  # every method is judged by it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_other_methods_is_left_behind(
     name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str
@@ -80,6 +81,7 @@ def plain(settings: Any) -> Any:
     return [plain(value) for value in settings] if isinstance(settings, list) else str(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_runs(name: str, in_tmp: Path, model_dir: str) -> None:
     cli.main(method(model_dir, name, extra=("--trainer.max_steps=3",)))
@@ -91,6 +93,7 @@ def test_every_method_runs(name: str, in_tmp: Path, model_dir: str) -> None:
     assert before.keys() == after.keys()  # no copy of the reference model in the export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["npo", "dpo", "undial", "jensun", "rmu"])
 def test_reference_based_methods_run_with_an_adapter(name: str, in_tmp: Path, model_dir: str) -> None:
     Path("lora.yaml").write_text(yaml.safe_dump(LORA), encoding="utf-8")

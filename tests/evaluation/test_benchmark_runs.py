@@ -84,6 +84,7 @@ def test_retain_results_from_the_command_line(in_tmp: Path, tokenizer_dir: str) 
     assert not (in_tmp / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [[], LORA], ids=["full", "lora"])
 def test_the_checkpoint_of_a_run(adapter: list[str], in_tmp: Path, model_dir: str) -> None:
     """Is what the run exports; the model that the command names is only where to begin, and must be of that kind."""

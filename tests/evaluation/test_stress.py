@@ -408,6 +408,7 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(files, tokenizer_dir, tmp_path):
     model = taught(tokenizer_dir, 20)
     alone = measured(model, files, tmp_path / "alone")

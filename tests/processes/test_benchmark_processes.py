@@ -35,6 +35,8 @@ from lit_unlearn.evaluation import benchmark, results
 from lit_unlearn.utils.distributed import rank_and_world_size
 from lit_unlearn.utils.io import read_json
 
+pytestmark = pytest.mark.slow
+
 Done = dict[str, Any]
 ROWS = {"forget": questions.FORGET, "retain": questions.RETAIN, "holdout": questions.HOLDOUT[:1]}  # 5, 3 and 1
 SCENARIOS: dict[str, dict[str, Any]] = {

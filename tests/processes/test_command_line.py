@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 OVERLAYS = {"ddp": ["ddp.yaml"], "ddp_spawn": ["ddp.yaml", "--trainer.strategy=ddp_spawn"], "fsdp2": ["fsdp2.yaml"]}
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "lit_unlearn"]
 TWO = ["--config=hardware/ddp.yaml", "--trainer.devices=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,6 +13,8 @@ import pytest
 import torch
 from processes import runner
 
+pytestmark = pytest.mark.slow
+
 Result = dict[str, Any]
 
 SAME = {  # every one takes the steps of the plain run

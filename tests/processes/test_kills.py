@@ -17,6 +17,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 STEPS = 90  # 9 epochs of 10
 SETTINGS = {
     "model": {

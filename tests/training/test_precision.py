@@ -50,6 +50,7 @@ class Watch(L.Callback):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"])
 def test_the_multiplier_is_never_rounded(
     precision: str, tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]

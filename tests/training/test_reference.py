@@ -136,6 +136,7 @@ def test_a_damaged_or_forbidden_cache_costs_a_measurement(
     assert any("cannot be kept for later runs" in str(warning.message) for warning in recwarn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [{"forget": "npo"}, {"forget": "dpo", "general": "kl"}, {"forget": "rmu", "general": "activations"}]
 )

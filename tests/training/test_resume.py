@@ -40,6 +40,7 @@ def whole(models: dict[str, str], rows_dir: str, tmp_path_factory: pytest.TempPa
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "after"), [*[("steps", step) for step in (1, 2, 3, 4, 6, 8)], *[("epochs", step) for step in (3, 6)]]
 )
@@ -73,6 +74,7 @@ def test_resuming_twice_over_the_end_of_an_epoch(whole: Callable[[str], Any], tm
         assert all(torch.equal(result["weights"][name], value) for name, value in expected["weights"].items())
 
 
+@pytest.mark.slow
 def test_the_packages_own_checkpoint_callback(whole: Callable[[str], Any], tmp_path: Path) -> None:
     """It saves an epoch's last step when validation is through, so that the resumed run does not leave that out."""
     settings, expected, _ = whole("epoch")
