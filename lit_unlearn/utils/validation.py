@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lit_unlearn.errors import ConfigError
 
 
-def check_at_least(minimum: int, owner: object, **arguments: int) -> None:
-    """Raise ConfigError unless every argument is ``minimum`` or more."""
+def check_at_least(minimum: int, owner: object, **arguments: float) -> None:
+    """Raise ConfigError unless every argument is a whole number of ``minimum`` or more."""
     for name, value in arguments.items():
-        if value < minimum:
-            raise ConfigError(f"`{name}` must be at least {minimum}, not {value}.", owner=owner, argument=name)
+        check_integer(owner, name, value, at_least=minimum)
 
 
 def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> None:
@@ -20,7 +20,7 @@ def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> Non
     for name, value in arguments.items():
         if value not in choices:
             expected = ", ".join(map(repr, choices))
-            raise ConfigError(f"`{name}` must be one of {expected}, not {value!r}.", owner=owner, argument=name)
+            _refuse(owner, name, f"one of {expected}", value)
 
 
 def check_number(
@@ -50,10 +50,7 @@ def check_number(
 
     bounds = {"above": above, "at least": at_least, "below": below}
     ranges = [f"{relation} {bound:g}" for relation, bound in bounds.items() if math.isfinite(bound)]
-    expected = " and ".join(["finite", *ranges])
-    raise ConfigError(
-        f"{type(owner).__name__}: `{argument}` must be {expected}, not {value!r}.", owner=owner, argument=argument
-    )
+    _refuse(owner, argument, " and ".join(["finite", *ranges]), value)
 
 
 def check_integer(owner: object, argument: str, value: float, *, at_least: int = 0) -> int:
@@ -68,11 +65,11 @@ def check_integer(owner: object, argument: str, value: float, *, at_least: int =
     Raises:
         ConfigError: If it has a fraction, is not finite or is too small.
     """
-    check_number(owner, argument, value, at_least=at_least)
-    if value != int(value):
-        raise ConfigError(
-            f"{type(owner).__name__}: `{argument}` must be a whole number, not {value!r}.",
-            owner=owner,
-            argument=argument,
-        )
+    if not math.isfinite(value) or value != int(value) or value < at_least:
+        _refuse(owner, argument, f"a whole number of at least {at_least}", value)
     return int(value)
+
+
+def _refuse(owner: object, argument: str, expected: str, value: object) -> NoReturn:
+    message = f"{type(owner).__name__}: `{argument}` must be {expected}, not {value!r}."
+    raise ConfigError(message, owner=owner, argument=argument)

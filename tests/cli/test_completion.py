@@ -29,7 +29,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_script_is_read_at_every_start_of_a_shell(scripts: dict[str, Path]) -> None:
     """A class that has one of its own kind as an argument must not be listed down to the recursion limit."""
-    assert all(script.stat().st_size < 2**20 for script in scripts.values())
+    # About 1 MB; classes of other tests in this process count, too.
+    assert all(script.stat().st_size < 2**22 for script in scripts.values())
 
 
 def complete(script: Path, *words: str) -> list[str]:
