@@ -20,7 +20,7 @@ from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.objectives import NLL, LogitMargin, Objective
 from lit_unlearn.training import LitUnlearn, Schedule
-from lit_unlearn.utils.io import check_export_target
+from lit_unlearn.utils.io import check_export_target, expand_path
 
 Rows = Source | str | Path | Iterable[Mapping[str, Any]]
 
@@ -49,7 +49,7 @@ def unlearn(
         model: Hub name or directory of a causal language model, or a `LanguageModel`.
         forget: Rows to forget: a file, a hub name, a ``datasets.Dataset``, a list of dicts or a `Source`.
         retain: Rows to keep, likewise.
-        output: Directory for the model that the run keeps, with its record.
+        output: Directory for the model that the run keeps, with its record; an earlier export there is replaced.
         objective: Forgetting objective; ``None`` for `LogitMargin`.
         epsilon: Upper bound of the retain NLL, nats per token, or relative to the model before; ``None`` for ``Relative(0.5)``.
         multiplier: Policy for λ; ``None`` for ``DualAscent(lr=50, init=100)``.
@@ -75,9 +75,10 @@ def unlearn(
         raise ConfigError(
             "unlearn() brings its own `callbacks` and `logger`: compose a Trainer with `default_callbacks(given=…)` for others."
         )
-    output = Path(output)
-    check_export_target(output)  # before any work is done
-    run_dir = Path(f"{output}_run") if run_dir is None else Path(run_dir)
+    output = expand_path(output)
+    lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    check_export_target(output, [lm.name, lm.tokenizer_name])  # before any work is done
+    run_dir = Path(f"{output}_run") if run_dir is None else expand_path(run_dir)
 
     bound = Constraint(
         NLL(),
@@ -86,7 +87,7 @@ def unlearn(
         warmup_epochs=1,
     )
     lit_module = LitUnlearn(
-        model if isinstance(model, LanguageModel) else LanguageModel(model),
+        lm,
         LogitMargin() if objective is None else objective,
         {"nll": bound},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01),

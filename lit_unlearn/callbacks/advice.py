@@ -13,6 +13,7 @@ from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers
 from lit_unlearn.dual import Constraint, FixedMultiplier
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 
 _MIN_DUAL_STEPS = 10
 _MIN_USED_SLACK = 0.25  # as a fraction of what epsilon allows beyond the value before unlearning
@@ -162,7 +163,7 @@ def _describe_plan(trainer: L.Trainer) -> str:
         examples = f", each of {data.batch_size} examples"
     resumed = f", resumed after step {trainer.global_step}" if trainer.global_step else ""
     devices = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
-    logs = f"; logs in {trainer.log_dir}" if trainer.loggers else ""
+    logs = f"; logs in {find_run_folder(trainer)}" if trainer.loggers and not is_dry_run(trainer) else ""
     steps = trainer.estimated_stepping_batches
     return (
         f"{f'{steps:.0f} steps' if math.isfinite(steps) else 'no limit of steps'}, {trainer.num_training_batches:.0f} per epoch{examples}{resumed}; "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.callbacks.identity import find_differences, identify_run
 from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
+from lit_unlearn.callbacks.run_state import check_on_first_process
 from lit_unlearn.callbacks.signals import SignalWatch, replace_signal_handling
 from lit_unlearn.errors import CheckpointError, StoppedBySignal
+from lit_unlearn.training.run_folder import find_checkpoint_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
+from lit_unlearn.utils.io import check_writable, expand_home, lock_folder, output_errors, remove_if_empty
 
 
 class ResumeCheckpoint(ModelCheckpoint):
@@ -32,30 +37,71 @@ class ResumeCheckpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: Optimizer steps between checkpoints, beside the one at the end of every epoch; ``None``
             for that one only.
-        dirpath: Folder; ``None`` for ``checkpoints`` in the logger's folder of all versions. Loggers whose ``name`` is a
+        dirpath: Folder; ``None`` for ``checkpoints`` in the folder of all starts of the run. Loggers whose ``name`` is a
             project with many runs, as W&B's, have one for every run: give such a run an id of its own to resume it.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
         super().__init__(
-            dirpath,
+            None if dirpath is None else expand_home(str(dirpath)),
             filename="last-{step}",  # the prefix that Lightning looks for
             every_n_train_steps=every_n_train_steps,
         )
         self._signals = SignalWatch()
         self._identity: dict[str, str] = {}
+        self._lock: ExitStack | None = None  # of the folder, on the first process
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Set the folder, the same on every process."""
+        """Set the folder, the same on every process, and keep other runs out of it.
+
+        Raises:
+            ConfigError: If the folder cannot be written.
+            OccupiedError: If another run is writing it.
+        """
         self.dirpath = trainer.strategy.broadcast(self._find_folder(trainer))
         super().setup(trainer, pl_module, stage)
         replace_signal_handling(trainer)
+        if stage == "fit" and not is_dry_run(trainer):
+            check_on_first_process(trainer, self._take_folder)
+
+    def _take_folder(self) -> None:
+        self._release_folder()
+        folder = Path(str(self.dirpath))
+        check_writable(folder, owner=self, argument="dirpath")
+        self._lock = ExitStack()
+        with output_errors(folder):
+            if not folder.exists():
+                self._lock.callback(remove_if_empty, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(lock_folder(folder))
+            # Of a run that was killed while it wrote.
+            for path in folder.glob(f".*{self.FILE_EXTENSION}.unfinished"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _release_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let other runs have the folder."""
+        super().teardown(trainer, pl_module, stage)
+        self._release_folder()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Handle Ctrl-C, SIGTERM and SIGUSR1 from now on."""
         super().on_train_start(trainer, pl_module)
+        self._check_space(trainer, pl_module)
         self._identity = identify_run(trainer)
         self._signals.start()
+
+    def _check_space(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Refuse a disk that the trained weights alone would not fit on; the optimizer's state comes on top."""
+        if is_dry_run(trainer):
+            return
+        size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+        folder = Path(str(self.dirpath))
+        check_on_first_process(trainer, lambda: check_writable(folder, size, owner=self, argument="dirpath"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the previous handlers."""
@@ -66,6 +112,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         """Restore the previous handlers."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.stop()
+        self._release_folder()
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         """End every process if one of them got a signal to stop.
@@ -96,20 +143,18 @@ class ResumeCheckpoint(ModelCheckpoint):
                 arguments.append(argument)
         return shlex.join(["lit-unlearn", *arguments, f"--ckpt_path={checkpoint}"])
 
-    def _find_folder(self, trainer: L.Trainer) -> str:
+    def _find_folder(self, trainer: L.Trainer) -> str | None:
         if self.dirpath is not None:
             return str(self.dirpath)
-        logger = trainer.loggers[0] if trainer.loggers else None
-        if logger is None:
-            return str(Path(trainer.default_root_dir) / "checkpoints")
-        folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-        if _has_folder_per_start(trainer):
-            folder /= str(logger.version)
-        return str(folder / "checkpoints")
+        folder = find_checkpoint_folder(trainer)
+        return None if folder is None else str(folder)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # Lightning calls this for "last", and would look in the new version's folder, where there is none yet.
-        folder = Path(self._find_folder(trainer))
+        dirpath = self._find_folder(trainer)
+        if dirpath is None:
+            return set()
+        folder = Path(dirpath)
         written: dict[Path, int] = {}
         for path in folder.glob("last-*.ckpt"):
             # A sharded checkpoint is a folder. Its `meta.pt` is written last, so without it the checkpoint is incomplete.

@@ -18,6 +18,7 @@ from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
 from lit_unlearn.evaluation.scoring import score_examples
 from lit_unlearn.plotting import RecordedAnswer, draw_run, read_run, write_picture_data
 from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.utils.validation import check_integer
 
 _MAX_TOKENS = 64  # of an answer, from its start
@@ -25,7 +26,7 @@ _END_OF_ANSWER = "∎"
 
 
 class RunPicture(Callback):
-    """Draw the run when it ends, beside the ``metrics.csv`` of a CSV logger, as PNG and SVG.
+    """Draw the run when it ends, from the ``metrics.csv`` of a CSV logger, as PNG and SVG in the run's folder.
 
     ``dual``: each constraint against its epsilon, λ, and forgetting over the steps. ``trajectory``: retention over
     forgetting, from validation to validation. ``tokens``: a few answers before and after, token by token. All data of
@@ -43,6 +44,7 @@ class RunPicture(Callback):
         self.answers = check_integer(self, "answers", answers)
         self._earlier_files: list[str] = []  # metrics of the runs that this one resumed
         self._current_file: str | None = None
+        self._folder = Path()  # of the pictures
         self._before: dict[str, float] = {}
         self._recorded: list[RecordedAnswer] = []
         self._kept_step: int | None = None
@@ -56,6 +58,7 @@ class RunPicture(Callback):
         if self._current_file is None or not isinstance(pl_module, LitLanguageModel):
             return
 
+        self._folder = find_run_folder(trainer)
         has_examples = isinstance(trainer.datamodule, ForgetRetain)  # type: ignore[attr-defined]
         if not has_examples:
             self._recorded = []
@@ -64,6 +67,8 @@ class RunPicture(Callback):
             if has_examples:
                 self._before = pl_module.measure()
                 self._recorded = self._record_answers(trainer, pl_module)
+        elif has_examples:
+            self._recorded = self._restore_texts(trainer, pl_module)
         self._write_data(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -73,7 +78,7 @@ class RunPicture(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the run."""
-        if not isinstance(pl_module, LitLanguageModel):
+        if not isinstance(pl_module, LitLanguageModel) or is_dry_run(trainer):
             return
         if self._current_file is None:
             rank_zero_info("pictures: none, for want of the metrics.csv of a CSVLogger; add one to the loggers")
@@ -86,7 +91,7 @@ class RunPicture(Callback):
             # Loggers hold back what came since their last write.
             for logger in trainer.loggers:
                 logger.save()
-            self._draw_pictures(Path(self._current_file).parent)
+            self._draw_pictures(self._folder)
 
     def _draw_pictures(self, folder: Path) -> None:
         try:
@@ -113,6 +118,15 @@ class RunPicture(Callback):
         scores = _score_answers(trainer, module, examples)
         return [answer._replace(before=score) for answer, score in zip(recorded, scores, strict=True)]
 
+    def _restore_texts(self, trainer: L.Trainer, module: LitLanguageModel) -> list[RecordedAnswer]:
+        """Return the answers of a checkpoint, which has no texts, with those of the rows: they are the same in a resumed run."""
+        restored = []
+        for answer in self._recorded:
+            example = trainer.datamodule.examples[answer.stream][answer.row]  # type: ignore[attr-defined]
+            prompt, tokens = _to_texts(module, _first_tokens(example))
+            restored.append(answer._replace(prompt=prompt, tokens=tokens))
+        return restored
+
     def _score_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         """Score the answers if the present model is the one that the run keeps."""
         step = module.kept_step
@@ -129,14 +143,15 @@ class RunPicture(Callback):
     def _write_data(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and self._current_file is not None:
             files = list(map(Path, (*self._earlier_files, self._current_file)))
-            write_picture_data(files[-1].parent, files, self._before, self._kept_step, self._recorded)
+            write_picture_data(self._folder, files, self._before, self._kept_step, self._recorded)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the metrics up to here are, and what was recorded, in plain types."""
         files = [*self._earlier_files]
         if self._current_file is not None:
             files.append(self._current_file)
-        answers = [answer._asdict() for answer in self._recorded]
+        # Without their texts: a checkpoint is no place to look for what was deleted.
+        answers = [answer._replace(prompt="", tokens=[])._asdict() for answer in self._recorded]
         return {"files": files, "before": self._before, "answers": answers, "kept_step": self._kept_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

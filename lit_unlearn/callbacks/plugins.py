@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_unlearn.errors import CheckpointError, MissingFileError, reading
+from lit_unlearn.training.strategies import unfinished_checkpoint
+from lit_unlearn.utils.io import output_errors
 
 SHARDED = (
     "'{path}' is a sharded checkpoint, which only a run with FSDP2 can resume: add --config configs/hardware/fsdp2.yaml, or make "
@@ -23,14 +25,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write one file, completely or not at all."""
-        # Lightning's own goes through the machine's temporary folder. From there a move may be a copy, which is not atomic.
-        if "://" in str(path):
+        # Not all of Lightning's arguments and addresses are files.
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        # Lightning's own makes a copy in memory, and one in the system's temporary folder, which may be too small. From there
+        # a move may be a copy, too, which is not atomic.
         final = Path(path)
-        unfinished = final.with_name(f".{final.name}.unfinished")
-        super().save_checkpoint(checkpoint, unfinished, storage_options)
-        unfinished.replace(final)
+        unfinished = unfinished_checkpoint(final)
+        try:
+            with output_errors(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with unfinished.open("wb") as file:
+                    _save(checkpoint, file)
+                unfinished.replace(final)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read one file, without running code that it may hold.
@@ -72,3 +82,12 @@ def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
             argument="ckpt_path",
         )
     return dict(checkpoint)
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # torch tries to end the archive even if the disk is full, and reports that this has failed, too.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

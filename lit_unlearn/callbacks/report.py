@@ -21,8 +21,9 @@ from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.io import expand_home, read_json, write_json
 
 _MIB = 2**20
 
@@ -77,7 +78,7 @@ class RunReport(Callback):
     "After" is the model that the run keeps (see ``LitUnlearn``'s ``keep``). `report` is the result of the last fit.
 
     Args:
-        dirpath: Folder of the file; ``None`` for the logger's.
+        dirpath: Folder of the file; ``None`` for the run's.
         require_feasible: Whether the fit fails if the kept model violates a constraint on its whole stream.
         max_forget_probability: The fit fails if the forget set's answer probability ends above it; ``None`` for no
             such condition.
@@ -89,7 +90,7 @@ class RunReport(Callback):
         require_feasible: bool = False,
         max_forget_probability: float | None = None,
     ) -> None:
-        self.dirpath = dirpath
+        self.dirpath = None if dirpath is None else expand_home(dirpath)
         self.require_feasible = require_feasible
         self.max_forget_probability = max_forget_probability
         self.report: Report | None = None
@@ -118,11 +119,13 @@ class RunReport(Callback):
         report = self._make_report(trainer, pl_module, seconds)
         self.report = report
         self._failures = self.find_failures(report)
-        # `log_dir` asks the first process, so every process must get here.
-        path = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir) / "report.json"
         if trainer.is_global_zero:
-            report.write(path)
             print(report)
+        if not is_dry_run(trainer):
+            # Every process asks for the run's folder.
+            path = Path(self.dirpath or find_run_folder(trainer)) / "report.json"
+            if trainer.is_global_zero:
+                report.write(path)
             rank_zero_info(f"report: {path}")
 
         if isinstance(pl_module, LitUnlearn):

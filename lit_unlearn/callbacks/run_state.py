@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import lightning as L
 
 from lit_unlearn.dual import Constraint
+from lit_unlearn.errors import LitUnlearnError
 from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 
@@ -33,3 +35,24 @@ def may_have_new_best(module: L.LightningModule, trainer: L.Trainer) -> TypeGuar
     """Return whether the validation that has just ended may have found the best model so far."""
     is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
     return is_fit and isinstance(module, LitUnlearn) and module.keep == "best"
+
+
+def check_on_first_process(trainer: L.Trainer, check: Callable[[], None]) -> None:
+    """Call a function on the first process, and raise its error on every process; a collective call.
+
+    Raises:
+        LitUnlearnError: The one that the function has raised.
+    """
+    error: LitUnlearnError | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except LitUnlearnError as raised:
+            error = raised
+    # Not the error itself: its owner may be as large as the model.
+    failure = trainer.strategy.broadcast(error and (type(error), str(error), error.argument))
+    if error is not None:
+        raise error
+    if failure is not None:
+        kind, message, argument = failure
+        raise kind(message, argument=argument)

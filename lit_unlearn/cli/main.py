@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError, StoppedBySignal
+from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError, OutputError, StoppedBySignal
+from lit_unlearn.utils.io import NO_SPACE, describe_os_error, expand_home
 
 _STDOUT = 1
 _CONFIG_OPTIONS = ("--config", "-c")
@@ -42,6 +43,7 @@ evaluate:
 
 export:
   export      make a Hugging Face model directory, with its record of the deletion, from any checkpoint
+  clean       remove what a run left that holds examples or copies of the model; keep model and record
 
 prepare:
   methods     list the forgetting methods: formula, requirements, paper, configuration file
@@ -56,7 +58,7 @@ file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("compare", "completion", "evaluate", "export", "inspect", "judge", "methods", "plot", "tokenizer"),
+    *("clean", "compare", "completion", "evaluate", "export", "inspect", "judge", "methods", "plot", "tokenizer"),
 )
 
 
@@ -113,8 +115,13 @@ def _run_with_exit_code(arguments: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         sys.exit(1)
     except LitUnlearnError as error:
-        # Every other exception is a bug, and keeps its traceback.
         _exit_with_error(error)
+    except OSError as error:
+        # A full disk can show anywhere, in the loggers for example. Every other exception is a bug, and keeps its traceback.
+        if error.errno not in NO_SPACE:
+            raise
+        place = f"'{error.filename}'" if error.filename else "a file"
+        _exit_with_error(OutputError(f"{place} cannot be written: {describe_os_error(error)}"))
 
 
 @contextmanager
@@ -203,6 +210,7 @@ def _iterate_configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]
 
 
 def _find_config(name: str) -> str:
+    name = expand_home(name)
     if Path(name).is_file():
         return name
     for folder in CONFIGS:

@@ -21,12 +21,14 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 import lit_unlearn
 from lit_unlearn.errors import ConfigError, LitUnlearnError
+from lit_unlearn.utils.io import expand_home, expand_path
 
 _LIBRARIES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies", "torch.optim")
 _MAX_LISTED = 20  # names in a message
@@ -61,6 +63,10 @@ class ReadableErrors:
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, with the user's home folder in place of every leading ``~``: shells leave it in ``--key=~/file``."""
+        return _expand_homes(super().parse_args(*args, **kwargs))  # type: ignore[misc]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ConfigError that says what is wrong, and where, from what jsonargparse says and what it caught."""
         names = [name for name in _iterate_names(self._actions) if not name.endswith("help")]
@@ -73,6 +79,23 @@ class ReadableErrors:
 
 class CommandParser(ReadableErrors, ArgumentParser):
     """Parses the options of one command."""
+
+
+def _expand_homes(value: Any) -> Any:
+    """Replace the ``~`` of every text and path in a parsed configuration, in place where it is a mapping."""
+    if isinstance(value, str):
+        return expand_home(value)
+    if isinstance(value, Path):
+        return expand_path(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand_homes, value))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _expand_homes(item)
+    elif isinstance(value, Namespace):
+        for key, item in vars(value).items():
+            setattr(value, key, _expand_homes(item))
+    return value
 
 
 def raise_typed_cause(error: BaseException | None) -> None:

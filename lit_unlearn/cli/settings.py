@@ -16,9 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.training import LitUnlearn
+from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import check_strategy
 from lit_unlearn.training.trainer_checks import ONE_STEP_PER_BATCH, check_callbacks
 from lit_unlearn.training.unlearn import check_constraint_names as check_names
+from lit_unlearn.utils.io import atomic_file
 from lit_unlearn.utils.validation import list_names
 
 # Keys that may differ in a resumed run without a word.
@@ -144,7 +146,18 @@ def _collapse_unset(settings: dict[str, Any], changed: Any) -> dict[str, Any]:
 
 
 class SaveSettings(SaveConfigCallback):
-    """Saves the configuration beside the logs and in checkpoints; a resumed run logs which settings changed."""
+    """Saves the configuration in the run's folder and in checkpoints; a resumed run logs which settings changed."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``config.yaml``, unless it is written already or this is a dry run."""
+        # Lightning's own writes into the working directory where the logger has no folder for each run.
+        if self.already_saved or is_dry_run(trainer):
+            return
+        folder = find_run_folder(trainer)
+        if trainer.is_global_zero:
+            with atomic_file(folder / self.config_filename) as file:
+                file.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+        self.already_saved = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the configuration, flat."""

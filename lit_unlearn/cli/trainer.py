@@ -33,7 +33,9 @@ from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
+from lit_unlearn.training.run_folder import is_dry_run
 from lit_unlearn.training.strategies import leave_process_group, shards
+from lit_unlearn.utils.io import check_writable, expand_home
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -63,8 +65,9 @@ class Logs:
 
     def build_loggers(self) -> list[Logger]:
         """Return the loggers, which share a folder."""
-        table = CSVLogger(self.save_dir, self.name)
-        return [table, TensorBoardLogger(self.save_dir, self.name, version=table.version)]
+        save_dir = expand_home(self.save_dir)
+        table = CSVLogger(save_dir, self.name)
+        return [table, TensorBoardLogger(save_dir, self.name, version=table.version)]
 
 
 class UnlearnCLI(LightningCLI):
@@ -84,7 +87,6 @@ class UnlearnCLI(LightningCLI):
                 parser_class=Parser,
                 seed_everything_default=0,
                 save_config_callback=SaveSettings,
-                save_config_kwargs={"overwrite": True},
             )
         except LitUnlearnError as error:
             # Whatever has raised it knows a Python argument; only here is known what the argument came from.
@@ -174,6 +176,12 @@ class UnlearnCLI(LightningCLI):
         with _refusals_as_config_errors(Exception):
             trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         replace_signal_handling(trainer)
+        if not is_dry_run(trainer):
+            for logger in trainer.loggers:
+                # The loggers' own refusals come later, and are tracebacks.
+                if logger.save_dir is not None and "://" not in logger.save_dir:
+                    owner = Logs if config.trainer.logger is None else type(logger)
+                    check_writable(Path(logger.save_dir), owner=owner, argument="save_dir")
         return trainer
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.utils.io import expand_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +53,7 @@ def read_refusals(file: str | None = None) -> list[str]:
         MissingFileError: If there is no such file.
         DataError: If it has no such line.
     """
-    path = REFUSALS if file is None else Path(file)
+    path = REFUSALS if file is None else expand_path(file)
     if not path.is_file():
         raise MissingFileError(f"there is no file of refusals '{path}': check `refusals`.", argument="refusals")
     # Not `splitlines`, which also splits at form feeds and U+2028 within a sentence.

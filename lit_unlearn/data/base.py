@@ -16,6 +16,7 @@ from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError, ModelError, arguments_of, reading
 from lit_unlearn.models.loading import check_hub
+from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class ForgetRetain(L.LightningDataModule):
         self.eval_batch_size, self.seed, self.train_on = eval_batch_size, seed, train_on
         self.examples: dict[str, list[Example]] = {}
         self._columns = {"question_column": question_column, "answer_column": answer_column}
-        self._tokenizer_name = tokenizer
+        self._tokenizer_name = None if tokenizer is None else expand_home(tokenizer)
         self._streams: dict[str, BatchStream] = {}
         self._cursors: dict[str, int] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
 from lit_unlearn.models.loading import check_hub
-from lit_unlearn.utils.io import file_digest
+from lit_unlearn.utils.io import expand_home, expand_path, file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +35,9 @@ class Source:
     max_rows: int | None = None
     # Not an argument: jsonargparse would offer it as a YAML key. See `from_rows`.
     rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False, repr=False, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand_home(self.path))
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], path: str = "in memory") -> Source:
@@ -107,7 +111,7 @@ class Source:
         # An answer "None" or "NA" is text, not a missing value.
         options = {"keep_default_na": False} if file_type == "csv" else {}
         try:
-            return load_dataset(file_type, data_files=str(path), split="train", **options)
+            return _load_file(file_type, path, **options)
         except Exception as error:
             # datasets hides the reason behind one sentence for all of them; the cause tells it.
             raise DataError(
@@ -115,6 +119,16 @@ class Source:
                 f"given: {error.__cause__ or error}",
                 argument=argument,
             ) from error
+
+
+def _load_file(file_type: str, path: Path, **options: Any) -> Dataset:
+    """Read a file into memory, and leave no copy: what was unlearned must not stay in the cache of data sets."""
+    from datasets import load_dataset
+
+    with tempfile.TemporaryDirectory(prefix="lit-unlearn-") as cache:
+        return load_dataset(
+            file_type, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+        )
 
 
 # `Source` comes first: after `str`, jsonargparse dumps it as one, and the dumped configuration cannot be read again.
@@ -141,7 +155,7 @@ def to_source(rows: Rows, argument: str) -> Source:
 
 def find_local_folder(source: str, benchmark: str) -> Path | None:
     """Return the folder with a benchmark's files, or ``None`` if ``source`` is a hub name."""
-    folder = Path(source)
+    folder = expand_path(source)
     # No hub name begins with "." or "/". Asked for one, the hub's error would not mention a folder.
     if not folder.is_dir() and (folder.is_absolute() or source.startswith(".")):
         message = f"there is no folder '{source}' with {benchmark}'s files: check `source`."

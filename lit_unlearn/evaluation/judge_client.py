@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lit_unlearn.errors import ConfigError, EndpointError
 from lit_unlearn.evaluation.judge import RequestFailed
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.io import cache_folder, expand_path, read_json, write_json
 
 TIMEOUT = 120.0  # seconds for one attempt
 RETRIES = 6  # of a request: about 20 seconds of waiting, unless the endpoint names a delay
@@ -34,9 +33,8 @@ class ReplyCache:
     """
 
     def __init__(self, model: str, folder: Path | None = None) -> None:
-        home = os.environ.get("LIT_UNLEARN_CACHE") or Path.home() / ".cache" / "lit_unlearn"
         self.model = model
-        self.folder = folder or Path(home) / "judge"
+        self.folder = cache_folder() / "judge" if folder is None else expand_path(folder)
 
     def read_reply(self, prompt: str) -> str | None:
         """Return the reply to a prompt, or ``None`` if there is none yet."""
@@ -48,7 +46,7 @@ class ReplyCache:
 
     def write_reply(self, prompt: str, reply: str) -> None:
         """Keep a reply."""
-        write_json(self._find_file(prompt), {"model": self.model, "prompt": prompt, "reply": reply})
+        write_json(self._find_file(prompt), {"model": self.model, "prompt": prompt, "reply": reply}, private=True)
 
     def _find_file(self, prompt: str) -> Path:
         digest = hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest()

@@ -32,6 +32,7 @@ from lit_unlearn.metrics import (
 )
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import check_model_directory
+from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class QuestionSets:
         if not 0 < k <= 1:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
         if fluency_model is not None:
+            fluency_model = expand_home(fluency_model)
             check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
 
         self.owner = owner

@@ -14,7 +14,7 @@ from typing import Any
 from lit_unlearn import __version__
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.io import expand_path, read_json, write_json
 
 Values = dict[str, Any]
 """Plain types by name, as JSON has them."""
@@ -69,7 +69,7 @@ class Results:
             DataError: If it is not a results file.
         """
         try:
-            content = read_json(Path(path))
+            content = read_json(expand_path(path))
         except FileNotFoundError:
             raise MissingFileError(
                 f"there is no results file '{path}': run `lit-unlearn test` on the model, which writes one."

@@ -17,7 +17,14 @@ from torch import Tensor
 from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.utils.io import atomic_directory, read_json
+from lit_unlearn.utils.io import (
+    check_export_target,
+    finish_replacement,
+    lock_folder,
+    read_digests,
+    read_json,
+    replace_folder,
+)
 
 # The model itself: not its frozen reference, nor the state of an objective.
 _MODEL_PREFIX = "lm.model."
@@ -47,11 +54,15 @@ def export_checkpoint(
         MissingFileError: If there is no such checkpoint.
         CheckpointError: If it cannot be read, or does not say which base model it belongs to.
         ModelError: If the base model is another one.
+        OccupiedError: If the target holds something that is not ours.
     """
     checkpoint = read_checkpoint(path)
     callbacks = checkpoint["callbacks"]
     saved_record = callbacks.get("ExportModel", {}).get("record") or {}
-    lm = _load_model(path, checkpoint["state_dict"], saved_record, base_model)
+    settings = _find_model_settings(path, saved_record, base_model)
+    # Before the minutes that loading may take.
+    check_export_target(target, [settings.get("model"), settings.get("tokenizer")])
+    lm = _load_model(checkpoint["state_dict"], saved_record, settings)
 
     step = checkpoint["global_step"]
     best = checkpoint["run"].get("best")
@@ -82,7 +93,11 @@ def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]
 
     Raises:
         CheckpointError: If the export's files were changed since its record was written.
+        OccupiedError: If the target holds something that is not ours.
     """
+    if read_digests(source):
+        with lock_folder(source):
+            finish_replacement(source)
     record = read_json(source / RECORD_FILE)
     # Otherwise the results of one model would be certified for another.
     if digest_export(source) != record["files"]:
@@ -91,9 +106,13 @@ def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]
             "checkpoint again."
         )
     by_digest = {results["sha256"]: results for results in [*record.get("benchmarks", []), *benchmarks]}
-    with atomic_directory(target) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        write_record(folder, {**record, "benchmarks": list(by_digest.values())})
+    record["benchmarks"] = list(by_digest.values())
+    is_same = target.is_dir() and target.samefile(source)
+    with replace_folder(target, [] if is_same else [source], keeps_others=is_same) as staging:
+        for name in [] if is_same else record["files"]:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, staging / name)
+        write_record(staging, record)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -149,10 +168,9 @@ def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("state_dict."): value for name, value in state.items()}
 
 
-def _load_model(path: Path, state: Mapping[str, Tensor], record: Record, base_model: str | None) -> LanguageModel:
+def _load_model(state: Mapping[str, Tensor], record: Record, settings: Mapping[str, Any]) -> LanguageModel:
     weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_MODEL_PREFIX)}
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
-    settings = _find_model_settings(path, record, base_model)
     lm = LanguageModel(**settings)
     lm.load(dtypes.most_common(1)[0][0], device="cpu")
     _check_base_model(lm, record)

@@ -20,7 +20,7 @@ from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.export.card import render_card
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
-from lit_unlearn.utils.io import atomic_file, file_digest, write_json
+from lit_unlearn.utils.io import atomic_file, file_digest, iterate_files, write_json
 
 RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"
 
@@ -136,11 +136,10 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def digest_export(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of an export, except the record and its card."""
+    """Return the sha256 of every file of an export, except the record, its card and the list of digests."""
     digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (RECORD_FILE, CARD_FILE):
+    for name, path in iterate_files(folder):
+        if name not in (RECORD_FILE, CARD_FILE):
             digests[name] = file_digest(path)
     return digests
 

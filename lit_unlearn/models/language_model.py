@@ -22,7 +22,7 @@ from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
-from lit_unlearn.utils.io import atomic_directory, check_export_target
+from lit_unlearn.utils.io import check_export_target, expand_home, expand_path, replace_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +80,8 @@ class LanguageModel(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        model = None if model is None else expand_home(model)
+        tokenizer = None if tokenizer is None else expand_home(tokenizer)
         if (model is None) == (config is None):
             message = (
                 "give either `model` (a hub name or a local directory) or `config` (`model_type` and its fields, for random "
@@ -280,13 +282,14 @@ class LanguageModel(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         finish: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write a Hugging Face model directory (safetensors and tokenizer), completely or not at all.
+        """Write a Hugging Face model directory (safetensors and tokenizer), and list its files in ``files.sha256``.
 
         With an adapter, the directory holds the merged model, and its ``adapter`` the adapter alone; where the base model
         is quantised, only the latter. Merging takes host memory for one copy of the adapted layers.
 
         Args:
-            directory: Target; an earlier export there is replaced.
+            directory: Target: an empty folder, none, or one that this package wrote and nobody changed, which is replaced.
+                It may be neither the folder that the model came from, nor the working directory, nor one above these.
             state_dict: The gathered state of `model`, for strategies that shard it; ``None`` to read the model.
             finish: Adds further files; called with the folder before it takes the target's place.
 
@@ -294,12 +297,13 @@ class LanguageModel(nn.Module):
             The target as a path.
 
         Raises:
-            OccupiedError: If the target holds something that is not a model directory.
+            OccupiedError: If the target must not be replaced.
+            OutputError: If it cannot be written; what was there before stays.
         """
-        target = Path(directory)
+        target, inputs = expand_path(directory), [self.name, self.tokenizer_name]
         # Before the minutes that merging and writing may take.
-        check_export_target(target)
-        with atomic_directory(target) as folder, loading.hide_progress_bars():
+        check_export_target(target, inputs)
+        with replace_folder(target, inputs) as folder, loading.writing_weights(target), loading.hide_progress_bars():
             if self.has_adapter:
                 adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
             else:

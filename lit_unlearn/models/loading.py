@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError, reading
+from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError, OutputError, reading
 from lit_unlearn.utils.io import file_digest
 
 if TYPE_CHECKING:
@@ -389,6 +389,25 @@ def sample_weights(name: str, revision: Any = None) -> str:
                 file.seek(start)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def weight_file_size(name: str | None) -> int:
+    """Return the bytes of a local model's weight files; 0 for any other model."""
+    files = [] if name is None else list(Path(name).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+@contextmanager
+def writing_weights(target: Path) -> Iterator[None]:
+    """Turn what safetensors raises while it writes into an `OutputError` that names the target."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        # It is no OSError, though its text is one: "Error while serializing: I/O error: No space left on device".
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise OutputError(f"'{target}' cannot be written: {reason}.") from error
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.weights import check_tensors, load_for_trainer
+from lit_unlearn.utils.io import expand_home
 
 
 class LitEvaluate(L.LightningModule):
@@ -27,7 +29,7 @@ class LitEvaluate(L.LightningModule):
     Args:
         lm: The model to measure.
         benchmark: The benchmark.
-        results: File for the results; ``None`` for one in the logger's folder. The same command with the same file resumes
+        results: File for the results; ``None`` for one in the run's folder. The same command with the same file resumes
             an evaluation that was interrupted.
 
     Example:
@@ -39,7 +41,7 @@ class LitEvaluate(L.LightningModule):
         super().__init__()
         self.lm = lm
         self.benchmark = benchmark
-        self.results = results
+        self.results = None if results is None else expand_home(results)
 
     def setup(self, stage: str) -> None:
         """Read the benchmark's rows, before the model is loaded."""
@@ -93,28 +95,31 @@ def run_benchmark(
         benchmark: The benchmark.
         lm: The module's model.
         stage: ``"test"``, or ``"val"`` for a run during a fit, which logs under that name and cannot be resumed.
-        file: File for the results; ``None`` for one in the logger's folder.
+        file: File for the results; ``None`` for one in the run's folder. A dry run writes none.
     """
     trainer = module.trainer
     is_test = stage == "test"
-    if file is None:
-        # All processes call it: `log_dir` is what the first one says.
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        file = folder / (f"{benchmark.name}.json" if is_test else f"{benchmark.name}-step={module.global_step}.json")
-    partial_dir = file.with_suffix(".partial")
+    if is_dry_run(trainer):
+        file = None
+    elif file is None:
+        name = f"{benchmark.name}.json" if is_test else f"{benchmark.name}-step={module.global_step}.json"
+        file = find_run_folder(trainer) / name
+    partial_dir = None if file is None or not is_test else file.with_suffix(".partial")
 
     started = time.monotonic()
     with trainer.precision_plugin.val_step_context():
-        results = benchmark.run(lm, partial_dir if is_test else None)
+        results = benchmark.run(lm, partial_dir)
     if trainer.is_global_zero:
-        results.write(file)
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        if file is not None:
+            results.write(file)
+        if partial_dir is not None:
+            shutil.rmtree(partial_dir, ignore_errors=True)
         if is_test:
             print(results_table([results], [str(lm.name)]))
     if is_test:
         for name, reason in results.missing.items():
             rank_zero_info(f"{name} is missing: {reason}")
-    rank_zero_info(f"results: {file} ({benchmark.name}, {time.monotonic() - started:.0f} s)")
+    rank_zero_info(f"results: {file or 'not written'} ({benchmark.name}, {time.monotonic() - started:.0f} s)")
 
     values = {f"{stage}/{benchmark.name}/{name}": value for name, value in results.aggregate.items()}
     # The batch size weighs means over several batches, of which there is one. Every process logs, so that a checkpoint of

@@ -18,6 +18,7 @@ from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.models.packing import is_packed
 from lit_unlearn.objectives import NLL
 from lit_unlearn.training.forward_plan import ANSWERS_READ, Answer, Term, as_examples, build_forward_plan, select_answer
+from lit_unlearn.training.run_folder import is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
 from lit_unlearn.utils.io import cache_folder, read_json, write_json
 
@@ -87,7 +88,7 @@ class ReferenceCache:
                     measured |= self._measure_examples(stream, examples)
             for values in gather_objects(measured):
                 self.values |= values
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not is_dry_run(trainer):
                 self._write_file()
         self.is_measured = True
         source = "known from an earlier run" if is_known else "measured"
@@ -177,7 +178,7 @@ class ReferenceCache:
     def _write_file(self) -> None:
         """Add this run's values to those of earlier runs."""
         try:
-            write_json(self._file(), {**self._read_file(), **self.values})
+            write_json(self._file(), {**self._read_file(), **self.values}, private=True)
         except OSError as error:
             rank_zero_warn(
                 f"the reference model's log-probabilities cannot be kept for later runs: {error}. Set LIT_UNLEARN_CACHE to a "

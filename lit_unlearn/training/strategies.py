@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lit_unlearn.errors import ConfigError
+from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.utils.io import describe_os_error
 
 _REASONS = {
     "fsdp": "FSDP1 fails under manual optimisation, which the primal-dual step needs",
@@ -79,17 +81,38 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         """Write beside the final path, and move there when all processes have finished."""
         final = Path(self.broadcast(str(filepath)))
-        unfinished = final.with_name(f".{final.name}.unfinished")
+        unfinished = unfinished_checkpoint(final)
         if self.is_global_zero and unfinished.is_dir():  # of a run that was killed
             shutil.rmtree(unfinished)
         self.barrier()
-        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        try:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+        except LitUnlearnError:
+            raise
+        except (OSError, RuntimeError, CheckpointException) as error:
+            # Of all processes, if one of them fails: torch tells the others.
+            if self.is_global_zero:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OutputError(f"'{final}' cannot be written: {_describe_failure(error)}") from error
         self.barrier()
         if self.is_global_zero:
             if final.is_dir():
                 shutil.rmtree(final)
             unfinished.replace(final)
         self.barrier()
+
+
+def unfinished_checkpoint(final: Path) -> Path:
+    """Return the path beside a checkpoint's own under which it is written."""
+    return final.with_name(f".{final.name}.unfinished")
+
+
+def _describe_failure(error: OSError | RuntimeError | CheckpointException) -> str:
+    reason: BaseException = error
+    if isinstance(error, CheckpointException):
+        # By process, each with its traceback.
+        reason = next(iter(error.failures.values()))[0]
+    return describe_os_error(reason) if isinstance(reason, OSError) else str(reason)
 
 
 def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:

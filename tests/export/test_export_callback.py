@@ -13,6 +13,7 @@ import huggingface_hub
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -62,7 +63,7 @@ def test_a_record_holds_what_an_auditor_can_compute_again(
     assert record["kind"] == "unlearned"
     assert record["model"]["name"] == model_dir
     assert record["model"]["weights"] == {"model.safetensors": sha256(f"{model_dir}/model.safetensors")}
-    files = {path.name for path in out.iterdir()} - {"unlearning.json", "README.md"}
+    files = {path.name for path in out.iterdir()} - {"unlearning.json", "README.md", "files.sha256"}
     assert record["files"] == {name: sha256(out / name) for name in files}
     assert "model.safetensors" in files
     space: dict[str, Any] = {}
@@ -184,13 +185,15 @@ def test_a_benchmark_is_recorded_if_it_was_run_on_the_model_that_is_kept(
         record, card = read(tmp_path / f"{epochs}")
         assert [one["suite"] for one in record["benchmarks"]] == (["qa"] if ran else [])
         assert ("| forget/probability |" in card) == ran
-    results = json.loads((tmp_path / "qa-step=4.json").read_text())
+    results = json.loads((tmp_path / "runs" / "version_0" / "qa-step=4.json").read_text())
     (found,) = read(tmp_path / "2")[0]["benchmarks"]
     assert found["aggregate"] == results["aggregate"]
     assert "examples" not in found
-    (tmp_path / "qa-step=6.json").write_text(json.dumps(results))  # of another model
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "qa-step=6.json").write_text(json.dumps(results))  # of another model
     module = make(model_dir, keep="last", benchmark=suite, benchmark_every_n_epochs=2)
-    trainer = make_trainer(max_epochs=3, callbacks=[ExportModel(str(tmp_path / "3"))])
+    logger = CSVLogger(tmp_path, "log", version="")
+    trainer = make_trainer(max_epochs=3, logger=logger, callbacks=[ExportModel(str(tmp_path / "3"))])
     trainer.fit(module, datamodule=rows(rows_dir))
     assert read(tmp_path / "3")[0]["benchmarks"] == []
 

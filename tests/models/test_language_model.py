@@ -554,15 +554,15 @@ def test_export_without_tokenizer(tmp_path):
 
 
 def test_export_replaces_an_earlier_one(model_copy):
-    """All of it, into the very directory that the weights came from."""
-    (model_copy / "stale.txt").write_text("from before")
+    """All of it, also files that the new one lacks."""
     lm = loaded(str(model_copy))
+    out = lm.save(model_copy.parent / "out", finish=lambda folder: (folder / "stale.txt").write_text("from before"))
     for parameter in lm.parameters():
         parameter.data.mul_(1.5)
-    lm.save(model_copy)
-    assert not (model_copy / "stale.txt").exists()
-    assert torch.equal(logits_of(loaded(str(model_copy)).model), logits_of(lm.model))
-    assert [path.name for path in model_copy.parent.iterdir()] == [model_copy.name]
+    lm.save(out)
+    assert not (out / "stale.txt").exists()
+    assert torch.equal(logits_of(loaded(str(out)).model), logits_of(lm.model))
+    assert {path.name for path in model_copy.parent.iterdir()} == {model_copy.name, "out"}
 
 
 def test_export_into_an_empty_directory(model_dir, tmp_path):
@@ -571,33 +571,30 @@ def test_export_into_an_empty_directory(model_dir, tmp_path):
     assert (loaded(model_dir).save(tmp_path / "made") / "config.json").is_file()
 
 
-@pytest.mark.parametrize("when", ["weights", "tokenizer", "move"])
+@pytest.mark.parametrize("when", ["weights", "tokenizer", "digests"])
 @pytest.mark.parametrize("earlier", [False, True])
-def test_failed_export_leaves_the_earlier_one_whole(when, earlier, model_copy, monkeypatch):
-    lm = loaded(str(model_copy))
-    target = model_copy if earlier else model_copy.parent / "new"
-    before = {path.name: path.read_bytes() for path in model_copy.iterdir()}
+def test_failed_export_leaves_the_earlier_one_whole(when, earlier, model_dir, tmp_path, monkeypatch):
+    lm = loaded(model_dir)
+    target = tmp_path / "out"
+    if earlier:
+        lm.save(target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()} if earlier else {}
 
-    def half(folder: Path, **_: Any) -> None:
-        (Path(folder) / "config.json").write_text("{")
+    def half(place: Path, *_: Any, **settings: Any) -> None:
+        ((place / "config.json") if place.is_dir() else place).write_text("{")
         raise OSError("disk full")
 
-    def rename(self: Path, to: Path) -> Path:
-        if Path(to) == target and self.name == "new":
-            raise OSError("disk full")
-        return original(self, to)
-
-    original = Path.rename
     if when == "weights":
         monkeypatch.setattr(lm.model, "save_pretrained", half)
     elif when == "tokenizer":
         monkeypatch.setattr(lm.tokenizer, "save_pretrained", half)
     else:
-        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr("lit_unlearn.utils.io._write_digests", half)
     with pytest.raises(OSError, match="disk full"):
         lm.save(target)
-    assert [path.name for path in model_copy.parent.iterdir()] == [model_copy.name]
-    assert {path.name: path.read_bytes() for path in model_copy.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
+    if earlier:
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -606,7 +603,7 @@ def test_export_does_not_replace_what_is_no_model(kind, model_dir, tmp_path):
     note = target / "notes.txt" if kind == "directory" else target
     note.parent.mkdir(exist_ok=True)
     note.write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"thesis' is not empty and not a model directory"):
+    with pytest.raises(FileExistsError, match=r"notes\.txt" if kind == "directory" else r"thesis' is no folder"):
         loaded(model_dir).save(target)
     assert note.read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
