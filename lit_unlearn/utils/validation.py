@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 from lit_unlearn.errors import ConfigError
 
@@ -29,7 +28,7 @@ def check_choice(choices: Sequence[str], owner: object, **arguments: str) -> Non
     for name, value in arguments.items():
         if value not in choices:
             expected = ", ".join(map(repr, choices))
-            _refuse(owner, name, f"one of {expected}", value)
+            raise _refusal(owner, name, f"one of {expected}", value)
 
 
 def check_number(
@@ -59,7 +58,7 @@ def check_number(
 
     bounds = {"above": above, "at least": at_least, "below": below}
     ranges = [f"{relation} {bound:g}" for relation, bound in bounds.items() if math.isfinite(bound)]
-    _refuse(owner, argument, " and ".join(["finite", *ranges]), value)
+    raise _refusal(owner, argument, " and ".join(["finite", *ranges]), value)
 
 
 def check_integer(owner: object, argument: str, value: float, *, at_least: int = 0) -> int:
@@ -75,10 +74,10 @@ def check_integer(owner: object, argument: str, value: float, *, at_least: int =
         ConfigError: If it has a fraction, is not finite or is too small.
     """
     if not math.isfinite(value) or value != int(value) or value < at_least:
-        _refuse(owner, argument, f"a whole number of at least {at_least}", value)
+        raise _refusal(owner, argument, f"a whole number of at least {at_least}", value)
     return int(value)
 
 
-def _refuse(owner: object, argument: str, expected: str, value: object) -> NoReturn:
+def _refusal(owner: object, argument: str, expected: str, value: object) -> ConfigError:
     message = f"{type(owner).__name__}: `{argument}` must be {expected}, not {value!r}."
-    raise ConfigError(message, owner=owner, argument=argument)
+    return ConfigError(message, owner=owner, argument=argument)

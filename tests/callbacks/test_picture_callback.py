@@ -180,7 +180,7 @@ def test_an_older_checkpoint_and_other_settings_do_no_harm() -> None:
     picture = RunPicture()
     picture.load_state_dict({"files": ["old/metrics.csv"]})
     assert picture.state_dict() == {"files": ["old/metrics.csv"], "before": {}, "answers": [], "kept_step": None}
-    with pytest.raises(ValueError, match="`answers` .* at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"`answers` .* at least 0, not -1"):
         RunPicture(-1)
 
 
