@@ -1,7 +1,7 @@
 """Errors that a user can act on. Each knows the exit code of the command that it ends.
 
 Exit code 2: nothing was started, because a setting, a file or a model cannot be used. Exit code 1: a run failed, or missed what
-it was required to reach. Every other exception is a bug, and keeps its traceback.
+it was required to reach. A signal's exit code is 128 and its number. Every other exception is a bug, and keeps its traceback.
 
 Messages name the Python argument, as in "`max_length` must be at least 1, not 0". The command line adds the YAML key that led
 there, which it finds by ``owner`` and ``argument``.
@@ -9,6 +9,7 @@ there, which it finds by ``owner`` and ``argument``.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -90,6 +91,18 @@ class OutputError(LitUnlearnError, OSError):
 
 class EndpointError(LitUnlearnError, ConnectionError):
     """A judge's endpoint refuses, cannot be reached, or answered no request."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal ends the process at once, as Ctrl-C does: Lightning then ends the other processes of the run as well.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number  # as a shell has it: 143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C
 
 
 @contextmanager

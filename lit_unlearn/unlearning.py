@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_unlearn.callbacks import ExportModel, RunReport, default_callbacks, default_plugins
 from lit_unlearn.callbacks.report import Report
+from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 from lit_unlearn.dual import Constraint, DualAscent, Multiplier, Relative
@@ -107,7 +108,9 @@ def unlearn(
         ),
         "plugins": default_plugins(),
     }
-    L.Trainer(**{**settings, **trainer}).fit(lit_module, datamodule=ForgetRetain(forget, retain, **(data or {})))
+    run = L.Trainer(**{**settings, **trainer})
+    replace_signal_handling(run)
+    run.fit(lit_module, datamodule=ForgetRetain(forget, retain, **(data or {})))
     if report.report is None:  # `fast_dev_run` and the like
         raise ConfigError("the Trainer's settings left no step to take: give `max_epochs` or `max_steps` above 0.")
     return report.report

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-_INTERRUPTED = 130  # exit code, as a shell has it for Ctrl-C
+from lit_unlearn.callbacks.identity import find_differences, identify_run
+from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
+from lit_unlearn.callbacks.signals import SignalWatch, replace_signal_handling
+from lit_unlearn.errors import CheckpointError, StoppedBySignal
+from lit_unlearn.utils.distributed import gather_objects
 
 
 class ResumeCheckpoint(ModelCheckpoint):
     """Keep the newest checkpoint of a run, from which ``--ckpt_path last`` resumes after an interruption.
 
-    Ctrl-C ends the run after the current step, with a checkpoint and the command that resumes from it; a second Ctrl-C
-    ends it at once. The previous checkpoint is removed once the new one is complete. The folder is the same for every
-    start of a run, whereas the logger begins a new version; so the same command with ``--ckpt_path last`` resumes,
-    however often the run is stopped.
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint and the command that resumes from it; a
+    second signal ends it at once. The previous checkpoint is removed once the new one is complete. The folder is the same for
+    every start of a run, whereas the logger begins a new version; so the same command with ``--ckpt_path last`` resumes,
+    however often the run is stopped. A checkpoint there of another base model, other rows, another seed or kind of module
+    is skipped.
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints, beside the one at the end of every epoch; ``None``
             for that one only.
-        dirpath: Folder; ``None`` for ``checkpoints`` in the logger's folder of all versions.
+        dirpath: Folder; ``None`` for ``checkpoints`` in the logger's folder of all versions. Loggers whose ``name`` is a
+            project with many runs, as W&B's, have one for every run: give such a run an id of its own to resume it.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, dirpath: str | None = None) -> None:
@@ -36,67 +42,70 @@ class ResumeCheckpoint(ModelCheckpoint):
             filename="last-{step}",  # the prefix that Lightning looks for
             every_n_train_steps=every_n_train_steps,
         )
-        self._is_interrupted = False
-        self._previous_handler: Any = None
+        self._signals = SignalWatch()
+        self._identity: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Set the folder, the same on every process."""
         self.dirpath = trainer.strategy.broadcast(self._find_folder(trainer))
         super().setup(trainer, pl_module, stage)
+        replace_signal_handling(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Handle Ctrl-C from now on."""
+        """Handle Ctrl-C, SIGTERM and SIGUSR1 from now on."""
         super().on_train_start(trainer, pl_module)
-        self._is_interrupted = False
-        # Python allows signal handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._note_interrupt)
-
-    def _note_interrupt(self, *_: Any) -> None:
-        # The step is not cut short: the weights would be between two steps, and other processes would wait forever.
-        self._restore_handler()
-        self._is_interrupted = True
-        rank_zero_info("\nCtrl-C: the run stops after this step, with a checkpoint; press again to stop now, without")
-
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+        self._identity = identify_run(trainer)
+        self._signals.start()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the previous handler of Ctrl-C."""
+        """Restore the previous handlers."""
         super().on_train_end(trainer, pl_module)
-        self._restore_handler()
+        self._signals.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handler of Ctrl-C."""
+        """Restore the previous handlers."""
         super().on_exception(trainer, pl_module, exception)
-        self._restore_handler()
+        self._signals.stop()
 
-    def _stop_if_interrupted(self, trainer: L.Trainer) -> None:
-        """End every process if one of them was interrupted.
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        """End every process if one of them got a signal to stop.
 
         Raises:
-            SystemExit: With the exit code of an interruption.
+            SystemExit: With the exit code of the signal.
         """
         # Collective: a process that stopped alone would leave the others waiting for it.
-        stops = trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False)
+        stops = trainer.strategy.reduce_boolean_decision(self._signals.first is not None, all=False)
         has_finished = trainer.global_step >= trainer.estimated_stepping_batches
         if not stops or has_finished:
             return
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        resume = f"`{_resuming_command()}`" if _is_command() else "ckpt_path='last'"
+        # A scheduler may signal one process only.
+        number = max(gather_objects(self._signals.first or 0))
+        resume = f"`{self._resuming_command(trainer)}`" if _is_command() else f"ckpt_path={self.best_model_path!r}"
         rank_zero_info(f"stopped after step {trainer.global_step}: {self.best_model_path}; resume with {resume}")
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(StoppedBySignal(number).exit_code)
+
+    def _resuming_command(self, trainer: L.Trainer) -> str:
+        # Where every start has a folder of its own, the next one would not find "last".
+        checkpoint = self.best_model_path if _has_folder_per_start(trainer) else "last"
+        arguments = []
+        for position, argument in enumerate(sys.argv[1:]):
+            is_value = sys.argv[position] == "--ckpt_path"
+            if not is_value and argument.partition("=")[0] != "--ckpt_path":
+                arguments.append(argument)
+        return shlex.join(["lit-unlearn", *arguments, f"--ckpt_path={checkpoint}"])
 
     def _find_folder(self, trainer: L.Trainer) -> str:
         if self.dirpath is not None:
             return str(self.dirpath)
         logger = trainer.loggers[0] if trainer.loggers else None
-        if logger is None or logger.save_dir is None:
+        if logger is None:
             return str(Path(trainer.default_root_dir) / "checkpoints")
-        return str(Path(logger.save_dir) / str(logger.name) / "checkpoints")
+        folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+        if _has_folder_per_start(trainer):
+            folder /= str(logger.version)
+        return str(folder / "checkpoints")
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         # Lightning calls this for "last", and would look in the new version's folder, where there is none yet.
@@ -107,7 +116,17 @@ class ResumeCheckpoint(ModelCheckpoint):
             file = path / "meta.pt" if path.is_dir() else path
             if file.is_file():
                 written[path] = file.stat().st_mtime_ns
-        return {str(max(written, key=lambda path: written[path]))} if written else set()
+
+        identity = identify_run(trainer) if written else {}
+        for path in sorted(written, key=lambda path: written[path], reverse=True):
+            differences = find_differences(identity, _read_identity(path)) if identity else []
+            if not differences:
+                _check_sharding(path, trainer)
+                return {str(path)}
+            rank_zero_info(f"skipped {path}: it is of another run, with another {', '.join(differences)}")
+        if identity:
+            rank_zero_info(f"there is no checkpoint of this run in {folder}: it starts at the beginning")
+        return set()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
         # Also the one that was resumed: Lightning would leave it, so that every stop of a run would leave one more.
@@ -125,19 +144,23 @@ class ResumeCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every `every_n_train_steps`, and stop if Ctrl-C was pressed.
+        """Save every `every_n_train_steps`, and stop if a signal asked for it.
 
         The last step of an epoch is saved in `on_train_epoch_end`, after validation, so that a resumed run does not skip it.
         """
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._stop_if_interrupted(trainer)
+            self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save when the epoch and its validation have finished."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._stop_if_interrupted(trainer)
+        self._stop_if_asked(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which checkpoint to remove next, and which run this is."""
+        return {**super().state_dict(), "identity": self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the checkpoint to remove next; of a folder that this run does not write to, nothing is removed."""
@@ -149,6 +172,20 @@ def _is_command() -> bool:
     return Path(sys.argv[0]).name in ("lit-unlearn", "__main__.py")
 
 
-def _resuming_command() -> str:
-    last = [] if "--ckpt_path" in " ".join(sys.argv) else ["--ckpt_path=last"]
-    return shlex.join(["lit-unlearn", *sys.argv[1:], *last])
+def _has_folder_per_start(trainer: L.Trainer) -> bool:
+    """Return whether the logger's name is that of a project, as W&B's, and not that of the run."""
+    return bool(trainer.loggers) and not isinstance(trainer.loggers[0], (CSVLogger, TensorBoardLogger))
+
+
+def _read_identity(path: Path) -> dict[str, str]:
+    """Return the identity in a checkpoint; empty if it was made by an earlier version."""
+    for name, state in open_checkpoint(path).get("callbacks", {}).items():
+        if name.startswith(ResumeCheckpoint.__name__):
+            identity: dict[str, str] = state.get("identity", {})
+            return identity
+    return {}
+
+
+def _check_sharding(path: Path, trainer: L.Trainer) -> None:
+    if path.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise CheckpointError(SHARDED.format(path=path), argument="ckpt_path")

@@ -20,7 +20,7 @@ from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.errors import ConfigError, DataError, MissingFileError
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
 from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies, mean_scores
 from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
@@ -188,6 +188,8 @@ def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namesp
             # Only now: Ctrl-C may have come between two models, and then the question does not count.
             answered.append(Asked(question, None, replies))
             print(f"\n{page.format_answers(answered[-1])}")
+    except StoppedBySignal:
+        raise  # unlike Ctrl-C, it is no way to end the questions
     except (EOFError, KeyboardInterrupt):
         print()
     return answered

@@ -6,13 +6,16 @@ import difflib
 import importlib
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
+from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError, StoppedBySignal
 
 _STDOUT = 1
 _CONFIG_OPTIONS = ("--config", "-c")
@@ -47,7 +50,7 @@ prepare:
 
 `lit-unlearn COMMAND --help` lists the options. A --config that is no local file is looked up among the packaged ones.
 exit codes: 0 success; 1 the run failed, or missed what `report` requires; 2 nothing was started, because a setting, a
-file or a model cannot be used; 130 interrupted.
+file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and SIGUSR1.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
@@ -89,17 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run_with_exit_code(arguments: list[str]) -> None:
     try:
         try:
-            _run_command(find_configs(arguments))
+            with _signals_raise():
+                _run_command(find_configs(arguments))
         finally:
             # Here, where a broken pipe can be caught: Python's own flush at exit comes too late.
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("lit-unlearn: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print(f"lit-unlearn: {str(stop) or 'interrupted'}", file=sys.stderr)
+        sys.exit(_exit_code_of(stop))
     except SystemExit as end:
         # The Trainer prints its own line about an interruption, and ends with 1.
         if isinstance(end.__context__, KeyboardInterrupt):
-            sys.exit(130)
+            sys.exit(_exit_code_of(end.__context__))
         raise
     except BrokenPipeError:
         # If stdout is open, it was another pipe, and so a bug.
@@ -111,6 +115,35 @@ def _run_with_exit_code(arguments: list[str]) -> None:
     except LitUnlearnError as error:
         # Every other exception is a bug, and keeps its traceback.
         _exit_with_error(error)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Make SIGTERM and SIGUSR1 raise, as Ctrl-C does, so that the other processes of a run are ended as well.
+
+    A fit that takes steps puts its own handlers in their place, see `ResumeCheckpoint`.
+    """
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise StoppedBySignal(number)
+
+    previous: dict[int, Any] = {}
+    # Python allows signal handlers in the main thread only. What a caller handles or ignores is left to them.
+    if threading.current_thread() is threading.main_thread():
+        # Once interrupted, Lightning ignores Ctrl-C for good.
+        previous[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _exit_code_of(stop: KeyboardInterrupt) -> int:
+    return stop.exit_code if isinstance(stop, StoppedBySignal) else 128 + signal.SIGINT
 
 
 def _exit_with_error(error: LitUnlearnError) -> NoReturn:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,19 +22,18 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_unlearn import training  # noqa: F401
 from lit_unlearn.callbacks import ExportModel, RunPicture, RunReport, default_callbacks, default_plugins
+from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
+from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
 from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
 from lit_unlearn.cli.settings import SaveSettings, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
-from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError, MissingFileError, reading
+from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
-from lit_unlearn.training.strategies import leave_process_group
-
-# Lightning looks for these checkpoints itself.
-_NAMED_CHECKPOINTS = ("best", "last", "hpc")
+from lit_unlearn.training.strategies import leave_process_group, shards
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -120,14 +118,19 @@ class UnlearnCLI(LightningCLI):
         # Lightning's own reads all weights in search of hyperparameters, which our modules do not save, and ends with a
         # traceback if the file is damaged.
         path = self.config[self.config.subcommand].get("ckpt_path")
+        if path in ("best", "hpc"):
+            raise ConfigError(
+                f"`ckpt_path={path}` is refused: a command knows of no earlier fit. Give a file, or `last` for the newest "
+                "checkpoint of the same run.",
+                argument="ckpt_path",
+            )
         # With a colon it is an address, or a name in a registry.
-        if path is None or path in _NAMED_CHECKPOINTS or ":" in path:
+        if path is None or path == "last" or ":" in path:
             return
-        if not Path(path).exists():
-            raise MissingFileError(f"there is no checkpoint '{path}'.", argument="ckpt_path")
-        if Path(path).is_file():
-            with reading("the checkpoint", path, "Resume from another one.", CheckpointError):
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open_checkpoint(Path(path))
+        strategy = self.config[self.config.subcommand].trainer.strategy
+        if Path(path).is_dir() and not shards(strategy if isinstance(strategy, str) else strategy.class_path):
+            raise CheckpointError(SHARDED.format(path=path), argument="ckpt_path")
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that cannot work; move the clipping flag to the module, where it can."""
@@ -169,7 +172,9 @@ class UnlearnCLI(LightningCLI):
         plugins = _as_list(config.trainer.plugins)
         plugins += default_plugins(plugins)
         with _refusals_as_config_errors(Exception):
-            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        replace_signal_handling(trainer)
+        return trainer
 
 
 @contextmanager
@@ -218,7 +223,9 @@ def run(arguments: list[str]) -> None:
 
 
 _CHATTER = re.compile(
-    r"(\[rank: \d+\] )?(GPU available|TPU available|💡 Tip|Seed set to|Loading `train_dataloader`|`Trainer\.|Restored all"
+    r"\s*(\[rank: \d+\] )?(GPU available|TPU available|💡 Tip|Seed set to|Loading `train_dataloader`|`Trainer\.|Restored all"
+    # The command line says itself how it ended.
+    r"|Detected KeyboardInterrupt"
     r"|Initializing distributed: |-+\ndistributed_backend="
     # Transformers' schedules import peft, which imports bitsandbytes.
     r"|Failed to load CPU gemm_4bit_forward)"
@@ -238,6 +245,8 @@ _IRRELEVANT_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     # What is logged is the same on every process.
     "sync_dist=True",
+    # Where the run starts instead is told by ResumeCheckpoint.
+    "there is no last checkpoint available",
 )
 _format_warning = warnings.formatwarning
 

@@ -31,14 +31,23 @@ def check_strategy(name: str) -> None:
     Raises:
         ConfigError: If only `ddp` or FSDP2 would do.
     """
-    kind = name.rpartition(".")[2].lower().replace("_", "").removesuffix("strategy")
-    if kind in ("auto", "singledevice", "fsdp2", "modelparallel") or kind.startswith("ddp"):
+    kind = _kind_of(name)
+    if shards(name) or kind in ("auto", "singledevice") or kind.startswith("ddp"):
         return
     reason = next((text for key, text in _REASONS.items() if key in kind), "it has not been shown to take exact steps")
     raise ConfigError(
         f"the strategy '{name}' is refused: {reason}. Use `ddp`, or FSDP2 to shard the model over the devices: "
         "--config configs/hardware/fsdp2.yaml."
     )
+
+
+def shards(name: str) -> bool:
+    """Return whether a strategy of that name shards the model over the devices."""
+    return _kind_of(name) in ("fsdp2", "modelparallel")
+
+
+def _kind_of(name: str) -> str:
+    return name.rpartition(".")[2].lower().replace("_", "").removesuffix("strategy")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
