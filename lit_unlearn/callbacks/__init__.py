@@ -7,6 +7,7 @@ from lit_unlearn.callbacks.advice import RunAdvice
 from lit_unlearn.callbacks.checkpoints import ResumeCheckpoint
 from lit_unlearn.callbacks.defaults import default_callbacks, default_plugins
 from lit_unlearn.callbacks.export import ExportModel
+from lit_unlearn.callbacks.finished import FinishedRun
 from lit_unlearn.callbacks.picture import RunPicture
 from lit_unlearn.callbacks.plugins import AtomicCheckpointIO
 from lit_unlearn.callbacks.progress import ProgressBar
@@ -15,6 +16,7 @@ from lit_unlearn.callbacks.report import Report, RunReport
 __all__ = [
     "AtomicCheckpointIO",
     "ExportModel",
+    "FinishedRun",
     "ProgressBar",
     "Report",
     "ResumeCheckpoint",

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lit_unlearn.callbacks.advice import RunAdvice
 from lit_unlearn.callbacks.checkpoints import ResumeCheckpoint
 from lit_unlearn.callbacks.export import ExportModel
+from lit_unlearn.callbacks.finished import FinishedRun
 from lit_unlearn.callbacks.picture import RunPicture
 from lit_unlearn.callbacks.plugins import AtomicCheckpointIO
 from lit_unlearn.callbacks.progress import ProgressBar
@@ -38,7 +39,7 @@ def default_callbacks(
 
     Example:
         >>> [type(callback).__name__ for callback in default_callbacks(checkpoint=False)]
-        ['ProgressBar', 'RunAdvice', 'RunReport', 'RunPicture', 'ExportModel']
+        ['ProgressBar', 'RunAdvice', 'RunReport', 'RunPicture', 'ExportModel', 'FinishedRun']
     """
     # The order: advice is about the settings, so it comes before whatever takes time. The report is first at the end of a
     # fit: it writes what was achieved, even if the pictures or the export fail, and the pictures read it. Lightning calls
@@ -50,6 +51,7 @@ def default_callbacks(
     kinds.append((RunReport, report or RunReport()))
     kinds.append((RunPicture, picture or RunPicture()))
     kinds.append((ExportModel, export or ExportModel()))
+    kinds.append((FinishedRun, FinishedRun()))
     if checkpoint:
         kinds.append((ResumeCheckpoint, ResumeCheckpoint()))
 

@@ -33,9 +33,7 @@ def identify_run(trainer: L.Trainer) -> Identity:
     if not isinstance(module, LitLanguageModel):
         return {}
     identity = {"class of the module": type(module).__name__, "seed of the module": str(module.seed)}
-    base_model = _digest_base_model(module.lm)
-    if base_model is not None:
-        identity["base model"] = base_model
+    identity["base model"] = _digest_base_model(module.lm)
     if isinstance(data, ForgetRetain):
         identity["seed of the data"] = str(data.seed)
         for name, source in data.sources.items():
@@ -48,11 +46,10 @@ def find_differences(one: Identity, other: Identity) -> list[str]:
     return [name for name in one if name in other and one[name] != other[name]]
 
 
-def _digest_base_model(lm: LanguageModel) -> str | None:
+def _digest_base_model(lm: LanguageModel) -> str:
     if lm.name is not None:
         return sample_weights(lm.name, lm.hub_settings["revision"])
-    if lm.is_loaded:
-        return None  # it was given in memory
+    # Random weights follow from the config and the seed. Of a model that was given in memory, this is its type alone.
     return _digest(lm.config)
 
 

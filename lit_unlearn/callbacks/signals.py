@@ -52,7 +52,9 @@ class SignalWatch:
         if self._first is None:
             self._first, self._time = number, time.monotonic()
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            rank_zero_info(f"\n{name}: the run stops after this step, with a checkpoint; once more to stop now, without")
+            rank_zero_info(
+                f"\n{name}: the run stops after this step, with a checkpoint; once more to stop now, without"
+            )
         elif time.monotonic() - self._time > _SECONDS_OF_ONE_REQUEST:
             self.stop()
             raise StoppedBySignal(number)

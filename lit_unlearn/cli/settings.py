@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,7 +15,11 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.errors import ConfigError
+from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.strategies import check_strategy
+from lit_unlearn.training.trainer_checks import ONE_STEP_PER_BATCH, check_callbacks
+from lit_unlearn.training.unlearn import check_constraint_names as check_names
+from lit_unlearn.utils.validation import list_names
 
 # Keys that may differ in a resumed run without a word.
 _MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
@@ -21,13 +28,14 @@ _NOT_SET = "# not set"
 
 
 def check_trainer(trainer: Namespace) -> None:
-    """Refuse Trainer flags that cannot work with manual optimisation, before anything is built, with what to set instead."""
+    """Refuse Trainer flags and callbacks that cannot work with manual optimisation, before anything is built.
+
+    Raises:
+        ConfigError: With what to set instead.
+    """
     reasons = {}
     if (trainer.accumulate_grad_batches or 1) != 1:
-        reasons["accumulate_grad_batches"] = (
-            "one batch is one optimizer step. Set the data's `batch_size` to the examples of a whole step and the model's "
-            "`micro_batch_size` to what fits in memory; the gradient is that of the whole step."
-        )
+        reasons["accumulate_grad_batches"] = ONE_STEP_PER_BATCH
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         reasons["gradient_clip_algorithm"] = (
             "only clipping by the norm of the whole gradient is exact over processes. Leave it out and set "
@@ -39,8 +47,65 @@ def check_trainer(trainer: Namespace) -> None:
         reasons["reload_dataloaders_every_n_epochs"] = "every epoch has its own order anyway. Leave it out."
     for flag, reason in reasons.items():
         raise ConfigError(f"`{flag}={trainer[flag]}` is refused: {reason}", owner=L.Trainer, argument=flag)
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    check_callbacks(_import_class(callback.class_path) for callback in callbacks if callback is not None)
     strategy = trainer.strategy
     check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
+
+
+def check_constraint_names(arguments: Sequence[str]) -> None:
+    """Refuse constraints that are changed but were never made: their name is mistyped.
+
+    Without this, the parser would ask for the objective and the multiplier of a new constraint of that name.
+
+    Args:
+        arguments: Of the command, with the configuration files as paths or YAML.
+
+    Raises:
+        ConfigError: With the nearest name.
+    """
+    known: set[str] = set()
+    # In the order in which the parser takes them: a file, too, changes what came before it.
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, text = argument.partition("=")
+        if option in ("--config", "-c"):
+            for name, fields in _read_constraints(text if equals else value).items():
+                is_whole = isinstance(fields, Mapping) and {"objective", "multiplier"} <= fields.keys()
+                _check_is_known(name, known, is_whole)
+        elif match := _CONSTRAINT_OPTION.match(option):
+            # Whoever makes a constraint on the command line begins with its objective.
+            _check_is_known(match[1], known, match[2] in (None, "objective", "objective.class_path"))
+
+
+_CONSTRAINT_OPTION = re.compile(r"--model(?:\.init_args)?\.constraints\.([^.]+)(?:\.(.+))?$")
+
+
+def _check_is_known(name: str, known: set[str], is_whole: bool) -> None:
+    if known and not is_whole and name not in known:
+        raise ConfigError(
+            f"there is no constraint '{name}' to change: {list_names(name, sorted(known))}. A new one needs an `objective`, an "
+            "`epsilon` and a `multiplier`.",
+            owner=LitUnlearn,
+            argument="constraints",
+        )
+    check_names([name])
+    known.add(name)
+
+
+def _read_constraints(config: str) -> dict[str, Any]:
+    text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
+    content: Any = yaml.safe_load(text)
+    for key in ("model", "init_args", "constraints"):
+        is_left_out = key == "init_args" and isinstance(content, Mapping) and key not in content
+        if not is_left_out:
+            content = content.get(key) if isinstance(content, Mapping) else None
+    return {str(name): fields for name, fields in content.items()} if isinstance(content, Mapping) else {}
+
+
+def _import_class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    named: type = getattr(importlib.import_module(module), name)
+    return named
 
 
 def format_settings(settings: dict[str, Any], changed: dict[str, Any], header: str) -> str:

@@ -26,7 +26,7 @@ from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
 from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
-from lit_unlearn.cli.settings import SaveSettings, check_trainer, format_settings
+from lit_unlearn.cli.settings import SaveSettings, check_constraint_names, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
@@ -216,6 +216,7 @@ def run(arguments: list[str]) -> None:
     _silence_libraries()
     # Where LightningCLI, and the processes that it may start, look for them.
     sys.argv[1:] = arguments
+    check_constraint_names(arguments)
     try:
         UnlearnCLI((arguments[0],))
     finally:

@@ -51,3 +51,17 @@ def has_linear_head(model: PreTrainedModel) -> bool:
     if len(states) < 2 or not torch.equal(states["trunk"], states["head"]):
         return False
     return torch.equal(logits, nn.functional.linear(states["head"], head.weight, head.bias).to(logits))
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Return the length of the table of positions that a model has learned, as GPT-2 and OPT; ``None`` if it has none.
+
+    Rotary positions go on beyond what a model was trained on; a table ends.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        # "wpe" in GPT-2 and those that follow it, "embed_positions" or "position_embeddings" elsewhere.
+        if isinstance(module, nn.Embedding) and ("position" in kind or kind == "wpe"):
+            return module.num_embeddings if limit is None else min(limit, module.num_embeddings)
+    return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -13,15 +14,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
 
-from lit_unlearn.errors import CheckpointError, ConfigError
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.errors import CheckpointError, ConfigError, DataError
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 from lit_unlearn.models import Batch, LanguageModel
+from lit_unlearn.models.probing import learned_positions
 from lit_unlearn.training.evaluator import Evaluator, Measurement
 from lit_unlearn.training.forward_plan import ForwardPass, PassOrder, Term, build_forward_plan
 from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
 from lit_unlearn.training.strategies import check_strategy, shard
+from lit_unlearn.training.trainer_checks import check_callbacks, check_limits, prepare_loaders
 from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
 from lit_unlearn.utils.validation import check_choice, check_integer, check_number
 
@@ -36,10 +40,16 @@ class Schedule:
     Args:
         name: As for ``transformers.get_scheduler``: ``"linear"``, ``"cosine"``, ``"constant_with_warmup"``, …
         warmup_epochs: Passes over the forget set in which the rate rises from 0; fractions are allowed.
+
+    Raises:
+        ConfigError: If ``warmup_epochs`` is negative or not finite.
     """
 
     name: str
     warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "warmup_epochs", self.warmup_epochs, at_least=0)
 
 
 class LitLanguageModel(L.LightningModule):
@@ -109,10 +119,10 @@ class LitLanguageModel(L.LightningModule):
     # Loading ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that would take wrong steps; forget an earlier run.
+        """Refuse strategies and callbacks that would take wrong steps, and limits without a step; forget an earlier run.
 
         Raises:
-            ConfigError: See `check_strategy`.
+            ConfigError: See `check_strategy`, `check_callbacks` and `check_limits`.
         """
         strategy = self.trainer.strategy
         check_strategy(type(strategy).__name__)
@@ -120,32 +130,88 @@ class LitLanguageModel(L.LightningModule):
             raise ConfigError(
                 "DDPStrategy(static_graph=True) is refused: a step has several backward passes. Leave it out."
             )
+        if stage == "fit":
+            check_callbacks(map(type, self.trainer.callbacks))  # type: ignore[attr-defined]
+            check_limits(self.trainer)
         self.evaluator.setup(stage)
 
     def configure_model(self) -> None:
-        """Load the model, and shard it where that is asked for."""
+        """Load the model, and shard it where that is asked for.
+
+        Raises:
+            DataError: If an example is longer than the positions that the model has learned.
+        """
         load_for_trainer(self.lm, self._trainer)
+        self._check_lengths()
         self.reference_cache.prepare()
         self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
         if self.device_mesh is not None:
             shard(self.lm, self.device_mesh)
 
+    def _check_lengths(self) -> None:
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        positions = learned_positions(self.lm.causal_lm)
+        if positions is None or not isinstance(data, ForgetRetain):
+            return
+        # Past the end of the table, the first forward pass would fail: on a GPU without a word about the cause.
+        for name, examples in data.examples.items():
+            for number, example in enumerate(examples):
+                for part in (example, example.alternate):
+                    if part is not None and len(part.input_ids) > positions:
+                        raise DataError(
+                            f"row {number} of the {name} set has {len(part.input_ids)} tokens, but the model has learned only "
+                            f"{positions} positions: lower `max_length` to {positions} or less.",
+                            owner=data,
+                            argument="max_length",
+                        )
+
     def configure_optimizers(self) -> Any:
-        """Return the optimizer over the trainable parameters, and its schedule."""
-        optimizer = self._optimizer([parameter for parameter in self.lm.parameters() if parameter.requires_grad])
+        """Return the optimizer over the trainable parameters, and its schedule.
+
+        Raises:
+            ConfigError: If they refuse their arguments, the limits do not fit the loaders, or a schedule has no end.
+        """
+        parameters = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
+        optimizer = self._build("optimizer", lambda: self._optimizer(parameters))
         self._settings = []
         for group in optimizer.param_groups:
             self._settings.append({key: value for key, value in group.items() if key != "params"})
-        if self._scheduler is None:
+
+        schedule = self._scheduler
+        # Loaders of the user's may have a state, which Lightning restores only after this.
+        if isinstance(schedule, Schedule) or isinstance(self.trainer.datamodule, ForgetRetain):  # type: ignore[attr-defined]
+            prepare_loaders(self.trainer)
+        if schedule is None:
             return optimizer
-        if not isinstance(self._scheduler, Schedule):
-            return [optimizer], [self._scheduler(optimizer)]
+        if isinstance(schedule, Schedule):
+            total, warmup = self._count_steps(schedule)
 
-        from transformers import get_scheduler
+            from transformers import get_scheduler
 
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self._scheduler.warmup_epochs * self.trainer.num_training_batches)
-        return [optimizer], [get_scheduler(self._scheduler.name, optimizer, warmup, total)]
+            return [optimizer], [
+                self._build("scheduler", lambda: get_scheduler(schedule.name, optimizer, warmup, total))
+            ]
+        return [optimizer], [self._build("scheduler", lambda: schedule(optimizer))]
+
+    def _build(self, argument: str, build: Callable[[], Any]) -> Any:
+        try:
+            return build()
+        except ValueError as error:
+            # A rate below 0, no number, or a name that is unknown. Other exceptions are bugs of a class of the user's.
+            message = f"the {argument} refuses its settings: {error}. Check `{argument}`."
+            raise ConfigError(message, owner=self, argument=argument) from error
+
+    def _count_steps(self, schedule: Schedule) -> tuple[int, int]:
+        """Return the steps of the run, and those of the schedule's warm-up."""
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ConfigError(
+                f"the schedule '{schedule.name}' needs to know where the run ends: set `max_epochs` or `max_steps` as well "
+                "(a run ends with what comes first), or leave out the module's `scheduler`.",
+                owner=L.Trainer,
+                argument="max_epochs",
+            )
+        return int(total), round(schedule.warmup_epochs * self.trainer.num_training_batches)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch on the CPU: it is packed there, and each pass goes to the device when it is run."""
@@ -269,10 +335,16 @@ class LitLanguageModel(L.LightningModule):
         """Check that this run can resume from a checkpoint.
 
         Raises:
-            CheckpointError: If dropout was seeded otherwise, or weights or reference log-probabilities are missing.
+            CheckpointError: If dropout was seeded otherwise, weights, optimizer or reference log-probabilities are missing, or
+                it is beyond the last epoch.
         """
-        run = checkpoint["run"]
+        run = checkpoint.get("run")
+        if run is None:
+            raise CheckpointError(
+                "the checkpoint is of no LitUnlearn or LitFinetune run. Start from its exported model."
+            )
         if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._check_progress(checkpoint)
             if run["seed"] != self.seed:
                 raise CheckpointError(
                     f"the checkpoint cannot be resumed: `seed` was {run['seed']}, is {self.seed}. Restore it, or start a new run "
@@ -283,3 +355,22 @@ class LitLanguageModel(L.LightningModule):
             self._saved_settings = run["optimizer"]
         check_tensors(checkpoint, self, self.lm)
         self.reference_cache.load_state_dict(run.get("reference_logp"))
+
+    def _check_progress(self, checkpoint: dict[str, Any]) -> None:
+        epochs, limit = (
+            checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+            self.trainer.max_epochs,
+        )
+        if limit is not None and 0 <= limit < epochs:
+            raise CheckpointError(
+                f"the checkpoint has {epochs} epochs behind it (step {checkpoint['global_step']}), more than `max_epochs` "
+                f"({limit}): raise it, or start a new run.",
+                owner=L.Trainer,
+                argument="max_epochs",
+            )
+        needs_optimizer = self.trainer.strategy.lightning_restore_optimizer
+        if needs_optimizer and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
+            raise CheckpointError(
+                "the checkpoint has weights alone, without the optimizer, so it cannot be resumed: make a model of it with "
+                "`lit-unlearn export`, and start a new run from that."
+            )

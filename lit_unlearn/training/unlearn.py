@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.dual import Constraint
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError, DivergedError
 from lit_unlearn.evaluation.benchmark import Benchmark
@@ -19,7 +21,7 @@ from lit_unlearn.objectives import Objective
 from lit_unlearn.training.evaluator import Measurement
 from lit_unlearn.training.forward_plan import PassOrder, Term
 from lit_unlearn.training.module import LitLanguageModel, Schedule
-from lit_unlearn.utils.validation import check_choice, check_number
+from lit_unlearn.utils.validation import check_choice, check_number, list_names
 
 
 class LitUnlearn(LitLanguageModel):
@@ -55,7 +57,7 @@ class LitUnlearn(LitLanguageModel):
             values are logged as ``val/<benchmark>/<value>``. ``None`` for none before the test.
 
     Raises:
-        ConfigError: If there is no constraint or a number is out of range.
+        ConfigError: If there is no constraint, a name cannot be a key, or a number is out of range.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class LitUnlearn(LitLanguageModel):
                 owner=self,
                 argument="constraints",
             )
+        check_constraint_names(constraints)
         check_choice(("best", "last"), self, keep=keep)
         self.keep = keep
         self.forget = forget
@@ -177,12 +180,31 @@ class LitUnlearn(LitLanguageModel):
     # The reference model ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Set up as the base class does; a fit starts without a best measurement, unless a checkpoint brings one."""
+        """Set up as the base class does; a fit starts without a best measurement, unless a checkpoint brings one.
+
+        Raises:
+            ConfigError: If a constraint is on a stream that the data module does not have.
+        """
         super().setup(stage)
+        self._check_streams()
         if stage == "fit":
             self.best, self._dual_epochs = None, 0
             if self.forget.level is not None:
                 self.forget.level.measured = None
+
+    def _check_streams(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Loaders of the user's are known only when they hand out a batch.
+        if not isinstance(data, ForgetRetain):
+            return
+        for name, constraint in self.constraints.items():
+            if constraint.stream not in data.examples:
+                raise ConfigError(
+                    f"constraint '{name}' is on the stream '{constraint.stream}', which the data do not have: "
+                    f"{list_names(constraint.stream, data.examples)}. Name its file in the data's `streams`, or change `stream`.",
+                    owner=constraint,
+                    argument="stream",
+                )
 
     def on_train_start(self) -> None:
         """Measure the reference model for what is relative to it, unless a checkpoint brought the values.
@@ -320,3 +342,21 @@ class LitUnlearn(LitLanguageModel):
         self.best, self._dual_epochs = run["best"] and Measurement(**run["best"]), run["dual_epochs"]
         if self.forget.level is not None:
             self.forget.level.measured = run.get("forget_level")
+
+
+def check_constraint_names(names: Iterable[str]) -> None:
+    """Refuse names that cannot be a key of the configuration, of the logs and of a module.
+
+    Raises:
+        ConfigError: With the name.
+    """
+    for name in names:
+        # "forget" is the other term of the sum; `keys` and the like are methods of the container of the objectives.
+        is_taken = name == "forget" or hasattr(nn.ModuleDict, name)
+        if is_taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(
+                f"the constraint's name {name!r} cannot be a key: use letters, digits, '_' and '-'"
+                f"{', and another word than this one' if is_taken else ''}.",
+                owner=LitUnlearn,
+                argument="constraints",
+            )

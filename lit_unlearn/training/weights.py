@@ -32,19 +32,27 @@ def saved_tensor_names(module: L.LightningModule, lm: LanguageModel) -> set[str]
 
 
 def check_tensors(checkpoint: dict[str, Any], module: L.LightningModule, lm: LanguageModel) -> None:
-    """Raise an error unless a checkpoint has all tensors that the module saves.
+    """Raise an error unless a checkpoint has all tensors that the module saves, in the same shapes, and no others.
 
     Raises:
-        CheckpointError: If some are missing.
+        CheckpointError: If some are missing, unknown or of another shape.
     """
     # Sharding strategies load tensors by themselves, and leave no state in the checkpoint.
     if "state_dict" not in checkpoint:
         return
-    missing = saved_tensor_names(module, lm) - checkpoint["state_dict"].keys()
-    if missing:
+    saved, names = checkpoint["state_dict"], saved_tensor_names(module, lm)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    misfits = names - saved.keys()
+    for name, value in saved.items():
+        # Of an adapted model, a checkpoint may have the base as well: where it was sharded.
+        is_unknown = name not in shapes and module.strict_loading
+        if is_unknown or (name in names and value.shape != shapes[name]):
+            misfits.add(name)
+    if misfits:
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {'adapter' if lm.has_adapter else 'model'}'s tensors, such as "
-            f"'{min(missing)}': it was made with another `lm`. Give the same, or start a new run.",
+            f"the checkpoint does not fit the {'adapter' if lm.has_adapter else 'model'}: {len(misfits)} tensors, such as "
+            f"'{min(misfits)}', are missing in one of the two or of another shape. It was made with another `lm`: give the "
+            "same, or start a new run.",
             owner=module,
             argument="lm",
         )

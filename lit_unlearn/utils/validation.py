@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lit_unlearn.errors import ConfigError
+
+
+def list_names(name: str, names: Iterable[str]) -> str:
+    """Return, for a message about a name that is unknown, those that are known, the nearest one first."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = ", ".join(map(repr, known)) or "none"
+    return f"did you mean '{near[0]}'? There are {listed}" if near else f"there are {listed}"
 
 
 def check_at_least(minimum: int, owner: object, **arguments: float) -> None:

@@ -98,7 +98,7 @@ def test_the_checkpoint_of_a_run(adapter: list[str], in_tmp: Path, model_dir: st
     assert abs(found["aggregate"]["forget/nll"] - before["aggregate"]["forget/nll"]) > 0.01
     assert before["model"]["weights"] not in (found["model"]["weights"], exported["model"]["weights"])
     if adapter:
-        with pytest.raises(SystemExit, match=r"lacks \d+ .*'lm\."):
+        with pytest.raises(SystemExit, match=r"does not fit the model: \d+ .*'lm\."):
             evaluate(model_dir, files, f"--ckpt_path={checkpoint}", results="other.json")
         assert not (in_tmp / "other.json").exists()
 

@@ -147,9 +147,7 @@ def test_a_signal_before_the_run_ends_plainly(
     sys.modules.pop("slow_to_import", None)
 
 
-def test_a_signal_while_the_model_is_loaded(
-    in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_while_the_model_is_loaded(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     ctrl_c = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end:

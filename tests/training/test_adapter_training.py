@@ -52,7 +52,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume(
     torch.save({**half, "state_dict": kept}, tmp_path / "broken.ckpt")
     trainer = make_trainer(max_epochs=2)
     with pytest.raises(
-        ValueError, match=r"the checkpoint lacks 8 of the adapter's tensors, such as 'lm\.model.*down_proj"
+        ValueError, match=r"the checkpoint does not fit the adapter: 8 tensors, such as 'lm\.model.*down_proj"
     ):
         trainer.fit(make(model_dir), datamodule=data(), ckpt_path=tmp_path / "broken.ckpt")
 

@@ -1,0 +1,112 @@
+"""A run that is given again after it has finished: what is said, and whether that is a success."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_unlearn.callbacks.export import ExportModel
+from lit_unlearn.errors import ConfigError, RequirementNotMet
+from lit_unlearn.export.record import RECORD_FILE, digest_export
+from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.utils.io import read_json
+
+
+class FinishedRun(Callback):
+    """End a fit that has no step left: well if its export is there and is of this run, else with what to do.
+
+    A script that always gives ``--ckpt_path last`` would otherwise take an exit code of 0 for a new model.
+    """
+
+    def __init__(self) -> None:
+        self._has_trained = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        self._has_trained = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the fit takes steps."""
+        self._has_trained = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that there was nothing to do.
+
+        Raises:
+            ConfigError: If the settings left no step to take.
+            RequirementNotMet: If the export of the finished run is not there, or is another one.
+        """
+        if self._has_trained or not isinstance(pl_module, LitLanguageModel):
+            return
+        step = trainer.global_step
+        if step == 0:
+            raise ConfigError(
+                "the settings of the Trainer or of the data left no step to take, so there is no model to export."
+            )
+        exporter = next((c for c in trainer.callbacks if isinstance(c, ExportModel)), None)  # type: ignore[attr-defined]
+        # One process looks, and all end alike.
+        problem, folder = None, None
+        if exporter is not None:
+            folder = find_export(exporter)
+            if trainer.is_global_zero:
+                problem = find_export_problem(folder, exporter.state_dict()["record"], step, pl_module.kept_step)
+            problem = trainer.strategy.broadcast(problem)
+        place = f"; the model is in {folder}" if folder is not None and problem is None else ""
+        rank_zero_info(f"already finished at step {step}: nothing to do{place}")
+        if problem is not None:
+            raise RequirementNotMet(f"{problem} {_describe_remedy(trainer, pl_module, exporter, folder)}")
+
+
+def find_export(exporter: ExportModel) -> Path | None:
+    """Return where a run's export should be, as the callback is configured now, or else as its checkpoint says."""
+    folder = exporter.dirpath or exporter.state_dict()["folder"]
+    return None if folder is None else Path(folder)
+
+
+def find_export_problem(folder: Path | None, record: dict[str, Any], steps: int, kept_step: int) -> str | None:
+    """Return what keeps a folder from being the export of a finished run; ``None`` if it is.
+
+    Args:
+        folder: Where the export should be; ``None`` if nothing says where.
+        record: The run's, from its checkpoint.
+        steps: Steps that the run has taken.
+        kept_step: Step of the model that it keeps.
+    """
+    if folder is None or not (folder / RECORD_FILE).is_file():
+        return f"the run has finished, but there is no export with a record in '{folder}'."
+    exported = read_json(folder / RECORD_FILE)
+    expected = {"steps": steps, "step": kept_step}
+    for key, value in expected.items():
+        if exported.get(key) != value:
+            return f"the export in '{folder}' is not that of this run: its record has `{key}` {exported.get(key)}, not {value}."
+    for key in ("model", "data"):
+        if record and _identify(exported.get(key)) != _identify(record.get(key)):
+            return f"the export in '{folder}' is not that of this run: its record has another `{key}`."
+    if digest_export(folder) != exported["files"]:
+        return (
+            f"the files in '{folder}' are no longer those that the run exported: their sha256 differs from its record."
+        )
+    return None
+
+
+def _identify(part: Any) -> Any:
+    """Return the digests in a part of a record, by which a moved model or data file is still the same."""
+    if not isinstance(part, dict):
+        return part
+    sets = {name: fields.get("sha256") for name, fields in part.get("sets", {}).items()}
+    return part.get("weights"), sets
+
+
+def _describe_remedy(trainer: L.Trainer, module: LitLanguageModel, exporter: Any, folder: Path | None) -> str:
+    earlier = exporter.state_dict()["folder"]
+    if earlier is not None and folder is not None and Path(earlier) != folder and Path(earlier).is_dir():
+        return (
+            f"It exported to '{earlier}': copy that. To train again, leave out `ckpt_path` or give another `logs.name`."
+        )
+    if module.kept_step == trainer.global_step and trainer.ckpt_path:
+        return f"Make it with `lit-unlearn export {trainer.ckpt_path} {folder or 'DIR'}`."
+    return "To train again, leave out `ckpt_path` or give another `logs.name`."

@@ -1,0 +1,342 @@
+"""Which run a checkpoint belongs to, and what the exit code of a run without a step means."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from command_line import quick
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lit_unlearn import (
+    NLL,
+    Constraint,
+    DualAscent,
+    FictionalAuthors,
+    ForgetRetain,
+    LanguageModel,
+    LitFinetune,
+    LitUnlearn,
+    LogitMargin,
+    cli,
+)
+from lit_unlearn.callbacks import ResumeCheckpoint, default_callbacks
+from lit_unlearn.callbacks.identity import find_differences, identify_run
+from lit_unlearn.errors import CheckpointError
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Runs a command and returns its exit code and what it printed."""
+    code = 0
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return code, printed.out + printed.err
+
+
+# A finished run, given again --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The arguments of a run that has finished after 2 steps."""
+    arguments = [*quick(model_dir, "--data.batch_size=10"), "--picture.answers=0", "--ckpt_path=last"]
+    assert run(arguments, capsys)[0] == 0
+    return arguments
+
+
+def test_a_finished_run_has_nothing_to_do(
+    finished: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    with caplog.at_level("INFO"):
+        assert run(finished, capsys)[0] == 0
+    (line,) = [message for message in caplog.messages if "already finished at step 2" in message]
+    assert "out" in line
+    assert before == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        ("other place", "copy that"),
+        ("gone", "lit-unlearn export"),
+        ("changed", "sha256"),
+        ("other steps", "`steps` 9"),
+        ("other data", "`data`"),
+    ],
+)
+def test_a_finished_run_without_its_export_is_no_success(
+    spoil: str, expected: str, finished: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = []
+    record = json.loads(Path("out/unlearning.json").read_text(encoding="utf-8"))
+    if spoil == "other place":
+        extra = ["--export.dirpath=elsewhere", "--model.optimizer.lr=1e-2"]
+    elif spoil == "gone":
+        shutil.rmtree("out")
+    elif spoil == "changed":
+        with Path("out/config.json").open("a", encoding="utf-8") as file:
+            file.write("\n")
+    elif spoil == "other steps":
+        Path("out/unlearning.json").write_text(json.dumps({**record, "steps": 9}), encoding="utf-8")
+    else:
+        record["data"]["sets"]["forget"]["sha256"] = "of other rows"
+        Path("out/unlearning.json").write_text(json.dumps(record), encoding="utf-8")
+    code, printed = run([*finished, *extra], capsys)
+    assert code == 1
+    assert expected in printed
+    assert not Path("elsewhere").exists()
+
+
+def test_the_export_that_is_gone_can_be_made_as_it_is_said(
+    finished: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Path("out/model.safetensors").read_bytes()
+    shutil.rmtree("out")
+    code, printed = run(finished, capsys)
+    command = re.search(r"`lit-unlearn (export \S+ \S+)`", printed)
+    assert command is not None, printed
+    assert code == 1
+    assert run(command[1].split(), capsys)[0] == 0
+    assert Path("out/model.safetensors").read_bytes() == weights
+    assert run(finished, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "argument"),
+    [
+        ("--trainer.max_epochs=0", "max_epochs"),
+        ("--trainer.max_steps=0", "max_steps"),
+        ("--trainer.limit_train_batches=0", "limit_train_batches"),
+        ("--trainer.max_time=00:00:00:00", None),
+    ],
+)
+def test_settings_without_a_step(
+    extra: str, argument: str | None, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = run([*quick(model_dir), extra], capsys)
+    assert code == 2, printed
+    assert argument is None or f"`trainer.{argument}`" in printed
+    assert not Path("out").exists()
+
+
+def test_a_checkpoint_beyond_the_last_epoch(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = run([*finished, "--trainer.max_epochs=1"], capsys)
+    assert code == 2
+    assert "2 epochs" in printed
+    assert "`trainer.max_epochs`" in printed
+
+
+# Checkpoints that are none ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "foreign", "tensor", "sharded", "folder"])
+@pytest.mark.parametrize("by", ["path", "last"])
+def test_a_checkpoint_that_cannot_be_resumed(
+    kind: str, by: str, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = in_tmp / "log" / "run" / "checkpoints" / "last-step=3.ckpt"
+    path.parent.mkdir(parents=True)
+    whole = {"global_step": 3, "loops": {}, "pytorch-lightning_version": "2.6.6", "callbacks": {}}
+    if kind in ("truncated", "foreign"):
+        torch.save({"epoch": 3} if kind == "foreign" else {"weights": torch.zeros(10_000)}, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:5_000])
+    elif kind == "empty":
+        path.touch()
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind in ("sharded", "folder"):
+        path.mkdir()
+        if kind == "sharded":
+            torch.save(whole, path / "meta.pt")
+    code, printed = run([*quick(model_dir), f"--ckpt_path={'last' if by == 'last' else path}"], capsys)
+    if kind == "folder" and by == "last":
+        assert code == 0  # an interruption left it, before the file that makes it a checkpoint
+        return
+    assert code == 2, printed
+    assert path.name in printed
+    assert ("fsdp2.yaml" in printed) == (kind == "sharded")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["best", "hpc"])
+def test_names_that_lightning_would_look_up(
+    name: str, in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = run([*quick(model_dir), f"--ckpt_path={name}"], capsys)
+    assert code == 2
+    assert "`ckpt_path`" in printed
+
+
+def test_a_checkpoint_of_weights_alone(
+    tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(make(tiny_lm()), datamodule=rows())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match="without the optimizer"):
+        make_trainer(max_epochs=2).fit(make(tiny_lm()), datamodule=rows(), ckpt_path=tmp_path / "weights.ckpt")
+
+
+# Runs that share a folder -----------------------------------------------------------------------------------------
+
+
+def make(lm: LanguageModel, **settings: Any) -> LitUnlearn:
+    constraint = Constraint(NLL(), 5.0, DualAscent(lr=5.0, init=3.0))
+    return LitUnlearn(lm, LogitMargin(), {"nll": constraint}, lambda p: torch.optim.SGD(p, lr=0.01), **settings)
+
+
+def rows(**settings: Any) -> FictionalAuthors:
+    fixed: dict[str, Any] = {"num_authors": 4, "forget_authors": 1, "batch_size": 5, "retain_batch_size": 4}
+    return FictionalAuthors(**{**fixed, "max_length": 200, **settings})
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "difference"),
+    [
+        ({}, {}, None),
+        ({"forget_weight": 2.0, "keep": "last"}, {"eval_batch_size": 3}, None),
+        ({"seed": 3}, {}, "seed of the module"),
+        ({}, {"seed": 3}, "seed of the data"),
+        ({}, {"num_authors": 5}, "forget rows"),
+        ({"config": {"num_hidden_layers": 1}}, {}, "base model"),
+        ({"kind": "fine-tuning"}, {"train_on": "all"}, "class of the module"),
+    ],
+)
+def test_last_is_a_checkpoint_of_the_same_run_or_none(
+    module: dict[str, Any],
+    data: dict[str, Any],
+    difference: str | None,
+    tiny_lm: Callable[..., LanguageModel],
+    make_trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fit(module: LitUnlearn | LitFinetune, data: FictionalAuthors, epochs: int, path: str | None) -> int:
+        saver = ResumeCheckpoint()
+        trainer = make_trainer(
+            max_epochs=epochs, callbacks=[saver], logger=CSVLogger(tmp_path, "run"), enable_checkpointing=True
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=path)
+        return trainer.fit_loop.epoch_progress.total.ready
+
+    fit(make(tiny_lm()), rows(), 1, None)
+    module = dict(module)
+    lm = tiny_lm(**module.pop("config", {}))
+    if module.pop("kind", None):
+        second: Any = LitFinetune(lm, lambda p: torch.optim.SGD(p, lr=0.01))
+    else:
+        second = make(lm, **module)
+    with caplog.at_level("INFO"):
+        epochs = fit(second, rows(**data), 2, "last")
+    skipped = [message for message in caplog.messages if message.startswith("skipped")]
+    if difference is None:
+        assert not skipped
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    else:
+        assert len(skipped) == 1
+        assert difference in skipped[0]
+        assert "last-step=2.ckpt" in skipped[0]
+        # The other run's is still there.
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    assert epochs == 2
+
+
+def test_a_moved_run_is_the_same_run(
+    models: dict[str, str], rows_dir: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    def identify(model: str, folder: str) -> dict[str, str]:
+        trainer = make_trainer()
+        module = make(LanguageModel(model))
+        data = ForgetRetain(f"{folder}/forget.jsonl", f"{folder}/retain.jsonl")
+        trainer._data_connector.attach_data(module, datamodule=data)
+        trainer.strategy._lightning_module = module
+        return identify_run(trainer)
+
+    first = identify(models["plain"], rows_dir)
+    shutil.copytree(models["plain"], tmp_path / "model")
+    shutil.copytree(rows_dir, tmp_path / "rows")
+    assert first == identify(str(tmp_path / "model"), str(tmp_path / "rows"))
+    with (tmp_path / "rows" / "retain.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"question": "One more?", "answer": "Yes."}\n')
+    assert find_differences(first, identify(models["plain"], str(tmp_path / "rows"))) == ["retain rows"]
+    # Trained weights differ all over.
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(byte ^ 1 for byte in content[len(content) // 2 :])
+    file.write_bytes(bytes(content))
+    assert find_differences(first, identify(str(tmp_path / "model"), rows_dir)) == ["base model"]
+
+
+class ProjectLogger(DummyLogger):
+    """Like that of W&B: the name is the project's, and every run has an id."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        super().__init__()
+        self._folder, self._run = folder, run
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._folder)
+
+    @property
+    def name(self) -> str:
+        return "project"
+
+    @property
+    def version(self) -> str:
+        return self._run
+
+
+def test_runs_of_a_project_have_folders_of_their_own(
+    tiny_lm: Callable[..., LanguageModel],
+    make_trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fit(name: str, epochs: int) -> int:
+        callbacks = default_callbacks(progress_bar=False)
+        logger = ProjectLogger(tmp_path, name)
+        trainer = make_trainer(max_epochs=epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True)
+        trainer.fit(make(tiny_lm()), datamodule=rows(), ckpt_path="last")
+        return len(list(tmp_path.glob(f"project/{name}/checkpoints/*.ckpt")))
+
+    monkeypatch.chdir(tmp_path)
+    assert fit("a1", 1) == 1
+    assert fit("b2", 1) == 1
+    assert fit("a1", 2) == 1
+    assert not (tmp_path / "project" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["fit", "--x=a b"], "lit-unlearn fit '--x=a b' --ckpt_path=last"),
+        (["fit", "--ckpt_path=old.ckpt", "--x=1"], "lit-unlearn fit --x=1 --ckpt_path=last"),
+        (["fit", "--ckpt_path", "last", "--x=1"], "lit-unlearn fit --x=1 --ckpt_path=last"),
+    ],
+)
+def test_the_command_that_resumes(
+    given: list[str], expected: str, make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-unlearn", *given])
+    saver = ResumeCheckpoint()
+    saver.best_model_path = os.fspath(Path("project/a1/checkpoints/last-step=4.ckpt"))
+    assert saver._resuming_command(make_trainer()) == expected
+    by_project = make_trainer(logger=ProjectLogger(Path("."), "a1"))
+    assert saver._resuming_command(by_project).endswith(f"--ckpt_path={saver.best_model_path}")
