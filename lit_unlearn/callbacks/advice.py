@@ -145,6 +145,8 @@ def _adaptive_constraints(module: L.LightningModule) -> dict[str, Constraint]:
 
 def _count_dual_steps(trainer: L.Trainer, constraint: Constraint) -> float:
     steps, steps_per_epoch = trainer.estimated_stepping_batches, trainer.num_training_batches
+    if not math.isfinite(steps):
+        return math.inf
     if constraint.update_every == "epoch":
         # An epoch's dual step is taken when the next epoch begins, so the last epoch has none.
         return max(0, math.ceil(steps / steps_per_epoch) - 1 - constraint.warmup_epochs)
@@ -161,7 +163,8 @@ def _describe_plan(trainer: L.Trainer) -> str:
     resumed = f", resumed after step {trainer.global_step}" if trainer.global_step else ""
     devices = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
     logs = f"; logs in {trainer.log_dir}" if trainer.loggers else ""
+    steps = trainer.estimated_stepping_batches
     return (
-        f"{trainer.estimated_stepping_batches:.0f} steps, {trainer.num_training_batches:.0f} per epoch{examples}{resumed}; "
+        f"{f'{steps:.0f} steps' if math.isfinite(steps) else 'no limit of steps'}, {trainer.num_training_batches:.0f} per epoch{examples}{resumed}; "
         f"{type(trainer.strategy).__name__} on {devices}, {trainer.precision}{logs}"
     )

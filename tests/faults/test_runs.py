@@ -338,5 +338,5 @@ def test_the_command_that_resumes(
     saver = ResumeCheckpoint()
     saver.best_model_path = os.fspath(Path("project/a1/checkpoints/last-step=4.ckpt"))
     assert saver._resuming_command(make_trainer()) == expected
-    by_project = make_trainer(logger=ProjectLogger(Path("."), "a1"))
+    by_project = make_trainer(logger=ProjectLogger(Path(), "a1"))
     assert saver._resuming_command(by_project).endswith(f"--ckpt_path={saver.best_model_path}")
