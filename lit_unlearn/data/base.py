@@ -15,6 +15,7 @@ from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError, ModelError, arguments_of, reading
+from lit_unlearn.models.loading import check_hub
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ class ForgetRetain(L.LightningDataModule):
         if self._tokenizer_name is not None:
             from transformers import AutoTokenizer
 
+            check_hub(self._tokenizer_name, self, "tokenizer", "tokenizer_config.json")
             with reading("the tokenizer", self._tokenizer_name, "Check `tokenizer`.", ModelError, argument="tokenizer"):
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer_name)
             return tokenizer

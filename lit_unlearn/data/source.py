@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
+from lit_unlearn.models.loading import check_hub
 from lit_unlearn.utils.io import file_digest
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Source:
         path = Path(self.path)
         file_type = FILE_TYPES.get(path.suffix.lower())
         if file_type is None:
+            check_hub(self.path)
             try:
                 return load_dataset(self.path, self.name, split=self.split)
             except Exception as error:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import resource
+import sys
 import textwrap
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 LFS_POINTER = b"version https://git-lfs"
 # Characters kept of another library's message: transformers may list 150 classes.
 REASON_LENGTH = 300
+# Seconds that the hub has for its first answer. Its own client tries for a minute.
+HUB_TIMEOUT = 5.0
 # Bytes that are read at each of 256 places of a file to tell models apart.
 _SAMPLE = 16 * 1024
 
@@ -83,6 +91,58 @@ def _check_lfs_pointers(folder: Path, owner: object = None, argument: str | None
             raise ModelError(message, owner=owner, argument=argument)
 
 
+def check_hub(name: str, owner: object = None, argument: str | None = None, cached_file: str | None = None) -> None:
+    """Make sure, within seconds, that a hub that does not answer is not waited for.
+
+    If it does not answer, this process goes on as with ``HF_HUB_OFFLINE=1``: with what is in the hub's cache on this machine.
+
+    Args:
+        name: Hub name; a local path passes, as does any name with ``HF_HUB_OFFLINE=1``.
+        owner: The object whose argument it is, for the error.
+        argument: Name of that argument.
+        cached_file: A file that the cache has if it has what is asked for; ``None`` if another library will look for it.
+
+    Raises:
+        MissingFileError: If the hub does not answer, and the cache has no such file.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(name).exists() or constants.HF_HUB_OFFLINE or _hub_answers():
+        return
+    place = f"the hub ({constants.ENDPOINT}) does not answer within {HUB_TIMEOUT:g} s"
+    if cached_file is not None and not isinstance(try_to_load_from_cache(name, cached_file), str):
+        raise MissingFileError(
+            f"'{name}' is no local path, {place}, and its cache on this machine has no '{name}': check `{argument}`, or the "
+            "connection to the hub.",
+            owner=owner,
+            argument=argument,
+        )
+    warnings.warn(
+        f"{place}: from here on only its cache on this machine is used, as with HF_HUB_OFFLINE=1.", stacklevel=2
+    )
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for the other processes of the run
+    if "datasets" in sys.modules:
+        sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants, get_session
+
+    answers: list[object] = []
+
+    def ask() -> None:
+        # Whatever the answer is, the library will say it better.
+        with suppress(Exception):
+            answers.append(get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT))
+
+    # In a thread: looking up an address heeds no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT)
+    return bool(answers)
+
+
 def default_device() -> torch.device:
     """Return the accelerator of this machine, or the CPU if there is none."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -116,6 +176,7 @@ def load_tokenizer(name: str, owner: object = None, **settings: Any) -> PreTrain
 
     remedy = "Set `tokenizer` to a local directory with tokenizer files, or to a hub name that has them."
     folder = Path(name)
+    check_hub(name, owner, "tokenizer", "tokenizer_config.json")
     _check_lfs_pointers(folder, owner, "tokenizer")
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
         message = f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}"
@@ -168,11 +229,16 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
     """
     from transformers import AutoModelForCausalLM
 
+    check_hub(name, owner, "model", "config.json")
     hub_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
     _check_architecture(name, owner, **hub_settings)
     kind = "safetensors" if use_safetensors else "weights"
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
-    with _reading_pretrained("the model", name, remedy, owner, "model"), hide_progress_bars():
+    with (
+        _reading_pretrained("the model", name, remedy, owner, "model"),
+        _explaining_shortage(name, settings.get("dtype"), owner),
+        hide_progress_bars(),
+    ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             # None takes safetensors where there are any, which False would refuse.
@@ -200,6 +266,64 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
             argument="model",
         )
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _explaining_shortage(name: str, dtype: Any, owner: object) -> Iterator[None]:
+    """Say how much memory a model needs where loading it fails for want of memory.
+
+    Raises:
+        ModelError: With the need and with what was left.
+    """
+    free = _free_memory()
+    try:
+        yield
+    except Exception as error:
+        # Every library has its own exception for it, and torch the same for whatever goes wrong: the numbers decide.
+        need, files = _weigh(Path(name), dtype)
+        if not isinstance(error, MemoryError) and need < free:
+            raise
+        raise ModelError(
+            f"there is not enough memory for the model '{name}': its weights ({', '.join(files)}) take {need / 2**20:,.0f} MiB "
+            f"in {str(dtype).removeprefix('torch.')}, and {free / 2**20:,.0f} MiB were left. Free some, raise the limit (`ulimit "
+            "-v`), or load it in 16 bits (the Trainer's `precision`).",
+            owner=owner,
+            argument="model",
+        ) from error
+
+
+def _free_memory() -> float:
+    """Return the bytes that this process may still take; infinite where the system does not say."""
+    free = float("inf")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        free = float(available.split()[1]) * 1024
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            free = min(free, limit - used)
+    return free
+
+
+def _weigh(folder: Path, dtype: Any) -> tuple[int, list[str]]:
+    """Return the bytes that reading a folder's weights takes, mapped files included, and the files' names."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    size = sum(file.stat().st_size for file in files)
+    parameters = 0
+    for file in files:
+        with suppress(OSError, ValueError, AttributeError):
+            parameters += _count_parameters(file)
+    item_size = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
+    return size + parameters * item_size, [file.name for file in files]
+
+
+def _count_parameters(file: Path) -> int:
+    # A safetensors file begins with the length of a JSON object, which has the shape of every tensor.
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _check_architecture(name: str, owner: object, **settings: Any) -> None:

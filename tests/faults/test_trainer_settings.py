@@ -215,9 +215,7 @@ def test_an_example_longer_than_the_learned_positions(
     config: dict[str, Any], tokenizer_dir: str, rows_dir: str, make_trainer: Callable[..., L.Trainer]
 ) -> None:
     def fit(max_length: int) -> L.Trainer:
-        data = ForgetRetain(
-            f"{rows_dir}/forget.jsonl", f"{rows_dir}/retain.jsonl", max_length=max_length, batch_size=5
-        )
+        data = ForgetRetain(f"{rows_dir}/forget.jsonl", f"{rows_dir}/retain.jsonl", max_length=max_length, batch_size=5)
         trainer = make_trainer(max_epochs=1)
         trainer.fit(make(LanguageModel(config=config, tokenizer=tokenizer_dir)), datamodule=data)
         lengths = [len(example.input_ids) for examples in data.examples.values() for example in examples]
