@@ -120,6 +120,7 @@ class ExportModel(Callback):
         step = module.kept_step
         if step != trainer.global_step or step == self._exported_step:
             return
+        rank_zero_info(f"exporting the model of step {step} to {self._folder}")
         # `log_dir` and `whole_state` are collective.
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         state = whole_state(module.lm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.objectives import NLL, Objective
 from lit_unlearn.training.evaluate import prepare_benchmark, run_benchmark
 from lit_unlearn.training.forward_plan import Term, build_forward_plan
+from lit_unlearn.training.pace import Pace
 
 if TYPE_CHECKING:
     from lit_unlearn.training.module import LitLanguageModel
@@ -139,9 +140,12 @@ class Evaluator:
         lm.eval()
         try:
             with self._module.trainer.precision_plugin.val_step_context():
-                for stream, batches in self._streams().items():
+                streams = self._streams()
+                pace = Pace("measuring", _count_batches(streams.values()))
+                for stream, batches in streams.items():
                     for batch in batches:
                         yield stream, batch
+                        pace.count_batch()
         finally:
             lm.train(training)
 
@@ -184,3 +188,8 @@ class Evaluator:
         """Run the benchmark, if there is one: a JSON file, logged values and, in a test, a table."""
         if self._module.benchmark is not None:
             run_benchmark(self._module, self._module.benchmark, self._module.lm, stage)
+
+
+def _count_batches(loaders: Iterable[Any]) -> int | None:
+    lengths = [len(loader) if hasattr(loader, "__len__") else None for loader in loaders]
+    return None if None in lengths else sum(lengths)

@@ -19,6 +19,8 @@ def load_for_trainer(lm: LanguageModel, trainer: L.Trainer | None) -> None:
     """Load a model in the dtype that the Trainer's precision calls for, and log what it is."""
     if not lm.is_loaded:
         precision = "32-true" if trainer is None else str(trainer.precision)
+        # It may take minutes, and the hub's own bar is there only while files are fetched.
+        rank_zero_info(f"loading the model {lm.name or 'from its config, with random weights'}")
         # The strategy moves the weights to its device.
         lm.load(_TRUE_PRECISION.get(precision, torch.float32), device="cpu")
         rank_zero_info(f"model: {describe_model(lm)}")
