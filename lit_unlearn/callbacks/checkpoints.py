@@ -124,8 +124,7 @@ class ResumeCheckpoint(ModelCheckpoint):
                 _check_sharding(path, trainer)
                 return {str(path)}
             rank_zero_info(f"skipped {path}: it is of another run, with another {', '.join(differences)}")
-        if identity:
-            rank_zero_info(f"there is no checkpoint of this run in {folder}: it starts at the beginning")
+        rank_zero_info(f"there is no checkpoint of this run in {folder}: it starts at the beginning")
         return set()
 
     def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:

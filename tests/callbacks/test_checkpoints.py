@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_unlearn import NLL, Constraint, DualAscent, FictionalAuthors, LanguageModel, LitUnlearn, LogitMargin
 from lit_unlearn.callbacks import AtomicCheckpointIO, ExportModel, ResumeCheckpoint, RunPicture
+from lit_unlearn.errors import CheckpointError
+from lit_unlearn.training import FSDP2Strategy
 
 
 def save_on_and_on(path: Path) -> None:
@@ -59,7 +61,9 @@ def test_the_newest_whole_checkpoint_is_the_last(make_trainer: Callable[..., L.T
     touch("last-step=40.ckpt/.metadata", 1)  # a sharded one whose last file is not there
     assert find(trainer) == {str(tmp_path / "last-step=20.ckpt")}
     touch("last-step=40.ckpt/meta.pt", 1)
-    assert find(trainer) == {str(tmp_path / "last-step=40.ckpt")}
+    assert find(make_trainer(strategy=FSDP2Strategy())) == {str(tmp_path / "last-step=40.ckpt")}
+    with pytest.raises(CheckpointError, match="sharded"):
+        find(trainer)
 
 
 def make(lm: LanguageModel) -> LitUnlearn:

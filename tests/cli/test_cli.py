@@ -219,13 +219,11 @@ def test_trainer_flags_that_cannot_work_are_refused_with_what_to_write_instead(
     assert not (in_tmp / "log").exists()
 
 
-def test_last_goes_on_where_there_is_something_and_says_what_changed(
-    in_tmp: Path, model_dir: str, caplog: Any, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_last_goes_on_where_there_is_something_and_says_what_changed(in_tmp: Path, model_dir: str, caplog: Any) -> None:
     arguments = quick(model_dir, "--model.scheduler=null", "--ckpt_path=last")
     with caplog.at_level("INFO"):
         cli.main([*arguments, "--trainer.max_epochs=1"])
-    assert any("there is no last checkpoint available" in str(warning.message) for warning in recwarn)
+    assert "no checkpoint of this run in log/run/checkpoints" in caplog.text
     assert "resumed with changed settings" not in caplog.text
     with caplog.at_level("INFO"):
         cli.main([*arguments, "--trainer.max_epochs=3", "--model.constraints.nll.multiplier.lr=7"])
