@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.callbacks.export import ExportModel
+from lit_unlearn.callbacks.report import Report, RunReport
+from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.errors import ConfigError, RequirementNotMet
 from lit_unlearn.export.record import RECORD_FILE, digest_export
 from lit_unlearn.training.module import LitLanguageModel
@@ -38,7 +40,7 @@ class FinishedRun(Callback):
 
         Raises:
             ConfigError: If the settings left no step to take.
-            RequirementNotMet: If the export of the finished run is not there, or is another one.
+            RequirementNotMet: If the export of the finished run is not there, is another one, or misses what is required.
         """
         if self._has_trained or not isinstance(pl_module, LitLanguageModel):
             return
@@ -59,6 +61,10 @@ class FinishedRun(Callback):
         rank_zero_info(f"already finished at step {step}: nothing to do{place}")
         if problem is not None:
             raise RequirementNotMet(f"{problem} {_describe_remedy(trainer, pl_module, exporter, folder)}")
+        if folder is not None:
+            failures = _find_missed_requirements(trainer, pl_module, folder)
+            if failures:
+                raise RequirementNotMet("\n".join(failures))
 
 
 def find_export(exporter: ExportModel) -> Path | None:
@@ -99,6 +105,21 @@ def _identify(part: Any) -> Any:
         return part
     sets = {name: fields.get("sha256") for name, fields in part.get("sets", {}).items()}
     return part.get("weights"), sets
+
+
+def _find_missed_requirements(trainer: L.Trainer, module: LitLanguageModel, folder: Path) -> list[str]:
+    """Return which requirements the exported model misses: a run that ended with exit code 1 does so again."""
+    reporter = next((c for c in trainer.callbacks if isinstance(c, RunReport)), None)  # type: ignore[attr-defined]
+    if reporter is None:
+        return []
+    record = read_json(folder / RECORD_FILE)
+    constraints = {}
+    for name, constraint in get_constraints(module).items():
+        value, epsilon = record["after"].get(f"constraint/{name}/value"), constraint.epsilon
+        if value is not None and epsilon is not None:
+            constraints[name] = {"value": value, "epsilon": epsilon, "slack": epsilon - value}
+    report = Report(record["steps"], record["step"], record["before"], record["after"], constraints)
+    return reporter.find_failures(report)
 
 
 def _describe_remedy(trainer: L.Trainer, module: LitLanguageModel, exporter: Any, folder: Path | None) -> str:

@@ -117,7 +117,7 @@ class RunReport(Callback):
 
         report = self._make_report(trainer, pl_module, seconds)
         self.report = report
-        self._failures = self._find_failures(report)
+        self._failures = self.find_failures(report)
         # `log_dir` asks the first process, so every process must get here.
         path = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir) / "report.json"
         if trainer.is_global_zero:
@@ -165,7 +165,8 @@ class RunReport(Callback):
             peak_memory_device="cuda" if device.type == "cuda" else "cpu",
         )
 
-    def _find_failures(self, report: Report) -> list[str]:
+    def find_failures(self, report: Report) -> list[str]:
+        """Return which requirements a run missed, with what to do; empty if it met them all."""
         failures = []
         for name in report.violated if self.require_feasible else ():
             values = report.constraints[name]

@@ -102,6 +102,21 @@ def test_a_finished_run_without_its_export_is_no_success(
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        ["--report.max_forget_probability=1e-9"],
+        ["--report.require_feasible=true", "--model.constraints.nll.epsilon.relative=-0.9"],
+    ],
+)
+def test_a_finished_run_that_missed_a_requirement_misses_it_again(
+    requirement: list[str], finished: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed = run([*finished, *requirement], capsys)
+    assert code == 1, printed
+    assert "1e-09" in printed or "> epsilon" in printed
+
+
 def test_the_export_that_is_gone_can_be_made_as_it_is_said(
     finished: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
