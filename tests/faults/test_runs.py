@@ -50,12 +50,27 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 # A finished run, given again --------------------------------------------------------------------------------------
 
 
+def arguments(model_dir: str) -> list[str]:
+    return [*quick(model_dir, "--data.batch_size=10"), "--picture.answers=0", "--ckpt_path=last"]
+
+
+@pytest.fixture(scope="module")
+def finished_folder(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a run that has finished after 2 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        cli.main(arguments(model_dir))
+    return folder
+
+
 @pytest.fixture
-def finished(in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The arguments of a run that has finished after 2 steps."""
-    arguments = [*quick(model_dir, "--data.batch_size=10"), "--picture.answers=0", "--ckpt_path=last"]
-    assert run(arguments, capsys)[0] == 0
-    return arguments
+def finished(in_tmp: Path, finished_folder: Path, model_dir: str) -> list[str]:
+    """The arguments of that run, in a copy of its directory."""
+    shutil.copytree(finished_folder, in_tmp, dirs_exist_ok=True)
+    return arguments(model_dir)
 
 
 def test_a_finished_run_has_nothing_to_do(

@@ -153,6 +153,7 @@ def test_a_number_that_cannot_be_meant(
     refused(quick(model_dir, *extra), capsys, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "steps"),
     [
@@ -170,6 +171,7 @@ def test_runs_without_an_epoch_limit(
     assert json.loads(Path("log/run/version_0/report.json").read_text(encoding="utf-8"))["steps"] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update_every", ["step", "epoch"])
 def test_a_run_that_only_time_ends(
     update_every: str,
