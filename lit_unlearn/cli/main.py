@@ -145,8 +145,8 @@ def _signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for handled, handler in previous.items():
+            signal.signal(handled, handler)
 
 
 def _exit_code_of(stop: KeyboardInterrupt) -> int:

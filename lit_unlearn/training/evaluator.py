@@ -191,5 +191,10 @@ class Evaluator:
 
 
 def _count_batches(loaders: Iterable[Any]) -> int | None:
-    lengths = [len(loader) if hasattr(loader, "__len__") else None for loader in loaders]
-    return None if None in lengths else sum(lengths)
+    """Return the number of all batches; ``None`` if a loader does not say."""
+    total = 0
+    for loader in loaders:
+        if not hasattr(loader, "__len__"):
+            return None
+        total += len(loader)
+    return total
