@@ -69,7 +69,7 @@ def unlearn(method: str, work: Path, extra: list[str]) -> dict[str, Any]:
     arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
     arguments += [
         "--report.require_feasible=false",
-        "--report.max_forget_probability=null",
+        "--report.require_forgotten=false",
         f"--report.dirpath={folder}",
     ]
     done = command([*arguments, *ADAPTED.get(method, []), *dual_step(method), *extra], work)

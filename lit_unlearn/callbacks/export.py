@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_unlearn.callbacks.run_state import get_constraints, may_have_new_best, measure_kept_model
-from lit_unlearn.errors import ConfigError
+from lit_unlearn.callbacks.run_state import find_threshold, get_constraints, may_have_new_best, measure_kept_model
+from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, describe_run, summarize_results, write_record
 from lit_unlearn.models.loading import fingerprint
+from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.strategies import whole_state
 from lit_unlearn.utils.io import atomic_directory, check_export_target, read_json
+from lit_unlearn.utils.validation import check_choice
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ExportModel(Callback):
@@ -34,23 +40,36 @@ class ExportModel(Callback):
         push_to_hub: Repository on the Hugging Face hub, ``name`` or ``owner/name``, that the export is uploaded to when
             the fit has ended well; ``None`` for none.
         private: Whether that repository, if it is made now, can be seen by its owner only.
+        dtype: Of the weights; ``None`` for that of the base model's files. What a run measures are the weights rounded to it.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, push_to_hub: str | None = None, private: bool = True) -> None:
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        dtype: ExportDtype | None = None,
+    ) -> None:
+        if dtype is not None:
+            check_choice(get_args(ExportDtype), self, dtype=dtype)
+        self.dtype = dtype
         self.dirpath = None if dirpath is None else str(dirpath)
         self.push_to_hub = push_to_hub
         self.private = private
         self._folder: str | None = None
-        self._exported_step: int | None = None
+        self._exported_weights = ""  # checksum of what was exported last
         self._is_finished = False
+        self._problem: str | None = None
         self._record: Record = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an upload that cannot succeed, before anything is loaded.
+        """Refuse an upload that cannot succeed, before anything is loaded; have the run measure what will be exported.
 
         Raises:
             ConfigError: If the repository's name is not valid, or there is no token for the hub.
         """
+        if self.dtype is not None and isinstance(pl_module, LitLanguageModel):
+            pl_module.evaluator.export_dtype = getattr(torch, self.dtype)
         if stage == "fit" and self.push_to_hub is not None:
             problem = find_upload_problem(self.push_to_hub) if trainer.is_global_zero else None
             # Only the first process looks for a token, and all must stop.
@@ -67,8 +86,8 @@ class ExportModel(Callback):
         earlier_folder = self._folder
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._folder = str(Path(self.dirpath or earlier_folder or log_dir / "model"))
-        self._exported_step = None
-        self._is_finished = False
+        self._exported_weights = ""
+        self._is_finished, self._problem = False, None
         check_export_target(Path(self._folder))
 
         if isinstance(pl_module, LitLanguageModel):
@@ -77,6 +96,9 @@ class ExportModel(Callback):
             before = earlier_record.get("before", {}) if earlier_record is not None else pl_module.measure()
             if trainer.is_global_zero:
                 self._record = describe_run(trainer, pl_module, before, earlier_record)
+                dtype = pl_module.evaluator.export_dtype or pl_module.lm.files_dtype
+                self._record["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+                self._record["max_forget_probability"] = find_threshold(trainer)
 
         trainer.strategy.barrier("export")
         # The best model of a resumed run may be in the folder of its first part, and no later one may be better.
@@ -84,9 +106,48 @@ class ExportModel(Callback):
         if trainer.is_global_zero and is_moved:
             with atomic_directory(Path(self._folder)) as folder:
                 shutil.copytree(str(earlier_folder), folder, dirs_exist_ok=True)
+        self._drop_lost_best(trainer, pl_module)
+
+    def _drop_lost_best(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Let a resumed run look for another model to keep, if the best one so far is nowhere any more."""
+        if not isinstance(module, LitUnlearn) or module.keep != "best" or module.best is None:
+            return
+        if self._has_export_of(module.best, trainer):
+            self._exported_weights = module.best.weights
+            return
+        rank_zero_warn(
+            f"the best model so far, of step {module.best.step}, is not at '{self._folder}' (any more): the run keeps the best of "
+            "those that follow."
+        )
+        module.best = None
+
+    def _has_export_of(self, measurement: Measurement, trainer: L.Trainer) -> bool:
+        """Return whether the folder has the model that was measured; a collective call."""
+        file, is_there = Path(str(self._folder)) / RECORD_FILE, False
+        if trainer.is_global_zero and file.is_file():
+            with suppress(OSError, ValueError):
+                record = read_json(file)
+                is_there = (record.get("step"), record.get("checksum")) == (measurement.step, measurement.weights)
+        return bool(trainer.strategy.broadcast(is_there))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Export the model if the validation whose last batch this is has found the best one so far.
+
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        """
+        if may_have_new_best(pl_module, trainer):
+            self._export_kept_model(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the model if validation has just found the best one so far."""
+        """Do the same where the loaders did not say which batch is the last."""
         if may_have_new_best(pl_module, trainer):
             self._export_kept_model(trainer, pl_module)
 
@@ -94,16 +155,34 @@ class ExportModel(Callback):
         """Export the last model, unless an earlier one is kept: its record is updated."""
         if not isinstance(pl_module, LitLanguageModel):
             return
-        pl_module.measure()
+        kept = measure_kept_model(pl_module)
         self._export_kept_model(trainer, pl_module)
+        if not self._has_export_of(kept, trainer):
+            self._problem = (
+                f"the model that the run keeps, of step {kept.step}, is not at '{self._folder}'. Resume the run from the directory "
+                "that it was started in and with the same `dirpath`, or make a model of its newest checkpoint: "
+                "`lit-unlearn export CHECKPOINT DIR`."
+            )
+            return
 
-        # An earlier export does not know how many steps followed, nor the λ that they ended with.
-        folder = Path(str(self._folder))
-        if (folder / RECORD_FILE).is_file() and trainer.is_global_zero:
-            record = self._add_outcome(read_json(folder / RECORD_FILE), trainer, pl_module)
-            write_record(folder, record)
+        # An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was
+        # resumed, the present epsilon.
+        if trainer.is_global_zero:
+            folder = Path(str(self._folder))
+            exported = read_json(folder / RECORD_FILE)
+            record = self._add_outcome(kept, trainer, pl_module)
+            write_record(folder, {**record, "benchmarks": exported["benchmarks"], "files": exported["files"]})
         rank_zero_info(f"model: {self._folder}")
         self._is_finished = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fail the fit if the kept model is nowhere. By now everything else is written.
+
+        Raises:
+            OutputError: If it is not in the folder.
+        """
+        if self._problem is not None:
+            raise OutputError(self._problem)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Upload the export of a fit that ended well.
@@ -117,28 +196,33 @@ class ExportModel(Callback):
             rank_zero_info(f"uploaded: {upload_export(Path(str(self._folder)), self.push_to_hub, self.private)}")
 
     def _export_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
-        step = module.kept_step
-        if step != trainer.global_step or step == self._exported_step:
+        kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
+        if kept is None or kept.step != trainer.global_step or kept.weights == self._exported_weights:
+            return
+        # The step alone does not tell: another callback may have exchanged the weights since they were measured.
+        if kept.weights != module.lm.checksum():
             return
         # `log_dir` and `whole_state` are collective.
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         state = whole_state(module.lm)
         if trainer.is_global_zero:
-            record = self._add_outcome(self._record, trainer, module)
-            record["benchmarks"] = _read_benchmarks(log_dir, step, module)
-            module.lm.save(str(self._folder), state, partial(write_record, record=record))
+            record = self._add_outcome(kept, trainer, module)
+            record["benchmarks"] = _read_benchmarks(log_dir, kept.step, module)
+            dtype = module.evaluator.export_dtype
+            module.lm.save(str(self._folder), state, partial(write_record, record=record), dtype)
         trainer.strategy.barrier("export")
-        self._exported_step = step
+        self._exported_weights = kept.weights
 
-    def _add_outcome(self, record: Record, trainer: L.Trainer, module: LitLanguageModel) -> Record:
-        measurement = measure_kept_model(module)
+    def _add_outcome(self, kept: Measurement, trainer: L.Trainer, module: LitLanguageModel) -> Record:
         states = {name: constraint.state_dict() for name, constraint in get_constraints(module).items()}
-        steps = {"step": measurement.step, "kept_step": measurement.step, "steps": trainer.global_step}
-        return add_outcome(record, measurement.values, states, **steps)
+        steps = {"step": kept.step, "kept_step": kept.step, "steps": trainer.global_step}
+        return add_outcome({**self._record, "checksum": kept.weights}, kept.values, states, **steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the export is, and what its record says of the run so far."""
-        return {"folder": self._folder, "record": self._record}
+        # Absolute: the run may be resumed from another working directory.
+        folder = None if self._folder is None else str(Path(self._folder).absolute())
+        return {"folder": folder, "record": self._record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -154,5 +238,6 @@ def _read_benchmarks(folder: Path, step: int, module: LitLanguageModel) -> list[
         return []
     results = summarize_results(file)
     # The file may be of another run that logged to the same folder.
-    weights = fingerprint(cast(nn.Module, module.lm.model))
+    with module.evaluator.exported_weights():
+        weights = fingerprint(cast(nn.Module, module.lm.model))
     return [results] if results["model"]["weights"] == weights[:16] else []
