@@ -57,7 +57,7 @@ class ExportModel(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
         self._folder: str | None = None
-        self._exported_weights = ""  # checksum of what was exported last
+        self._exported: Measurement | None = None
         self._is_finished = False
         self._problem: str | None = None
         self._record: Record = {}
@@ -86,7 +86,7 @@ class ExportModel(Callback):
         earlier_folder = self._folder
         log_dir = Path(trainer.log_dir or trainer.default_root_dir)
         self._folder = str(Path(self.dirpath or earlier_folder or log_dir / "model"))
-        self._exported_weights = ""
+        self._exported = None
         self._is_finished, self._problem = False, None
         check_export_target(Path(self._folder))
 
@@ -113,7 +113,7 @@ class ExportModel(Callback):
         if not isinstance(module, LitUnlearn) or module.keep != "best" or module.best is None:
             return
         if self._has_export_of(module.best, trainer):
-            self._exported_weights = module.best.weights
+            self._exported = module.best
             return
         rank_zero_warn(
             f"the best model so far, of step {module.best.step}, is not at '{self._folder}' (any more): the run keeps the best of "
@@ -197,7 +197,7 @@ class ExportModel(Callback):
 
     def _export_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
-        if kept is None or kept.step != trainer.global_step or kept.weights == self._exported_weights:
+        if kept is None or kept.step != trainer.global_step or kept is self._exported:
             return
         # The step alone does not tell: another callback may have exchanged the weights since they were measured.
         if kept.weights != module.lm.checksum():
@@ -211,7 +211,7 @@ class ExportModel(Callback):
             dtype = module.evaluator.export_dtype
             module.lm.save(str(self._folder), state, partial(write_record, record=record), dtype)
         trainer.strategy.barrier("export")
-        self._exported_weights = kept.weights
+        self._exported = kept
 
     def _add_outcome(self, kept: Measurement, trainer: L.Trainer, module: LitLanguageModel) -> Record:
         states = {name: constraint.state_dict() for name, constraint in get_constraints(module).items()}

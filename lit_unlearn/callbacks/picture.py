@@ -134,7 +134,11 @@ class RunPicture(Callback):
     def _score_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         """Score the answers if the present model is the one that the run keeps."""
         kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
-        if self._current_file is None or kept is None or kept.weights == self._scored_weights:
+        if (
+            self._current_file is None
+            or kept is None
+            or (kept.step, kept.weights) == (self._kept_step, self._scored_weights)
+        ):
             return
         if kept.step != trainer.global_step or kept.weights != module.lm.checksum():
             return

@@ -301,11 +301,13 @@ def merged_state(model: PeftModel, state: Mapping[str, Tensor], dtype: torch.dty
         layer_copy: Any = copy.deepcopy(layer, memo).cpu()
         if dtype is not None:
             layer_copy = layer_copy.to(torch.promote_types(dtype, torch.float32))
-        if hasattr(layer_copy, "unload_and_optionally_merge_module"):
-            base = layer_copy.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            layer_copy.merge()
-            base = layer_copy.get_base_layer()
+        # A validation may run under autocast, which would round the product of the adapter's matrices.
+        with torch.autocast("cpu", enabled=False):
+            if hasattr(layer_copy, "unload_and_optionally_merge_module"):
+                base = layer_copy.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                layer_copy.merge()
+                base = layer_copy.get_base_layer()
         for key, weight in base.state_dict().items():
             merged[f"{name}.{key}"] = weight if dtype is None else weight.to(dtype)
 

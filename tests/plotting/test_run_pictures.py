@@ -170,7 +170,8 @@ def test_svgs_name_what_is_drawn(folder: Path) -> None:
         "ε = 0.3",
         "feasible",
         "violated",
-        "kept model",
+        "kept: step 2, lowest objective of the feasible",
+        "forget objective, all forget examples (lower: forgotten more)",
         "constraint nll",
     ):
         assert f"<!-- {label} -->" in trajectory
