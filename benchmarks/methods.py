@@ -78,7 +78,7 @@ def run_method(method: str, work: Path, extra: list[str]) -> dict[str, Any]:
         f"--report.dirpath={folder}",
         # A run that misses its constraint is a row of the table, not an error.
         "--report.require_feasible=false",
-        "--report.max_forget_probability=null",
+        "--report.require_forgotten=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_checkpointing=false",
         *ADAPTED.get(method, []),

@@ -100,7 +100,7 @@ def main() -> None:
     print(f"{'constraint':<12}{'stream':<10}{'value':>10}{'epsilon':>10}{'slack':>10}{'λ':>10}")
     for name, constraint in module.constraints.items():
         value = best.values[f"constraint/{name}/value"]
-        slack = best.values[f"constraint/{name}/slack"]
+        slack = -constraint.violation(value)
         numbers = (value, constraint.epsilon, slack, constraint.multiplier.value)
         print(f"{name:<12}{constraint.stream:<10}" + "".join(f"{number:>10.4g}" for number in numbers))
 

@@ -36,7 +36,7 @@ def collect(model_dir: str, folder: Path) -> dict[str, Any]:
     """
     fit = ["fit", "--config=demo/unlearn.yaml", f"--model.lm.model={model_dir}", "--data.max_length=200"]
     fit += ["--data.num_authors=3", "--data.forget_authors=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    fit += ["--report.require_feasible=false", "--report.max_forget_probability=null", "--logs.name=run"]
+    fit += ["--report.require_feasible=false", "--report.require_forgotten=false", "--logs.name=run"]
     fit += [f"--logs.save_dir={folder}", f"--export.dirpath={folder}/out", "--trainer.enable_progress_bar=false"]
     rows = folder / "rows.jsonl"
     rows.write_text(

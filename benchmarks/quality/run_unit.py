@@ -172,7 +172,7 @@ def unlearn_arguments(unit: Unit, folder: Path, work: Path) -> list[str]:
         f"--report.dirpath={folder}",
         # A run that misses its constraint is a result of the comparison, not an error.
         "--report.require_feasible=false",
-        "--report.max_forget_probability=null",
+        "--report.require_forgotten=false",
         f"--export.dirpath={folder / 'model'}",
     ]
     for setting in unit.settings or ():

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_unlearn.callbacks.run_state import (
     check_on_first_process,
+    find_threshold,
     get_constraints,
     may_have_new_best,
     measure_kept_model,
@@ -24,6 +25,7 @@ from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, describe_run, summarize_results, write_record
 from lit_unlearn.models.loading import fingerprint, weight_file_size
+from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import whole_state
@@ -39,6 +41,9 @@ from lit_unlearn.utils.io import (
     remove_if_empty,
     replace_folder,
 )
+from lit_unlearn.utils.validation import check_choice
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ExportModel(Callback):
@@ -56,27 +61,40 @@ class ExportModel(Callback):
         push_to_hub: Repository on the Hugging Face hub, ``name`` or ``owner/name``, that the export is uploaded to when
             the fit has ended well; ``None`` for none.
         private: Whether that repository, if it is made now, can be seen by its owner only.
+        dtype: Of the weights; ``None`` for that of the base model's files. What a run measures are the weights rounded to it.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, push_to_hub: str | None = None, private: bool = True) -> None:
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        dtype: ExportDtype | None = None,
+    ) -> None:
+        if dtype is not None:
+            check_choice(get_args(ExportDtype), self, dtype=dtype)
+        self.dtype = dtype
         self.dirpath = None if dirpath is None else expand_home(str(dirpath))
         self.push_to_hub = push_to_hub
         self.private = private
         self._folder: str | None = None
         self._earlier_folder: str | None = None  # of the first part of a resumed run
         self._lock: ExitStack | None = None  # of the folder, on the first process
-        self._exported_step: int | None = None
+        self._exported: Measurement | None = None
         self._is_finished = False
+        self._problem: str | None = None
         self._record: Record = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that must not be written, and an upload that cannot succeed, before anything is loaded.
+        """Refuse what cannot be exported or uploaded before anything is loaded; have the run measure what will be exported.
 
         Raises:
             ConfigError: If the repository's name is not valid, there is no token for the hub, or the folder cannot be
                 written.
             OccupiedError: If the folder holds something that is not ours, or another run is writing it.
         """
+        if self.dtype is not None and isinstance(pl_module, LitLanguageModel):
+            pl_module.evaluator.export_dtype = getattr(torch, self.dtype)
         if stage != "fit" or is_dry_run(trainer):
             return
         self._earlier_folder = None
@@ -122,8 +140,8 @@ class ExportModel(Callback):
         Raises:
             OccupiedError: If the folder holds something that is not ours.
         """
-        self._exported_step = None
-        self._is_finished = False
+        self._exported = None
+        self._is_finished, self._problem = False, None
         if is_dry_run(trainer):
             return
         if self.dirpath is None:
@@ -137,24 +155,61 @@ class ExportModel(Callback):
             before = earlier_record.get("before", {}) if earlier_record is not None else pl_module.measure()
             if trainer.is_global_zero:
                 self._record = describe_run(trainer, pl_module, before, earlier_record)
+                dtype = pl_module.evaluator.export_dtype or pl_module.lm.files_dtype
+                self._record["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+                self._record["max_forget_probability"] = find_threshold(trainer)
 
         trainer.strategy.barrier("export")
-        if trainer.is_global_zero:
-            self._copy_earlier_export(pl_module)
+        if isinstance(pl_module, LitUnlearn) and pl_module.keep == "best" and pl_module.best is not None:
+            if trainer.is_global_zero:
+                self._copy_earlier_export(pl_module.best)
+            self._drop_lost_best(trainer, pl_module, pl_module.best)
 
-    def _copy_earlier_export(self, module: L.LightningModule) -> None:
+    def _copy_earlier_export(self, best: Measurement) -> None:
         """Copy the model that the first part of a resumed run exported elsewhere: no later one may be better."""
         folder, earlier = Path(str(self._folder)), Path(self._earlier_folder or "")
         is_elsewhere = self._earlier_folder is not None and earlier.is_dir() and not earlier.samefile(folder)
-        if not is_elsewhere or not self._is_kept_model(earlier, module):
+        if not is_elsewhere or not _is_export_of(earlier, best):
             return
         with replace_folder(folder) as staging:
             for name in read_digests(earlier):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(earlier / name, staging / name)
 
+    def _drop_lost_best(self, trainer: L.Trainer, module: LitUnlearn, best: Measurement) -> None:
+        """Let a resumed run look for another model to keep, if the best one so far is nowhere any more."""
+        if self._has_export_of(best, trainer):
+            self._exported = best
+            return
+        rank_zero_warn(
+            f"the best model so far, of step {best.step}, is not at '{self._folder}' (any more): the run keeps the best of "
+            "those that follow."
+        )
+        module.best = None
+
+    def _has_export_of(self, measurement: Measurement, trainer: L.Trainer) -> bool:
+        """Return whether the folder has the model that was measured; a collective call."""
+        is_there = trainer.is_global_zero and _is_export_of(Path(str(self._folder)), measurement)
+        return bool(trainer.strategy.broadcast(is_there))
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Export the model if the validation whose last batch this is has found the best one so far.
+
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        """
+        if may_have_new_best(pl_module, trainer) and not is_dry_run(trainer):
+            self._export_kept_model(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the model if validation has just found the best one so far."""
+        """Do the same where the loaders did not say which batch is the last."""
         if may_have_new_best(pl_module, trainer) and not is_dry_run(trainer):
             self._export_kept_model(trainer, pl_module)
 
@@ -162,25 +217,38 @@ class ExportModel(Callback):
         """Export the last model, unless an earlier one is kept: its record is updated."""
         if not isinstance(pl_module, LitLanguageModel) or is_dry_run(trainer):
             return
-        pl_module.measure()
+        kept = measure_kept_model(pl_module)
         self._export_kept_model(trainer, pl_module)
+        if not self._has_export_of(kept, trainer):
+            self._problem = (
+                f"the model that the run keeps, of step {kept.step}, is not at '{self._folder}'. Resume the run from the directory "
+                "that it was started in and with the same `dirpath`, or make a model of its newest checkpoint: "
+                "`lit-unlearn export CHECKPOINT DIR`."
+            )
+            return
+
+        # An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was
+        # resumed, the present epsilon.
+        record = self._add_outcome(kept, trainer, pl_module)
 
         def renew_record() -> None:
             folder = Path(str(self._folder))
-            if not self._is_kept_model(folder, pl_module):
-                earlier = f" to '{self._earlier_folder}'" if self._earlier_folder else ""
-                raise OutputError(
-                    f"the model that this run keeps, of step {pl_module.kept_step}, is not in '{folder}': it was to be exported"
-                    f"{earlier} before the run was resumed, and is not there any more. Start a new run."
-                )
-            # An earlier export does not know how many steps followed, nor the λ that they ended with.
-            record = self._add_outcome(read_json(folder / RECORD_FILE), trainer, pl_module)
+            exported = read_json(folder / RECORD_FILE)
             with replace_folder(folder, keeps_others=True) as staging:
-                write_record(staging, record)
+                write_record(staging, {**record, "benchmarks": exported["benchmarks"], "files": exported["files"]})
 
         check_on_first_process(trainer, renew_record)
         rank_zero_info(f"model: {self._folder}")
         self._is_finished = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fail the fit if the kept model is nowhere. By now everything else is written.
+
+        Raises:
+            OutputError: If it is not in the folder.
+        """
+        if self._problem is not None:
+            raise OutputError(self._problem)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Upload the export of a fit that ended well.
@@ -198,44 +266,48 @@ class ExportModel(Callback):
         """Let other runs have the folder."""
         self._release_folder()
 
-    def _is_kept_model(self, folder: Path, module: L.LightningModule) -> bool:
-        """Return whether an export is of the model that this run keeps now."""
-        if not (folder / RECORD_FILE).is_file() or not isinstance(module, LitLanguageModel):
-            return False
-        record = read_json(folder / RECORD_FILE)
-        # The values before the first step tell runs apart. As text, because NaN is not equal to itself.
-        before = [json.dumps(values.get("before"), sort_keys=True) for values in (record, self._record)]
-        return before[0] == before[1] and record.get("step") == module.kept_step
-
     def _export_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
-        step = module.kept_step
-        if step != trainer.global_step or step == self._exported_step:
+        kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
+        if kept is None or kept.step != trainer.global_step or kept is self._exported:
             return
-        rank_zero_info(f"exporting the model of step {step} to {self._folder}")
+        # The step alone does not tell: another callback may have exchanged the weights since they were measured.
+        if kept.weights != module.lm.checksum():
+            return
+        rank_zero_info(f"exporting the model of step {kept.step} to {self._folder}")
         # Both are collective.
         run_folder = None if module.benchmark is None else find_run_folder(trainer)
         state = whole_state(module.lm)
         if trainer.is_global_zero:
-            record = self._add_outcome(self._record, trainer, module)
-            record["benchmarks"] = _read_benchmarks(run_folder, step, module)
-            module.lm.save(str(self._folder), state, partial(write_record, record=record))
+            record = self._add_outcome(kept, trainer, module)
+            record["benchmarks"] = _read_benchmarks(run_folder, kept.step, module)
+            dtype = module.evaluator.export_dtype
+            module.lm.save(str(self._folder), state, partial(write_record, record=record), dtype)
         trainer.strategy.barrier("export")
-        self._exported_step = step
+        self._exported = kept
 
-    def _add_outcome(self, record: Record, trainer: L.Trainer, module: LitLanguageModel) -> Record:
-        measurement = measure_kept_model(module)
+    def _add_outcome(self, kept: Measurement, trainer: L.Trainer, module: LitLanguageModel) -> Record:
         states = {name: constraint.state_dict() for name, constraint in get_constraints(module).items()}
-        steps = {"step": measurement.step, "kept_step": measurement.step, "steps": trainer.global_step}
-        return add_outcome(record, measurement.values, states, **steps)
+        steps = {"step": kept.step, "kept_step": kept.step, "steps": trainer.global_step}
+        return add_outcome({**self._record, "checksum": kept.weights}, kept.values, states, **steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the export is, and what its record says of the run so far."""
+        # Absolute: the run may be resumed from another working directory.
         folder = None if self._folder is None else str(Path(self._folder).absolute())
         return {"folder": folder, "record": self._record}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._earlier_folder, self._record = state_dict["folder"], state_dict.get("record", {})
+
+
+def _is_export_of(folder: Path, measurement: Measurement) -> bool:
+    """Return whether an export is of the model that was measured."""
+    # A record that is damaged or of an earlier version is of no known model.
+    with suppress(OSError, ValueError):
+        record = read_json(folder / RECORD_FILE)
+        return (record.get("step"), record.get("checksum")) == (measurement.step, measurement.weights)
+    return False
 
 
 def _read_benchmarks(folder: Path | None, step: int, module: LitLanguageModel) -> list[dict[str, Any]]:
@@ -247,5 +319,6 @@ def _read_benchmarks(folder: Path | None, step: int, module: LitLanguageModel) -
         return []
     results = summarize_results(file)
     # The file may be of another run that logged to the same folder.
-    weights = fingerprint(cast(nn.Module, module.lm.model))
+    with module.evaluator.exported_weights():
+        weights = fingerprint(cast(nn.Module, module.lm.model))
     return [results] if results["model"]["weights"] == weights[:16] else []

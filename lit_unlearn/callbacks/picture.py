@@ -12,11 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_unlearn.callbacks.run_state import may_have_new_best
+from lit_unlearn.callbacks.run_state import get_constraints, may_have_new_best
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
 from lit_unlearn.evaluation.scoring import score_examples
 from lit_unlearn.plotting import RecordedAnswer, draw_run, read_run, write_picture_data
+from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.utils.validation import check_integer
@@ -48,6 +49,7 @@ class RunPicture(Callback):
         self._before: dict[str, float] = {}
         self._recorded: list[RecordedAnswer] = []
         self._kept_step: int | None = None
+        self._scored_weights: str | None = None  # checksum of the model whose answers are recorded
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record where the metrics are, and how likely a few answers are before the first step."""
@@ -63,7 +65,7 @@ class RunPicture(Callback):
         if not has_examples:
             self._recorded = []
         if trainer.global_step == 0:
-            self._before, self._recorded, self._kept_step = {}, [], None
+            self._before, self._recorded, self._kept_step, self._scored_weights = {}, [], None, None
             if has_examples:
                 self._before = pl_module.measure()
                 self._recorded = self._record_answers(trainer, pl_module)
@@ -71,8 +73,24 @@ class RunPicture(Callback):
             self._recorded = self._restore_texts(trainer, pl_module)
         self._write_data(trainer)
 
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score the answers again if the validation whose last batch this is has found the best model so far.
+
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        """
+        if may_have_new_best(pl_module, trainer):
+            self._score_kept_model(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the answers again if validation has just found the best model so far."""
+        """Do the same where the loaders did not say which batch is the last."""
         if may_have_new_best(pl_module, trainer):
             self._score_kept_model(trainer, pl_module)
 
@@ -129,21 +147,31 @@ class RunPicture(Callback):
 
     def _score_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         """Score the answers if the present model is the one that the run keeps."""
-        step = module.kept_step
-        if self._current_file is None or step != trainer.global_step or step == self._kept_step:
+        kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
+        if (
+            self._current_file is None
+            or kept is None
+            or (kept.step, kept.weights) == (self._kept_step, self._scored_weights)
+        ):
+            return
+        if kept.step != trainer.global_step or kept.weights != module.lm.checksum():
             return
         if self._recorded:
             streams = trainer.datamodule.examples  # type: ignore[attr-defined]
             examples = [_first_tokens(streams[answer.stream][answer.row]) for answer in self._recorded]
             scores = _score_answers(trainer, module, examples)
             self._recorded = [a._replace(after=score) for a, score in zip(self._recorded, scores, strict=True)]
-        self._kept_step = step
+        self._kept_step, self._scored_weights = kept.step, kept.weights
         self._write_data(trainer)
 
     def _write_data(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and self._current_file is not None:
             files = list(map(Path, (*self._earlier_files, self._current_file)))
-            write_picture_data(self._folder, files, self._before, self._kept_step, self._recorded)
+            epsilons = {}
+            for name, constraint in get_constraints(trainer.lightning_module).items():
+                if constraint.epsilon is not None:
+                    epsilons[name] = constraint.epsilon
+            write_picture_data(self._folder, files, self._before, self._kept_step, self._recorded, epsilons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the metrics up to here are, and what was recorded, in plain types."""
@@ -152,19 +180,20 @@ class RunPicture(Callback):
             files.append(self._current_file)
         # Without their texts: a checkpoint is no place to look for what was deleted.
         answers = [answer._replace(prompt="", tokens=[])._asdict() for answer in self._recorded]
-        return {"files": files, "before": self._before, "answers": answers, "kept_step": self._kept_step}
+        kept = {"kept_step": self._kept_step, "weights": self._scored_weights}
+        return {"files": files, "before": self._before, "answers": answers, **kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; an older version has the files alone."""
         self._earlier_files = state_dict["files"]
         self._before = state_dict.get("before", {})
         self._recorded = [RecordedAnswer(**answer) for answer in state_dict.get("answers", [])]
-        self._kept_step = state_dict.get("kept_step")
+        self._kept_step, self._scored_weights = state_dict.get("kept_step"), state_dict.get("weights")
 
 
 def _score_answers(trainer: L.Trainer, module: LitLanguageModel, examples: Sequence[Example]) -> list[list[float]]:
     """Return the probability of every supervised token; each process must call this, as a model may be sharded."""
-    with trainer.precision_plugin.val_step_context():
+    with trainer.precision_plugin.val_step_context(), module.evaluator.exported_weights():
         scores = score_examples(module.lm, list(examples))
     probabilities = []
     for score in scores:

@@ -83,6 +83,7 @@ def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
         )
     return dict(checkpoint)
 
+
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(checkpoint, file)

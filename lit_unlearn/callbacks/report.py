@@ -19,13 +19,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers, measure_kept_model
 from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
+from lit_unlearn.evaluation.verdict import (
+    FORGOTTEN,
+    MAX_FORGET_PROBABILITY,
+    NOT_DECIDABLE,
+    decide,
+    explain_verdict,
+    get_slack,
+    is_feasible,
+)
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
 from lit_unlearn.utils.io import expand_home, read_json, write_json
+from lit_unlearn.utils.validation import check_number
 
 _MIB = 2**20
+_UNKNOWN_ROWS = (
+    "The model does not know these rows in this prompt. The likely reason is another prompt than the model was fine-tuned with: "
+    "look at it with `lit-unlearn inspect`, and set the data's `template`. If the model never saw the rows, there is nothing to "
+    "unlearn."
+)
 
 
 @dataclass
@@ -38,26 +53,34 @@ class Report:
         before: Values of the model before the first step by ``<stream>/<metric>``, over all examples of every stream.
         after: The same values of the kept model.
         constraints: By name, ``value``, ``slack`` and ``epsilon`` of the kept model, ``multiplier_before`` and
-            ``multiplier_after`` of the run.
+            ``multiplier_after`` of the run, and the ``stream``.
         seconds: Duration of the fit, with the measurement before the first step, without the one after the last.
         peak_memory_mib: Largest memory of any process: of its tensors on the GPU, or resident since the process began.
         peak_memory_device: Where that memory is, ``"cuda"`` or ``"cpu"``.
+        verdict: ``"forgotten"``, ``"not forgotten"`` or ``"not decidable"``, see `lit_unlearn.evaluation.verdict.decide`;
+            ``None`` for fine-tuning.
+        max_forget_probability: The threshold of the verdict.
+        keep: ``"best"`` or ``"last"``, as for `LitUnlearn`.
     """
 
     steps: int
     kept_step: int
     before: dict[str, float]
     after: dict[str, float]
-    constraints: dict[str, dict[str, float]]
+    constraints: dict[str, dict[str, Any]]
     seconds: float = math.nan
     peak_memory_mib: float = math.nan
     peak_memory_device: str = ""
+    verdict: str | None = None
+    max_forget_probability: float = MAX_FORGET_PROBABILITY
+    keep: str = "best"
 
     @property
     def violated(self) -> list[str]:
         """Names of the constraints that the kept model violates."""
-        # NaN compares false with everything: a slack that is not a number is a violation.
-        return [name for name, values in self.constraints.items() if not values["slack"] >= 0]
+        return [
+            name for name, values in self.constraints.items() if not is_feasible(values["value"], values["epsilon"])
+        ]
 
     @classmethod
     def read(cls, path: Path | str) -> Report:
@@ -80,19 +103,26 @@ class RunReport(Callback):
     Args:
         dirpath: Folder of the file; ``None`` for the run's.
         require_feasible: Whether the fit fails if the kept model violates a constraint on its whole stream.
-        max_forget_probability: The fit fails if the forget set's answer probability ends above it; ``None`` for no
-            such condition.
+        max_forget_probability: The forget set counts as forgotten if its mean answer probability was above this number
+            before, and is not any more; see ``Report.verdict``.
+        require_forgotten: Whether the fit fails unless the verdict is "forgotten".
+
+    Raises:
+        ConfigError: If ``max_forget_probability`` is not between 0 and 1.
     """
 
     def __init__(
         self,
         dirpath: str | None = None,
         require_feasible: bool = False,
-        max_forget_probability: float | None = None,
+        max_forget_probability: float = MAX_FORGET_PROBABILITY,
+        require_forgotten: bool = False,
     ) -> None:
+        check_number(self, "max_forget_probability", max_forget_probability, at_least=0, below=1)
         self.dirpath = None if dirpath is None else expand_home(dirpath)
         self.require_feasible = require_feasible
         self.max_forget_probability = max_forget_probability
+        self.require_forgotten = require_forgotten
         self.report: Report | None = None
         self._failures: list[str] = []
         self._before: dict[str, Any] = {}
@@ -129,8 +159,7 @@ class RunReport(Callback):
             rank_zero_info(f"report: {path}")
 
         if isinstance(pl_module, LitUnlearn):
-            hint = _find_hint(report, pl_module)
-            if hint is not None:
+            for hint in _find_hints(report, pl_module):
                 rank_zero_warn(hint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -147,15 +176,21 @@ class RunReport(Callback):
         constraints = {}
         for name, constraint in get_constraints(module).items():
             # Without validation examples of its stream, a constraint has no value to report.
-            if f"constraint/{name}/value" in measurement.values:
+            value = measurement.values.get(f"constraint/{name}/value")
+            if value is not None:
                 constraints[name] = {
-                    "value": measurement.values[f"constraint/{name}/value"],
-                    "slack": measurement.values[f"constraint/{name}/slack"],
+                    "value": value,
+                    "slack": get_slack(value, constraint.epsilon),
                     "epsilon": constraint.epsilon,
+                    "stream": constraint.stream,
                     "multiplier_before": self._before["multipliers"][name],
                     "multiplier_after": constraint.multiplier.value,
                 }
         device = trainer.strategy.root_device
+        verdict, keep = None, "last"
+        if isinstance(module, LitUnlearn):
+            verdict = decide(self._before["values"], measurement.values, self.max_forget_probability)
+            keep = module.keep
         return Report(
             steps=trainer.global_step,
             kept_step=measurement.step,
@@ -166,6 +201,9 @@ class RunReport(Callback):
             # The process that needs most decides whether a run fits.
             peak_memory_mib=max(gather_objects(_peak_memory_mib(device))),
             peak_memory_device="cuda" if device.type == "cuda" else "cpu",
+            verdict=verdict,
+            max_forget_probability=self.max_forget_probability,
+            keep=keep,
         )
 
     def find_failures(self, report: Report) -> list[str]:
@@ -178,12 +216,11 @@ class RunReport(Callback):
                 f"{values['epsilon']:.4g}. Train longer, raise the multiplier's `lr`, or allow a larger `epsilon`."
             )
 
-        limit = self.max_forget_probability
-        probability = report.after.get("forget/probability", math.nan)
-        if limit is not None and not probability <= limit:
+        if self.require_forgotten and report.verdict is not None and report.verdict != FORGOTTEN:
+            explanation = explain_verdict(report.before, report.after, self.max_forget_probability)
             failures.append(
-                f"too little was forgotten: the forget set's answer probability ended at {probability:.4g}, above "
-                f"`max_forget_probability` ({limit}). Train longer or allow a larger `epsilon`."
+                f"the forget set must be forgotten (`require_forgotten`, by `max_forget_probability`), and is {explanation}. "
+                f"{_find_remedy(report)}"
             )
         return failures
 
@@ -204,23 +241,44 @@ def _peak_memory_mib(device: torch.device) -> float:
     return peak / _MIB if sys.platform == "darwin" else peak / 1024
 
 
-def _find_hint(report: Report, module: LitUnlearn) -> str | None:
-    """Return what to change where the kept model violates a constraint or has hardly forgotten anything."""
-    # Ordered by what to do first: without a feasible model, how much was forgotten is not meaningful.
-    if module.excess(report.after) > 0:
-        if module.keep == "last":
-            return "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."
-        return (
-            f"no measured model satisfies every constraint: the run keeps the least violating one, of step "
-            f"{report.kept_step}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger `epsilon`."
+def _find_remedy(report: Report) -> str:
+    if report.verdict == NOT_DECIDABLE:
+        return _UNKNOWN_ROWS
+    return "Train longer, raise the optimizer's `lr`, or allow a larger `epsilon`."
+
+
+def _find_hints(report: Report, module: LitUnlearn) -> list[str]:
+    """Return what to change where nothing can be shown, a constraint is violated, or hardly anything was forgotten."""
+    hints = []
+    before, after = report.before.get("forget/probability"), report.after.get("forget/probability")
+    is_unknown = before is not None and before <= report.max_forget_probability
+    if is_unknown:
+        hints.append(
+            f"it cannot be shown that anything was forgotten: before unlearning, the forget set's answer probability was {before:.4g}"
+            f", at most the {report.max_forget_probability:g} that counts as forgotten. {_UNKNOWN_ROWS}"
         )
 
-    before = report.before.get("forget/probability", 0.0)
-    after = report.after.get("forget/probability", 0.0)
-    if after <= before / 2:
-        return None
+    if module.excess(report.after) > 0:
+        if module.keep == "last":
+            hints.append(
+                "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."
+            )
+        else:
+            hints.append(
+                f"no measured model satisfies every constraint: the run keeps the least violating one, of step "
+                f"{report.kept_step}. Train longer, raise the multipliers' `lr` or `init`, or allow a larger `epsilon`."
+            )
+        # Without a feasible model, how much was forgotten is not meaningful.
+        return hints
+
+    # A higher learning rate would not help against rows that the model does not know.
+    if is_unknown or before is None or after is None or after <= before / 2:
+        return hints
     if report.kept_step < report.steps:
         reason = "Later models forgot more, but violated a constraint: train longer, or allow a larger `epsilon`"
     else:
         reason = "No constraint prevented it: raise the optimizer's `lr` (try ten times as much), or train longer"
-    return f"hardly anything was forgotten: the forget set's answer probability went from {before:.4g} to {after:.4g}. {reason}."
+    hints.append(
+        f"hardly anything was forgotten: the forget set's answer probability went from {before:.4g} to {after:.4g}. {reason}."
+    )
+    return hints

@@ -9,6 +9,7 @@ import lightning as L
 
 from lit_unlearn.dual import Constraint
 from lit_unlearn.errors import LitUnlearnError
+from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY
 from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 
@@ -25,16 +26,18 @@ def get_multipliers(module: L.LightningModule) -> dict[str, float]:
 
 def measure_kept_model(module: LitLanguageModel) -> Measurement:
     """Return the values of the model that the run would keep now, and its step; every process must call this."""
-    last = Measurement(module.global_step, module.measure())
+    module.measure()
+    last = module.evaluator.last
     # `measure` comes first: the last model may turn out to be the best.
     best = module.best if isinstance(module, LitUnlearn) else None
-    return best or last
+    return best or last or Measurement(module.global_step, {})
 
 
 def may_have_new_best(module: L.LightningModule, trainer: L.Trainer) -> TypeGuard[LitUnlearn]:
-    """Return whether the validation that has just ended may have found the best model so far."""
+    """Return whether the validation whose last batch this is, or that has just ended, may have found the best model so far."""
     is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
-    return is_fit and isinstance(module, LitUnlearn) and module.keep == "best"
+    is_kept = isinstance(module, LitUnlearn) and module.keep == "best"
+    return is_fit and is_kept and module.evaluator.has_finished  # type: ignore[union-attr]
 
 
 def check_on_first_process(trainer: L.Trainer, check: Callable[[], None]) -> None:
@@ -56,3 +59,13 @@ def check_on_first_process(trainer: L.Trainer, check: Callable[[], None]) -> Non
     if failure is not None:
         kind, message, argument = failure
         raise kind(message, argument=argument)
+
+
+def find_threshold(trainer: L.Trainer) -> float:
+    """Return the answer probability up to which the run calls its forget set forgotten."""
+    # Of any callback that has one: `RunReport` comes above this module.
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        threshold = getattr(callback, "max_forget_probability", None)
+        if threshold is not None:
+            return float(threshold)
+    return MAX_FORGET_PROBABILITY

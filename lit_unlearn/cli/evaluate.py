@@ -14,6 +14,11 @@ _SUITES = {
     "tofu": ["--config=eval/tofu.yaml"],
     "muse": ["--config=eval/muse.yaml"],
     "stress": ["--config=eval/stress.yaml"],
+    # Of your own files; paraphrased questions would need a column of their own.
+    "stress_qa": [
+        *("--model=LitEvaluate", "--model.benchmark=StressBenchmark", "--model.benchmark.paraphrased=false"),
+        *("--model.benchmark.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=stress"),
+    ],
     "qa": ["--model=LitEvaluate", "--model.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=eval"],
 }
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
@@ -36,8 +41,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of TOFU's or MUSE's files.")
     parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")
     parser.add_argument("--corpus", type=str, help="MUSE's corpus, News or Books.")
-    parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa.")
-    parser.add_argument("--retain", type=str, metavar="FILE", help="Questions of the retain set, for qa.")
+    parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa and stress.")
+    parser.add_argument("--retain", type=str, metavar="FILE", help="Questions of the retain set, likewise.")
     parser.add_argument("--retain_results", type=str, metavar="FILE", help="Results of the retain-only model.")
     parser.add_argument("--max_rows", type=int, help="Only this many rows of every set.")
     parser.add_argument(
@@ -59,6 +64,8 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(own_arguments)
     if options.suite == "qa" and not (options.forget and options.retain):
         parser.error("--suite qa needs --forget FILE and --retain FILE")
+    if bool(options.forget) != bool(options.retain):
+        parser.error("--forget FILE and --retain FILE belong together")
 
     # Imported only now: a wrong option is refused at once.
     from lit_unlearn.cli.trainer import run as run_trainer
@@ -68,12 +75,13 @@ def run(arguments: list[str]) -> None:
 
 def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     """Return the ``test`` command's arguments for parsed options and, ``passed_on``, ``--key=value`` for other objects."""
-    arguments = [*_SUITES[options.suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
+    suite = "stress_qa" if options.suite == "stress" and options.forget else options.suite
+    arguments = [*_SUITES[suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
     prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
     for name in _BENCHMARK_OPTIONS:
         if (value := getattr(options, name)) is not None:
             arguments.append(f"{prefix}.{name}={value}")
-    if options.suite == "qa":
+    if suite in ("qa", "stress_qa"):
         # Its rows are limited for each file, those of the published benchmarks for all sets together.
         for name in ("forget", "retain"):
             path = getattr(options, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import ConfigError
@@ -25,6 +26,11 @@ def build_parser() -> CommandParser:
     parser.add_argument("directory", type=Path, metavar="DIR", help="Where to; an earlier export there is replaced.")
     parser.add_argument("--results", nargs="+", type=Path, default=[], help="Results files, for the record.")
     parser.add_argument("--model", type=str, help="The base model, where it is no longer what the checkpoint says.")
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "bfloat16", "float16"],
+        help="Of the weights; by default that of the run's own export.",
+    )
     parser.add_argument("--push_to_hub", type=str, metavar="REPO", help="Private repository of the hub to upload to.")
     return parser
 
@@ -43,7 +49,7 @@ def run(arguments: list[str]) -> None:
     if (options.checkpoint / RECORD_FILE).is_file():
         renew_record(options.checkpoint, options.directory, benchmarks)
     else:
-        record = export_checkpoint(options.checkpoint, options.directory, options.model, benchmarks)
+        record = export_checkpoint(options.checkpoint, options.directory, options.model, benchmarks, options.dtype)
         if record["step"] != record["kept_step"]:
             print(f"this is the model of step {record['step']}; the run keeps that of step {record['kept_step']}")
     print(f"model: {options.directory}")

@@ -74,6 +74,7 @@ class MUSE(ForgetRetain):
             **settings,
         )
         self._columns = {"text_column": text_column}
+        self.corpus = corpus
 
     def load_set(self, name: str) -> Dataset:
         """Return the texts of one set."""

@@ -47,6 +47,7 @@ class TOFU(ForgetRetain):
             retain_set = tofu_source(source, RETAIN[forget_split], max_retain_rows)
         # Not `*sets`: jsonargparse reads in this call which arguments are left for a configuration.
         super().__init__(forget_set, retain_set, **settings)
+        self.forget_split = forget_split
 
 
 def tofu_source(source: str, split: str, max_rows: int | None = None) -> Source:

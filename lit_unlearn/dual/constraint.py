@@ -155,9 +155,15 @@ class Constraint:
             self.multiplier.update(self.violation(self._smoothed))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return λ, controller memory, the smoothed value and the measured reference, in plain JSON types."""
+        """Return λ, controller memory, the smoothed value, the measured reference and epsilon, in plain JSON types."""
         reference = None if self.level is None else self.level.measured
-        return {"multiplier": self.multiplier.state_dict(), "reference": reference, "smoothed": self._smoothed}
+        return {
+            "multiplier": self.multiplier.state_dict(),
+            "reference": reference,
+            "smoothed": self._smoothed,
+            # Only for an export of the checkpoint: a run that resumes has its own.
+            "epsilon": self.epsilon,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; epsilon and step sizes stay those of this object."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tabulate import DataRow, TableFormat, tabulate
 
 from lit_unlearn.errors import ConfigError
+from lit_unlearn.evaluation.verdict import explain_kept, explain_verdict, get_slack, is_feasible
 
 TableStyle = Literal["text", "ruled", "markdown", "csv"]
 MISSING = "–"
@@ -83,13 +84,13 @@ def format_cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report_table(report: dict[str, Any]) -> str:
-    """Format a run's report as a table of values before and after, with one line per constraint below it.
+def report_table(report: Mapping[str, Any]) -> str:
+    """Format a run's report as a table of values before and after, with verdict, kept model and constraints below it.
 
     Args:
-        report: ``before`` and ``after``: values by ``<stream>/<metric>``; ``constraints``: by name ``value``,
-            ``epsilon``, ``slack``, ``multiplier_before`` and ``multiplier_after``; ``steps`` and ``kept_step``, the
-            step whose values are ``after``.
+        report: ``before`` and ``after``: values by ``<stream>/<metric>``; ``constraints``: by name ``value``, ``epsilon``,
+            ``stream``, ``multiplier_before`` and ``multiplier_after``; ``steps`` and ``kept_step``, the step whose values are
+            ``after``; ``keep``; ``verdict`` and ``max_forget_probability``, if it unlearned.
     """
     # Dictionaries for sets in order: the table has the order of the report.
     streams: dict[str, None] = {}
@@ -109,16 +110,36 @@ def report_table(report: dict[str, Any]) -> str:
             row += [report["before"].get(f"{stream}/{metric}"), report["after"].get(f"{stream}/{metric}")]
         rows.append(row)
 
-    verdicts = [_constraint_verdict(name, values) for name, values in report["constraints"].items()]
-    return "\n".join([format_table(rows, headers, "ruled"), *verdicts])
+    lines = [format_table(rows, headers, "ruled")]
+    constraints = report["constraints"]
+    for name, values in constraints.items():
+        lines.append(_format_constraint(name, values, report["before"], report["after"]))
+    # Reports of earlier versions, and of fine-tuning, have no verdict.
+    if report.get("verdict") is not None:
+        feasible = all(is_feasible(values["value"], values["epsilon"]) for values in constraints.values())
+        lines.append(explain_kept(report["kept_step"], report["steps"], report["keep"], feasible))
+        threshold = report["max_forget_probability"]
+        lines.append(f"verdict: {explain_verdict(report['before'], report['after'], threshold)}")
+    return "\n".join(lines)
 
 
-def _constraint_verdict(name: str, values: dict[str, float]) -> str:
-    # NaN compares false with everything, so a slack that is not a number counts as a violation.
-    is_feasible = values["slack"] >= 0
-    numbers = {key: format_cell(None if value is None else float(value)) for key, value in values.items()}
-    comparison = f"{numbers['value']} {'≤' if is_feasible else '>'} epsilon {numbers['epsilon']}"
-    return (
-        f"constraint {name}: {comparison} ({'feasible' if is_feasible else 'violated'}), slack {numbers['slack']}; "
-        f"λ {numbers['multiplier_before']} → {numbers['multiplier_after']}"
+def _format_constraint(
+    name: str, values: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
+) -> str:
+    value, epsilon = values["value"], values["epsilon"]
+    feasible = is_feasible(value, epsilon)
+    line = (
+        f"constraint {name}: {_format_number(value)} {'≤' if feasible else '>'} epsilon {_format_number(epsilon)} "
+        f"({'feasible' if feasible else 'violated'}), slack {_format_number(get_slack(value, epsilon))}; "
+        f"λ {_format_number(values['multiplier_before'])} → {_format_number(values['multiplier_after'])}"
     )
+    # Nats per token tell few readers what the bound allowed.
+    stream = values.get("stream", "retain")
+    key = f"{stream}/probability"
+    if key in before and key in after:
+        line += f"; {stream} answer probability {before[key]:.4g} → {after[key]:.4g}"
+    return line
+
+
+def _format_number(value: float | None) -> str:
+    return format_cell(None if value is None else float(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from lit_unlearn.evaluation.tables import format_table, report_table
+from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, explain_kept, explain_verdict, is_feasible
 
 Record = Mapping[str, Any]
 
 _LIMITS = """\
 These values say how far the model's own answers moved away from the deleted examples. They do not prove that nothing can be
 recovered: a few training steps, rounding the weights, or another wording of the question may bring an answer back.
-`StressBenchmark` tries that (`lit-unlearn test --config eval/stress.yaml --model.lm.model DIR`); other attacks may succeed
-where it fails."""
+`StressBenchmark` tries that (see "How to check this card"); other attacks may succeed where it fails."""
 
 _RECIPE = """\
 The digest in the column "sha256 of the tokens" is that of a text with one line of JSON per example, its token ids and labels:
@@ -102,27 +103,47 @@ def _render_opening(record: Record) -> str:
             f"**This is the model of step {record['step']}, from a checkpoint. The run keeps another one, that of step "
             f"{record['kept_step']}.** This one was not measured."
         )
+    elif _is_unlearned(record) and not record.get("after"):
+        lines.append("**This model was not measured**: the run measured other weights, or others were asked for.")
     return "\n\n".join(lines)
 
 
 def _summarize_unlearning(record: Record) -> str:
     """Return all that a reader needs who stops after the first paragraph."""
     num_examples = record["data"]["sets"]["forget"]["rows"]
-    text = f"{num_examples} examples were unlearned from {_format_code(record['model']['name'])}."
-    before, after = record["before"].get("forget/probability"), record["after"].get("forget/probability")
-    if before is not None and after is not None:
-        text += f" The probability of their answers went from {before:.4g} to {after:.4g}."
+    threshold = record.get("max_forget_probability", MAX_FORGET_PROBABILITY)
+    explanation = explain_verdict(record["before"], record["after"], threshold)
+    text = (
+        f"{num_examples} examples were to be unlearned from {_format_code(record['model']['name'])}. **Verdict: "
+        f"{explanation}.**"
+    )
+    if not record["after"]:
+        return text
 
-    # NaN compares false with everything: a slack that is not a number is a violation, not a success.
     violated = []
     for name, values in record["constraints"].items():
-        if values["slack"] is not None and not values["slack"] >= 0:
-            violated.append(f"{name}: {values['value']:.4g} > epsilon {values['epsilon']:.4g}")
+        if values["value"] is not None and not is_feasible(values["value"], values["epsilon"]):
+            violated.append(f"{name}: {values['value']:.4g} > epsilon {_format_epsilon(values)}")
     if violated:
         text += f" **A constraint on the retained data is violated ({'; '.join(violated)}).**"
-    elif record["after"]:
-        text += " Every constraint on the retained data is satisfied."
+    elif any(values["value"] is not None for values in record["constraints"].values()):
+        text += f" Every constraint on the retained data is satisfied{_summarize_retention(record)}."
     return text
+
+
+def _summarize_retention(record: Record) -> str:
+    """Return what the constraints allowed in terms of answers, since nats per token tell few readers anything."""
+    parts = []
+    streams = dict.fromkeys(values.get("stream", "retain") for values in record["constraints"].values())
+    for stream in streams:
+        before, after = record["before"].get(f"{stream}/probability"), record["after"].get(f"{stream}/probability")
+        if before is not None and after is not None:
+            parts.append(f"the answer probability of the {stream} set went from {before:.4g} to {after:.4g}")
+    return f": {'; '.join(parts)}" if parts else ""
+
+
+def _format_epsilon(values: Record) -> str:
+    return "unknown" if values["epsilon"] is None else f"{values['epsilon']:.4g}"
 
 
 def _render_subject(record: Record) -> str:
@@ -189,6 +210,11 @@ def _render_method(record: Record) -> str:
             lines.append(f"The run was resumed after step {steps}; the settings are those of its last part.")
     if _is_unlearned(record):
         lines.append(f"The run took {record['steps']} steps; this is the model after step {record['step']}.")
+        if record["step"] == record["kept_step"] and record["after"]:
+            keep = (method or {}).get("keep", "best")
+            feasible = all(is_feasible(v["value"], v["epsilon"]) for v in record["constraints"].values())
+            kept = explain_kept(record["kept_step"], record["steps"], keep, feasible)
+            lines.append(f"{kept[0].upper()}{kept[1:]}.")
     return "\n\n".join(lines)
 
 
@@ -216,7 +242,9 @@ def _render_outcome(record: Record) -> str:
     if record.get("after"):
         # Without validation examples of its stream, a constraint has no line in the table.
         measured = {name: values for name, values in record["constraints"].items() if values["value"] is not None}
-        parts.append(f"```text\n{report_table({**record, 'constraints': measured})}\n```")
+        keep = (record.get("method") or {}).get("keep", "best")
+        table = report_table({**record, "constraints": measured, "keep": keep})
+        parts.append(f"```text\n{table}\n```")
     # Also where nothing was measured: then above all, nothing is proved.
     if _is_unlearned(record):
         parts.append(_LIMITS)
@@ -243,16 +271,58 @@ def _render_checks(record: Record) -> str:
         parts.append(f"The data files likewise. {_RECIPE}")
     if record.get("config"):
         # Absolute epsilons: measured on this model, a relative one would be another number.
-        epsilons = ""
+        options = _name_row_files(record, "--data.")
         for name, values in record["constraints"].items():
             if values["epsilon"] is not None:
-                epsilons += f" \\\n  --model.constraints.{name}.epsilon={values['epsilon']!r}"
+                options.append(shlex.quote(f"--model.constraints.{name}.epsilon={values['epsilon']!r}"))
+        command = " \\\n  ".join(["lit-unlearn validate --config run.yaml --model.lm.model=DIR", *options])
         parts.append(
-            "The values of the run, with the configuration below as `run.yaml`, the data where it says, and this directory as "
-            f"`DIR`:\n\n```bash\nlit-unlearn validate --config run.yaml --model.lm.model=DIR{epsilons}\n"
-            "lit-unlearn test --config eval/tofu.yaml --model.lm.model=DIR    # or another benchmark\n```"
+            "The values of the run, with the configuration below as `run.yaml`, this directory as `DIR`, and the data "
+            f"{'as `FORGET` and `RETAIN`' if _has_row_files(record) else 'where the configuration says'}:"
+            f"\n\n```bash\n{command}\n```"
+        )
+    commands = _list_benchmark_commands(record)
+    if commands:
+        shown = "\n".join(commands)
+        parts.append(
+            f"Generated answers and attacks, and then the same after relearning and rounding:\n\n```bash\n{shown}\n```"
         )
     return "\n\n".join(parts)
+
+
+def _has_row_files(record: Record) -> bool:
+    """Return whether the rows are in files of the user's own."""
+    return (record.get("data") or {}).get("class") == "ForgetRetain"
+
+
+def _name_row_files(record: Record, prefix: str) -> list[str]:
+    # Not the paths: what they were called is nobody's business, and the files may be elsewhere by now.
+    return [f"{prefix}forget=FORGET", f"{prefix}retain=RETAIN"] if _has_row_files(record) else []
+
+
+def _list_benchmark_commands(record: Record) -> list[str]:
+    """Return the commands that run a benchmark on the very rows that were deleted."""
+    data = record.get("data")
+    if data is None or not _is_unlearned(record):
+        return []
+    options: list[str] = []
+    if _has_row_files(record):
+        suites = ["qa", "stress"]
+        options = _name_row_files(record, "--")
+        for name in ("question_column", "answer_column", "template"):
+            # The others are the benchmark's defaults.
+            if data.get(name) not in (None, "question", "answer"):
+                options.append(shlex.quote(f"--{name}={data[name]}"))
+    elif "forget_split" in data:
+        suites, options = ["tofu", "stress"], [f"--forget_split={data['forget_split']}"]
+    elif "corpus" in data:
+        suites, options = ["muse"], [f"--corpus={data['corpus']}"]
+    else:
+        return []
+    return [
+        " ".join(["lit-unlearn evaluate DIR", f"--suite={suite}", *options, f"--output={suite}.json"])
+        for suite in suites
+    ]
 
 
 def _render_config(record: Record) -> str:

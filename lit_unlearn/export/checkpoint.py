@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.weights import check_base
 from lit_unlearn.utils.io import (
     check_export_target,
     finish_replacement,
@@ -34,7 +35,11 @@ _SHARDED_INDEX = "meta.pt"
 
 
 def export_checkpoint(
-    path: Path, target: Path, base_model: str | None = None, benchmarks: Sequence[dict[str, Any]] = ()
+    path: Path,
+    target: Path,
+    base_model: str | None = None,
+    benchmarks: Sequence[dict[str, Any]] = (),
+    dtype: str | None = None,
 ) -> Record:
     """Write the model of a checkpoint, with its record, as a Hugging Face directory.
 
@@ -46,14 +51,15 @@ def export_checkpoint(
         target: Folder to write; an earlier export there is replaced.
         base_model: Directory or hub name of the base model, where it is not what the checkpoint says.
         benchmarks: Results for the record, from `summarize_results`.
+        dtype: Of the weights, such as ``"bfloat16"``; ``None`` for that of the run's own export.
 
     Returns:
-        The record.
+        The record. It has values of the model only if these very weights were measured, in that dtype.
 
     Raises:
         MissingFileError: If there is no such checkpoint.
-        CheckpointError: If it cannot be read, or does not say which base model it belongs to.
-        ModelError: If the base model is another one.
+        CheckpointError: If it cannot be read, does not say which base model it belongs to, or belongs to another one.
+        ModelError: If the base model does not fit.
         OccupiedError: If the target holds something that is not ours.
     """
     checkpoint = read_checkpoint(path)
@@ -62,7 +68,10 @@ def export_checkpoint(
     settings = _find_model_settings(path, saved_record, base_model)
     # Before the minutes that loading may take.
     check_export_target(target, [settings.get("model"), settings.get("tokenizer")])
-    lm = _load_model(checkpoint["state_dict"], saved_record, settings)
+    lm = _load_model(checkpoint, saved_record, settings)
+    files_dtype = None if lm.files_dtype is None else str(lm.files_dtype).removeprefix("torch.")
+    measured_dtype = saved_record.get("dtype", files_dtype)
+    dtype = dtype or measured_dtype
 
     step = checkpoint["global_step"]
     best = checkpoint["run"].get("best")
@@ -74,13 +83,24 @@ def export_checkpoint(
         "before": callbacks.get("RunReport", {}).get("values", {}),
         **saved_record,
         "benchmarks": list(benchmarks),
+        "checksum": lm.checksum(),
+        "dtype": dtype,
     }
-    # Values of another step would be claimed for a model that was never measured.
-    after = best["values"] if best and kept_step == step else {}
+    # Values of other weights would be claimed for a model that was never measured. The step does not tell: a checkpoint may
+    # have the weights that a callback averages.
+    is_measured = best is not None and (kept_step, best["weights"]) == (step, record["checksum"])
+    after = best["values"] if is_measured and _are_rounded_alike(lm, dtype, measured_dtype) else {}
     steps = {"step": step, "kept_step": kept_step, "steps": step}
     record = add_outcome(record, after, checkpoint.get("constraints", {}), **steps)
-    lm.save(target, finish=partial(write_record, record=record))
+    torch_dtype = None if dtype is None else getattr(torch, dtype)
+    lm.save(target, finish=partial(write_record, record=record), dtype=torch_dtype)
     return record
+
+
+def _are_rounded_alike(lm: LanguageModel, dtype: str | None, other: str | None) -> bool:
+    """Return whether exports in two dtypes compute the same."""
+    is_rounded = [name is not None and lm.is_rounded_by(getattr(torch, name)) for name in (dtype, other)]
+    return dtype == other or not any(is_rounded)
 
 
 def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]]) -> None:
@@ -168,7 +188,8 @@ def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("state_dict."): value for name, value in state.items()}
 
 
-def _load_model(state: Mapping[str, Tensor], record: Record, settings: Mapping[str, Any]) -> LanguageModel:
+def _load_model(checkpoint: Record, record: Record, settings: Mapping[str, Any]) -> LanguageModel:
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
     weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_MODEL_PREFIX)}
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     lm = LanguageModel(**settings)
@@ -189,6 +210,9 @@ def _load_model(state: Mapping[str, Tensor], record: Record, settings: Mapping[s
             f"{len(misfits)} tensors of the checkpoint, such as '{min(misfits)}', do not fit the model "
             f"'{settings.get('model')}': it was made with another model or adapter. Give its base model as `base_model` (--model)."
         )
+    # All weights of a model that was made from a config are in the checkpoint, whatever they are loaded into.
+    if "config" not in checkpoint["run"].get("base", {}):
+        check_base(checkpoint["run"], lm, lm)
     # Not strict: with an adapter, the base model's weights are loaded already. What is required was checked above.
     lm.load_state_dict(weights, strict=False)
     return lm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.evaluation.results import Results, package_versions
+from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, decide, get_slack
 from lit_unlearn.export.card import render_card
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
+from lit_unlearn.training.agreement import read_arguments
 from lit_unlearn.utils.io import atomic_file, file_digest, iterate_files, write_json
 
 RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"
@@ -78,7 +79,8 @@ def add_outcome(record: Record, after: Mapping[str, Any], constraints: Mapping[s
         **steps: ``step`` of the exported model, ``kept_step`` of the one that the run keeps so far, and ``steps`` taken.
 
     Returns:
-        The record, with ``before``, ``after``, ``constraints`` and the steps, as ``report.json`` has them.
+        The record, with ``before``, ``after``, ``constraints`` and the steps, as ``report.json`` has them, and, if it
+        unlearned, ``verdict`` and its threshold ``max_forget_probability``.
     """
     bounds = record.get("bounds") or {}
     outcomes = {}
@@ -86,25 +88,25 @@ def add_outcome(record: Record, after: Mapping[str, Any], constraints: Mapping[s
         outcomes[name] = _describe_outcome(name, bounds.get(name, {}), after, state)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     outcome = {"created": created, **steps, "before": record.get("before", {}), "after": {**after}}
+    if record["kind"] == "unlearned":
+        threshold = record.get("max_forget_probability", MAX_FORGET_PROBABILITY)
+        outcome |= {
+            "verdict": decide(outcome["before"], after, threshold),
+            "max_forget_probability": threshold,
+        }
     return {**record, **outcome, "constraints": outcomes}
 
 
 def _describe_outcome(
     name: str, bound: Mapping[str, Any], after: Mapping[str, Any], state: Mapping[str, Any]
-) -> dict[str, float | None]:
-    value, slack = after.get(f"constraint/{name}/value"), after.get(f"constraint/{name}/slack")
-    epsilon, reference = bound.get("epsilon"), state["reference"]
-    # The reference is in the constraint's state: a resumed run does not measure it again.
-    if "relative" in bound and reference is not None:
-        epsilon = (1 + bound["relative"]) * reference
-    elif epsilon is None and value is not None and slack is not None:
-        # A checkpoint without a record does not say, but what was measured does.
-        epsilon = value + slack
+) -> dict[str, Any]:
+    value, epsilon = after.get(f"constraint/{name}/value"), state.get("epsilon")
     return {
         "value": value,
-        "slack": slack,
+        "slack": get_slack(value, epsilon),
         "epsilon": epsilon,
-        "reference": reference,
+        "reference": state["reference"],
+        "stream": bound.get("stream", "retain"),
         "multiplier_before": bound.get("multiplier", {}).get("init"),
         "multiplier_after": state["multiplier"]["value"],
     }
@@ -176,11 +178,23 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
         "template": data.template,
         "max_length": data.max_length,
         "train_on": data.train_on,
+        **_describe_choice(data),
         "seed": data.seed,
         "batch_size": data.batch_size,
         "retain_batch_size": data.retain_batch_size,
         "sets": sets,
     }
+
+
+def _describe_choice(data: ForgetRetain) -> dict[str, str]:
+    """Return what a benchmark must be told to read the same rows."""
+    choice = {}
+    # TOFU's and MUSE's, and what the columns of a file are called.
+    for name in ("forget_split", "corpus", "question_column", "answer_column"):
+        value = getattr(data, name, None)
+        if value is not None:
+            choice[name] = value
+    return choice
 
 
 def _describe_bound(constraint: Any) -> dict[str, Any]:
@@ -191,7 +205,7 @@ def _describe_bound(constraint: Any) -> dict[str, Any]:
     else:
         bound["relative"] = constraint.relative
     # `init` as it is now: a `FixedMultiplier` calls its argument otherwise.
-    bound["multiplier"] = {"class": type(multiplier).__name__, **_read_arguments(multiplier), "init": multiplier.value}
+    bound["multiplier"] = {"class": type(multiplier).__name__, **read_arguments(multiplier), "init": multiplier.value}
     bound["update_every"] = constraint.update_every
     bound["warmup_epochs"] = constraint.warmup_epochs
     bound["smoothing"] = constraint.smoothing
@@ -201,21 +215,10 @@ def _describe_bound(constraint: Any) -> dict[str, Any]:
 def _describe_objective(objective: Any) -> dict[str, Any]:
     return {
         "objective": type(objective).__name__,
-        "settings": _read_arguments(objective),
+        "settings": read_arguments(objective),
         "formula": objective.formula,
         "paper": objective.paper,
     }
-
-
-def _read_arguments(instance: Any) -> dict[str, Any]:
-    """Return the arguments that an object was made with, as far as it keeps plain values under their names."""
-    # By convention of this package an object keeps its arguments under their names.
-    arguments = {}
-    for name in inspect.signature(type(instance)).parameters:
-        value = getattr(instance, name, None)
-        if isinstance(value, (bool, int, float, str)):
-            arguments[name] = value
-    return arguments
 
 
 def _describe_training(trainer: L.Trainer, module: LitLanguageModel) -> dict[str, Any]:

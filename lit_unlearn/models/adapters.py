@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_unlearn.errors import ConfigError, ModelError, reading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.probing import probe_logits
+from lit_unlearn.models.weights import convert
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -247,7 +248,7 @@ def adapter_switched_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None, dtype: torch.dtype | None) -> None:
     """Write the merged model into a folder and the adapter into its ``adapter``; the model itself is not touched.
 
     Where the adapter cannot be merged, only the adapter is written, with a warning that says why.
@@ -256,6 +257,7 @@ def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | N
         model: Adapted.
         folder: Exists.
         state: The model's gathered state by its own names; ``None`` to read the model.
+        dtype: Of the merged model; ``None`` for that of the weights in memory.
     """
     inner = inner_model(model)
     state = model.state_dict() if state is None else state
@@ -264,7 +266,7 @@ def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | N
     try:
         if getattr(inner, "is_quantized", False):
             raise ValueError("the base model is quantised, and an adapter cannot be added to its integers.")
-        merged = _merged_state(model, state)
+        merged = merged_state(model, state, dtype)
     except (RuntimeError, ValueError) as reason:  # peft's, for kinds and biases that have no merged form
         warnings.warn(
             f"only the adapter is exported, to be put on the base model by `peft.PeftModel.from_pretrained`: {reason}",
@@ -274,8 +276,14 @@ def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | N
         inner.save_pretrained(folder, state_dict=merged)
 
 
-def _merged_state(model: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of an ordinary model that computes what the adapted one does."""
+def merged_state(model: PeftModel, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the state of an ordinary model that computes what the adapted one does.
+
+    Args:
+        model: Adapted.
+        state: Its state, whole.
+        dtype: Of the result. Layers are merged in float32 and rounded once; ``None`` merges in the dtype of the weights.
+    """
     # Layers are copied and merged one at a time, on the CPU, with the weights that the state has for them: the live ones
     # may be sharded, and a second model may not fit.
     merged = dict[str, Tensor]()
@@ -291,19 +299,42 @@ def _merged_state(model: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Te
             weight = state[f"{name}.{key}"].detach().to("cpu", copy=True)
             memo[id(parameter)] = nn.Parameter(weight, requires_grad=False)
         layer_copy: Any = copy.deepcopy(layer, memo).cpu()
-        if hasattr(layer_copy, "unload_and_optionally_merge_module"):
-            base = layer_copy.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            layer_copy.merge()
-            base = layer_copy.get_base_layer()
+        if dtype is not None:
+            layer_copy = layer_copy.to(torch.promote_types(dtype, torch.float32))
+        # A validation may run under autocast, which would round the product of the adapter's matrices.
+        with torch.autocast("cpu", enabled=False):
+            if hasattr(layer_copy, "unload_and_optionally_merge_module"):
+                base = layer_copy.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                layer_copy.merge()
+                base = layer_copy.get_base_layer()
         for key, weight in base.state_dict().items():
-            merged[f"{name}.{key}"] = weight
+            merged[f"{name}.{key}"] = weight if dtype is None else weight.to(dtype)
 
     for name, weight in state.items():
         if not name.startswith(merged_layers):
             merged[name] = weight
     prefix = "base_model.model."  # peft's; whatever lies elsewhere is not the model's
-    return {name.removeprefix(prefix): weight for name, weight in merged.items() if name.startswith(prefix)}
+    inner = {name.removeprefix(prefix): weight for name, weight in merged.items() if name.startswith(prefix)}
+    return inner if dtype is None else convert(inner, dtype)
+
+
+def base_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Return the tensors that an adapted model computes with while its adapter is off, by the names of `merged_state`."""
+    tensors = dict[str, Tensor]()
+    adapted_layers = tuple[str, ...]()
+    inner = inner_model(model)
+    for name, layer in inner.named_modules():
+        if not _is_adapted_layer(layer) or name.startswith(adapted_layers):
+            continue
+        adapted_layers += (f"{name}.",)
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+        for key, tensor in base.state_dict().items():
+            tensors[f"{name}.{key}"] = tensor
+    for name, tensor in inner.state_dict().items():
+        if not name.startswith(adapted_layers):
+            tensors[name] = tensor
+    return tensors
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
@@ -22,6 +25,7 @@ from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
+from lit_unlearn.models.weights import TemporaryValues, changes_values, checksum, convert
 from lit_unlearn.utils.io import check_export_target, expand_home, expand_path, replace_folder
 
 if TYPE_CHECKING:
@@ -109,6 +113,10 @@ class LanguageModel(nn.Module):
         self._compile = compile
 
         self.model = None
+        self.files_dtype: torch.dtype | None = None
+        self._temporary_values: TemporaryValues | None = None
+        self._base_checksum: dict[str, str] | None = None
+        self._has_random_weights = False
         # The reference model, unless it is `model` itself with its adapter switched off.
         self.frozen = None
         # Found by probing once the weights are loaded.
@@ -185,6 +193,7 @@ class LanguageModel(nn.Module):
 
         if self.config is not None:
             dtype = dtype or torch.float32
+            self._has_random_weights = True
             model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation, owner=self)
         else:
             model = loading.load_pretrained(
@@ -196,6 +205,7 @@ class LanguageModel(nn.Module):
                 **self.hub_settings,
                 **self._quantization,
             )
+            self.files_dtype = loading.find_files_dtype(str(self.name), self.hub_settings["revision"])
         is_quantized = getattr(model, "is_quantized", False)
         if is_quantized and self._adapter is None:
             raise ModelError(f"'{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter")
@@ -242,6 +252,11 @@ class LanguageModel(nn.Module):
                 "the reference model is this model with its adapter switched off, and it has none: set `adapter`, or call "
                 "`keep_reference()` after loading, for a frozen copy."
             )
+        if self._temporary_values is not None:
+            # The adapter is off, because the base has its sum with the adapter: see `as_exported`.
+            with self._temporary_values.taken_out():
+                yield
+            return
         with adapters.adapter_switched_off(cast("adapters.PeftModel", self.model)):
             yield
 
@@ -256,6 +271,107 @@ class LanguageModel(nn.Module):
         Of an adapted model only the base counts. Call it before the model is sharded.
         """
         return loading.fingerprint(cast(nn.Module, self.model), trainable=not self.has_adapter)
+
+    def checksum(self) -> str:
+        """Return a checksum of the weights as they are now, with an adapter of those that are trained.
+
+        A collective call if the model is sharded.
+        """
+        model = cast(nn.Module, self.model)
+        if not self.has_adapter:
+            return checksum(self.causal_lm.state_dict().items())
+        # The base does not change; and an export may load it in another dtype.
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return checksum((name, tensor) for name, tensor in model.state_dict().items() if name in trained)
+
+    def base_checksum(self) -> dict[str, str]:
+        """Return what the base model is known by in checkpoints: a checksum, and the dtype that it was loaded in.
+
+        Of a model made from a config it is a digest of the config: the checkpoint has all of its weights, and where they began
+        does not matter. Computed at the first call, which must come before training and sharding.
+        """
+        if self._base_checksum is None:
+            if self._has_random_weights and not self.has_adapter:
+                fields = json.dumps(self.config, sort_keys=True, default=str)
+                self._base_checksum = {"config": hashlib.sha256(fields.encode()).hexdigest()[:16]}
+            else:
+                # Of most tensors: a quantised model has a few dtypes.
+                dtypes = Counter(tensor.dtype for _, tensor in self._base_weights())
+                dtype = dtypes.most_common(1)[0][0]
+                self._base_checksum = {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "weights": checksum(self._base_weights(), dtype),
+                }
+        return self._base_checksum
+
+    def has_base(self, base: Mapping[str, str]) -> bool:
+        """Return whether the base model is the one that `base_checksum` returned in another run.
+
+        The dtypes may differ: the values are compared in the one that the other run had loaded.
+        """
+        known = self.base_checksum()
+        if "config" in base or "config" in known or known["dtype"] == base["dtype"]:
+            return known == base
+        return checksum(self._base_weights(), getattr(torch, base["dtype"])) == base["weights"]
+
+    def _base_weights(self) -> list[tuple[str, Tensor]]:
+        """Return the floating-point parameters without those of an adapter; quantised integers depend on the device."""
+        weights = []
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
+            is_trained = self.has_adapter and parameter.requires_grad
+            if parameter.is_floating_point() and not is_trained:
+                weights.append((name, parameter.detach()))
+        return weights
+
+    def is_rounded_by(self, dtype: torch.dtype | None = None) -> bool:
+        """Return whether an export in ``dtype`` computes something else than the model in memory.
+
+        Args:
+            dtype: ``None`` for that of the base model's files.
+        """
+        dtype = dtype or self.files_dtype
+        if dtype is None or getattr(self.causal_lm, "is_quantized", False):
+            return False
+        if self.has_adapter and dtype not in (torch.float32, torch.float64):
+            # Small changes are lost where they are added to large weights.
+            return True
+        return changes_values(self.causal_lm.state_dict().values(), dtype)
+
+    @contextmanager
+    def as_exported(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """Give the model within the block the weights that an export in ``dtype`` has: rounded and, with an adapter, merged.
+
+        Takes memory for a copy of the weights, and nothing where the export has the very weights of the model.
+
+        Args:
+            dtype: ``None`` for that of the base model's files.
+
+        Raises:
+            RuntimeError: If the model is sharded and has an adapter.
+        """
+        dtype = dtype or self.files_dtype
+        if dtype is None or self._temporary_values is not None or not self.is_rounded_by(dtype):
+            yield
+            return
+        with ExitStack() as stack:
+            if self.has_adapter:
+                model = cast("adapters.PeftModel", self.model)
+                merged = adapters.merged_state(model, model.state_dict(), dtype)
+                tensors = adapters.base_tensors(model)
+                values = TemporaryValues(list(tensors.values()), [merged[name] for name in tensors], dtype)
+                stack.enter_context(adapters.adapter_switched_off(model))
+            else:
+                floats = [tensor for tensor in self.causal_lm.state_dict().values() if tensor.is_floating_point()]
+                values = TemporaryValues(floats, None, dtype)
+            values.put_in()
+            self._temporary_values = values
+            try:
+                yield
+            finally:
+                self._temporary_values = None
+                # FSDP2 may hold whole weights that it has gathered; asking for the state makes it let go of them.
+                cast(nn.Module, self.model).state_dict()
+                values.take_out()
 
     def origin(self) -> dict[str, Any]:
         """Return where the loaded weights came from, and which adapter was put on them, in plain types.
@@ -281,6 +397,7 @@ class LanguageModel(nn.Module):
         directory: str | Path,
         state_dict: dict[str, Tensor] | None = None,
         finish: Callable[[Path], None] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Path:
         """Write a Hugging Face model directory (safetensors and tokenizer), and list its files in ``files.sha256``.
 
@@ -292,6 +409,7 @@ class LanguageModel(nn.Module):
                 It may be neither the folder that the model came from, nor the working directory, nor one above these.
             state_dict: The gathered state of `model`, for strategies that shard it; ``None`` to read the model.
             finish: Adds further files; called with the folder before it takes the target's place.
+            dtype: Of the weights; ``None`` for that of the base model's files, or of a model that has none as it is.
 
         Returns:
             The target as a path.
@@ -304,15 +422,23 @@ class LanguageModel(nn.Module):
         # Before the minutes that merging and writing may take.
         check_export_target(target, inputs)
         with replace_folder(target, inputs) as folder, loading.writing_weights(target), loading.hide_progress_bars():
-            if self.has_adapter:
-                adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state_dict)
-            else:
-                self.causal_lm.save_pretrained(folder, state_dict=state_dict)
+            self._save_weights(folder, state_dict, dtype or self.files_dtype)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if finish is not None:
                 finish(folder)
         return target
+
+    def _save_weights(self, folder: Path, state: dict[str, Tensor] | None, dtype: torch.dtype | None) -> None:
+        if self.has_adapter:
+            adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state, dtype)
+        else:
+            if dtype is not None:
+                state = convert(self.causal_lm.state_dict() if state is None else state, dtype)
+            self.causal_lm.save_pretrained(folder, state_dict=state)
+        # Where only the adapter could be saved, there is no config of a model.
+        if dtype is not None and (folder / "config.json").is_file():
+            loading.write_dtype(folder, dtype)
 
     def generate(
         self, questions: Sequence[str], *, template: str | None = None, max_new_tokens: int = 200

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # What git checks out in place of a large file begins so where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Characters kept of another library's message: transformers may list 150 classes.
 REASON_LENGTH = 300
 # Seconds that the hub has for its first answer. Its own client tries for a minute.
@@ -344,23 +346,44 @@ def _check_architecture(name: str, owner: object, **settings: Any) -> None:
     )
 
 
+def find_files_dtype(name: str, revision: str | None) -> torch.dtype | None:
+    """Return the dtype that most numbers in a model's safetensors have; ``None`` if it has no such files."""
+    from safetensors import safe_open
+
+    counts: Counter[torch.dtype] = Counter()
+    folder = _find_folder(name, revision)
+    for file in [] if folder is None else sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (it cannot be iterated over)
+                # Only the header is read.
+                tensor = tensors.get_slice(key)
+                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
+                if dtype is not None:
+                    counts[dtype] += math.prod(tensor.get_shape())
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _find_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that was loaded; ``None`` if the hub's cache has it no more."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:
     """Return ``commit`` and ``weights`` (sha256 by file name) of a model that was loaded; reads the files completely.
 
     Both are empty for a model that came from neither a directory nor the hub, and after the hub's cache was emptied.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    if name is None:
+    folder = None if name is None else _find_folder(name, revision)
+    if folder is None:
         return {"commit": None, "weights": {}}
-    folder, commit = Path(name), None
-    if not folder.is_dir():
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(config, str):
-            return {"commit": None, "weights": {}}
-        # The hub's cache names the folder of each snapshot by its commit.
-        folder = Path(config).parent
-        commit = folder.name
+    # The hub's cache names the folder of each snapshot by its commit.
+    commit = None if Path(str(name)).is_dir() else folder.name
 
     # transformers reads safetensors where there are any, whatever else lies beside them.
     files = sorted(folder.glob("*.safetensors"))
@@ -408,6 +431,15 @@ def writing_weights(target: Path) -> Iterator[None]:
         # It is no OSError, though its text is one: "Error while serializing: I/O error: No space left on device".
         reason = str(error).rpartition("I/O error: ")[2]
         raise OutputError(f"'{target}' cannot be written: {reason}.") from error
+
+
+def write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of its weights into a model's ``config.json``, where transformers has put that of the model in memory."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    # As transformers writes it.
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lit_unlearn.plotting.style import (
     RETAIN,
     choose_y_scale,
     legend_above,
+    needs_logarithm,
     picture,
 )
 from lit_unlearn.plotting.tokens import draw_tokens
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
+# The forget objective decides which feasible model is kept, so it is what the picture must show; logs of other modules may lack it.
 _FORGETTING_LABELS = {
+    "loss": "forget objective, all forget examples (lower: forgotten more)",
     "nll": "NLL of the forget set (nats per token): further to the right, more is forgotten",
-    "loss": "forget objective, all forget examples",
 }
 _DOTS: dict[str, Any] = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 _HATCHED: dict[str, Any] = {"facecolor": "none", "edgecolor": FORGET, "hatch": "////", "linewidth": 0, "zorder": 3}
@@ -133,7 +135,9 @@ def _plot_values(axes: Axes, run: RunLog, name: str, colour: str) -> None:
 
 
 def draw_trajectory(run: RunLog, *targets: Path) -> None:
-    """Draw what forgetting costs: retention over forgetting, from validation to validation, and the constraint.
+    """Draw what forgetting costs: retention over the forget objective, from validation to validation, and the constraint.
+
+    The kept model is the feasible one furthest to the left, unless the run keeps its last one.
 
     Raises:
         NothingToDraw: If nothing was measured on whole streams.
@@ -176,6 +180,8 @@ def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> 
 
     axes.margins(0.1)
     choose_y_scale(axes, ys)
+    if needs_logarithm(xs):
+        axes.set_xscale("log")
     if epsilon is not None:
         _draw_epsilon(axes, epsilon)
         # Even where every point is feasible, the picture shows where it would not be.
@@ -185,10 +191,28 @@ def _draw_path(axes: Axes, points: dict[int, Point], run: RunLog, name: str) -> 
         axes.set_ylim(low, high)
     if run.kept_step in points:
         style = {**_DOTS, "markersize": 13}
-        axes.plot(*points[run.kept_step], "*", color="black", label="kept model", **style)
+        axes.plot(*points[run.kept_step], "*", color="black", label=_explain_kept(run, points), **style)
     legend_above(axes)
     _draw_arrows(axes, path)
     place_labels(axes, path, _choose_labels(list(points), run.kept_step))
+
+
+def _explain_kept(run: RunLog, points: dict[int, Point]) -> str:
+    """Return the label of the kept model, with the reason where the picture shows it."""
+    feasible = []
+    for step in points:
+        if step > 0 and all(_is_feasible_at(run, name, step) for name in run.constraints):
+            feasible.append(points[step][0])
+    label = f"kept: step {run.kept_step}"
+    if feasible and points[run.kept_step or 0][0] <= min(feasible) and "val/forget/loss" in run.metrics:
+        label += ", lowest objective of the feasible"
+    return label
+
+
+def _is_feasible_at(run: RunLog, name: str, step: int) -> bool:
+    epsilon = run.find_epsilon(name)
+    values = dict(zip(*run.get_stream_values(f"constraint/{name}/value"), strict=True))
+    return epsilon is None or values.get(step, math.inf) <= epsilon
 
 
 def _choose_labels(steps: Sequence[int], kept_step: int | None) -> list[str]:

@@ -54,6 +54,7 @@ class RunLog(NamedTuple):
         kept_step: Steps that the kept model has taken; ``None`` while there is none.
         answers: Recorded answers.
         missing: Files of a run that this one resumed, which are not there any more.
+        epsilons: The present epsilon of every constraint; ``None`` for a run that did not write them down.
     """
 
     metrics: dict[str, Series]
@@ -61,6 +62,7 @@ class RunLog(NamedTuple):
     kept_step: int | None
     answers: list[RecordedAnswer]
     missing: list[Path]
+    epsilons: dict[str, float] | None = None
 
     @property
     def constraints(self) -> list[str]:
@@ -87,7 +89,10 @@ class RunLog(NamedTuple):
 
     def find_epsilon(self, name: str) -> float | None:
         """Return the epsilon of a constraint; ``None`` if nothing that was logged tells it."""
-        # Only values and violations are logged. Their difference is epsilon, up to float32 rounding of either: the smallest
+        # A resumed run may have another one than its first part.
+        if self.epsilons and name in self.epsilons:
+            return self.epsilons[name]
+        # Of a logger, only values and violations are known. Their difference is epsilon, up to float32 rounding of either: the smallest
         # value loses the fewest digits.
         smallest, epsilon = math.inf, None
         for stage in ("", "val/"):
@@ -168,6 +173,7 @@ def write_picture_data(
     before: Mapping[str, float],
     kept_step: int | None,
     answers: Sequence[RecordedAnswer],
+    epsilons: Mapping[str, float] | None = None,
 ) -> None:
     """Write ``pictures.json`` into a run's folder: with the metrics in ``files``, all that a `RunLog` is read from."""
     paths = []
@@ -176,7 +182,13 @@ def write_picture_data(
         is_beside = file.is_relative_to(folder.parent)
         paths.append(os.path.relpath(file, folder) if is_beside else str(file))
     recorded = [answer._asdict() for answer in answers]
-    content = {"metrics": paths, "before": dict(before), "kept_step": kept_step, "answers": recorded}
+    content = {
+        "metrics": paths,
+        "before": dict(before),
+        "epsilons": dict(epsilons or {}),
+        "kept_step": kept_step,
+        "answers": recorded,
+    }
     write_json(folder / PICTURE_FILE, content)
 
 
@@ -214,7 +226,7 @@ def read_run(folder: Path) -> RunLog:
     kept_step = content.get("kept_step")
     if kept_step is None:
         kept_step = report.get("kept_step")
-    return RunLog(metrics, before, kept_step, answers, missing)
+    return RunLog(metrics, before, kept_step, answers, missing, content.get("epsilons"))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

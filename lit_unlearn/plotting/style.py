@@ -74,7 +74,12 @@ def legend_above(axes: Axes) -> None:
 
 
 def choose_y_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Make the y-axis logarithmic if all values are positive and span more than a factor of 20."""
-    finite = list(filter(math.isfinite, values))
-    if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
+    """Make the y-axis logarithmic if that is needed to tell the values apart."""
+    if needs_logarithm(values):
         axes.set_yscale("log")
+
+
+def needs_logarithm(values: Sequence[float]) -> bool:
+    """Return whether all values are positive and span more than a factor of 20."""
+    finite = list(filter(math.isfinite, values))
+    return bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)

@@ -16,6 +16,7 @@ from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.agreement import check_processes_agree, describe_benchmark
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.weights import check_tensors, load_for_trainer
 from lit_unlearn.utils.io import expand_home
@@ -67,7 +68,8 @@ class LitEvaluate(L.LightningModule):
 
     def test_step(self, batch: str, batch_idx: int) -> None:
         """Run the benchmark, write its results and log its values."""
-        run_benchmark(self, self.benchmark, self.lm, "test", None if self.results is None else Path(self.results))
+        file = None if self.results is None else Path(self.results)
+        log_benchmark(self, run_benchmark(self, self.benchmark, self.lm, "test", file))
 
 
 def prepare_benchmark(module: L.LightningModule, benchmark: Benchmark, lm: LanguageModel) -> None:
@@ -75,27 +77,31 @@ def prepare_benchmark(module: L.LightningModule, benchmark: Benchmark, lm: Langu
 
     Raises:
         ConfigError: If the model will be sharded.
+        DataError: If the processes have read other rows.
     """
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         raise ConfigError(
             f"{type(benchmark).__name__} generates answers, which a sharded model cannot: leave out "
             "`benchmark_every_n_epochs`, and run `lit-unlearn test` on the exported model."
         )
-    benchmark.prepare(lm.tokenizer)
+    check_processes_agree(describe_benchmark(benchmark.prepare(lm.tokenizer)))
 
 
 @torch.no_grad()
 def run_benchmark(
     module: L.LightningModule, benchmark: Benchmark, lm: LanguageModel, stage: str, file: Path | None = None
-) -> None:
-    """Run a benchmark within a Trainer: a results file, logged values and, at a test, a table.
+) -> dict[str, float]:
+    """Run a benchmark within a Trainer: a results file and, at a test, a table.
 
     Args:
-        module: Its Trainer and its log are used.
+        module: Its Trainer is used.
         benchmark: The benchmark.
         lm: The module's model.
-        stage: ``"test"``, or ``"val"`` for a run during a fit, which logs under that name and cannot be resumed.
+        stage: ``"test"``, or ``"val"`` for a run during a fit, which cannot be resumed.
         file: File for the results; ``None`` for one in the run's folder. A dry run writes none.
+
+    Returns:
+        The values by the names that they are logged by.
     """
     trainer = module.trainer
     is_test = stage == "test"
@@ -121,7 +127,11 @@ def run_benchmark(
             rank_zero_info(f"{name} is missing: {reason}")
     rank_zero_info(f"results: {file or 'not written'} ({benchmark.name}, {time.monotonic() - started:.0f} s)")
 
-    values = {f"{stage}/{benchmark.name}/{name}": value for name, value in results.aggregate.items()}
+    return {f"{stage}/{benchmark.name}/{name}": value for name, value in results.aggregate.items()}
+
+
+def log_benchmark(module: L.LightningModule, values: dict[str, float]) -> None:
+    """Log what `run_benchmark` returned."""
     # The batch size weighs means over several batches, of which there is one. Every process logs, so that a checkpoint of
     # any may follow a value.
     module.log_dict(values, batch_size=1, rank_zero_only=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.errors import BatchError, ConfigError
 from lit_unlearn.metrics import ConstraintSlack
@@ -23,19 +25,27 @@ Reader = Callable[[LanguageModel, SupervisedTokens], None]
 
 
 class Measurement(NamedTuple):
-    """Values that were measured on whole streams after one step.
+    """Values that were measured on whole streams, and the weights that they were measured on.
+
+    The step alone does not say which weights these were: Lightning's ``WeightAveraging`` has others in place during validation
+    than between two steps.
 
     Args:
         step: Optimizer steps taken before.
-        values: As `Evaluator.measure` gives them.
+        values: As `Evaluator.measure` gives them. Nothing in them depends on a setting that a resumed run may change.
+        weights: `LanguageModel.checksum` of the weights; empty if these were not the same from the first batch to the last.
     """
 
     step: int
     values: dict[str, float]
+    weights: str = ""
 
 
 class Evaluator:
     """Measures a module's suite and objectives on whole streams, on any number of processes, and runs its benchmark.
+
+    What is measured is what an export has: weights that it will round are rounded from the first batch of a measurement to its
+    last, see `LanguageModel.as_exported`.
 
     Args:
         module: Has the model, the suite, the benchmark (or ``None``) and the terms.
@@ -56,6 +66,11 @@ class Evaluator:
             )
         self.benchmark_every_n_epochs = every
         self.last: Measurement | None = None  # of whole streams
+        self.export_dtype: torch.dtype | None = None  # of exports; None for that of the base model's files
+        # Whether a measurement has ended, and no other one has begun since.
+        self.has_finished = False
+        self._weights: str | None = None  # of the measurement that is going on
+        self._exit_stack: ExitStack | None = None
         self._module = module
         self._answers = NLL()  # reads what suites read
         self._means: dict[str, ConstraintSlack] = {}  # of the module's objectives, by name of the term
@@ -67,6 +82,7 @@ class Evaluator:
             ConfigError: If the model will be sharded, with which no answers can be generated.
         """
         self.last = None
+        self.abort()
         runs = stage == "test" or (stage == "fit" and self.benchmark_every_n_epochs is not None)
         if self._module.benchmark is not None and runs:
             prepare_benchmark(self._module, self._module.benchmark, self._module.lm)
@@ -74,7 +90,15 @@ class Evaluator:
     # Whole streams ------------------------------------------------------------------------------------------------
 
     def update(self, stream: str, batch: Batch) -> None:
-        """Add one batch of one stream to everything that is measured on it, in as few passes as that takes."""
+        """Add one batch of one stream to everything that is measured on it, in as few passes as that takes.
+
+        The first batch begins a measurement, which `finish` ends.
+        """
+        if self._weights is None:
+            self._weights = self._module.lm.checksum()
+            self.has_finished = False
+            self._exit_stack = ExitStack()
+            self._exit_stack.enter_context(self.exported_weights())
         terms = [Term("suite", stream, self._answers, 0.0)]
         readers: list[Reader] = [partial(self._module.suite.update, stream)]
         for term in self._module.terms():
@@ -93,30 +117,63 @@ class Evaluator:
             self._means[name] = ConstraintSlack(None).to(values.device)
         self._means[name].update(values.sum(), values.numel())
 
-    def compute(self) -> dict[str, float]:
-        """Return the values over everything added on all processes, and start anew."""
+    def exported_weights(self) -> AbstractContextManager[None]:
+        """Give the model within the block the weights that its export has."""
+        return self._module.lm.as_exported(self.export_dtype)
+
+    def finish(self) -> Measurement:
+        """Return the values over everything added on all processes, and start anew with the weights as they were."""
         suite = self._module.suite
         values = suite.compute()
-        suite.reset()
         means = {name: mean.compute()["value"].item() for name, mean in self._means.items()}
-        self._means = {}
-        return values | self._module.name_means(means)
+        weights = self._weights or ""
+        self.abort()
+        if weights and weights != self._module.lm.checksum():
+            rank_zero_warn(
+                "the weights were changed between two batches of a validation, so that its values are of no single model: they "
+                "are logged, and neither reported nor exported. Look for a callback that changes weights at the end of a batch."
+            )
+            weights = ""
+        self.has_finished = True
+        return Measurement(self._module.global_step, values | self._module.name_means(means), weights)
+
+    def abort(self) -> None:
+        """Forget what was added, and restore the weights."""
+        if self._exit_stack is not None:
+            self._exit_stack.close()
+        self._exit_stack, self._weights, self._means = None, None, {}
+        self._module.suite.reset()
+
+    def is_last_batch(self, batch_idx: int, dataloader_idx: int) -> bool:
+        """Return whether a batch is the last one of Lightning's validation or test, as far as that is known before it ends."""
+        trainer = self._module.trainer
+        if trainer.testing:
+            counts = trainer.num_test_batches
+        else:
+            counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        last_loader = max((i for i, count in enumerate(counts) if count > 0), default=0)
+        return dataloader_idx == last_loader and batch_idx + 1 == counts[last_loader]
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> Measurement:
         """Evaluate the current weights on every validation example, outside of Lightning's own validation.
 
         Returns:
-            Values of suite and objectives by name, over all processes. Those of a validation that was just made with the
-            same weights are used again.
+            Values of suite and objectives by name, over all processes. Those of a validation are used again if it was made with
+            the very same weights, after the same step.
         """
-        if self.last is not None and self.last.step == self._module.global_step:
-            return self.last.values
-        for stream, batch in self.batches():
-            self.update(stream, batch)
-        values = self.compute()
-        self._module.remember(values)
-        return values
+        last = self.last
+        if last is not None and (last.step, last.weights) == (self._module.global_step, self._module.lm.checksum()):
+            return last
+        try:
+            for stream, batch in self.batches():
+                self.update(stream, batch)
+            measurement = self.finish()
+        except BaseException:
+            self.abort()
+            raise
+        self._module.remember(measurement)
+        return measurement
 
     @torch.no_grad()
     def measure_objective(self, objective: Objective, stream: str) -> float | None:
@@ -184,10 +241,12 @@ class Evaluator:
         module, every = self._module, self.benchmark_every_n_epochs
         return module.trainer.state.fn == "fit" and every is not None and (module.current_epoch + 1) % every == 0
 
-    def run_benchmark(self, stage: str) -> None:
-        """Run the benchmark, if there is one: a JSON file, logged values and, in a test, a table."""
-        if self._module.benchmark is not None:
-            run_benchmark(self._module, self._module.benchmark, self._module.lm, stage)
+    def run_benchmark(self, stage: str) -> dict[str, float]:
+        """Run the benchmark, if there is one: a JSON file and, in a test, a table; and return the values to log."""
+        if self._module.benchmark is None:
+            return {}
+        with self.exported_weights():
+            return run_benchmark(self._module, self._module.benchmark, self._module.lm, stage)
 
 
 def _count_batches(loaders: Iterable[Any]) -> int | None:

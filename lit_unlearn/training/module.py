@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lit_unlearn.data.base import ForgetRetain
@@ -20,13 +21,15 @@ from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 from lit_unlearn.models import Batch, LanguageModel
 from lit_unlearn.models.probing import learned_positions
+from lit_unlearn.training.agreement import check_processes_agree, describe_setup, describe_start
+from lit_unlearn.training.evaluate import log_benchmark
 from lit_unlearn.training.evaluator import Evaluator, Measurement
 from lit_unlearn.training.forward_plan import ForwardPass, PassOrder, Term, build_forward_plan
 from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
 from lit_unlearn.training.strategies import check_strategy, shard
 from lit_unlearn.training.trainer_checks import check_callbacks, check_limits, prepare_loaders
-from lit_unlearn.training.weights import check_tensors, load_for_trainer, saved_tensor_names
+from lit_unlearn.training.weights import check_base, check_tensors, load_for_trainer, saved_tensor_names
 from lit_unlearn.utils.validation import check_choice, check_integer, check_number
 
 # Lightning warns that only one of module and data module can transfer batches. Here it is the module, for any data module.
@@ -106,6 +109,8 @@ class LitLanguageModel(L.LightningModule):
         self._optimizer, self._scheduler = optimizer, scheduler
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] = []  # the same in the checkpoint that is resumed
+        self._values_to_log: dict[str, float] = {}
+        self._benchmark_values_to_log: dict[str, float] = {}
 
     @property
     def attached_trainer(self) -> L.Trainer | None:
@@ -119,10 +124,11 @@ class LitLanguageModel(L.LightningModule):
     # Loading ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies and callbacks that would take wrong steps, and limits without a step; forget an earlier run.
+        """Refuse what would take wrong steps or none, and processes that have read other rows; forget an earlier run.
 
         Raises:
             ConfigError: See `check_strategy`, `check_callbacks` and `check_limits`.
+            DataError: See `check_processes_agree`.
         """
         strategy = self.trainer.strategy
         check_strategy(type(strategy).__name__)
@@ -133,6 +139,7 @@ class LitLanguageModel(L.LightningModule):
         if stage == "fit":
             check_callbacks(map(type, self.trainer.callbacks))  # type: ignore[attr-defined]
             check_limits(self.trainer)
+        check_processes_agree(describe_setup(self))
         self.evaluator.setup(stage)
 
     def configure_model(self) -> None:
@@ -143,9 +150,11 @@ class LitLanguageModel(L.LightningModule):
         """
         load_for_trainer(self.lm, self._trainer)
         self._check_lengths()
+        self.lm.base_checksum()
         self.reference_cache.prepare()
         self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
         if self.device_mesh is not None:
+            self._check_export_of_shards()
             shard(self.lm, self.device_mesh)
 
     def _check_lengths(self) -> None:
@@ -164,6 +173,23 @@ class LitLanguageModel(L.LightningModule):
                             owner=data,
                             argument="max_length",
                         )
+
+    def _check_export_of_shards(self) -> None:
+        """Take float32 for the export of a sharded model with an adapter, which could not be measured rounded.
+
+        Raises:
+            ConfigError: If another dtype was asked for.
+        """
+        dtype = self.evaluator.export_dtype
+        if not self.lm.has_adapter or not self.lm.is_rounded_by(dtype):
+            return
+        if dtype is not None:
+            raise ConfigError(
+                "a sharded model with an adapter can only be measured as it is, before it is merged and rounded: leave out the "
+                "`dtype` of ExportModel (export.dtype), or set it to float32."
+            )
+        self.evaluator.export_dtype = torch.float32
+        rank_zero_info("export: weights in float32, because a sharded model with an adapter cannot be measured rounded")
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over the trainable parameters, and its schedule.
@@ -237,7 +263,19 @@ class LitLanguageModel(L.LightningModule):
         for i, (new, old) in enumerate(zip(self._settings, self._saved_settings, strict=False)):
             self._apply_settings(i, new, old)
         self._saved_settings = []
+        check_processes_agree(describe_start(self, self._settings))
+        self._announce_rounding()
         self.reference_cache.measure()
+
+    def _announce_rounding(self) -> None:
+        dtype = self.evaluator.export_dtype or self.lm.files_dtype
+        if self.lm.is_rounded_by(dtype):
+            kind = str(dtype).removeprefix("torch.")
+            merged = ", merged with the adapter" if self.lm.has_adapter else ""
+            rank_zero_info(
+                f"export: weights in {kind}{merged}; what is measured are the weights rounded like this. "
+                "`dtype='float32'` of ExportModel (export.dtype) keeps all digits, at twice the size"
+            )
 
     def _apply_settings(self, number: int, new: dict[str, Any], old: dict[str, Any]) -> None:
         """Apply what changed in one group of parameters since the checkpoint; the schedule's present factor stays."""
@@ -263,7 +301,7 @@ class LitLanguageModel(L.LightningModule):
     def measure(self) -> dict[str, float]:
         """Evaluate the current weights on every validation example; see `Evaluator.measure`."""
         self.reference_cache.measure()
-        return self.evaluator.measure()
+        return self.evaluator.measure().values
 
     def name_means(self, means: dict[str, float]) -> dict[str, float]:
         """Return the objectives' means over whole streams under the names that they are logged by.
@@ -273,9 +311,9 @@ class LitLanguageModel(L.LightningModule):
         """
         return {f"{name}/loss": mean for name, mean in means.items()}
 
-    def remember(self, values: dict[str, float]) -> None:
-        """Keep values that were measured on whole streams."""
-        self.evaluator.last = Measurement(self.global_step, values)
+    def remember(self, measurement: Measurement) -> None:
+        """Keep what was measured on whole streams."""
+        self.evaluator.last = measurement
 
     @property
     def kept_step(self) -> int:
@@ -289,26 +327,48 @@ class LitLanguageModel(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add one batch of one stream; the loaders are a dict from stream name to loader."""
-        self.evaluator.update(self.evaluator.stream_name(dataloader_idx), batch)
+        """Add one batch of one stream; the loaders are a dict from stream name to loader.
+
+        The last batch ends the measurement, and not the hook at the end of the epoch: callbacks that exchange the weights for a
+        validation, such as ``WeightAveraging``, have exchanged them again by then.
+        """
+        try:
+            self.evaluator.update(self.evaluator.stream_name(dataloader_idx), batch)
+            if self.evaluator.is_last_batch(batch_idx, dataloader_idx):
+                self._finish_measurement()
+        except BaseException:
+            self.evaluator.abort()
+            raise
 
     test_step = validation_step
 
+    def _finish_measurement(self) -> None:
+        measurement = self.evaluator.finish()
+        self._values_to_log, self._benchmark_values_to_log = measurement.values, {}
+        if self.trainer.testing or self.trainer.sanity_checking:
+            return
+        # With another limit, only a part was measured.
+        if self.trainer.limit_val_batches == 1.0 and measurement.weights:
+            self.remember(measurement)
+        if self.evaluator.is_benchmark_due():
+            self._benchmark_values_to_log = self.evaluator.run_benchmark("val")
+
     def on_validation_epoch_end(self) -> None:
-        """Log the values over the whole validation set; run the benchmark where it is due."""
-        values = self.evaluator.compute()
+        """Log the values over the whole validation set, and those of the benchmark where it was due."""
+        if not self.evaluator.has_finished:  # the loaders did not say how many batches they have
+            self._finish_measurement()
         if self.trainer.sanity_checking:
             return
-        if self.trainer.limit_val_batches == 1.0:  # otherwise only a part was measured
-            self.remember(values)
-        self.log_values("val", values)
-        if self.evaluator.is_benchmark_due():
-            self.evaluator.run_benchmark("val")
+        self.log_values("val", self._values_to_log)
+        if self._benchmark_values_to_log:
+            log_benchmark(self, self._benchmark_values_to_log)
 
     def on_test_epoch_end(self) -> None:
         """Log the values over the whole test set, and run the benchmark, if there is one."""
-        self.log_values("test", self.evaluator.compute())
-        self.evaluator.run_benchmark("test")
+        if not self.evaluator.has_finished:
+            self._finish_measurement()
+        self.log_values("test", self._values_to_log)
+        log_benchmark(self, self.evaluator.run_benchmark("test"))
 
     def log_values(self, stage: str, values: dict[str, float]) -> None:
         """Log values of whole streams, which are the same on every process."""
@@ -322,7 +382,7 @@ class LitLanguageModel(L.LightningModule):
         Of an adapted model only the adapter is saved, and no copy of the reference model. Where every process saves its
         shard, all weights are: they are loaded by name, without exception.
         """
-        checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings}
+        checkpoint["run"] = {"seed": self.seed, "optimizer": self._settings, "base": self.lm.base_checksum()}
         if self.reference_cache.is_needed:
             checkpoint["run"]["reference_logp"] = self.reference_cache.state_dict()
         state = checkpoint["state_dict"]
@@ -335,8 +395,8 @@ class LitLanguageModel(L.LightningModule):
         """Check that this run can resume from a checkpoint.
 
         Raises:
-            CheckpointError: If dropout was seeded otherwise, weights, optimizer or reference log-probabilities are missing, or
-                it is beyond the last epoch.
+            CheckpointError: If dropout was seeded otherwise, the base model is another one, weights, optimizer or reference
+                log-probabilities are missing, or it is beyond the last epoch.
         """
         run = checkpoint.get("run")
         if run is None:
@@ -354,6 +414,9 @@ class LitLanguageModel(L.LightningModule):
                 )
             self._saved_settings = run["optimizer"]
         check_tensors(checkpoint, self, self.lm)
+        # Where all weights come from the checkpoint, measuring them does not need the base.
+        if self.lm.has_adapter or (self._trainer is not None and self.trainer.state.fn == "fit"):
+            check_base(run, self, self.lm)
         self.reference_cache.load_state_dict(run.get("reference_logp"))
 
     def _check_progress(self, checkpoint: dict[str, Any]) -> None:

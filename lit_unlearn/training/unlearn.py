@@ -243,27 +243,27 @@ class LitUnlearn(LitLanguageModel):
     # Measuring ----------------------------------------------------------------------------------------------------
 
     def name_means(self, means: dict[str, float]) -> dict[str, float]:
-        """Return ``forget/loss``, and value, violation and slack of every constraint that was measured."""
-        values = {}
-        for name, constraint in self.constraints.items():
-            if name in means:
-                values[f"constraint/{name}/value"] = means[name]
-                if constraint.epsilon is not None:
-                    violation = constraint.violation(means[name])
-                    values[f"constraint/{name}/violation"] = violation
-                    values[f"constraint/{name}/slack"] = -violation
+        """Return ``forget/loss``, and the value of every constraint that was measured."""
+        # Not the slack: a resumed run may have another epsilon.
+        values = {f"constraint/{name}/value": means[name] for name in self.constraints if name in means}
         if "forget" in means:
             values["forget/loss"] = means["forget"]
         return values
 
     def log_values(self, stage: str, values: dict[str, float]) -> None:
-        """Log ``feasible_forget`` as well: the forget loss where every constraint is feasible, infinite elsewhere.
+        """Log violation and slack as well, and ``feasible_forget``: the forget loss where all is feasible, else infinite.
 
         ``ModelCheckpoint(monitor="val/feasible_forget")`` then keeps the best feasible model.
         """
+        values = dict(values)
+        for name, constraint in self.constraints.items():
+            value = values.get(f"constraint/{name}/value")
+            if value is not None and constraint.epsilon is not None:
+                violation = constraint.violation(value)
+                values |= {f"constraint/{name}/violation": violation, f"constraint/{name}/slack": -violation}
         if "forget/loss" in values and all(c.epsilon is not None for c in self.constraints.values()):
             is_feasible = self.excess(values) <= 0
-            values = {**values, "feasible_forget": values["forget/loss"] if is_feasible else math.inf}
+            values["feasible_forget"] = values["forget/loss"] if is_feasible else math.inf
         super().log_values(stage, values)
 
     # Which model to keep ------------------------------------------------------------------------------------------
@@ -291,13 +291,15 @@ class LitUnlearn(LitLanguageModel):
         """Global step of the best model, once one was measured."""
         return self.best.step if self.best else self.global_step
 
-    def remember(self, values: dict[str, float]) -> None:
-        """Keep values of whole streams, and which model they recommend."""
-        super().remember(values)
-        if self.global_step == 0:
+    def remember(self, measurement: Measurement) -> None:
+        """Keep what was measured on whole streams, and which model it recommends."""
+        super().remember(measurement)
+        if measurement.step == 0:
             return
-        if self.keep == "last" or self.best is None or self._rank(values) <= self._rank(self.best.values):
-            self.best = Measurement(self.global_step, values)
+        # Both are judged by the present epsilon.
+        is_better = self.best is None or self._rank(measurement.values) <= self._rank(self.best.values)
+        if self.keep == "last" or is_better:
+            self.best = measurement
 
     def _rank(self, values: dict[str, float]) -> tuple[float, float]:
         """Return a key that sorts feasible models first, by their forget loss; then the others, by their excess."""

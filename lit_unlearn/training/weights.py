@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -58,6 +59,33 @@ def check_tensors(checkpoint: dict[str, Any], module: L.LightningModule, lm: Lan
             owner=module,
             argument="lm",
         )
+
+
+def check_base(run: Mapping[str, Any], owner: object, lm: LanguageModel) -> None:
+    """Raise an error if a checkpoint was trained from another base model.
+
+    Its tensors may fit all the same. But the record would then name a model that the weights do not come from, and what is
+    relative to the model before unlearning would be relative to another one.
+
+    Args:
+        run: The checkpoint's ``run``; one of an earlier version does not know its base.
+        owner: Whose argument ``lm`` is.
+        lm: Loaded, and neither trained nor sharded when its `base_checksum` was first asked for.
+
+    Raises:
+        CheckpointError: If it is another one.
+    """
+    base = run.get("base")
+    if base is None or lm.has_base(base):
+        return
+    name = f"'{lm.name}'" if lm.name else "the model"
+    raise CheckpointError(
+        f"the checkpoint was not trained from this base model: {name} has other weights (checksum "
+        f"{lm.base_checksum()}, in the checkpoint {base}). Give the `model` that the run was started with and, if its files "
+        "have more digits than the run used, the same precision; or start a new run.",
+        owner=owner,
+        argument="lm",
+    )
 
 
 def describe_model(lm: LanguageModel) -> str:

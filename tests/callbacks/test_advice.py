@@ -110,7 +110,9 @@ def test_a_run_that_forgot_hardly_anything_says_what_to_do(
         module = LitUnlearn(tiny_lm(), GradAscent(), {"nll": constraint}, lambda p: torch.optim.SGD(p, lr=lr))
         module.forget_weight = scale
         data = FictionalAuthors(4, 1, batch_size=5, retain_batch_size=4, max_length=200)
-        trainer = make_trainer(max_epochs=2, callbacks=[RunReport()], check_val_every_n_epoch=1)
+        trainer = make_trainer(
+            max_epochs=2, callbacks=[RunReport(max_forget_probability=1e-4)], check_val_every_n_epoch=1
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(module, datamodule=data)

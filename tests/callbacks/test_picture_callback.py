@@ -179,7 +179,8 @@ def test_a_run_that_was_killed_can_be_drawn_and_goes_on(
 def test_an_older_checkpoint_and_other_settings_do_no_harm() -> None:
     picture = RunPicture()
     picture.load_state_dict({"files": ["old/metrics.csv"]})
-    assert picture.state_dict() == {"files": ["old/metrics.csv"], "before": {}, "answers": [], "kept_step": None}
+    nothing = {"before": {}, "answers": [], "kept_step": None, "weights": None}
+    assert picture.state_dict() == {"files": ["old/metrics.csv"], **nothing}
     with pytest.raises(ValueError, match=r"`answers` .* at least 0, not -1"):
         RunPicture(-1)
 

@@ -55,8 +55,9 @@ def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: 
 
 
 def test_a_run_that_misses_what_is_required_fails(in_tmp: Path, model_dir: str) -> None:
+    required = ("--report.max_forget_probability=1e-9", "--report.require_forgotten=true")
     with pytest.raises(SystemExit, match="max_forget_probability"):
-        cli.main(quick(model_dir, "--report.max_forget_probability=1e-9", "--trainer.max_steps=1"))
+        cli.main(quick(model_dir, *required, "--trainer.max_steps=1"))
     with pytest.raises(SystemExit, match="nll"):
         cli.main(quick(model_dir, "--report.require_feasible=true", "--model.constraints.nll.epsilon=0.01"))
 

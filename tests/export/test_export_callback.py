@@ -270,7 +270,10 @@ def test_an_upload_is_the_export_once(
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert {"README.md", "unlearning.json", "model.safetensors", "tokenizer.json"} <= {*files}
     calls.clear()
-    callbacks = [RunReport(max_forget_probability=0.0), ExportModel(str(tmp_path / "out"), push_to_hub="forgetful")]
+    callbacks = [
+        RunReport(max_forget_probability=0.0, require_forgotten=True),
+        ExportModel(str(tmp_path / "out"), push_to_hub="forgetful"),
+    ]
     with pytest.raises(RuntimeError, match="max_forget_probability"):
         make_trainer(max_epochs=1, callbacks=callbacks).fit(make(model_dir), datamodule=rows(rows_dir))
     assert calls == []  # a run that missed what was required is not published

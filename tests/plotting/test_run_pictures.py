@@ -170,7 +170,8 @@ def test_svgs_name_what_is_drawn(folder: Path) -> None:
         "ε = 0.3",
         "feasible",
         "violated",
-        "kept model",
+        "kept: step 2, lowest objective of the feasible",
+        "forget objective, all forget examples (lower: forgotten more)",
         "constraint nll",
     ):
         assert f"<!-- {label} -->" in trajectory
@@ -218,14 +219,14 @@ def test_a_trajectory_is_marked_where_the_constraint_is_violated(
     figure = drawn(draw_trajectory, run, tmp_path / "trajectory.png", monkeypatch)
     assert len(figure.axes) == 2
     for axes, name in zip(figure.axes, run.constraints, strict=True):
-        lines = {line.get_label(): line for line in axes.lines}
+        lines = {str(line.get_label()).partition(":")[0]: line for line in axes.lines}
         epsilon = run.find_epsilon(name)
         assert epsilon is not None
         values = run.get_stream_values(f"constraint/{name}/value")[1]
         for label, is_violated in (("feasible", False), ("violated", True)):
             expected = [value for value in values if (value > epsilon) == is_violated]
             assert (list(lines[label].get_ydata()) if label in lines else []) == expected
-        assert lines["kept model"].get_ydata() == values[validations // 2]
+        assert lines["kept"].get_ydata() == values[validations // 2]
         assert axes.get_ylim()[1] > epsilon  # the infeasible side is seen
         labels = [label for label in axes.texts if label.get_text()]
         assert {f"step {run.kept_step}", f"step {4 * validations - 2}"} <= {label.get_text() for label in labels}

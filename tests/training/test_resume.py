@@ -93,8 +93,9 @@ def test_the_packages_own_checkpoint_callback(whole: Callable[[str], Any], tmp_p
 def test_checkpoints_hold_plain_types(whole: Callable[[str], Any]) -> None:
     _, _, folder = whole("step")
     saved = torch.load(folder / "steps" / "4.ckpt", weights_only=True)
-    assert saved["constraints"]["nll"].keys() == {"multiplier", "reference", "smoothed"}
-    assert saved["run"].keys() == {"seed", "optimizer", "best", "dual_epochs", "forget_level"}
+    assert saved["constraints"]["nll"].keys() == {"multiplier", "reference", "smoothed", "epsilon"}
+    assert saved["run"].keys() == {"seed", "optimizer", "base", "best", "dual_epochs", "forget_level"}
+    assert not any("slack" in name or "violation" in name for name in saved["run"]["best"]["values"])
 
 
 def make(lm: LanguageModel, *, lr: float = 0.01, momentum: float = 0.0, **settings: Any) -> LitUnlearn:
