@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lit_unlearn.errors import ConfigError
+from lit_unlearn.errors import CheckpointError, ConfigError
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.sharded import check_checkpoint
 
 _REASONS = {
     "fsdp": "FSDP1 fails under manual optimisation, which the primal-dual step needs",
@@ -39,6 +40,31 @@ def check_strategy(name: str) -> None:
         f"the strategy '{name}' is refused: {reason}. Use `ddp`, or FSDP2 to shard the model over the devices: "
         "--config configs/hardware/fsdp2.yaml."
     )
+
+
+def guard_checkpoint_loading(strategy: Strategy) -> None:
+    """Make a strategy refuse checkpoints with code in them, and those that it cannot read, whatever ``weights_only`` says.
+
+    Not an override: every strategy has its own way to read, and before it reads, nobody knows which checkpoint it will be.
+
+    Args:
+        strategy: The Trainer's; its `load_checkpoint` raises `CheckpointError` from now on.
+    """
+    load = strategy.load_checkpoint
+    if getattr(load, "is_guarded", False):
+        return
+
+    def load_checked(checkpoint_path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
+        if Path(checkpoint_path).is_dir() and not isinstance(strategy, ModelParallelStrategy):
+            raise CheckpointError(
+                f"the checkpoint '{checkpoint_path}' is sharded (FSDP2), which {type(strategy).__name__} cannot resume: add "
+                "--config hardware/fsdp2.yaml, or make a model of it with `lit-unlearn export`."
+            )
+        check_checkpoint(checkpoint_path)
+        return load(checkpoint_path, *args, **settings)
+
+    load_checked.is_guarded = True  # type: ignore[attr-defined]
+    strategy.load_checkpoint = load_checked  # type: ignore[method-assign]
 
 
 class FSDP2Strategy(ModelParallelStrategy):
