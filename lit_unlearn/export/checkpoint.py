@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
