@@ -46,7 +46,7 @@ def read_rows(path: Path, name: str, argument: str | None = None) -> Dataset:
             return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
         return build_table(READERS[str(row_type(path))](read_text(path)))
     except DataError as error:
-        raise DataError(f"the {name} set's file '{path}' cannot be read: {error}", argument=argument) from error
+        raise DataError(f"the {name} set's file '{path}' cannot be read: {error}.", argument=argument) from error
     except (OSError, EOFError, ValueError) as error:
         # A damaged archive or Parquet file, or no right to read it.
         message = f"the {name} set's file '{path}' cannot be read: {error}. Check the file, or give another one."
@@ -142,7 +142,7 @@ def _check_objects(rows: Any) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(
-                f'{what} {number} is {describe_kind(row)}, not an object such as {{"question": …, "answer": …}}. Write '
+                f'row {number} is {describe_kind(row)}, not an object such as {{"question": …, "answer": …}}. Write '
                 "one object per line, or a list of objects"
             )
     return rows  # type: ignore[no-any-return]

@@ -159,7 +159,11 @@ def test_faults_of_rows_in_memory_name_their_argument():
     cases = [
         ({"forget": []}, "forget", "the forget set is empty"),
         ({"retain": [{"text": "Who?"}]}, "question_column", "the retain set has no column 'question'"),
-        ({"streams": {"more": [{"question": "Who?", "answer": 7}]}}, "streams", "row 0 of the more set has a number in 'answer'"),
+        (
+            {"streams": {"more": [{"question": "Who?", "answer": 7}]}},
+            "streams",
+            "row 0 of the more set has a number in 'answer'",
+        ),
     ]
     for changes, argument, message in cases:
         data = ForgetRetain(**{"forget": FORGET, "retain": RETAIN, **changes})

@@ -26,7 +26,11 @@ def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **sett
         ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got null"),
         ({"question": "Who?", "answer": "Ada."}, {"question_column": "q"}, r"row 0 of the forget set .* in 'q'"),
         ({"question": "Who?", "answer": "Ada."}, {"answer_column": "a"}, r"row 0 of the forget set .* in 'a'"),
-        ({"question": "Who?", "answer": " "}, {}, r"row 1 of the forget set has no supervised token: its answer is empty"),
+        (
+            {"question": "Who?", "answer": " "},
+            {},
+            r"row 1 of the forget set has no supervised token: its answer is empty",
+        ),
         ({"question": "Who? " * 200, "answer": "Ada."}, {}, r"its prompt alone fills `max_length` \(512\)"),
     ],
 )
