@@ -31,7 +31,11 @@ LAYER = {
     "cli": 9,
     "__main__": 10,
 }
-LOW_FILES = {"data.encoding", "data.templates"}  # they need a tokenizer alone, so that models can put questions
+LOW_FILES = {
+    "data.encoding",
+    "data.special_tokens",
+    "data.templates",
+}  # they need a tokenizer alone, so that models can put questions
 SIDEWAYS = {("dual", "objectives")}  # a constraint holds an objective
 FORBIDDEN_PARTS = {"data": {"objectives"}}  # which lie below it
 FORBIDDEN_PACKAGES = {

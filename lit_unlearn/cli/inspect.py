@@ -18,6 +18,7 @@ import torch
 
 from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
@@ -55,6 +56,11 @@ def build_parser() -> CommandParser:
     parser.add_argument("--answer_column", type=str, help="Column with right answers; `answer`, if there is one.")
     parser.add_argument("--max_rows", type=int, default=10, help="Only this many rows of the file.")
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the data.")
+    parser.add_argument(
+        "--allow_special_tokens",
+        action="store_true",
+        help="Special tokens in questions and answers are control tokens, and not text.",
+    )
     parser.add_argument("--max_length", type=int, default=512, help="Tokens of a question with its right answer.")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="Tokens of an answer.")
     parser.add_argument(
@@ -141,8 +147,12 @@ def _read_question_file(options: Namespace) -> list[Question]:
     questions: list[Question] = []
     for number, row in enumerate(rows.to_list()):
         texts = [row[column] for column in columns]
-        if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"row {number} of '{options.questions}' is not text: {' and '.join(columns)} are {texts}.")
+        for column, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                kind = describe_kind(text)
+                raise DataError(
+                    f"row {number} of '{options.questions}' has {kind} in '{column}', where a text must be."
+                )
         questions.append((texts[0], texts[1] if len(texts) == 2 else None))
     return questions
 
@@ -157,6 +167,7 @@ def _load_model(lm: LanguageModel, dtype: str) -> None:
 
 def _ask_model(lm: LanguageModel, question: Question, number: int, options: Namespace) -> Reply:
     limits = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
+    limits["allow_special_tokens"] = options.allow_special_tokens
     return ask_model(lm, *question, template=options.template, number=number, **limits)
 
 

@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.data.files import describe_kind, read_text_file
+from lit_unlearn.errors import DataError
 from lit_unlearn.utils.io import expand_path
 
 if TYPE_CHECKING:
@@ -54,10 +55,9 @@ def read_refusals(file: str | None = None) -> list[str]:
         DataError: If it has no such line.
     """
     path = REFUSALS if file is None else expand_path(file)
-    if not path.is_file():
-        raise MissingFileError(f"there is no file of refusals '{path}': check `refusals`.", argument="refusals")
+    text = read_text_file(path, "refusals", "file of refusals")
     # Not `splitlines`, which also splits at form feeds and U+2028 within a sentence.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"the file of refusals '{path}' is empty: give it one refusal per line.", argument="refusals")
     return lines
@@ -68,7 +68,7 @@ def _check_answers(value: Any, number: int, column: str | None) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"row {number} of the forget set has no alternate answer in '{column}': expected a text or a list of texts, got "
-            f"{value!r}.",
+            f"{'an empty list' if value == [] else describe_kind(value)}.",
             argument="alternate_column",
         )
     return list(texts)

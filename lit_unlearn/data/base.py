@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 
 from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples
+from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.source import Rows, Source, to_source
+from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError, ModelError, arguments_of, reading
@@ -59,6 +61,8 @@ class ForgetRetain(L.LightningDataModule):
         seed: Seed of the order of examples.
         train_on: ``"pairs"`` to unlearn; ``"all"`` (all sets as one) to fine-tune a target model, ``"retain"`` (all but
             the forget set) to fine-tune the retain-only model that unlearning is compared with.
+        allow_special_tokens: Whether special tokens in rows, such as ``<|im_end|>``, are control tokens. By default they are
+            text like any other, and the rows are counted in a warning; those of the template are control tokens always.
 
     Raises:
         ConfigError: If an argument is out of range, or an additional set has a reserved name.
@@ -89,6 +93,7 @@ class ForgetRetain(L.LightningDataModule):
         eval_batch_size: int = 32,
         seed: int = 0,
         train_on: TrainOn = "pairs",
+        allow_special_tokens: bool = False,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
@@ -108,6 +113,7 @@ class ForgetRetain(L.LightningDataModule):
         self.question_column, self.answer_column = question_column, answer_column
         self.alternate_column, self.refusals = alternate_column, refusals
         self.template, self.max_length = template, max_length
+        self.allow_special_tokens = allow_special_tokens
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.seed, self.train_on = eval_batch_size, seed, train_on
         self.examples: dict[str, list[Example]] = {}
@@ -157,10 +163,11 @@ class ForgetRetain(L.LightningDataModule):
     def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()
         texts = {name: self._read_texts(rows, name) for name, rows in tables.items()}
-        self._warn_of_shared_rows(texts)
+        self._check_shared_rows(texts)
 
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
+        self._warn_of_special_tokens(texts, tokenizer)
         # Masks are made from lengths, so the end token may pad.
         for name, rows in texts.items():
             examples = self._encode(rows, tokenizer, name)
@@ -243,27 +250,55 @@ class ForgetRetain(L.LightningDataModule):
     def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
         for setting, column in self._columns.items():
             if column not in rows.column_names:
-                columns = f"its columns are {rows.column_names}"
-                raise DataError(
-                    f"the {name} set has no column '{column}'; {columns}. Set `{setting}`.", argument=setting
-                )
+                raise DataError(self._describe_missing_column(rows, name, setting, column), argument=setting)
         texts = list(zip(*(rows[column] for column in self._columns.values()), strict=True))
         for number, row in enumerate(texts):
-            if not all(isinstance(text, str) for text in row):
-                names = " and ".join(self._columns.values())
-                message = f"row {number} of the {name} set is not text: {row!r}. {names} must be strings."
-                raise DataError(message, argument=self._argument_of(name))
+            for column, text in zip(self._columns.values(), row, strict=True):
+                if not isinstance(text, str):
+                    kind = describe_kind(text)
+                    message = f"row {number} of the {name} set has {kind} in '{column}', where a text must be."
+                    raise DataError(message, argument=self._argument_of(name))
         return texts
 
-    def _warn_of_shared_rows(self, texts: dict[str, list[Texts]]) -> None:
+    def _describe_missing_column(self, rows: Dataset, name: str, setting: str, column: str) -> str:
+        message = f"the {name} set has no column '{column}'; its columns are {rows.column_names}. "
+        chat = [key for key in ("messages", "conversations") if key in rows.column_names]
+        if chat:
+            wanted = ", ".join(f'"{key}": …' for key in self._columns.values())
+            return f"{message}'{chat[0]}' is a chat: write each question with its answer as a row {{{wanted}}}."
+        return f"{message}Set `{setting}`."
+
+    def _check_shared_rows(self, texts: dict[str, list[Texts]]) -> None:
+        """Refuse a forget set that is to be kept as a whole, and warn of forget rows that are.
+
+        Raises:
+            DataError: If every forget row is a retain row as well.
+        """
         forget = texts["forget"]
         for name, rows in texts.items():
             to_keep = set() if name == "forget" else set(rows)
-            shared = [row for row in forget if row in to_keep]
-            if shared:
+            shared = [number for number, row in enumerate(forget) if row in to_keep]
+            if not shared:
+                continue
+            if name == "retain" and len(shared) == len(forget) and self.train_on == "pairs":
+                raise DataError(
+                    f"all {len(forget)} forget rows are also retain rows, so the run would be told to forget and to keep the same: "
+                    "remove them from the retain set, or check which file is which.",
+                    argument=self._argument_of(name),
+                )
+            rank_zero_warn(
+                f"{len(shared)} of {len(forget)} forget rows are also {name} rows: the run is told to forget and to keep "
+                f"them. In the forget set they are {_list_rows(shared)}."
+            )
+
+    def _warn_of_special_tokens(self, texts: dict[str, list[Texts]], tokenizer: PreTrainedTokenizerBase) -> None:
+        row_text = RowText(tokenizer, self.allow_special_tokens)
+        for name, rows in texts.items():
+            numbers = [number for number, row in enumerate(rows) if row_text.count(row)]
+            if numbers:
                 rank_zero_warn(
-                    f"{len(shared)} of {len(forget)} forget rows are also {name} rows: the run is told to forget and to keep "
-                    f"them. The first is {shared[0][0][:80]!r}."
+                    f"{len(numbers)} of {len(rows)} {name} rows contain special tokens of the tokenizer ({_list_rows(numbers)}): they "
+                    "are read as text. If they are meant as control tokens, set `allow_special_tokens` to true."
                 )
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -283,7 +318,12 @@ class ForgetRetain(L.LightningDataModule):
 
     def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
         pairs = [(question, answer) for question, answer in texts]
-        examples = encode_examples(pairs, tokenizer, name=name, template=self.template, max_length=self.max_length)
+        settings: Any = {
+            "template": self.template,
+            "max_length": self.max_length,
+            "allow_special_tokens": self.allow_special_tokens,
+        }
+        examples = encode_examples(pairs, tokenizer, name=name, **settings)
         num_cut = sum(example.is_cut for example in examples)
         if num_cut:
             rank_zero_warn(
@@ -334,6 +374,12 @@ class ForgetRetain(L.LightningDataModule):
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+
+def _list_rows(numbers: list[int]) -> str:
+    """Return the first few numbers of rows, for a message."""
+    listed = ", ".join(map(str, numbers[:5]))
+    return f"row{'s' if len(numbers) > 1 else ''} {listed}{', …' if len(numbers) > 5 else ''}"
 
 
 def _summarize(examples: list[Example]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.templates import PLAIN_TEMPLATE, render_chat
 from lit_unlearn.errors import DataError, ModelError
 
@@ -76,6 +77,7 @@ def encode(
     *,
     template: str | None = None,
     max_length: int = 512,
+    allow_special_tokens: bool = False,
 ) -> Example:
     """Tokenise question and answer together, and supervise exactly the tokens that carry the answer and its end.
 
@@ -88,6 +90,8 @@ def encode(
         template: Text with ``{question}`` and ``{answer}``, the answer last; ``None`` for the tokenizer's chat
             template where it has one, else ``PLAIN_TEMPLATE``.
         max_length: Largest number of tokens; what is beyond is cut off.
+        allow_special_tokens: Whether special tokens in question and answer, such as ``<|im_end|>``, are control tokens, and
+            not text like any other.
 
     Returns:
         The example; its labels are all −100 if nothing of the answer is left.
@@ -95,30 +99,40 @@ def encode(
     Raises:
         ModelError: If the chat template leaves out the answer or changes it.
     """
+    text = RowText(tokenizer, allow_special_tokens)
+    question, answer = text.protect(question), text.protect(answer)
     if not answer.strip():
-        ids = list(tokenizer(question)["input_ids"])
+        ids = text.encode(question).ids
         return Example(ids, [IGNORED] * len(ids))
 
     uses_chat_template = template is None and tokenizer.chat_template is not None
     if uses_chat_template:
         before, answer, after = render_chat(question, answer, tokenizer)
+        end = after
     else:
-        before, after = (template or PLAIN_TEMPLATE).split("{answer}")
+        template = template or PLAIN_TEMPLATE
+        before, after = template.split("{answer}")
         # The question last: it may itself contain "{answer}".
         before = before.replace("{question}", question)
-    # What a chat template writes after the answer ends the assistant's turn. The model has to learn to say it.
-    template_ends_answer = uses_chat_template and after != ""
-    start = len(before)
-    stop = start + len(answer + after if template_ends_answer else answer)
+        # A template that spells a chat format out ends the turn as well.
+        end = text.find_end(after)
+        after = end or after
+    # The model has to learn to say what ends the assistant's turn.
+    template_ends_answer = end != ""
+    # A template that writes the start token itself, as chat templates do, gets no second one: the model was not trained on it.
+    writes_start = uses_chat_template or bool(
+        template and tokenizer.bos_token and template.startswith(str(tokenizer.bos_token))
+    )
+    encoded = text.encode(before, answer, after, add_special_tokens=not writes_start)
+    _, start, answer_stop, end_stop = encoded.starts
+    stop = end_stop if template_ends_answer else answer_stop
 
-    # A chat template writes the start token itself; a second one is not what the model was trained on.
-    encoded = tokenizer(before + answer + after, add_special_tokens=not uses_chat_template, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
+    ids = encoded.ids
     labels = [IGNORED] * len(ids)
     carriers = []
-    for i, (begin, end) in enumerate(encoded["offset_mapping"]):
+    for i, (begin, token_stop) in enumerate(encoded.offsets):
         # A token across the boundary counts: saying the answer's first letter is saying this token.
-        if begin < end and end > start and begin < stop:
+        if begin < token_stop and token_stop > start and begin < stop:
             carriers.append(i)
     if not carriers:
         # The end token alone is no answer.
@@ -144,6 +158,7 @@ def encode_examples(
     template: str | None = None,
     max_length: int = 512,
     number: int | None = None,
+    allow_special_tokens: bool = False,
 ) -> list[Example]:
     """Tokenise all rows of a set.
 
@@ -154,22 +169,28 @@ def encode_examples(
         template: As for `encode`.
         max_length: As for `encode`.
         number: Number of the row that all these belong to, for messages; ``None`` if they are rows 0, 1, ….
+        allow_special_tokens: As for `encode`.
 
     Raises:
         DataError: If a row is left without a supervised token; the message names the row.
     """
     examples = []
+    settings: Any = {
+        "template": template,
+        "max_length": max_length,
+        "allow_special_tokens": allow_special_tokens,
+    }
     for position, (question, answer) in enumerate(rows):
-        example = encode(question, answer, tokenizer, template=template, max_length=max_length)
+        example = encode(question, answer, tokenizer, **settings)
         # Nothing predicts the first token, so a label there supervises nothing.
         if all(label == IGNORED for label in example.labels[1:]):
+            # Never the text itself: messages end up in logs, and a forget row is what nobody should read again.
             if example.is_cut:
                 reason = f"its prompt alone fills `max_length` ({max_length}); raise it"
             else:
-                reason = f"its answer {answer!r} tokenises to nothing; remove the row"
+                reason = "its answer is empty or tokenises to nothing; remove the row"
             raise DataError(
-                f"row {position if number is None else number} of the {name} set has no supervised token: {reason}. Its "
-                f"question is {question[:80]!r}.",
+                f"row {position if number is None else number} of the {name} set has no supervised token: {reason}.",
                 argument="max_length" if example.is_cut else None,
             )
         examples.append(example)
@@ -177,7 +198,12 @@ def encode_examples(
 
 
 def encode_chunks(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int = 2048
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_length: int = 2048,
+    allow_special_tokens: bool = False,
 ) -> list[Example]:
     """Join raw texts and cut them into examples of equal length, with every token supervised.
 
@@ -191,14 +217,15 @@ def encode_chunks(
         tokenizer: A fast tokenizer; its chat template is not used.
         name: Name of the set, for messages.
         max_length: Tokens of an example, the start token among them; at least 2.
+        allow_special_tokens: As for `encode`.
 
     Raises:
         DataError: If there is no token that another one predicts.
     """
     adds_start = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     start = [tokenizer.bos_token_id] if adds_start else []
-    # Not verbose: transformers would warn that the text is longer than the model.
-    ids = list(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
+    row_text = RowText(tokenizer, allow_special_tokens)
+    ids = row_text.encode(row_text.protect("\n\n".join(texts)), add_special_tokens=False).ids
     examples = []
     step = max_length - len(start)
     for begin in range(0, len(ids), step):

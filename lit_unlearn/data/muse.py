@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lit_unlearn.data.base import ForgetRetain, Texts
 from lit_unlearn.data.encoding import Example, encode_chunks
+from lit_unlearn.data.files import read_text_file
 from lit_unlearn.data.source import Source, find_local_folder
 from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of
 from lit_unlearn.utils.validation import check_at_least, check_choice
@@ -82,12 +83,14 @@ class MUSE(ForgetRetain):
         path = Path(source.path)
         if source.rows is not None or path.suffix.lower() != ".txt":
             return super().load_set(name)
-        if not path.is_file():
-            message = f"the {name} set's file '{path}' does not exist: check `streams`."
-            raise MissingFileError(message, owner=self, argument="streams")
         from datasets import Dataset
 
-        return Dataset.from_dict({self._columns["text_column"]: [path.read_text(encoding="utf-8")]})
+        with arguments_of(self):
+            if not path.is_file():
+                message = f"the {name} set's file '{path}' does not exist: check `{self._argument_of(name)}`."
+                raise MissingFileError(message, argument=self._argument_of(name))
+            text = read_text_file(path, self._argument_of(name), f"file of the {name} set")
+        return Dataset.from_dict({self._columns["text_column"]: [text]})
 
     def texts(self) -> list[str]:
         """Return every text, to train a tokenizer on."""
@@ -97,7 +100,8 @@ class MUSE(ForgetRetain):
         return texts
 
     def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
-        return encode_chunks([text for (text,) in texts], tokenizer, name=name, max_length=self.max_length)
+        settings: Any = {"max_length": self.max_length, "allow_special_tokens": self.allow_special_tokens}
+        return encode_chunks([text for (text,) in texts], tokenizer, name=name, **settings)
 
     def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
         remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"

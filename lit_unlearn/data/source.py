@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_unlearn.data.files import FILE_TYPES, build_table, read_rows, row_type
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
 from lit_unlearn.models.loading import check_hub
 from lit_unlearn.utils.io import expand_home, expand_path, file_digest
@@ -15,15 +15,13 @@ from lit_unlearn.utils.io import expand_home, expand_path, file_digest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
 
 @dataclass(frozen=True)
 class Source:
     """The place that the rows of one set are read from.
 
     Args:
-        path: A JSON, JSON lines, CSV or Parquet file, or the name of a data set on the hub.
+        path: A JSON, JSON lines, CSV, TSV or Parquet file, perhaps with ``.gz``, or the name of a data set on the hub.
         name: Configuration of a hub data set.
         split: Split of a hub data set.
         max_rows: Number of rows to read, from the first one on; ``None`` for all.
@@ -73,7 +71,7 @@ class Source:
         if self.rows is None:
             rows = self._load_from_disk_or_hub(name, argument)
         else:
-            rows = self.rows if isinstance(self.rows, Dataset) else Dataset.from_list(list(self.rows))
+            rows = self.rows if isinstance(self.rows, Dataset) else self._build_table(name, argument)
         if self.max_rows is not None:
             rows = rows.select(range(min(self.max_rows, len(rows))))
         if len(rows) == 0:
@@ -87,48 +85,54 @@ class Source:
         split = self.split if self.rows is None else None
         return {"path": self.path, "name": self.name, "split": split, "max_rows": self.max_rows}
 
-    def _load_from_disk_or_hub(self, name: str, argument: str) -> Dataset:
-        from datasets import Dataset, load_dataset
-
-        path = Path(self.path)
-        file_type = FILE_TYPES.get(path.suffix.lower())
-        if file_type is None:
-            check_hub(self.path)
-            try:
-                return load_dataset(self.path, self.name, split=self.split)
-            except Exception as error:
-                raise MissingFileError(
-                    f"the {name} set '{self.path}' is neither a file ({', '.join(FILE_TYPES)}) nor a data set on the hub with "
-                    f"configuration {self.name!r} and split {self.split!r}: check `{argument}`. The reason given: {error}",
-                    argument=argument,
-                ) from error
-        if not path.is_file():
-            message = f"the {name} set's file '{path}' does not exist: check `{argument}`."
-            raise MissingFileError(message, argument=argument)
-        # datasets fails on an empty file with a sentence about its own cache.
-        if path.stat().st_size == 0:
-            return Dataset.from_list([])
-        # An answer "None" or "NA" is text, not a missing value.
-        options = {"keep_default_na": False} if file_type == "csv" else {}
+    def _build_table(self, name: str, argument: str) -> Dataset:
+        rows: list[Any] = list(self.rows or ())
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                kind = type(row).__name__
+                raise DataError(f"row {number} of the {name} set is a {kind}, not a dict.", argument=argument)
         try:
-            return _load_file(file_type, path, **options)
+            return build_table(rows)
+        except DataError as error:
+            raise DataError(f"the {name} set cannot be used: {error}.", argument=argument) from error
+
+    def _load_from_disk_or_hub(self, name: str, argument: str) -> Dataset:
+        path = Path(self.path)
+        types = ", ".join(FILE_TYPES)
+        if row_type(path) is not None and not path.is_dir():
+            if not path.is_file():
+                message = f"the {name} set's file '{self.path}' does not exist: check `{argument}`."
+                raise MissingFileError(message, argument=argument)
+            return read_rows(path, name, argument)
+        if path.is_dir():
+            files = sorted(file.name for file in path.iterdir() if row_type(file) is not None)
+            message = f"the {name} set '{self.path}' is a folder: give one file ({types}); in it are {files or 'none'}."
+            raise DataError(message, argument=argument)
+        if path.is_file():
+            message = (
+                f"the {name} set's file '{self.path}' has the ending '{path.suffix}', but rows are read from {types}."
+            )
+            raise DataError(message, argument=argument)
+        return self._load_from_hub(name, argument)
+
+    def _load_from_hub(self, name: str, argument: str) -> Dataset:
+        from datasets import load_dataset
+
+        check_hub(self.path)
+        try:
+            return load_dataset(self.path, self.name, split=self.split)
+        except PermissionError as error:
+            message = (
+                f"the {name} set '{self.path}' cannot be kept on this machine ({error}): set HF_HOME to a folder that you may "
+                "write."
+            )
+            raise DataError(message, argument=argument) from error
         except Exception as error:
-            # datasets hides the reason behind one sentence for all of them; the cause tells it.
-            raise DataError(
-                f"the {name} set is empty or unreadable: '{path}' has no rows, or is no {file_type} file. The reason "
-                f"given: {error.__cause__ or error}",
+            raise MissingFileError(
+                f"the {name} set '{self.path}' is neither a file ({', '.join(FILE_TYPES)}) nor a data set on the hub with "
+                f"configuration {self.name!r} and split {self.split!r}: check `{argument}`. The reason given: {error}",
                 argument=argument,
             ) from error
-
-
-def _load_file(file_type: str, path: Path, **options: Any) -> Dataset:
-    """Read a file into memory, and leave no copy: what was unlearned must not stay in the cache of data sets."""
-    from datasets import load_dataset
-
-    with tempfile.TemporaryDirectory(prefix="lit-unlearn-") as cache:
-        return load_dataset(
-            file_type, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-        )
 
 
 # `Source` comes first: after `str`, jsonargparse dumps it as one, and the dumped configuration cannot be read again.

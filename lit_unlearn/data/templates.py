@@ -33,17 +33,30 @@ def render_chat(question: str, answer: str, tokenizer: PreTrainedTokenizerBase) 
         if mark and text == before + rendered + after:
             return before, rendered, after.rstrip()
     raise ModelError(
-        f"the tokenizer's chat template does not render the answer as it is ({answer[:60]!r}): give `template`, a text "
-        "with {question} and {answer}.",
+        "the tokenizer's chat template does not render the answer of a row as it is: give `template`, a text with {question} "
+        "and {answer}.",
         argument="template",
     )
 
 
 def check_template(template: str | None) -> None:
-    """Raise ConfigError unless a template has its question once and, after it, its answer once."""
-    if template is not None and re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
+    """Raise ConfigError unless a template has its question once and, after it, its answer once, and no backslash for a line.
+
+    Raises:
+        ConfigError: If it is unfit.
+    """
+    if template is None:
+        return
+    if re.findall(r"\{question\}|\{answer\}", template) != ["{question}", "{answer}"]:
         raise ConfigError(
             f"`template` must contain {{question}} and, after it, {{answer}}, once each; got {template!r}.",
+            argument="template",
+        )
+    if re.search(r"\\[nrt]", template):
+        # A shell hands over a backslash and an n: the model would read these two characters in every prompt.
+        raise ConfigError(
+            f"`template` contains a backslash and a letter where a line break or a tab is meant; got {template!r}. In a shell "
+            "write $'…\\n…', in YAML \"…\\n…\" with double quotes.",
             argument="template",
         )
 

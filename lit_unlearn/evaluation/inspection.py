@@ -73,6 +73,7 @@ def ask_model(
     max_length: int = 512,
     max_new_tokens: int = 100,
     number: int = 0,
+    allow_special_tokens: bool = False,
 ) -> Reply:
     """Let a model answer a question with the likeliest token at every step, and score its answer and the right one.
 
@@ -84,6 +85,7 @@ def ask_model(
         max_length: Longest question with the right answer, in tokens; the end of a longer answer is cut off.
         max_new_tokens: Longest answer, in tokens.
         number: Number of the question, for messages.
+        allow_special_tokens: As for `encode`.
 
     Raises:
         DataError: If the question is too long or the right answer empty.
@@ -92,9 +94,12 @@ def ask_model(
     tokenizer = cast("PreTrainedTokenizerBase", lm.tokenizer)
     check_tokenizer(tokenizer)
     pair = (question, _PLACEHOLDER if right is None else right)
-    (example,) = encode_examples(
-        [pair], tokenizer, name="question", template=template, max_length=max_length, number=number
-    )
+    settings: Any = {
+        "template": template,
+        "max_length": max_length,
+        "allow_special_tokens": allow_special_tokens,
+    }
+    (example,) = encode_examples([pair], tokenizer, name="question", number=number, **settings)
     prompt = prompt_of(example)
     check_prompts(lm, [prompt], max_new_tokens)
     ids, ended = continue_prompt(lm, prompt, max_new_tokens)

@@ -10,8 +10,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source
+from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
@@ -134,10 +136,10 @@ class MUSEBenchmark(Benchmark):
         """Read passages and the first tokens of the text that follows each."""
         examples = []
         for prompt, continuation in _read_columns(self.sources[name], name, "prompt", "gt"):
-            following = tokenizer(continuation, add_special_tokens=False)["input_ids"][:PASSAGE_TOKENS]
+            following = _encode_text(continuation, tokenizer, add_special_tokens=False)[:PASSAGE_TOKENS]
             answer = str(tokenizer.decode(following, skip_special_tokens=True))
             texts = {"prompt": prompt, "answer": answer}
-            examples.append(BenchmarkExample(texts, {}, list(tokenizer(prompt)["input_ids"])))
+            examples.append(BenchmarkExample(texts, {}, _encode_text(prompt, tokenizer)))
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=PASSAGE_TOKENS)
 
     def _load_questions(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
@@ -151,7 +153,7 @@ class MUSEBenchmark(Benchmark):
 
         examples = []
         for question, answer in _read_columns(self.sources[name], name, "question", "answer"):
-            prompt = list(tokenizer(f"{before}Question: {question}\nAnswer: ")["input_ids"])
+            prompt = _encode_text(f"{before}Question: {question}\nAnswer: ", tokenizer)
             examples.append(BenchmarkExample({"question": question, "answer": answer}, {}, prompt))
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=ANSWER_TOKENS, stop=STOP)
 
@@ -160,7 +162,7 @@ class MUSEBenchmark(Benchmark):
         examples = []
         for (text,) in _read_columns(self.sources[name], name, "text"):
             # Every token is supervised, as in the published code, which takes Min-K over the whole text.
-            ids = list(tokenizer(text)["input_ids"])[: self.max_length]
+            ids = _encode_text(text, tokenizer)[: self.max_length]
             examples.append(BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]}))
         return BenchmarkStream(examples, self.sources[name].path)
 
@@ -197,6 +199,12 @@ class MUSEBenchmark(Benchmark):
         return Aggregate(values, missing)
 
 
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[int]:
+    """Tokenise text of rows, in which special tokens are text as well."""
+    row_text = RowText(tokenizer)
+    return row_text.encode(row_text.protect(text), add_special_tokens=add_special_tokens).ids
+
+
 def _holdout_auc(examples: Mapping[str, Sequence[Values]]) -> float:
     """Compute MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
     return auc(get_column(examples["holdout"], "min_k"), get_column(examples["members"], "min_k"))
@@ -210,8 +218,8 @@ def _read_columns(source: Source, name: str, *columns: str) -> list[list[str]]:
         for column in columns:
             if not isinstance(row.get(column), str):
                 raise DataError(
-                    f"row {number} of MUSE's {name} set has no text in '{column}': got {row.get(column)!r}; its columns are "
-                    f"{sorted(row)}."
+                    f"row {number} of MUSE's {name} set has no text in '{column}': got "
+                    f"{describe_kind(row[column]) if column in row else 'none'}; its columns are {sorted(row)}."
                 )
             cells.append(row[column])
         texts.append(cells)

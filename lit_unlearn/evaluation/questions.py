@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
+from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.source import Source
+from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
@@ -79,6 +82,7 @@ class QuestionSets:
         k: Fraction of the least likely tokens in the Min-K attacks.
         fluency_model: Hub name or directory of a model whose NLL of the generated forget answers is measured (low:
             fluent); ``None`` leaves that out. The target model is a natural choice.
+        allow_special_tokens: As for `ForgetRetain`.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -96,6 +100,7 @@ class QuestionSets:
         ratio: Ratio = "geometric",
         k: float = 0.4,
         fluency_model: str | None = None,
+        allow_special_tokens: bool = False,
     ) -> None:
         with arguments_of(owner):
             check_template(template)
@@ -117,6 +122,7 @@ class QuestionSets:
         self.ratio: Ratio = ratio
         self.k = k
         self.fluency_model = fluency_model
+        self.allow_special_tokens = allow_special_tokens
         self.sets: dict[str, QuestionSet] = {}
 
     def settings(self) -> Values:
@@ -155,11 +161,48 @@ class QuestionSets:
         check_tokenizer(tokenizer)
         streams = {}
         for name, question_set in self.sets.items():
-            examples = []
-            for number, row in enumerate(question_set.source.load(name, argument=name).to_list()):
-                examples.append(self._encode_row(name, number, row, tokenizer))
+            rows = question_set.source.load(name, argument=name).to_list()
+            self._check_wrong_answers(name, rows)
+            self._warn_of_special_tokens(name, rows, tokenizer)
+            examples = [self._encode_row(name, number, row, tokenizer) for number, row in enumerate(rows)]
             streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
         return streams
+
+    def _check_wrong_answers(self, name: str, rows: Sequence[Values]) -> None:
+        """Refuse a set in which only some rows have wrong answers: a truth ratio over some rows would be that of another set."""
+        lacking = [number for number, row in enumerate(rows) if row.get(self.wrong_column) in (None, "", [])]
+        if len(lacking) == len(rows):
+            for row in rows:
+                row.pop(self.wrong_column, None)
+            return
+        for number, row in enumerate(rows):
+            answers = row[self.wrong_column]
+            texts = [answers] if isinstance(answers, str) else answers
+            if number not in lacking and isinstance(texts, list):
+                kinds = [describe_kind(text) for text in texts if not isinstance(text, str) or not text.strip()]
+                problem = f"{kinds[0]} in" if kinds else ""
+            else:
+                problem = "no wrong answer in" if number in lacking else f"{describe_kind(answers)} in"
+            if problem:
+                raise DataError(
+                    f"row {number} of the {name} set has {problem} '{self.wrong_column}': expected a text or a list of texts in every "
+                    "row, or in none. Mend the row, or set `wrong_column` to another column.",
+                    owner=self.owner,
+                    argument="wrong_column",
+                )
+
+    def _warn_of_special_tokens(self, name: str, rows: Sequence[Values], tokenizer: PreTrainedTokenizerBase) -> None:
+        row_text = RowText(tokenizer, self.allow_special_tokens)
+        count = 0
+        for row in rows:
+            texts = [row.get(column) for column in (self.question_column, self.answer_column)]
+            if row_text.count(text for text in texts if isinstance(text, str)):
+                count += 1
+        if count:
+            rank_zero_warn(
+                f"{count} of {len(rows)} {name} rows contain special tokens of the tokenizer, which are read as text. If they are "
+                "meant as control tokens, set `allow_special_tokens` to true."
+            )
 
     def _encode_row(self, name: str, number: int, row: Values, tokenizer: PreTrainedTokenizerBase) -> BenchmarkExample:
         question_set = self.sets[name]
@@ -171,9 +214,10 @@ class QuestionSets:
             columns.append(question_set.truth_column)
         for column in columns:
             if not isinstance(row.get(column), str):
+                found = describe_kind(row[column]) if column in row else "none"
                 raise DataError(
-                    f"row {number} of the {name} set has no text in '{column}': expected a string, got {row.get(column)!r}; its "
-                    f"columns are {sorted(row)}. Set `question_column`, `answer_column` and `wrong_column`.",
+                    f"row {number} of the {name} set has no text in '{column}': expected a string, got {found}; its columns are "
+                    f"{sorted(row)}. Set `question_column`, `answer_column` and `wrong_column`.",
                     owner=self.owner,
                     argument="answer_column" if column == self.answer_column else "question_column",
                 )
@@ -196,6 +240,7 @@ class QuestionSets:
                 number=number,
                 template=self.template,
                 max_length=self.max_length,
+                allow_special_tokens=self.allow_special_tokens,
             )
         prompt = prompt_of(sequences["answer"][0]) if question_set.generates else None
         return BenchmarkExample({"question": question, "answer": answer}, sequences, prompt)
@@ -258,7 +303,11 @@ class QuestionSets:
             if row["generated"].strip():
                 with_text.append(row)
                 pairs.append((row["question"], row["generated"]))
-        settings: Any = {"template": self.template, "max_length": self.max_length}
+        settings: Any = {
+            "template": self.template,
+            "max_length": self.max_length,
+            "allow_special_tokens": self.allow_special_tokens,
+        }
         encoded = encode_examples(pairs, judge.tokenizer, name="generated", **settings)
         for row, score in zip(with_text, score_examples(judge, encoded, token_budget), strict=True):
             row["fluency_nll"] = score.nll

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +15,7 @@ from torch import Tensor
 from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.sharded import SHARDED_MARK, load_tensors, read_sharded_weights
 from lit_unlearn.training.weights import check_base
 from lit_unlearn.utils.io import (
     check_export_target,
@@ -29,9 +28,6 @@ from lit_unlearn.utils.io import (
 
 # The model itself: not its frozen reference, nor the state of an objective.
 _MODEL_PREFIX = "lm.model."
-
-# Lightning writes it last into the folder of a sharded checkpoint.
-_SHARDED_INDEX = "meta.pt"
 
 
 def export_checkpoint(
@@ -138,7 +134,7 @@ def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, without the optimizer's state, on the CPU.
 
-    A file runs no code. The index of a sharded checkpoint is a pickle, which can: read only those that you trust.
+    No code in it runs, whether it is a file or sharded.
 
     Args:
         path: A file, or the folder of a sharded checkpoint.
@@ -151,41 +147,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"there is no checkpoint '{path}': expected a file or folder such as 'last-step=100.ckpt'."
         )
-    if path.is_dir() and not (path / _SHARDED_INDEX).is_file():
+    if path.is_dir() and not (path / SHARDED_MARK).is_file():
         raise CheckpointError(
-            f"'{path}' is a folder without '{_SHARDED_INDEX}', so it is not a complete sharded checkpoint, and without "
+            f"'{path}' is a folder without '{SHARDED_MARK}', so it is not a complete sharded checkpoint, and without "
             f"'{RECORD_FILE}', so it is not an export with a record."
         )
-    file = path / _SHARDED_INDEX if path.is_dir() else path
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"'{path}' is no checkpoint that can be read without running its code: {error}"
-        ) from error
+    file = path / SHARDED_MARK if path.is_dir() else path
+    checkpoint: dict[str, Any] = load_tensors(file)
     if not isinstance(checkpoint, dict) or not {"run", "callbacks", "global_step"} <= checkpoint.keys():
         raise CheckpointError(
             f"'{path}' is no checkpoint of a LitUnlearn or LitFinetune run: it has no `run`, `callbacks` and `global_step`."
         )
     if path.is_dir():
-        checkpoint["state_dict"] = _read_sharded_weights(path)
+        checkpoint["state_dict"] = read_sharded_weights(path, _MODEL_PREFIX)
     return checkpoint
-
-
-def _read_sharded_weights(path: Path) -> dict[str, Tensor]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    state: dict[str, Any] = {}
-    for name, stored in FileSystemReader(path).read_metadata().state_dict_metadata.items():
-        # What is not asked for is not read: the optimizer's state is twice as large as the model.
-        if name.startswith(f"state_dict.{_MODEL_PREFIX}") and isinstance(stored, TensorStorageMetadata):
-            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*load in a single process")
-        load(state, checkpoint_id=path, no_dist=True)
-    return {name.removeprefix("state_dict."): value for name, value in state.items()}
 
 
 def _load_model(checkpoint: Record, record: Record, settings: Mapping[str, Any]) -> LanguageModel:

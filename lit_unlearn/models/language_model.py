@@ -441,7 +441,12 @@ class LanguageModel(nn.Module):
             loading.write_dtype(folder, dtype)
 
     def generate(
-        self, questions: Sequence[str], *, template: str | None = None, max_new_tokens: int = 200
+        self,
+        questions: Sequence[str],
+        *,
+        template: str | None = None,
+        max_new_tokens: int = 200,
+        allow_special_tokens: bool = False,
     ) -> list[str]:
         """Answer questions with the likeliest token at every step, in the prompt that training puts them in.
 
@@ -450,6 +455,7 @@ class LanguageModel(nn.Module):
             template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has one,
                 else ``data.templates.PLAIN_TEMPLATE``. It must be the one that the model was fine-tuned with.
             max_new_tokens: Longest answer, in tokens.
+            allow_special_tokens: Whether special tokens in questions are control tokens, and not text, as for `ForgetRetain`.
 
         Returns:
             One answer per question, without special tokens.
@@ -468,13 +474,18 @@ class LanguageModel(nn.Module):
         tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
         check_tokenizer(tokenizer)
         check_template(template)
+        settings: Any = {
+            "template": template,
+            "max_length": sys.maxsize,
+            "allow_special_tokens": allow_special_tokens,
+        }
         prompts = []
         for question in questions:
             # A token may carry the last space of the prompt and the first letters of the answer, so an answer is needed to
             # find where the prompt ends, and which answers are joined to the space depends on the tokenizer.
             candidates = []
             for answer in ("A", "The", "Answer"):
-                example = encode(question, answer, tokenizer, template=template, max_length=sys.maxsize)
+                example = encode(question, answer, tokenizer, **settings)
                 candidates.append(prompt_of(example))
             prompts.append(min(candidates, key=len))
         return generation.generate(self, prompts, max_new_tokens=max_new_tokens)

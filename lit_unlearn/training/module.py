@@ -27,7 +27,7 @@ from lit_unlearn.training.evaluator import Evaluator, Measurement
 from lit_unlearn.training.forward_plan import ForwardPass, PassOrder, Term, build_forward_plan
 from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
-from lit_unlearn.training.strategies import check_strategy, shard
+from lit_unlearn.training.strategies import check_strategy, guard_checkpoint_loading, shard
 from lit_unlearn.training.trainer_checks import check_callbacks, check_limits, prepare_loaders
 from lit_unlearn.training.weights import check_base, check_tensors, load_for_trainer, saved_tensor_names
 from lit_unlearn.utils.validation import check_choice, check_integer, check_number
@@ -132,6 +132,7 @@ class LitLanguageModel(L.LightningModule):
         """
         strategy = self.trainer.strategy
         check_strategy(type(strategy).__name__)
+        guard_checkpoint_loading(strategy)
         if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
             raise ConfigError(
                 "DDPStrategy(static_graph=True) is refused: a step has several backward passes. Leave it out."

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
+from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.training.sharded import check_checkpoint
 from lit_unlearn.utils.io import describe_os_error
 
 _REASONS = {
@@ -50,6 +51,31 @@ def shards(name: str) -> bool:
 
 def _kind_of(name: str) -> str:
     return name.rpartition(".")[2].lower().replace("_", "").removesuffix("strategy")
+
+
+def guard_checkpoint_loading(strategy: Strategy) -> None:
+    """Make a strategy refuse checkpoints with code in them, and those that it cannot read, whatever ``weights_only`` says.
+
+    Not an override: every strategy has its own way to read, and before it reads, nobody knows which checkpoint it will be.
+
+    Args:
+        strategy: The Trainer's; its `load_checkpoint` raises `CheckpointError` from now on.
+    """
+    load = strategy.load_checkpoint
+    if getattr(load, "is_guarded", False):
+        return
+
+    def load_checked(checkpoint_path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
+        if Path(checkpoint_path).is_dir() and not isinstance(strategy, ModelParallelStrategy):
+            raise CheckpointError(
+                f"the checkpoint '{checkpoint_path}' is sharded (FSDP2), which {type(strategy).__name__} cannot resume: add "
+                "--config hardware/fsdp2.yaml, or make a model of it with `lit-unlearn export`."
+            )
+        check_checkpoint(checkpoint_path)
+        return load(checkpoint_path, *args, **settings)
+
+    load_checked.is_guarded = True  # type: ignore[attr-defined]
+    strategy.load_checkpoint = load_checked  # type: ignore[method-assign]
 
 
 class FSDP2Strategy(ModelParallelStrategy):

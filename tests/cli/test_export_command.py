@@ -181,7 +181,7 @@ def test_what_cannot_be_exported_is_refused_in_words(
     assert "is a folder without 'meta.pt'" in refused(model_dir, "out")
     for name, content in {"text.ckpt": b"hello", "empty.ckpt": b""}.items():
         Path(name).write_bytes(content)
-        assert f"'{name}' is no checkpoint that can be read without running its code" in refused(name, "out")
+        assert f"'{name}' is damaged, or cannot be read without running its code" in refused(name, "out")
     torch.save({"state_dict": {}, "global_step": 3, "callbacks": {}}, "foreign.ckpt")
     assert "'foreign.ckpt' is no checkpoint of a LitUnlearn or LitFinetune run" in refused("foreign.ckpt", "out")
     torch.save({"module": L.Trainer}, "code.ckpt")

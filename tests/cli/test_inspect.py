@@ -185,7 +185,7 @@ ERRORS = {  # arguments after the model, and what is said
     "no answers": (("--questions", "rows.jsonl", "--answer_column", "a"), "'rows.jsonl' has no column 'a'"),
     "no text": (
         ("--questions", "rows.jsonl"),
-        r"row 0 of 'rows.jsonl' is not text: question and answer are \['Who\?', None\]",
+        r"row 0 of 'rows.jsonl' has null in 'answer'",
     ),
     "no place": (("-q", "Who?", "--template", "{question}"), r"`template` must contain \{question\} and"),
     "no token": (("-q", "Who?", "--max_new_tokens", "0"), "`max_new_tokens` is 0"),

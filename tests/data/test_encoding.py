@@ -160,8 +160,9 @@ def test_chat_template_without_an_end_gets_the_end_token(chat):
 
 @pytest.mark.parametrize("template", [LEAVES_OUT, CHANGES], ids=["leaves_out", "changes"])
 def test_chat_template_that_does_not_render_the_answer_is_refused(chat, template):
-    with pytest.raises(ValueError, match=r"does not render the answer as it is \('Paris'\): give `template`"):
+    with pytest.raises(ValueError, match=r"does not render the answer of a row.* give `template`") as error:
         encode("Is it Paris?", "Paris", chat(template))
+    assert "Paris" not in str(error.value)
 
 
 @pytest.mark.parametrize("template", [None, "{question} is{answer}"])
@@ -263,16 +264,14 @@ def test_max_length_cuts_and_says_so(tokenizer):
 def test_a_blank_answer_is_refused_with_its_row(chat, template, answer):
     chatty = chat(template)
     assert not supervised(encode("Where?", answer, chatty))
-    with pytest.raises(
-        ValueError, match=r"row 1 of the retain set .*tokenises to nothing.* question is 'Where\?'"
-    ) as error:
+    with pytest.raises(ValueError, match=r"row 1 of the retain set .*tokenises to nothing") as error:
         encode_examples([("Who?", "Bern"), ("Where?", answer)], chatty, name="retain")
-    assert repr(answer) in str(error.value)
+    assert "Where" not in str(error.value)
 
 
 def test_an_answer_cut_away_is_refused_with_its_row(tokenizer):
     rows = [("Who?", "Bern"), ("Where " * 20, "Bern")]
-    message = r"row 1 of the forget set .*prompt alone fills `max_length` \(20\); raise it.* question is 'Where Where"
+    message = r"row 1 of the forget set .*prompt alone fills `max_length` \(20\); raise it\.$"
     with pytest.raises(ValueError, match=message):
         encode_examples(rows, tokenizer, name="forget", max_length=20)
     assert [row.is_cut for row in encode_examples(rows[:1], tokenizer, name="forget", max_length=20)] == [False]

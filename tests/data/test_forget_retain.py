@@ -117,15 +117,14 @@ def test_missing_file(make, name):
         ("empty.json", "[]", "no rows"),
         ("blank.jsonl", "\n\n", "no rows"),
         ("header.csv", "question,answer\n", "no rows"),
-        ("broken.json", '[{"question": "Who?"', "The reason given: Unexpected"),
-        ("broken.parquet", "not parquet", "The reason given: Parquet"),
+        ("broken.json", '[{"question": "Who?"', "line 1 is no JSON"),
+        ("broken.parquet", "not parquet", "Parquet"),
     ],
 )
 def test_a_file_without_rows_is_refused_by_name(make, tmp_path, name, content, reason):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"the retain set is empty( or unreadable)?: '.*{name}' has no rows") as error:
+    with pytest.raises(DataError, match=rf"the retain set.* '.*{name}' .*{reason}"):
         make(retain=str(tmp_path / name)).setup("fit")
-    assert reason in str(error.value)
 
 
 def test_a_set_limited_to_nothing_is_refused(make, write_rows):
@@ -160,7 +159,11 @@ def test_faults_of_rows_in_memory_name_their_argument():
     cases = [
         ({"forget": []}, "forget", "the forget set is empty"),
         ({"retain": [{"text": "Who?"}]}, "question_column", "the retain set has no column 'question'"),
-        ({"streams": {"more": [{"question": "Who?", "answer": 7}]}}, "streams", "row 0 of the more set is not text"),
+        (
+            {"streams": {"more": [{"question": "Who?", "answer": 7}]}},
+            "streams",
+            "row 0 of the more set has a number in 'answer'",
+        ),
     ]
     for changes, argument, message in cases:
         data = ForgetRetain(**{"forget": FORGET, "retain": RETAIN, **changes})
@@ -183,25 +186,23 @@ def test_missing_column(make, column):
         make(retain=rows).setup("fit")
 
 
-@pytest.mark.parametrize("cell", [7, None, ["Bern"]])
-def test_a_cell_that_is_no_text(make, cell):
+@pytest.mark.parametrize(("cell", "kind"), [(7, "a number"), (None, "null"), (["Bern"], "a list")])
+def test_a_cell_that_is_no_text(make, cell, kind):
     rows = [{"question": "Who?", "answer": cell}] if cell == 7 else [*FORGET[:1], {"question": "Who?", "answer": cell}]
-    with pytest.raises(
-        ValueError, match=rf"row {len(rows) - 1} of the forget set is not text: \('Who\?', .*must be strings"
-    ):
+    with pytest.raises(DataError, match=rf"row {len(rows) - 1} (of the forget set )?has {kind} in 'answer'"):
         make(rows).setup("fit")
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_a_blank_answer_names_set_and_row(make, name):
     rows = [*(FORGET if name == "forget" else RETAIN)[:2], {"question": "What is blank?", "answer": " "}]
-    with pytest.raises(ValueError, match=rf"row 2 of the {name} set has no supervised token.*'What is blank\?'"):
+    with pytest.raises(ValueError, match=rf"row 2 of the {name} set has no supervised token"):
         make(**{name: rows}).setup("fit")
 
 
 def test_overlap_is_counted_in_a_warning(make):
     forget = [*FORGET, RETAIN[2], RETAIN[4], RETAIN[2], {**RETAIN[0], "answer": "Elsewhere."}]
-    with pytest.warns(UserWarning, match=r"3 of 9 forget rows are also retain rows.*The first is 'Where is house 2\?'"):
+    with pytest.warns(UserWarning, match=r"3 of 9 forget rows are also retain rows.*rows 5, 6, 7\."):
         make(forget).setup("fit")
 
 

@@ -198,7 +198,7 @@ def test_wrong_contents_are_refused_by_name(make, folder):
     with pytest.raises(ValueError, match=r"the retain set has no column 'text'; .*`text_column`"):
         make().setup("fit")
     write(Path(folder) / "raw" / "retain1.jsonl", [*RETAIN, None])
-    with pytest.raises(ValueError, match=r"row 12 of the retain set is not text: \(None,\)\. text must be strings"):
+    with pytest.raises(ValueError, match=r"row 12 of the retain set has null in 'text'"):
         make().setup("fit")
 
 
@@ -207,7 +207,7 @@ def test_wrong_contents_are_refused_by_name(make, folder):
 
 def test_shared_texts_and_unfit_tokenizers_are_found(make, folder, tmp_path):
     write(Path(folder) / "raw" / "forget.jsonl", [*FORGET, RETAIN[3], RETAIN[5]])
-    with pytest.warns(UserWarning, match=r"2 of 5 forget rows are also retain rows.*The first is 'Report 3: the"):
+    with pytest.warns(UserWarning, match=r"2 of 5 forget rows are also retain rows.*rows 3, 4\."):
         make().setup("fit")
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
     bare.save_pretrained(tmp_path / "bare")

@@ -21,12 +21,16 @@ def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **sett
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"prompt": "Who?", "answer": "Ada."}, {}, r"row 1 of the forget set has no text in 'question': .* got None"),
-        ({"question": "Who?", "reply": "Ada."}, {}, r"row 1 of the forget set has no text in 'answer': .* got None"),
-        ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got None"),
+        ({"prompt": "Who?", "answer": "Ada."}, {}, r"row 1 of the forget set has no text in 'question': .* got null"),
+        ({"question": "Who?", "reply": "Ada."}, {}, r"row 1 of the forget set has no text in 'answer': .* got null"),
+        ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got null"),
         ({"question": "Who?", "answer": "Ada."}, {"question_column": "q"}, r"row 0 of the forget set .* in 'q'"),
         ({"question": "Who?", "answer": "Ada."}, {"answer_column": "a"}, r"row 0 of the forget set .* in 'a'"),
-        ({"question": "Who?", "answer": " "}, {}, r"row 1 of the forget set has no supervised token: its answer ' '"),
+        (
+            {"question": "Who?", "answer": " "},
+            {},
+            r"row 1 of the forget set has no supervised token: its answer is empty",
+        ),
         ({"question": "Who? " * 200, "answer": "Ada."}, {}, r"its prompt alone fills `max_length` \(512\)"),
     ],
 )
@@ -61,13 +65,13 @@ def test_too_long_a_prompt_is_refused_before_anything_is_measured(tmp_path, toke
 
 
 def test_a_number_is_no_text(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"row 0 of the retain set has no text in 'answer': .* got 1920"):
+    with pytest.raises(ValueError, match=r"row 0 of the retain set has no text in 'answer': .* got a number"):
         suite_of(tmp_path, FORGET, [{"question": "When?", "answer": 1920}]).prepare(tokenizer)
 
 
 def test_a_wrong_answer_without_a_token(tmp_path, tokenizer):
     rows = [{"question": "Who?", "answer": "Ada.", "perturbed_answer": ["Bob.", ""]}]
-    with pytest.raises(ValueError, match=r"of the forget set has no supervised token: its answer ''"):
+    with pytest.raises(ValueError, match=r"row 0 of the forget set has an empty text in 'perturbed_answer'"):
         suite_of(tmp_path, rows).prepare(tokenizer)
 
 

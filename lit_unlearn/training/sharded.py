@@ -1,0 +1,178 @@
+"""Checkpoints that are read without running code in them.
+
+A file of tensors is read by ``torch.load(weights_only=True)``. A sharded checkpoint is a folder: its index ``.metadata`` and the
+plain values of its optimizer are pickles, which torch reads without restriction, so they are checked here first.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lit_unlearn.errors import CheckpointError, LitUnlearnError
+
+# Lightning writes it last into the folder of a sharded checkpoint.
+SHARDED_MARK = "meta.pt"
+_INDEX = ".metadata"
+_METADATA_CLASSES = (
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)
+# All that torch writes into an index. None of them does anything but hold values.
+_ALLOWED = {
+    *((f"{Metadata.__module__}", name) for name in _METADATA_CLASSES),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    # The name of the module depends on Python's version.
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}
+
+
+class _Forbidden(pickle.UnpicklingError):
+    """The reason why a file is refused."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickler that knows nothing but what an index consists of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed class.
+
+        Raises:
+            pickle.UnpicklingError: If it is not allowed.
+        """
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise _Forbidden(f"it asks for {module}.{name}, which no index of tensors needs")
+
+
+class _CheckedReader(FileSystemReader):
+    """torch's reader of sharded checkpoints, with an index that was checked."""
+
+    # Not `**kwargs`: torch would then fall back to an index per process, which it reads without restriction.
+    def read_metadata(self) -> Metadata:
+        """Return the index."""
+        metadata = read_index(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@contextmanager
+def _refusing_code(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged or malicious file raises into a `CheckpointError`."""
+    try:
+        yield
+    except LitUnlearnError:
+        raise
+    except Exception as error:
+        # torch's own reason is advice to read the file without restriction.
+        reason = f": {error}" if isinstance(error, (_Forbidden, OSError)) else ""
+        raise CheckpointError(
+            f"'{file}' is damaged, or cannot be read without running its code{reason}. Take another checkpoint; do not trust "
+            "this one if somebody else made it."
+        ) from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raise unless a local checkpoint can be read without running code in it.
+
+    Args:
+        path: A file, or the folder of a sharded checkpoint; anything else, such as an address, passes.
+
+    Raises:
+        CheckpointError: If there is code in it, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        load_tensors(path / SHARDED_MARK)
+        with _refusing_code(path / _INDEX):
+            _check_values(path, read_index(path))
+    elif path.is_file():
+        load_tensors(path)
+
+
+def load_tensors(file: Path) -> Any:
+    """Return the content of a checkpoint's file, with its tensors mapped into memory: they are read where they are used.
+
+    Raises:
+        CheckpointError: If there is code in it, or it is damaged.
+    """
+    with _refusing_code(file):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _check_values(folder: Path, metadata: Metadata) -> None:
+    """Raise unless everything in the shards that is no tensor is a plain value: torch would run its code."""
+    for info in metadata.storage_data.values():
+        # The shards lie beside the index, whereas torch would follow any path. An extension would decode the bytes first.
+        if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
+            raise _Forbidden(f"it names the shard {info.relative_path!r}, which is none")
+    for name, stored in metadata.state_dict_metadata.items():
+        if not isinstance(stored, BytesStorageMetadata):
+            continue
+        info = metadata.storage_data[MetadataIndex(name)]
+        file = folder / info.relative_path
+        with _refusing_code(file), file.open("rb") as shard:
+            shard.seek(info.offset)
+            torch.load(io.BytesIO(shard.read(info.length)), map_location="cpu", weights_only=True)
+
+
+def read_index(folder: Path) -> Metadata:
+    """Read the index of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or holds more than an index needs.
+    """
+    with _refusing_code(folder / _INDEX), (folder / _INDEX).open("rb") as stream:
+        metadata = _IndexUnpickler(stream).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise _Forbidden("it is no index of tensors")
+    return metadata
+
+
+def read_sharded_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Read tensors of a sharded checkpoint, put together on the CPU; the optimizer's, twice as large, are not read.
+
+    Args:
+        folder: The checkpoint.
+        prefix: Of the tensors' names in the state of the module.
+
+    Raises:
+        CheckpointError: If it cannot be read without running code in it.
+    """
+    state: dict[str, Any] = {}
+    for name, stored in read_index(folder).state_dict_metadata.items():
+        # Only what is a tensor is asked for, so that no other value is read.
+        if name.startswith(f"state_dict.{prefix}") and isinstance(stored, TensorStorageMetadata):
+            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    with warnings.catch_warnings(), _refusing_code(folder):
+        warnings.filterwarnings("ignore", ".*load in a single process")
+        load(state, storage_reader=_CheckedReader(folder), no_dist=True)
+    return {name.removeprefix("state_dict."): value for name, value in state.items()}
