@@ -78,7 +78,9 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 status, extra, content = server.answer(self.path, headers, body)
-                sent = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                if isinstance(content, str):
+                    content = content.encode()
+                sent = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in {
                     "Content-Type": "application/json",

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_unlearn.callbacks.movement import WeightMovement
 from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers
 from lit_unlearn.dual import Constraint, FixedMultiplier
 from lit_unlearn.training import LitUnlearn
@@ -23,7 +25,8 @@ class RunAdvice(Callback):
     """Log what a run will do, and warn once of each setting that hurts, with what to change.
 
     Before the first step: an epsilon below the value before unlearning; a λ with fewer than ten dual steps. After an
-    epoch: a λ at its cap while its constraint is violated; slack that λ falls too slowly to use.
+    epoch: a λ at its cap while its constraint is violated; slack that λ falls too slowly to use. After the first step at the
+    full learning rate: how many 16-bit weights it moved.
     """
 
     def __init__(self) -> None:
@@ -32,9 +35,11 @@ class RunAdvice(Callback):
         self._references: dict[str, float] = {}
         self._epoch_values: dict[str, list[float]] = {}
         self._epoch_multipliers: dict[str, float] = {}
+        self.movement = WeightMovement()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the warnings of an earlier fit."""
+        self.movement = WeightMovement()
         self._is_opened = False
         self._warned = set()
 
@@ -75,10 +80,21 @@ class RunAdvice(Callback):
                     "`update_every` to 'step'.",
                 )
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Remember 16-bit weights, to see whether the step moves them."""
+        if isinstance(pl_module, LitLanguageModel):
+            self.movement.note_weights(pl_module.lm, optimizer)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the step's values."""
+        """Record the step's values, and say once how many 16-bit weights it moved."""
+        message = self.movement.compare_weights(trainer.global_step)
+        if message is not None:
+            tell = rank_zero_warn if self.movement.is_small else rank_zero_info
+            tell(message)
         for name, values in self._epoch_values.items():
             values.append(float(trainer.callback_metrics.get(f"constraint/{name}/value", math.nan)))
 
@@ -136,6 +152,12 @@ class RunAdvice(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._references = state_dict["references"]
+
+
+def rounds_steps_away(trainer: L.Trainer) -> bool:
+    """Return whether a fit's steps were too small for its 16-bit weights, as its advice has found."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, RunAdvice) and callback.movement.is_small for callback in callbacks)
 
 
 def _adaptive_constraints(module: L.LightningModule) -> dict[str, Constraint]:

@@ -62,6 +62,8 @@ class ExportModel(Callback):
             the fit has ended well; ``None`` for none.
         private: Whether that repository, if it is made now, can be seen by its owner only.
         dtype: Of the weights; ``None`` for that of the base model's files. What a run measures are the weights rounded to it.
+        name_sources: Whether card and record name the files of the rows, without their folders, and data sets on the hub. By
+            default they have digests and numbers of rows alone.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ExportModel(Callback):
         push_to_hub: str | None = None,
         private: bool = True,
         dtype: ExportDtype | None = None,
+        name_sources: bool = False,
     ) -> None:
         if dtype is not None:
             check_choice(get_args(ExportDtype), self, dtype=dtype)
@@ -77,6 +80,7 @@ class ExportModel(Callback):
         self.dirpath = None if dirpath is None else expand_home(str(dirpath))
         self.push_to_hub = push_to_hub
         self.private = private
+        self.name_sources = name_sources
         self._folder: str | None = None
         self._earlier_folder: str | None = None  # of the first part of a resumed run
         self._lock: ExitStack | None = None  # of the folder, on the first process
@@ -157,6 +161,7 @@ class ExportModel(Callback):
                 self._record = describe_run(trainer, pl_module, before, earlier_record)
                 dtype = pl_module.evaluator.export_dtype or pl_module.lm.files_dtype
                 self._record["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+                self._record["name_sources"] = self.name_sources
                 self._record["max_forget_probability"] = find_threshold(trainer)
 
         trainer.strategy.barrier("export")

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_unlearn.callbacks.advice import rounds_steps_away
 from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers, measure_kept_model
 from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
@@ -159,7 +160,7 @@ class RunReport(Callback):
             rank_zero_info(f"report: {path}")
 
         if isinstance(pl_module, LitUnlearn):
-            for hint in _find_hints(report, pl_module):
+            for hint in _find_hints(report, pl_module, rounds_steps_away(trainer)):
                 rank_zero_warn(hint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -247,8 +248,14 @@ def _find_remedy(report: Report) -> str:
     return "Train longer, raise the optimizer's `lr`, or allow a larger `epsilon`."
 
 
-def _find_hints(report: Report, module: LitUnlearn) -> list[str]:
-    """Return what to change where nothing can be shown, a constraint is violated, or hardly anything was forgotten."""
+def _find_hints(report: Report, module: LitUnlearn, are_steps_lost: bool) -> list[str]:
+    """Return what to change where nothing can be shown, a constraint is violated, or hardly anything was forgotten.
+
+    Args:
+        report: Of the run.
+        module: Of the run.
+        are_steps_lost: Whether most 16-bit weights were rounded back to where they were.
+    """
     hints = []
     before, after = report.before.get("forget/probability"), report.after.get("forget/probability")
     is_unknown = before is not None and before <= report.max_forget_probability
@@ -276,6 +283,12 @@ def _find_hints(report: Report, module: LitUnlearn) -> list[str]:
         return hints
     if report.kept_step < report.steps:
         reason = "Later models forgot more, but violated a constraint: train longer, or allow a larger `epsilon`"
+    elif are_steps_lost:
+        # Ten times the rate would still be lost, or break the constraint at once.
+        reason = (
+            "Most 16-bit weights did not move, because the steps are smaller than their spacing: set the Trainer's `precision` to "
+            "'32-true' or 'bf16-mixed'"
+        )
     else:
         reason = "No constraint prevented it: raise the optimizer's `lr` (try ten times as much), or train longer"
     hints.append(

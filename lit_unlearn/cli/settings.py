@@ -21,6 +21,7 @@ from lit_unlearn.training.strategies import check_strategy
 from lit_unlearn.training.trainer_checks import ONE_STEP_PER_BATCH, check_callbacks
 from lit_unlearn.training.unlearn import check_constraint_names as check_names
 from lit_unlearn.utils.io import atomic_file
+from lit_unlearn.utils.redaction import redact_secrets
 from lit_unlearn.utils.validation import list_names
 
 # Keys that may differ in a resumed run without a word.
@@ -156,7 +157,7 @@ class SaveSettings(SaveConfigCallback):
         folder = find_run_folder(trainer)
         if trainer.is_global_zero:
             with atomic_file(folder / self.config_filename) as file:
-                file.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+                file.write_text(self._dump_config(), encoding="utf-8")
         self.already_saved = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +175,14 @@ class SaveSettings(SaveConfigCallback):
             rank_zero_info("resumed with changed settings: " + "; ".join(changes))
 
     def _flatten_config(self) -> dict[str, str]:
-        return _flatten(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        return _flatten(yaml.safe_load(self._dump_config()))
+
+    def _dump_config(self) -> str:
+        """Return the configuration as YAML, without the keys and tokens that a logger, for one, may have been given."""
+        text: str = self.parser.dump(self.config, skip_unset=False)
+        settings = yaml.safe_load(text)
+        shown = redact_secrets(settings)
+        return text if shown == settings else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from lit_unlearn.errors import ConfigError, EndpointError
 from lit_unlearn.evaluation.judge import RequestFailed
 from lit_unlearn.utils.io import cache_folder, expand_path, read_json, write_json
+from lit_unlearn.utils.redaction import redact_secrets
 
 TIMEOUT = 120.0  # seconds for one attempt
 RETRIES = 6  # of a request: about 20 seconds of waiting, unless the endpoint names a delay
@@ -69,13 +70,16 @@ class Endpoint:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"`url` must start with http:// or https://, not '{url}'.", owner=self, argument="url")
         try:
-            from openai import OpenAI, Timeout
+            from openai import DefaultHttpxClient, OpenAI, Timeout
         except ImportError:
             raise ConfigError('the judge needs the openai package: pip install "lit-unlearn[judge]"') from None
-        self.url = url
+        self.url = redact_secrets(url)
         self.model = model
         self._key = key or "no-key"  # the client refuses an empty one
-        self._client = OpenAI(base_url=url, api_key=self._key, timeout=Timeout(TIMEOUT, connect=min(TIMEOUT, 10.0)))
+        timeout = Timeout(TIMEOUT, connect=min(TIMEOUT, 10.0))
+        # A redirect would take questions and answers to a place that the user has not named.
+        http_client = DefaultHttpxClient(follow_redirects=False, timeout=timeout)
+        self._client = OpenAI(base_url=url, api_key=self._key, timeout=timeout, http_client=http_client)
 
     def complete_prompt(self, prompt: str, retries: int) -> str:
         """Return the judge's reply at temperature 0.
@@ -97,7 +101,8 @@ class Endpoint:
             completion = client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, extra_headers=headers
             )
-        except (OpenAIError, json.JSONDecodeError) as error:
+        except (OpenAIError, ValueError) as error:
+            # A ValueError: the answer is no JSON, or no text at all.
             # Without the chain, which would show the endpoint's answer: it may repeat the key.
             raise self._describe_failure(error) from None
         return _read_completion(completion)
@@ -107,6 +112,12 @@ class Endpoint:
         cause = error.__cause__
         text = f"{error} {cause or ''}".replace(self._key, "[key]")
         reason = " ".join(text.split())[:300]
+        if 300 <= status < 400:
+            location = redact_secrets(str(error.response.headers.get("location", "nowhere")))  # type: ignore[attr-defined]
+            return EndpointError(
+                f"the judge at {self.url} redirects to {location}, where nothing was sent. If that is the judge, give its address "
+                "as `url`."
+            )
         if status in (401, 402, 403) or getattr(error, "code", None) == "insufficient_quota":
             return EndpointError(
                 f"the judge at {self.url} refuses ({reason}): set {KEY_VARIABLE} to a key that may use it."

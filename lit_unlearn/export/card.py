@@ -182,11 +182,12 @@ def _render_sets(record: Record) -> str:
 
 
 def _format_source(source: Record) -> str:
-    parts = [_format_code(source["path"])]
+    # A record names its sources only where that was asked for.
+    parts = [_format_code(source["path"])] if source.get("path") else ["not named"]
     for key in ("name", "split"):
         if source.get(key):
             parts.append(str(source[key]))
-    if source["max_rows"]:
+    if source.get("max_rows"):
         parts.append(f"first {source['max_rows']} rows")
     return ", ".join(parts)
 

@@ -168,7 +168,12 @@ def _load_model(checkpoint: Record, record: Record, settings: Mapping[str, Any])
     weights = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith(_MODEL_PREFIX)}
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     lm = LanguageModel(**settings)
-    lm.load(dtypes.most_common(1)[0][0], device="cpu")
+    # An adapter is wider than a base model in 16 bits.
+    base_dtype = (checkpoint["run"].get("base") or {}).get("dtype")
+    dtype = dtypes.most_common(1)[0][0]
+    if settings.get("adapter") is not None and base_dtype is not None:
+        dtype = getattr(torch, base_dtype)
+    lm.load(dtype, device="cpu")
     _check_base_model(lm, record)
 
     state_of_base = lm.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from lit_unlearn.errors import OutputError
@@ -29,8 +30,20 @@ def find_upload_problem(repository: str) -> str | None:
     return None
 
 
+def list_files(folder: Path) -> str:
+    """Return the files of a folder with their sizes, a line each: what an upload would publish."""
+    lines = []
+    total = 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            size = path.stat().st_size
+            total += size
+            lines.append(f"  {size:>15,} bytes  {path.relative_to(folder).as_posix()}")
+    return "\n".join([*lines, f"  {total:>15,} bytes in all"])
+
+
 def upload_export(folder: Path, repository: str, private: bool = True) -> str:
-    """Upload an export, in one commit.
+    """Upload an export, in one commit, after a list of what is uploaded.
 
     Args:
         folder: The export.
@@ -45,6 +58,8 @@ def upload_export(folder: Path, repository: str, private: bool = True) -> str:
     """
     from huggingface_hub import HfApi
 
+    visibility = "private" if private else "public"
+    print(f"uploading to '{repository}' on the hub ({visibility} if it is made now):\n{list_files(folder)}")
     try:
         url = HfApi().create_repo(repository, private=private, exist_ok=True)
         # The hub adds the owner to a bare name.
@@ -52,9 +67,10 @@ def upload_export(folder: Path, repository: str, private: bool = True) -> str:
             repo_id=url.repo_id, folder_path=folder, commit_message="Model and its record, by lit-unlearn"
         )
     except Exception as error:
+        command = ["hf", "upload", repository, str(folder), *(["--private"] if private else [])]
         # From a lost connection to a full quota, all are the same to the user: the export is there, the upload is not.
         raise OutputError(
             f"the upload to '{repository}' failed: {error}\nThe export is complete at '{folder}'. To upload it by hand: "
-            f"hf upload {repository} {folder}{' --private' if private else ''}"
+            f"{shlex.join(command)}"
         ) from error
     return str(url)

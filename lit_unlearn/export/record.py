@@ -19,9 +19,11 @@ from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, decide, get_slack
 from lit_unlearn.export.card import render_card
+from lit_unlearn.export.published import publish_record
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.training.agreement import read_arguments
 from lit_unlearn.utils.io import atomic_file, file_digest, iterate_files, write_json
+from lit_unlearn.utils.redaction import redact_secrets
 
 RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"
 
@@ -128,10 +130,11 @@ def summarize_results(file: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: Record) -> None:
     """Write the record and its card into a folder with the other files of an export.
 
-    A record without ``files`` gets their digests. One that has them keeps them: they say which files it was made with.
+    Both show what may be published, see `publish_record`. A record without ``files`` gets their digests. One that has them keeps them: they say which files it was made with.
     """
     if "files" not in record:
         record = {**record, "files": digest_export(folder)}
+    record = publish_record(record)
     write_json(folder / RECORD_FILE, record)
     with atomic_file(folder / CARD_FILE) as file:
         file.write_text(render_card(record), encoding="utf-8")
@@ -239,5 +242,5 @@ def _find_config(trainer: L.Trainer) -> Any:
     # The command line leaves its configuration with this callback of Lightning's; a run from Python has none.
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            return yaml.safe_load(callback.parser.dump(callback.config, skip_unset=False))
+            return redact_secrets(yaml.safe_load(callback.parser.dump(callback.config, skip_unset=False)))
     return None

@@ -152,6 +152,10 @@ class LanguageModel(nn.Module):
             self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **self.hub_settings)
         return self._tokenizer
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the model; Lightning's 16-bit precisions would round the adapter along with the base model."""
+        return super()._apply(adapters.keep_wide(self.model, fn), recurse)
+
     @property
     def is_loaded(self) -> bool:
         """True once the weights are in memory."""
