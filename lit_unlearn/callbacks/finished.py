@@ -13,7 +13,9 @@ from lit_unlearn.callbacks.export import ExportModel
 from lit_unlearn.callbacks.report import Report, RunReport
 from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.errors import ConfigError, RequirementNotMet
+from lit_unlearn.evaluation.verdict import decide
 from lit_unlearn.export.record import RECORD_FILE, digest_export
+from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.utils.io import read_json
 
@@ -119,6 +121,9 @@ def _find_missed_requirements(trainer: L.Trainer, module: LitLanguageModel, fold
         if value is not None and epsilon is not None:
             constraints[name] = {"value": value, "epsilon": epsilon, "slack": epsilon - value}
     report = Report(record["steps"], record["step"], record["before"], record["after"], constraints)
+    if isinstance(module, LitUnlearn):
+        report.max_forget_probability = reporter.max_forget_probability
+        report.verdict = decide(report.before, report.after, reporter.max_forget_probability)
     return reporter.find_failures(report)
 
 

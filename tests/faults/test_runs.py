@@ -120,7 +120,7 @@ def test_a_finished_run_without_its_export_is_no_success(
 @pytest.mark.parametrize(
     "requirement",
     [
-        ["--report.max_forget_probability=1e-9"],
+        ["--report.max_forget_probability=1e-9", "--report.require_forgotten=true"],
         ["--report.require_feasible=true", "--model.constraints.nll.epsilon.relative=-0.9"],
     ],
 )
