@@ -184,7 +184,7 @@ def encode_examples(
         example = encode(question, answer, tokenizer, **settings)
         # Nothing predicts the first token, so a label there supervises nothing.
         if all(label == IGNORED for label in example.labels[1:]):
-            # Never the text itself: messages end up in logs, and a forget row is what nobody should read again.
+            # Never the text itself: messages end up in logs, and a forget row is what no one should read again.
             if example.is_cut:
                 reason = f"its prompt alone fills `max_length` ({max_length}); raise it"
             else:

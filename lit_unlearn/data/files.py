@@ -133,9 +133,9 @@ def _parse_json(text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"line {line} is no JSON ({error.msg}, column {error.colno}). Mend or remove it") from error
+        raise DataError(f"line {line} is no JSON ({error.msg}, column {error.colno}). Correct or remove it") from error
     except RecursionError as error:
-        raise DataError(f"line {first_line} is nested too deeply. Mend or remove it") from error
+        raise DataError(f"line {first_line} is nested too deeply. Correct or remove it") from error
 
 
 def _check_objects(rows: Any) -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def _read_separated(text: str, delimiter: str) -> list[dict[str, Any]]:
             rows.append(dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True)))
     except csv.Error as error:
         raise DataError(
-            f"the row that ends in line {reader.line_num} is damaged ({error}). Mend or remove it"
+            f"the row that ends in line {reader.line_num} is damaged ({error}). Correct or remove it"
         ) from error
     return rows
 

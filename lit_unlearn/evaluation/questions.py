@@ -186,7 +186,7 @@ class QuestionSets:
             if problem:
                 raise DataError(
                     f"row {number} of the {name} set has {problem} '{self.wrong_column}': expected a text or a list of texts in every "
-                    "row, or in none. Mend the row, or set `wrong_column` to another column.",
+                    "row, or in none. Correct the row, or set `wrong_column` to another column.",
                     owner=self.owner,
                     argument="wrong_column",
                 )

@@ -56,7 +56,7 @@ def _kind_of(name: str) -> str:
 def guard_checkpoint_loading(strategy: Strategy) -> None:
     """Make a strategy refuse checkpoints with code in them, and those that it cannot read, whatever ``weights_only`` says.
 
-    Not an override: every strategy has its own way to read, and before it reads, nobody knows which checkpoint it will be.
+    Not an override: every strategy has its own way to read, and before it reads, no one knows which checkpoint it will be.
 
     Args:
         strategy: The Trainer's; its `load_checkpoint` raises `CheckpointError` from now on.

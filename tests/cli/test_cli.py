@@ -265,7 +265,7 @@ def test_several_constraints_are_overridden_by_key(
         ([], [], "the forget set is empty"),
         ([{"prompt": "q", "answer": "a"}], [], "the forget set has no column 'question'"),
         ([{"question": "q", "answer": ""}], [], "row 0 of the forget set has no supervised token"),
-        ([{"question": "q " * 300, "answer": "a"}], [], "raise it. Its question is"),
+        ([{"question": "q " * 300, "answer": "a"}], [], "fills `max_length` (100); raise it."),
         ([{"question": "q", "answer": "a"}], ["--model.lm.tokenizer=no-eos"], "has no end-of-sequence token"),
     ],
 )

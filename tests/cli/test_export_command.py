@@ -59,7 +59,7 @@ def test_the_weights_and_the_record_are_those_of_the_fit(in_tmp: Path, model_dir
     assert own["files"] == again["files"]
     assert same_files("out", "again", *own["files"])
     assert {**own, "created": ""} == {**again, "created": ""}
-    assert own["config"]["model"]["init_args"]["lm"]["model"] == model_dir
+    assert own["config"]["model"]["init_args"]["lm"]["model"] == Path(model_dir).name
     assert own["before"]
     assert own["after"]
     cards = [(Path(name) / "README.md").read_text().splitlines() for name in ("out", "again")]

@@ -97,7 +97,7 @@ def test_exact_and_ended(lm: Any) -> None:
 
 
 def test_refusals(lm: Any) -> None:
-    with pytest.raises(ValueError, match=r"row 7 of the question set has no supervised token: its answer ' '"):
+    with pytest.raises(ValueError, match=r"row 7 of the question set has no supervised token: its answer is empty"):
         ask_model(lm, "Who?", " ", number=7)
     with pytest.raises(ValueError, match=r"256 positions .* lower `max_new_tokens`"):
         ask_model(lm, "Who?", max_new_tokens=250)

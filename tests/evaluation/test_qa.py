@@ -147,15 +147,15 @@ def test_one_wrong_answer_as_text_or_as_a_list(tokenizer_dir, tmp_path):
         assert found["truth_ratio"] == pytest.approx(wanted, rel=1e-9)
 
 
-def test_a_set_with_and_without_wrong_answers(tokenizer_dir, tmp_path):
-    """Rows of one file may lack them: they have no truth ratio, and the set has no mean of it."""
-    rows = [FORGET[0], {**FORGET[1], "perturbed_answer": None}, {**FORGET[2], "perturbed_answer": []}]
+def test_a_set_without_wrong_answers(tokenizer_dir, tmp_path):
+    """It has no truth ratio. Where only some rows lack them, the row is named; see tests/faults/test_row_files.py."""
+    rows = [{**row, "perturbed_answer": empty} for row, empty in zip(FORGET[:3], (None, [], None), strict=True)]
     files = {
         "forget": write(tmp_path / "forget.jsonl", rows),
         "retain": write(tmp_path / "retain.jsonl", RETAIN),
     }
     results = run(loaded(taught(tokenizer_dir, 20)), files)
-    assert ["truth_ratio" in row for row in results["examples"]["forget"]] == [True, False, False]
+    assert ["truth_ratio" in row for row in results["examples"]["forget"]] == [False] * 3
     assert "forget/truth_ratio" not in results["aggregate"]
     assert "retain/truth_ratio" in results["aggregate"]
     assert results["missing"] == {"forget_quality": "the forget rows have no 'perturbed_answer'"}

@@ -187,7 +187,7 @@ def test_without_a_paraphrased_answer_there_is_nothing_to_compare_with(folder, t
         {key: value for key, value in row.items() if key != "paraphrased_answer"} for row in TOFU["retain_perturbed"]
     ]
     write(Path(folder, "retain_perturbed.json"), rows)
-    with pytest.raises(ValueError, match=r"row 0 of the retain set has no text in 'paraphrased_answer': .* got None"):
+    with pytest.raises(ValueError, match=r"row 0 of the retain set has no text in 'paraphrased_answer': .* got none"):
         suite_of(folder).prepare(tokenizer)
 
 

@@ -95,7 +95,7 @@ def test_every_setting_that_decides_a_step_is_compared(
     of_first: list[dict[str, str]] = []
 
     def fit(module: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]) -> None:
-        data = {"forget": rows(5), "retain": rows(6), "batch_size": 2, **data}
+        data = {"forget": rows(5), "retain": rows(6, "She"), "batch_size": 2, **data}
         for name in ("forget", "retain"):
             (tmp_path / f"{name}.jsonl").write_text(data[name], encoding="utf-8")
             data[name] = str(tmp_path / f"{name}.jsonl")
@@ -173,7 +173,7 @@ def test_processes_that_read_other_rows_end_together(
     for node in (0, 1):
         folder = tmp_path / f"node{node}"
         folder.mkdir()
-        content = {"forget": rows(20), "retain": rows(24), **(stale if node else {})}
+        content = {"forget": rows(20), "retain": rows(24, "She"), **(stale if node else {})}
         for name, text in content.items():
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         processes.append(start(folder, node, port, model_dir, *(extra if node else [])))
@@ -196,7 +196,7 @@ def test_processes_that_agree_run(model_dir: str, tmp_path: Path) -> None:
     for node in (0, 1):
         folder = tmp_path / f"node{node}"
         folder.mkdir()
-        for name, text in {"forget": rows(20), "retain": rows(24)}.items():
+        for name, text in {"forget": rows(20), "retain": rows(24, "She")}.items():
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         lenient = ["--report.require_feasible=false", "--report.require_forgotten=false"]
         processes.append(start(folder, node, port, model_dir, *lenient))

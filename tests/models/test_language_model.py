@@ -361,7 +361,7 @@ def test_what_transformers_cannot_read_is_one_sentence(how, message, model_copy)
 def test_an_adapter_is_no_model(model_copy, tmp_path):
     lm = loaded(str(model_copy), adapter={"r": 2})
     folder = lm.save(tmp_path / "out") / "adapter"
-    with pytest.raises(ModelError, match=rf"is an adapter of the base model '{model_copy}'.*`model`") as error:
+    with pytest.raises(ModelError, match=rf"is an adapter of the base model '{model_copy.name}'.*`model`") as error:
         LanguageModel(str(folder))
     assert error.value.argument == "model"
 
