@@ -161,10 +161,11 @@ def find_port() -> int:
     [
         ({"forget": rows(10)}, [], "number of forget rows"),
         ({"forget": rows(20, "He")}, [], "answers of the forget rows"),
+        ({"forget": '{"frage": "Who?", "answer": "He."}\n'}, [], "no column 'question'"),
         ({}, ["--model.optimizer.lr=1e-3"], "optimizer"),
         ({}, ["--data.retain_batch_size=5"], "`retain_batch_size`"),
     ],
-    ids=["other number", "other text", "other rate", "other batch"],
+    ids=["other number", "other text", "no such column", "other rate", "other batch"],
 )
 def test_processes_that_read_other_rows_end_together(
     stale: dict[str, str], extra: list[str], named: str, model_dir: str, tmp_path: Path
