@@ -203,7 +203,7 @@ class ExportModel(Callback):
     ) -> None:
         """Export the model if the validation whose last batch this is has found the best one so far.
 
-        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` have restored the others by then.
         """
         if may_have_new_best(pl_module, trainer) and not is_dry_run(trainer):
             self._export_kept_model(trainer, pl_module)

@@ -324,11 +324,11 @@ def test_a_checkpoint_is_exported_in_the_dtype_of_its_run(
 def fit_part(
     model: str, folder: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path, epochs: int, **settings: Any
 ) -> LitUnlearn:
-    """One part of a run; its checkpoints and its export are in ``tmp_path``."""
+    """One part of a run, which resumes the one before by its path; checkpoints and export are in ``tmp_path``."""
     module = make(model, **settings)
     callbacks = [ResumeCheckpoint(dirpath=str(tmp_path)), RunReport(str(tmp_path)), ExportModel(str(tmp_path / "out"))]
     trainer = make_trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(module, datamodule=rows(folder), ckpt_path=None if epochs == 1 else "last")
+    trainer.fit(module, datamodule=rows(folder), ckpt_path=None if epochs == 1 else str(tmp_path / "last-step=2.ckpt"))
     return module
 
 
