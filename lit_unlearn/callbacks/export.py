@@ -208,7 +208,7 @@ class ExportModel(Callback):
     ) -> None:
         """Export the model if the validation whose last batch this is has found the best one so far.
 
-        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` have restored the others by then.
         """
         if may_have_new_best(pl_module, trainer) and not is_dry_run(trainer):
             self._export_kept_model(trainer, pl_module)
@@ -234,9 +234,9 @@ class ExportModel(Callback):
 
         # An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was
         # resumed, the present epsilon.
-        record = self._add_outcome(kept, trainer, pl_module)
-
         def renew_record() -> None:
+            # Only the first process has the record.
+            record = self._add_outcome(kept, trainer, pl_module)
             folder = Path(str(self._folder))
             exported = read_json(folder / RECORD_FILE)
             with replace_folder(folder, keeps_others=True) as staging:

@@ -13,7 +13,7 @@ from lit_unlearn.callbacks.export import ExportModel
 from lit_unlearn.callbacks.report import Report, RunReport
 from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.errors import ConfigError, RequirementNotMet
-from lit_unlearn.evaluation.verdict import decide
+from lit_unlearn.evaluation.verdict import decide, get_slack
 from lit_unlearn.export.record import RECORD_FILE, digest_export
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
@@ -57,7 +57,9 @@ class FinishedRun(Callback):
         if exporter is not None:
             folder = find_export(exporter)
             if trainer.is_global_zero:
-                problem = find_export_problem(folder, exporter.state_dict()["record"], step, pl_module.kept_step)
+                best = pl_module.best if isinstance(pl_module, LitUnlearn) else None
+                record = exporter.state_dict()["record"]
+                problem = find_export_problem(folder, record, step, pl_module.kept_step, best and best.weights)
             problem = trainer.strategy.broadcast(problem)
         place = f"; the model is in {folder}" if folder is not None and problem is None else ""
         rank_zero_info(f"already finished at step {step}: nothing to do{place}")
@@ -75,7 +77,9 @@ def find_export(exporter: ExportModel) -> Path | None:
     return None if folder is None else Path(folder)
 
 
-def find_export_problem(folder: Path | None, record: dict[str, Any], steps: int, kept_step: int) -> str | None:
+def find_export_problem(
+    folder: Path | None, record: dict[str, Any], steps: int, kept_step: int, checksum: str | None = None
+) -> str | None:
     """Return what keeps a folder from being the export of a finished run; ``None`` if it is.
 
     Args:
@@ -83,11 +87,14 @@ def find_export_problem(folder: Path | None, record: dict[str, Any], steps: int,
         record: The run's, from its checkpoint.
         steps: Steps that the run has taken.
         kept_step: Step of the model that it keeps.
+        checksum: Of that model's weights; ``None`` if the checkpoint does not say.
     """
     if folder is None or not (folder / RECORD_FILE).is_file():
         return f"the run has finished, but there is no export with a record in '{folder}'."
     exported = read_json(folder / RECORD_FILE)
-    expected = {"steps": steps, "step": kept_step}
+    expected: dict[str, Any] = {"steps": steps, "step": kept_step}
+    if checksum is not None:
+        expected["checksum"] = checksum
     for key, value in expected.items():
         if exported.get(key) != value:
             return f"the export in '{folder}' is not that of this run: its record has `{key}` {exported.get(key)}, not {value}."
@@ -119,7 +126,7 @@ def _find_missed_requirements(trainer: L.Trainer, module: LitLanguageModel, fold
     for name, constraint in get_constraints(module).items():
         value, epsilon = record["after"].get(f"constraint/{name}/value"), constraint.epsilon
         if value is not None and epsilon is not None:
-            constraints[name] = {"value": value, "epsilon": epsilon, "slack": epsilon - value}
+            constraints[name] = {"value": value, "epsilon": epsilon, "slack": get_slack(value, epsilon)}
     report = Report(record["steps"], record["step"], record["before"], record["after"], constraints)
     if isinstance(module, LitUnlearn):
         report.max_forget_probability = reporter.max_forget_probability

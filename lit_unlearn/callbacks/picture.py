@@ -84,7 +84,7 @@ class RunPicture(Callback):
     ) -> None:
         """Score the answers again if the validation whose last batch this is has found the best model so far.
 
-        Not when the validation has ended: callbacks such as ``WeightAveraging`` take its weights away before.
+        Not when the validation has ended: callbacks such as ``WeightAveraging`` have restored the others by then.
         """
         if may_have_new_best(pl_module, trainer):
             self._score_kept_model(trainer, pl_module)

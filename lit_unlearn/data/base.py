@@ -16,8 +16,17 @@ from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import check_template
-from lit_unlearn.errors import CheckpointError, ConfigError, DataError, ModelError, arguments_of, reading
+from lit_unlearn.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LitUnlearnError,
+    ModelError,
+    arguments_of,
+    reading,
+)
 from lit_unlearn.models.loading import check_hub
+from lit_unlearn.utils.distributed import gather_objects
 from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
@@ -156,9 +165,24 @@ class ForgetRetain(L.LightningDataModule):
         if self.examples and not (needs_alternates and self.examples["forget"][0].alternate is None):
             return
 
-        with arguments_of(self):
-            self._make_examples(needs_alternates)
+        problem: LitUnlearnError | None = None
+        try:
+            with arguments_of(self):
+                self._make_examples(needs_alternates)
+        except LitUnlearnError as error:
+            problem = error
+        self._raise_together(problem)
         rank_zero_info("data: " + ", ".join(f"{name} {_summarize(rows)}" for name, rows in self.examples.items()))
+
+    def _raise_together(self, problem: LitUnlearnError | None) -> None:
+        """Raise this process's problem or, if it has none, that of another: it would wait for that one without a word."""
+        # Without a trainer there is nothing that all processes do together.
+        problems = [problem and str(problem)] if self.trainer is None else gather_objects(problem and str(problem))
+        if problem is not None:
+            raise problem
+        for rank, message in enumerate(problems):
+            if message is not None:
+                raise DataError(f"the process of rank {rank} cannot use its rows: {message}")
 
     def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()

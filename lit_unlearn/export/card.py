@@ -297,7 +297,7 @@ def _has_row_files(record: Record) -> bool:
 
 
 def _name_row_files(record: Record, prefix: str) -> list[str]:
-    # Not the paths: what they were called is nobody's business, and the files may be elsewhere by now.
+    # Not the paths: a name may tell what was deleted, and the files may be elsewhere by now.
     return [f"{prefix}forget=FORGET", f"{prefix}retain=RETAIN"] if _has_row_files(record) else []
 
 

@@ -32,8 +32,8 @@ from lit_unlearn.training import agreement
 from lit_unlearn.training.agreement import check_processes_agree
 
 
-def rows(count: int, word: str = "It") -> str:
-    lines = [{"question": f"What is number {n}?", "answer": f"{word} is {n}."} for n in range(count)]
+def rows(count: int, word: str = "It", what: str = "number") -> str:
+    lines = [{"question": f"What is {what} {n}?", "answer": f"{word} is {n}."} for n in range(count)]
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -70,7 +70,7 @@ def make(model: str, **settings: Any) -> LitUnlearn:
     [
         ({}, {"forget": rows(7)}, {}, "number of forget rows: 5 on rank 0, 7 on rank 1"),
         ({}, {"forget": rows(5, "He")}, {}, "answers of the forget rows"),
-        ({}, {"retain": rows(6, "He")}, {}, "answers of the retain rows"),
+        ({}, {"retain": rows(6, "He", "letter")}, {}, "answers of the retain rows"),
         ({}, {"template": "Q: {question} A: {answer}"}, {}, "prompts and answers of the forget rows"),
         ({}, {"batch_size": 3}, {}, "`batch_size`: 2 on rank 0, 3 on rank 1"),
         ({"seed": 1}, {}, {}, "model's `seed`"),
@@ -95,7 +95,7 @@ def test_every_setting_that_decides_a_step_is_compared(
     of_first: list[dict[str, str]] = []
 
     def fit(module: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]) -> None:
-        data = {"forget": rows(5), "retain": rows(6, "She"), "batch_size": 2, **data}
+        data = {"forget": rows(5), "retain": rows(6, what="letter"), "batch_size": 2, **data}
         for name in ("forget", "retain"):
             (tmp_path / f"{name}.jsonl").write_text(data[name], encoding="utf-8")
             data[name] = str(tmp_path / f"{name}.jsonl")
@@ -108,7 +108,7 @@ def test_every_setting_that_decides_a_step_is_compared(
     with pytest.raises(DataError) as caught:
         fit(module, data, trainer)
     assert named in str(caught.value)
-    assert "What is number" not in str(caught.value)  # no row is shown
+    assert "What is" not in str(caught.value)  # no row is shown
     assert "is 3." not in str(caught.value)
 
 
@@ -161,10 +161,11 @@ def find_port() -> int:
     [
         ({"forget": rows(10)}, [], "number of forget rows"),
         ({"forget": rows(20, "He")}, [], "answers of the forget rows"),
+        ({"forget": '{"frage": "Who?", "answer": "He."}\n'}, [], "no column 'question'"),
         ({}, ["--model.optimizer.lr=1e-3"], "optimizer"),
         ({}, ["--data.retain_batch_size=5"], "`retain_batch_size`"),
     ],
-    ids=["other number", "other text", "other rate", "other batch"],
+    ids=["other number", "other text", "no such column", "other rate", "other batch"],
 )
 def test_processes_that_read_other_rows_end_together(
     stale: dict[str, str], extra: list[str], named: str, model_dir: str, tmp_path: Path
@@ -173,7 +174,7 @@ def test_processes_that_read_other_rows_end_together(
     for node in (0, 1):
         folder = tmp_path / f"node{node}"
         folder.mkdir()
-        content = {"forget": rows(20), "retain": rows(24, "She"), **(stale if node else {})}
+        content = {"forget": rows(20), "retain": rows(24, what="letter"), **(stale if node else {})}
         for name, text in content.items():
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         processes.append(start(folder, node, port, model_dir, *(extra if node else [])))
@@ -196,7 +197,7 @@ def test_processes_that_agree_run(model_dir: str, tmp_path: Path) -> None:
     for node in (0, 1):
         folder = tmp_path / f"node{node}"
         folder.mkdir()
-        for name, text in {"forget": rows(20), "retain": rows(24, "She")}.items():
+        for name, text in {"forget": rows(20), "retain": rows(24, what="letter")}.items():
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         lenient = ["--report.require_feasible=false", "--report.require_forgotten=false"]
         processes.append(start(folder, node, port, model_dir, *lenient))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from command_line import quick
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,6 +23,7 @@ from lit_unlearn import (
     NLL,
     Constraint,
     DualAscent,
+    FictionalAuthors,
     FixedMultiplier,
     ForgetRetain,
     KLToReference,
@@ -319,11 +324,11 @@ def test_a_checkpoint_is_exported_in_the_dtype_of_its_run(
 def fit_part(
     model: str, folder: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path, epochs: int, **settings: Any
 ) -> LitUnlearn:
-    """One part of a run; its checkpoints and its export are in ``tmp_path``."""
+    """One part of a run, which resumes the one before by its path; checkpoints and export are in ``tmp_path``."""
     module = make(model, **settings)
     callbacks = [ResumeCheckpoint(dirpath=str(tmp_path)), RunReport(str(tmp_path)), ExportModel(str(tmp_path / "out"))]
     trainer = make_trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(module, datamodule=rows(folder), ckpt_path=None if epochs == 1 else "last")
+    trainer.fit(module, datamodule=rows(folder), ckpt_path=None if epochs == 1 else str(tmp_path / "last-step=2.ckpt"))
     return module
 
 
@@ -380,3 +385,53 @@ def test_a_model_that_is_nowhere_fails_the_run(
     with pytest.raises(OutputError, match="step 2, is not at"):
         make_trainer(max_epochs=1, callbacks=callbacks).fit(make(model_dir), datamodule=rows(rows_dir))
     assert (tmp_path / "report.json").is_file()
+
+
+# Several processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "dtype"),
+    [
+        (
+            ["--config=hardware/ddp.yaml", "--trainer.callbacks=EMAWeightAveraging", "--trainer.callbacks.decay=0.6"],
+            "bfloat16",
+        ),
+        (["--config=hardware/fsdp2.yaml"], "bfloat16"),
+        (["--config=hardware/fsdp2.yaml", "--model.lm.adapter={r: 4}"], "float32"),
+        (["--config=hardware/ddp.yaml", "--model.lm.adapter={r: 4}"], "bfloat16"),
+    ],
+    ids=["ddp, ema", "fsdp2", "fsdp2, lora", "ddp, lora"],
+)
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_two_processes_export_what_they_measured(
+    extra: list[str],
+    dtype: str,
+    keep: str,
+    half_model_dir: str,
+    make_trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+) -> None:
+    arguments = quick(
+        half_model_dir, *extra, "--trainer.devices=2", "--trainer.accelerator=cpu", f"--model.keep={keep}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_unlearn", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read(tmp_path / "out")
+    report = json.loads((tmp_path / "log/run/version_0/report.json").read_text("utf-8"))
+    assert record["after"] == report["after"] != record["before"]
+    assert record["dtype"] == dtype
+    assert {str(t.dtype) for t in load_file(tmp_path / "out/model.safetensors").values()} == {f"torch.{dtype}"}
+    data = FictionalAuthors(3, 1, batch_size=5, retain_batch_size=20, max_length=200)
+    parts = make_trainer().validate(make(str(tmp_path / "out"), epsilon=1.0), datamodule=data, verbose=False)
+    measured = {name.removeprefix("val/"): value for part in parts for name, value in part.items()}
+    # Merged in one place and computed beside the base in the other, where nothing is rounded.
+    assert_same_values(record, measured, rel=1e-5)

@@ -79,12 +79,12 @@ def test_another_base_of_the_same_shape_is_refused(
 ) -> None:
     cli.main(quick(model_dir, "--trainer.max_epochs=1", *extra))
     before = read("out/unlearning.json")
+    (checkpoint,) = Path("log/run/checkpoints").glob("last-*.ckpt")
     with pytest.raises(SystemExit) as caught:
-        cli.main(quick(other_model_dir, "--ckpt_path=last", *extra))
+        cli.main(quick(other_model_dir, f"--ckpt_path={checkpoint}", *extra))
     assert caught.value.code == 2
     assert "base model" in str(caught.value)
     assert read("out/unlearning.json") == before
-    (checkpoint,) = Path("log/run/checkpoints").glob("last-*.ckpt")
     with pytest.raises(SystemExit) as caught:
         cli.main(["export", str(checkpoint), "again", "--model", other_model_dir])
     assert caught.value.code == 2
@@ -102,8 +102,9 @@ def test_no_step_is_taken_from_another_base(
     cli.main(quick(model_dir, "--trainer.max_epochs=1"))
     steps: list[int] = []
     monkeypatch.setattr(LitUnlearn, "training_step", lambda self, batch, batch_idx: steps.append(batch_idx))
+    (checkpoint,) = Path("log/run/checkpoints").glob("last-*.ckpt")
     with pytest.raises(SystemExit):
-        cli.main(quick(other_model_dir, "--ckpt_path=last"))
+        cli.main(quick(other_model_dir, f"--ckpt_path={checkpoint}"))
     assert steps == []
 
 

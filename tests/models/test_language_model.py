@@ -380,7 +380,7 @@ def test_load_chooses_float32_on_the_cpu(device, model_dir):
 
 def test_load_takes_the_checkpoints_dtype_on_an_accelerator(model_dir, tmp_path):
     """The meta device stands in for one; probing a model there reads no values, so it is left out."""
-    half = loaded(model_dir, dtype=torch.bfloat16).save(tmp_path / "half")
+    half = loaded(model_dir, dtype=torch.bfloat16).save(tmp_path / "half", dtype=torch.bfloat16)
     for folder, dtype in ((half, torch.bfloat16), (model_dir, torch.float32)):
         lm = LanguageModel(str(folder))
         seen = []
