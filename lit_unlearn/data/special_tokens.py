@@ -205,7 +205,7 @@ class _Names:
         copy = Tokenizer.from_str(json.dumps(content))
         # Of a vocabulary that was renamed in part, tokenizers may number the added tokens anew.
         for name, number in original_ids.items():
-            self._ids[copy.token_to_id(name)] = number
+            self._ids[int(copy.token_to_id(name))] = number  # type: ignore[arg-type]  # it was added
         return copy
 
 

@@ -154,7 +154,8 @@ class LanguageModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert the model; Lightning's 16-bit precisions would round the adapter along with the base model."""
-        return super()._apply(adapters.keep_wide(self.model, fn), recurse)
+        super()._apply(adapters.keep_wide(self.model, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def is_loaded(self) -> bool:
