@@ -189,7 +189,7 @@ def test_a_full_disk_under_a_logger_is_one_sentence(
         cli.main(["methods"])
     assert end.value.code == 1
     assert "'log/metrics.csv' cannot be written: No space left on device." in capsys.readouterr().err
-    monkeypatch.setattr("lit_unlearn.cli.methods.run", lambda arguments: open("/no/such/file"))
+    monkeypatch.setattr("lit_unlearn.cli.methods.run", lambda arguments: Path("/no/such/file").read_text())
     with pytest.raises(FileNotFoundError):  # a bug keeps its traceback
         cli.main(["methods"])
 
