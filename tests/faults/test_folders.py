@@ -246,15 +246,17 @@ def test_a_damaged_staged_file_is_not_put_in_place(export: Path, monkeypatch: py
     assert content(export) == {"config.json": "old", "weights": "old", "stale": "old"}
 
 
+def fail(folder: Path, error: BaseException) -> None:
+    with replace_folder(folder) as staging:
+        (staging / "weights").write_text("half")
+        raise error
+
+
 def test_what_fails_before_the_end_changes_nothing(export: Path) -> None:
     before = content(export)
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143), RuntimeError()):
-        with (
-            pytest.raises(OutputError if isinstance(error, OSError) else type(error)),
-            replace_folder(export) as folder,
-        ):
-            (folder / "weights").write_text("half")
-            raise error
+        with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+            fail(export, error)
         assert content(export) == before
 
 
