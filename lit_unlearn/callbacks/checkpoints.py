@@ -121,10 +121,12 @@ class ResumeCheckpoint(ModelCheckpoint):
         has_finished = trainer.global_step >= trainer.estimated_stepping_batches
         if not stops or has_finished:
             return
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         # A scheduler may signal one process only.
         number = max(gather_objects(self._signals.first or 0))
+        if is_dry_run(trainer):
+            raise SystemExit(StoppedBySignal(number).exit_code)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         resume = f"`{self._resuming_command(trainer)}`" if _is_command() else f"ckpt_path={self.best_model_path!r}"
         rank_zero_info(f"stopped after step {trainer.global_step}: {self.best_model_path}; resume with {resume}")
         raise SystemExit(StoppedBySignal(number).exit_code)
