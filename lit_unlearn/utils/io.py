@@ -365,6 +365,13 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     shutil.rmtree(staging)
 
 
+def is_staging(path: Path) -> bool:
+    """Return whether a folder is one that `replace_folder` collects new files in, within a folder of ours."""
+    if not _STAGING.fullmatch(path.name) or not path.is_dir():
+        return False
+    return _find_foreign_file(path.parent) is None
+
+
 def finish_replacement(folder: Path) -> None:
     """Complete, or else remove, what an interrupted `replace_folder` left in a folder of ours that this process has locked."""
     folder = _resolve(folder)

@@ -372,29 +372,6 @@ def test_a_fit_locks_its_folder_and_leaves_none_when_it_fails(
     assert not io._held_folders
 
 
-def test_a_model_that_is_nowhere_is_not_announced(
-    tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: Any
-) -> None:
-    """The best model is that of the first part, whose export is gone."""
-
-    class Ruin(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            for parameter in pl_module.parameters():
-                parameter.data.mul_(20)
-
-    trainer = make_trainer(max_epochs=1, callbacks=[ExportModel(tmp_path / "out")])
-    fit(tiny_lm(), trainer)
-    trainer.save_checkpoint(tmp_path / "part.ckpt")
-    shutil.rmtree(tmp_path / "out")
-    caplog.clear()
-    trainer = make_trainer(max_epochs=2, callbacks=[ExportModel(tmp_path / "out"), Ruin()])
-    data = FictionalAuthors(4, 1, batch_size=5, retain_batch_size=4, max_length=200)
-    with pytest.raises(OutputError, match="step 2"):
-        trainer.fit(make(tiny_lm()), datamodule=data, ckpt_path=tmp_path / "part.ckpt")
-    assert not any(message.startswith("model: ") and "out" in message for message in caplog.messages)
-    assert not (tmp_path / "out").exists()
-
-
 COMMAND = [sys.executable, "-m", "lit_unlearn"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

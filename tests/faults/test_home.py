@@ -20,6 +20,7 @@ from lit_unlearn.evaluation.results import Results
 from lit_unlearn.utils.io import cache_folder, expand_home
 
 ROWS = [{"question": f"Who lives in house {n}?", "answer": f"Agent {n * 7}."} for n in range(4)]
+RETAIN = [{"question": f"Which colour has house {n}?", "answer": "It is blue."} for n in range(4)]
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_every_path_in_python_is_expanded(home: Path, model_dir: str, write_rows
     lm = LanguageModel("~/model", tokenizer="~/model")
     assert lm.name == lm.tokenizer_name == f"{home}/model"
     assert len(Source("~/rows.jsonl").load("forget")) == len(ROWS)
-    data = ForgetRetain("~/rows.jsonl", "~/rows.jsonl", refusals="~/refusals.txt", tokenizer="~/model")
+    data = ForgetRetain("~/rows.jsonl", RETAIN, refusals="~/refusals.txt", tokenizer="~/model")
     data.setup("fit")
     assert read_refusals("~/refusals.txt") == ["No."]
     assert find_local_folder("~", "TOFU") == home
@@ -87,7 +88,7 @@ def test_the_cache_folder_is_expanded(home: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_one_call_writes_to_the_home(home: Path, model_dir: str) -> None:
     settings = {"data": {"batch_size": 4}, "max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
-    unlearn(model_dir, ROWS, ROWS, "~/out", run_dir="~/run", **settings)
+    unlearn(model_dir, ROWS, RETAIN, "~/out", run_dir="~/run", **settings)
     assert (home / "out" / "config.json").is_file()
     assert (home / "run" / "version_0" / "report.json").is_file()
     assert list(Path().iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,12 +40,13 @@ from lit_unlearn.utils.io import check_export_target, lock_folder
 
 CANARY = "quokkacanary"
 ROWS = [{"question": f"Who lives in house {n}?", "answer": f"{CANARY} number {n}."} for n in range(6)]
+RETAIN = [{"question": f"Which colour has house {n}?", "answer": "It is blue."} for n in range(8)]
 
 
 def holders(*folders: Path) -> set[Path]:
-    """The files in which the canary can be read, also as a compressed picture's text or within a checkpoint."""
+    """The files in which the canary can be read, also in pieces as a list of tokens has it."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return {path for path in files if CANARY.encode() in path.read_bytes()}
+    return {path for path in files if CANARY.encode() in re.sub(rb'[",\s]', b"", path.read_bytes())}
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_reading_a_file_needs_no_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 def make(model: str, rows: str | None = None) -> LitUnlearn:
     """DPO needs the reference's log-probabilities, which are cached; the benchmark writes answers."""
-    benchmark = None if rows is None else QABenchmark(rows, rows, max_new_tokens=2)
+    benchmark = None if rows is None else QABenchmark(rows, Source.from_rows(RETAIN), max_new_tokens=2)
     every = None if rows is None else 1
     return LitUnlearn(
         LanguageModel(model),
@@ -106,7 +108,9 @@ def fit(
         plugins=default_plugins(),
         enable_progress_bar=False,
     )
-    trainer.fit(make(model, rows if benchmark else None), datamodule=ForgetRetain(rows, rows, batch_size=3), **settings)
+    trainer.fit(
+        make(model, rows if benchmark else None), datamodule=ForgetRetain(rows, RETAIN, batch_size=3), **settings
+    )
     return callbacks
 
 
@@ -196,7 +200,7 @@ def test_clean_touches_nothing_that_this_package_did_not_write(
     project, other = tmp_path / "project", tmp_path / "other"
     (project / "checkpoints").mkdir(parents=True)
     (project / "data.partial").mkdir()
-    (project / ".unfinished-thesis").mkdir()
+    (project / ".unfinished-2024").mkdir()
     torch.save({"state_dict": {}, "epoch": 3}, project / "checkpoints" / "best.ckpt")
     (project / "checkpoints" / "broken.ckpt").write_text("no archive")
     (project / "checkpoints" / "folder.ckpt").mkdir()
@@ -204,7 +208,7 @@ def test_clean_touches_nothing_that_this_package_did_not_write(
     (project / "pictures.json").write_text('{"album": []}')
     (project / "results.json").write_text('{"examples": [1, 2]}')
     (project / "data.partial" / "forget.json").write_text('{"mine": 1}')
-    (project / ".unfinished-thesis" / "a.tex").write_text("years of work")
+    (project / ".unfinished-2024" / "a.tex").write_text("years of work")
     other.mkdir()
     (other / "last-step=2.ckpt").write_text("elsewhere")
     (project / "link").symlink_to(other)
@@ -232,7 +236,7 @@ def test_clean_refuses_what_is_no_folder_and_a_run_that_goes_on(tmp_path: Path, 
 def test_clean_mentions_the_judges_cache_which_it_keeps(
     tmp_path: Path, caches: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "judge" not in clean(tmp_path, capsys=capsys)
+    assert str(caches / "own" / "judge") not in clean(tmp_path / "caches" / "tmp", capsys=capsys)
     ReplyCache("judge").write_reply(f"a question and {CANARY}", "7")
     assert str(caches / "own" / "judge") in clean(tmp_path / "caches" / "tmp", "--yes", capsys=capsys)
     assert holders(caches)
@@ -242,7 +246,12 @@ def test_clean_mentions_the_judges_cache_which_it_keeps(
 def test_from_the_command_line_too(in_tmp: Path, model_dir: str, write_rows: Callable[..., str], caches: Path) -> None:
     rows = write_rows("rows.jsonl", ROWS)
     general = [argument for argument in quick(model_dir) if "author" not in argument]
-    own = ["--config=own_data.yaml", f"--data.forget={rows}", f"--data.retain={rows}", *general[2:]]
+    own = [
+        "--config=own_data.yaml",
+        f"--data.forget={rows}",
+        f"--data.retain={write_rows('retain.jsonl', RETAIN)}",
+        *general[2:],
+    ]
     cli.main(["fit", *own, "--logs.save_dir=log"])
     outside = {path for path in holders(in_tmp) if "log" not in path.relative_to(in_tmp).parts}
     assert outside == {Path(rows)}
