@@ -223,9 +223,9 @@ class ExportModel(Callback):
 
         # An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was
         # resumed, the present epsilon.
-        record = self._add_outcome(kept, trainer, pl_module)
-
         def renew_record() -> None:
+            # Only the first process has the record.
+            record = self._add_outcome(kept, trainer, pl_module)
             folder = Path(str(self._folder))
             exported = read_json(folder / RECORD_FILE)
             with replace_folder(folder, keeps_others=True) as staging:
