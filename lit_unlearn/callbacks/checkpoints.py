@@ -22,7 +22,7 @@ from lit_unlearn.callbacks.signals import SignalWatch, replace_signal_handling
 from lit_unlearn.errors import CheckpointError, StoppedBySignal
 from lit_unlearn.training.run_folder import find_checkpoint_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
-from lit_unlearn.utils.io import check_writable, expand_home, lock_folder, output_errors, remove_if_empty
+from lit_unlearn.utils.io import check_writable, expand_home, hold_folder, output_errors
 
 
 class ResumeCheckpoint(ModelCheckpoint):
@@ -67,13 +67,9 @@ class ResumeCheckpoint(ModelCheckpoint):
     def _take_folder(self) -> None:
         self._release_folder()
         folder = Path(str(self.dirpath))
-        check_writable(folder, owner=self, argument="dirpath")
         self._lock = ExitStack()
+        self._lock.enter_context(hold_folder(folder, owner=self, argument="dirpath"))
         with output_errors(folder):
-            if not folder.exists():
-                self._lock.callback(remove_if_empty, folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(lock_folder(folder))
             # Of a run that was killed while it wrote.
             for path in folder.glob(f".*{self.FILE_EXTENSION}.unfinished"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -125,10 +121,12 @@ class ResumeCheckpoint(ModelCheckpoint):
         has_finished = trainer.global_step >= trainer.estimated_stepping_batches
         if not stops or has_finished:
             return
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         # A scheduler may signal one process only.
         number = max(gather_objects(self._signals.first or 0))
+        if is_dry_run(trainer):
+            raise SystemExit(StoppedBySignal(number).exit_code)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         resume = f"`{self._resuming_command(trainer)}`" if _is_command() else f"ckpt_path={self.best_model_path!r}"
         rank_zero_info(f"stopped after step {trainer.global_step}: {self.best_model_path}; resume with {resume}")
         raise SystemExit(StoppedBySignal(number).exit_code)

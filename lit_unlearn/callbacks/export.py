@@ -31,14 +31,12 @@ from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import whole_state
 from lit_unlearn.utils.io import (
     check_export_target,
-    check_writable,
     expand_home,
     finish_replacement,
-    lock_folder,
+    hold_folder,
     output_errors,
     read_digests,
     read_json,
-    remove_if_empty,
     replace_folder,
 )
 from lit_unlearn.utils.validation import check_choice
@@ -121,13 +119,9 @@ class ExportModel(Callback):
             check_export_target(path, inputs, owner=self, argument="dirpath")
             # Both exports are on the disk while the new one replaces the old one.
             size = 0 if lm is None else weight_file_size(lm.name)
-            check_writable(path, size, owner=self, argument="dirpath")
             self._lock = ExitStack()
+            self._lock.enter_context(hold_folder(path, size, owner=self, argument="dirpath"))
             with output_errors(path):
-                if not path.exists():
-                    self._lock.callback(remove_if_empty, path)
-                path.mkdir(parents=True, exist_ok=True)
-                self._lock.enter_context(lock_folder(path))
                 finish_replacement(path)
 
         check_on_first_process(trainer, take)

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import CheckpointError, LitUnlearnError, MissingFileError, reading
-from lit_unlearn.utils.io import DIGEST_FILE, cache_folder, format_size, lock_folder, output_errors, remove_if_empty
+from lit_unlearn.plotting.run_log import PICTURE_FILE
+from lit_unlearn.utils.io import (
+    DIGEST_FILE,
+    cache_folder,
+    format_size,
+    is_staging,
+    lock_folder,
+    output_errors,
+    remove_if_empty,
+)
 
 _TOKEN_PICTURES = ("tokens.png", "tokens.svg", "tokens.pdf")
 _CHECKPOINT = ".ckpt"
@@ -82,7 +91,7 @@ def find_leftovers(folder: Path) -> Iterator[Leftover]:
                 yield Leftover(here / name, content, _measure(here / name))
         folders.sort()
         for name in sorted(names):
-            content = _describe_file(here / name, names)
+            content = _describe_file(here / name)
             if content:
                 yield Leftover(here / name, content, _measure(here / name))
 
@@ -96,26 +105,26 @@ def _describe_folder(path: Path) -> str | None:
     if path.suffix == _CHECKPOINT and _is_our_checkpoint(path):
         return "checkpoint"
     # With a list of digests it is complete, and the next run puts it into its place.
-    if path.name.startswith(f"{_UNFINISHED}-") and not (path / DIGEST_FILE).is_file():
+    if is_staging(path) and not (path / DIGEST_FILE).is_file():
         return "unfinished export"
     if path.suffix == ".partial" and all(_is_partial(file) for file in path.iterdir()):
         return "answers of an interrupted evaluation"
     return None
 
 
-def _describe_file(path: Path, beside: list[str]) -> str | None:
+def _describe_file(path: Path) -> str | None:
     if path.is_symlink():
         return None
     if path.name.endswith(f"{_CHECKPOINT}{_UNFINISHED}"):
         return "unfinished checkpoint"
     if path.suffix == _CHECKPOINT and _is_our_checkpoint(path):
         return "checkpoint"
-    if path.name in _TOKEN_PICTURES and "pictures.json" in beside:
+    if path.name in _TOKEN_PICTURES and _is_picture_data(path.with_name(PICTURE_FILE)):
         return "picture of answers"
+    if _is_picture_data(path):
+        return "answers of the pictures"
     if path.suffix == ".json":
         content = _read_object(path)
-        if path.name == "pictures.json" and {"metrics", "before", "answers"} <= content.keys():
-            return "answers of the pictures"
         if {"suite", "aggregate", "examples", "data"} <= content.keys() and content["examples"]:
             return "results with the answers to every question"
     return None
@@ -135,6 +144,10 @@ def _is_our_checkpoint(path: Path) -> bool:
     except LitUnlearnError:
         return False
     return True
+
+
+def _is_picture_data(file: Path) -> bool:
+    return file.name == PICTURE_FILE and {"metrics", "before", "answers"} <= _read_object(file).keys()
 
 
 def _is_partial(file: Path) -> bool:

@@ -410,7 +410,7 @@ class LanguageModel(nn.Module):
         is quantised, only the latter. Merging takes host memory for one copy of the adapted layers.
 
         Args:
-            directory: Target: an empty folder, none, or one that this package wrote and that was not changed since, which is replaced.
+            directory: Target: an empty folder, none, or one that this package wrote and that is unchanged, which is replaced.
                 It may be neither the folder that the model came from, nor the working directory, nor one above these.
             state_dict: The gathered state of `model`, for strategies that shard it; ``None`` to read the model.
             finish: Adds further files; called with the folder before it takes the target's place.

@@ -365,6 +365,13 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     shutil.rmtree(staging)
 
 
+def is_staging(path: Path) -> bool:
+    """Return whether a folder is one that `replace_folder` collects new files in, within a folder of ours."""
+    if not _STAGING.fullmatch(path.name) or not path.is_dir():
+        return False
+    return _find_foreign_file(path.parent) is None
+
+
 def finish_replacement(folder: Path) -> None:
     """Complete, or else remove, what an interrupted `replace_folder` left in a folder of ours that this process has locked."""
     folder = _resolve(folder)
@@ -390,7 +397,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, owner: object = None, argument: str | None = None) -> Iterator[None]:
     """Keep other processes from writing a folder until the block ends, or this process does, in whatever way.
 
     Nothing is written: it is a lock of the system on the folder itself. Where there are none, as on some network disks,
@@ -398,6 +405,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Args:
         folder: Exists. Within the block, this process may lock it again.
+        owner: The object whose argument it is, for the error.
+        argument: Name of that argument.
 
     Raises:
         OccupiedError: If another process holds it.
@@ -413,10 +422,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OccupiedError(
-                f"another process{_find_lock_holder(status.st_ino)} is writing to '{folder}': choose another folder, or wait "
-                "until it has ended."
-            ) from None
+            holder = _find_lock_holder(status.st_ino)
+            message = f"another process{holder} is writing to '{folder}': choose another folder, or wait until it ends."
+            raise OccupiedError(message, owner=owner, argument=argument) from None
         except OSError:
             pass  # no locks on this disk
         _held_folders.add(key)
@@ -426,6 +434,35 @@ def lock_folder(folder: Path) -> Iterator[None]:
             _held_folders.discard(key)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def hold_folder(folder: Path, size: int = 0, owner: object = None, argument: str | None = None) -> Iterator[None]:
+    """Create a folder, and lock it until the block ends; it is removed then if it is new and holds nothing.
+
+    Args:
+        folder: The folder.
+        size: As for `check_writable`, like ``owner`` and ``argument``.
+        owner: As there.
+        argument: As there.
+
+    Raises:
+        ConfigError: If it cannot be written.
+        OccupiedError: If another process holds it.
+    """
+    check_writable(folder, size, owner, argument)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"'{folder}' cannot be written to: {describe_os_error(error)} Choose another place."
+        raise ConfigError(message, owner=owner, argument=argument) from error
+    try:
+        with lock_folder(folder, owner, argument):
+            yield
+    finally:
+        if is_new:
+            remove_if_empty(folder)
 
 
 def _find_lock_holder(inode: int) -> str:

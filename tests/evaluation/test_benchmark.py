@@ -117,7 +117,7 @@ def test_results_are_plain_and_the_file_holds_just_them(files, tokenizer_dir, ev
 def test_values_are_logged_by_name(files, tokenizer_dir, make_trainer, tmp_path):
     suite = QABenchmark(**files, max_new_tokens=4)
     (logged,) = make_trainer().test(LitEvaluate(LanguageModel(taught(tokenizer_dir, 20)), suite), verbose=False)
-    found = read_json(tmp_path / "qa.json")  # where there is no logger and no `results`
+    found = read_json(tmp_path / "runs/version_0/qa.json")  # where there is no logger and no `results`
     assert logged == pytest.approx({f"test/qa/{name}": value for name, value in found["aggregate"].items()}, rel=1e-6)
 
 

@@ -151,7 +151,7 @@ def test_the_benchmark_runs_at_the_right_epochs(
     data = ForgetRetain(files["forget"], files["retain"], batch_size=3)  # two steps an epoch
     trainer = make_trainer(max_epochs=5, callbacks=[seen], num_sanity_val_steps=2)
     trainer.fit(module, datamodule=data)
-    written = {path.name: read_json(path) for path in tmp_path.glob("qa-*.json")}
+    written = {path.name: read_json(path) for path in tmp_path.glob("runs/version_0/qa-*.json")}
     assert written.keys() == {f"qa-step={2 * epoch}.json" for epoch in after}
     for epoch in after:
         wanted = {f"val/qa/{name}": value for name, value in values(written[f"qa-step={2 * epoch}.json"]).items()}
@@ -187,7 +187,7 @@ def test_a_checkpoint_can_follow_a_benchmarks_value(
     trainer = make_trainer(max_epochs=4, callbacks=[checkpoint], enable_checkpointing=True)
     data = ForgetRetain(files["forget"], files["retain"], batch_size=5)
     trainer.fit(unlearner(taught(tokenizer_dir, 30), files, 1), datamodule=data)
-    found = {step: read_json(tmp_path / f"qa-step={step}.json") for step in (1, 2, 3, 4)}
+    found = {step: read_json(tmp_path / f"runs/version_0/qa-step={step}.json") for step in (1, 2, 3, 4)}
     lowest = min(found, key=lambda step: found[step]["aggregate"]["retain/probability"])
     assert torch.load(checkpoint.best_model_path, weights_only=True)["global_step"] == lowest
     assert float(checkpoint.best_model_score) == pytest.approx(found[lowest]["aggregate"]["retain/probability"])  # type: ignore[arg-type]
@@ -209,7 +209,9 @@ def test_a_checkpoint_waits_for_a_benchmark_that_is_rarer(
     data = ForgetRetain(files["forget"], files["retain"], batch_size=5)
     trainer.fit(unlearner(taught(tokenizer_dir, 30), files, 2), datamodule=data)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["2.ckpt", "4.ckpt"]
-    lowest = min(read_json(path)["aggregate"]["retain/probability"] for path in tmp_path.glob("qa-*.json"))
+    lowest = min(
+        read_json(path)["aggregate"]["retain/probability"] for path in tmp_path.glob("runs/version_0/qa-*.json")
+    )
     assert float(checkpoint.best_model_score) == pytest.approx(lowest)  # type: ignore[arg-type]
 
 
@@ -232,7 +234,7 @@ def test_the_suite_of_a_run_is_also_its_test(
     data = ForgetRetain(files["forget"], files["retain"])
     results = make_trainer().test(unlearner(taught(tokenizer_dir, 30), files, None), datamodule=data, verbose=False)
     logged = {name: value for part in results for name, value in part.items()}
-    found = read_json(tmp_path / "qa.json")
+    found = read_json(tmp_path / "runs/version_0/qa.json")
     for name, value in values(found).items():
         assert logged[f"test/qa/{name}"] == pytest.approx(value, rel=1e-6)
     probability = sum(row["probability"] for row in found["examples"]["forget"]) / len(FORGET)

@@ -228,10 +228,13 @@ def test_during_a_fit(together: Any, alone: Any) -> None:
     folder, found = together
     other, done = alone("fit")
     names = ["qa-step=2.json", "qa-step=4.json"]  # two steps an epoch, in which the processes share the rows
-    assert [path.name for path in sorted((folder / "fit").glob("*"))] == names
+    run = Path("fit", "runs", "version_0")
+    assert [path.name for path in sorted((folder / run).glob("*"))] == names
     for name in names:
-        same(read_json(folder / "fit" / name), read_json(other / name), 1e-6, "model")  # trained up to rounding
-    assert [runs[0]["written"] for runs in found["fit"]] == [[f"fit/{name}" for name in names], []]
+        same(
+            read_json(folder / run / name), read_json(other / "runs" / "version_0" / name), 1e-6, "model"
+        )  # trained up to rounding
+    assert [runs[0]["written"] for runs in found["fit"]] == [[f"version_0/{name}" for name in names], []]
     for (one,) in found["fit"]:
         assert one["logged"] == {key: pytest.approx(value, rel=1e-6) for key, value in done["logged"].items()}
 
