@@ -54,6 +54,7 @@ def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: 
     assert "(feasible)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_misses_what_is_required_fails(in_tmp: Path, model_dir: str) -> None:
     with pytest.raises(SystemExit, match="max_forget_probability"):
         cli.main(quick(model_dir, "--report.max_forget_probability=1e-9", "--trainer.max_steps=1"))
@@ -219,6 +220,7 @@ def test_trainer_flags_that_cannot_work_are_refused_with_what_to_write_instead(
     assert not (in_tmp / "log").exists()
 
 
+@pytest.mark.slow
 def test_last_goes_on_where_there_is_something_and_says_what_changed(
     in_tmp: Path, model_dir: str, caplog: Any, recwarn: pytest.WarningsRecorder
 ) -> None:
