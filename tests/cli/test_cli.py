@@ -178,7 +178,7 @@ def test_overrides_reach_the_objects(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         ("--model.forget.powr=3", "LogitMargin has no setting 'powr': did you mean 'power'?"),
         ("--model.constraints.nll.warmup_epoch=3", "warmup_epoch"),
         ("--data=FictionalAuthorz", "data: there is no class 'FictionalAuthorz': did you mean 'FictionalAuthors'?"),
-        ("--data.batch_size=0", "batch_size` must be at least 1, not 0"),
+        ("--data.batch_size=0", "at least 1, not 0"),
         ("--data.forget_authors=3", "`forget_authors` must be at least 1 and below `num_authors`"),
         ("--model.lm.model=./nowhere", "./nowhere"),
         ("--model.lm.model=empty", "'empty'"),
