@@ -43,7 +43,7 @@ test: $(VENV)/.installed-dev
 
 # The tests that start whole commands or many processes; they take minutes.
 slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

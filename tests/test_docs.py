@@ -19,6 +19,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_a_method_of_your_own(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of docs/methods.md is saved and run as the page says."""
     (example,) = blocks(METHODS, "python")

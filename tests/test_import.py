@@ -28,6 +28,7 @@ def test_import_is_quick():
     assert not modules & SLOW
 
 
+@pytest.mark.slow
 def test_first_use_imports_what_it_needs():
     """The same look, at a name that does need torch; its layer needs no Lightning and no transformers."""
     modules = modules_after("from lit_unlearn import NLL, DualAscent")

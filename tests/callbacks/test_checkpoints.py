@@ -88,6 +88,7 @@ def fit(lm: LanguageModel, make_trainer: Callable[..., L.Trainer], root: Path, e
     return callbacks
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_has_one_picture_one_export_and_one_checkpoint(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_run_in_two_parts_has_one_picture_one_export_and_one_checkpoint(
     assert not (run / "version_1" / "model").exists()
 
 
+@pytest.mark.slow
 def test_an_export_moves_along_with_its_folder(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def probabilities(model: Any, ids: list[int], labels: list[int]) -> list[float]:
     return [p[i - 1, label].item() for i, label in enumerate(labels) if i and label != -100]
 
 
+@pytest.mark.slow
 def test_a_fit_records_answers_of_the_first_and_of_the_kept_model(
     model_dir: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_the_last_model_is_not_the_one_that_the_run_keeps(in_tmp: Path, model_di
     assert "**This is the model of step 8, from a checkpoint." in (in_tmp / "again" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_put_on_the_base_it_was_trained_on(
     in_tmp: Path, model_dir: str, tiny_lm: Callable[..., LanguageModel], refused: Callable[..., str]
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_checkpoint_made_in_python_needs_the_base(
     assert "do not fit the model 'small'" in refused("mine.ckpt", "again", "--model", "small")
 
 
+@pytest.mark.slow
 def test_results_go_into_the_record_of_an_export(in_tmp: Path, model_dir: str, refused: Callable[..., str]) -> None:
     fit(model_dir)
     data = {"forget": {"rows": 7, "texts": "a", "tokens": "b"}}
@@ -174,6 +176,7 @@ def test_results_go_into_the_record_of_an_export(in_tmp: Path, model_dir: str, r
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_words(
     in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_null_in_place_of_a_default_stays() -> None:
     assert text == "# made by\nmodel:\n  c: null\n  d: 1\n  # not set: b\n# not set: a\n"
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_names_every_setting(in_tmp: Path, model_dir: str) -> None:
     cli.main(quick(model_dir, "--trainer.max_steps=1"))
     saved = yaml.safe_load((in_tmp / "log/run/version_0/config.yaml").read_text(encoding="utf-8"))

@@ -215,6 +215,7 @@ def test_a_checkpoint_waits_for_a_benchmark_that_is_rarer(
     assert float(checkpoint.best_model_score) == pytest.approx(lowest)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(in_tmp: Path, model_dir: str) -> None:
     files = write_qa(in_tmp)
     cli.main(quick(model_dir, *suite(files), "--model.benchmark_every_n_epochs=2"))

@@ -90,6 +90,7 @@ def test_the_right_answer_is_the_paraphrased_one_on_fictitious_authors_only(fold
         assert all(row["probability"] > 2 * math.exp(-row["nll"]) for row in right[name][1:])
 
 
+@pytest.mark.slow
 @needs_tofu
 def test_real_files(tiny_lm):
     """The 40 forget rows, and three of the other sets, by a model with random weights."""

@@ -174,6 +174,7 @@ def _process(rank, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     multiprocessing.set_forkserver_preload(["lit_unlearn.functional", "lit_unlearn.metrics"])  # imported once for both
     start_processes(_process, (str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -321,6 +321,7 @@ def test_what_cannot_be_merged_is_exported_as_an_adapter(kind, tmp_path):
     assert torch.equal(logits_of(again), logits_of(lm.model))
 
 
+@pytest.mark.slow
 def test_peft_is_imported_only_for_adapters():
     """By the command line least of all, whose parser executes what model.py imports for type checkers."""
     code = (

@@ -45,6 +45,7 @@ def test_the_level_is_the_models_own_before_unlearning(
     assert resumed.forget.level.value == module.forget.level.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_forget_rows_are_led_to_the_level_from_either_side(
     factor: float, tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], rows_dir: str

@@ -71,6 +71,7 @@ def test_the_multiplier_is_never_rounded(
     assert values["val/constraint/nll/value"] == pytest.approx(reference, abs=0.2)
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_leaves_weights_schedule_and_multiplier(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]
 ) -> None:

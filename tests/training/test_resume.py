@@ -62,6 +62,7 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
     assert after == 8 or all(before[name] != end[name] for name in end)  # there was something to get wrong
 
 
+@pytest.mark.slow
 def test_resuming_twice_over_the_end_of_an_epoch(whole: Callable[[str], Any], tmp_path: Path) -> None:
     """Lightning counts epochs wrongly from a checkpoint of an epoch's last step on, which shows at the next resume."""
     settings, expected, folder = whole("step")

@@ -288,6 +288,7 @@ def test_clipping_limits_the_update(
     assert moved.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate times the limit
 
 
+@pytest.mark.slow
 def test_finetune_teaches_all_rows_or_only_the_retain_rows(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer]
 ) -> None:
