@@ -49,3 +49,19 @@ def test_the_commands_name_files_that_exist(page: str) -> None:
     named = re.findall(r"configs/[\w/]+\.yaml", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_the_tests_that_keep_the_promises_exist() -> None:
+    """docs/safety.md names a test beside every promise."""
+    lines = [line for line in (ROOT / "docs" / "safety.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    promises = [line for line in lines if not line.startswith("| promise |")]
+    assert len(promises) > 30
+    for line in promises:
+        names = re.findall(r"`([\w/.]*)::(test_\w+)`", line)
+        assert names, line
+        file = ""
+        for path, name in names:
+            # A line names a file once.
+            file = path or file
+            folder = ROOT if "/" in file else ROOT / "tests" / "faults"
+            assert re.search(rf"^def {name}\(", (folder / file).read_text("utf-8"), re.MULTILINE), (file, name)

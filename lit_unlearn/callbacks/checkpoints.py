@@ -16,10 +16,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.callbacks.identity import find_differences, identify_run
-from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
 from lit_unlearn.callbacks.run_state import check_on_first_process
 from lit_unlearn.callbacks.signals import SignalWatch, replace_signal_handling
-from lit_unlearn.errors import CheckpointError, StoppedBySignal
+from lit_unlearn.errors import StoppedBySignal
+from lit_unlearn.training.checkpoint_files import SHARDED_MARK, check_sharding, open_checkpoint
 from lit_unlearn.training.run_folder import find_checkpoint_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
 from lit_unlearn.utils.io import check_writable, expand_home, hold_folder, output_errors
@@ -155,8 +155,8 @@ class ResumeCheckpoint(ModelCheckpoint):
         folder = Path(dirpath)
         written: dict[Path, int] = {}
         for path in folder.glob("last-*.ckpt"):
-            # A sharded checkpoint is a folder. Its `meta.pt` is written last, so without it the checkpoint is incomplete.
-            file = path / "meta.pt" if path.is_dir() else path
+            # A sharded checkpoint is a folder. Without its mark it is incomplete.
+            file = path / SHARDED_MARK if path.is_dir() else path
             if file.is_file():
                 written[path] = file.stat().st_mtime_ns
 
@@ -164,7 +164,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         for path in sorted(written, key=lambda path: written[path], reverse=True):
             differences = find_differences(identity, _read_identity(path)) if identity else []
             if not differences:
-                _check_sharding(path, trainer)
+                check_sharding(path, isinstance(trainer.strategy, ModelParallelStrategy))
                 return {str(path)}
             rank_zero_info(f"skipped {path}: it is of another run, with another {', '.join(differences)}")
         rank_zero_info(f"there is no checkpoint of this run in {folder}: it starts at the beginning")
@@ -226,8 +226,3 @@ def _read_identity(path: Path) -> dict[str, str]:
             identity: dict[str, str] = state.get("identity", {})
             return identity
     return {}
-
-
-def _check_sharding(path: Path, trainer: L.Trainer) -> None:
-    if path.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise CheckpointError(SHARDED.format(path=path), argument="ckpt_path")

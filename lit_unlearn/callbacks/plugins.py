@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_unlearn.errors import CheckpointError, MissingFileError, reading
+from lit_unlearn.errors import CheckpointError, reading
+from lit_unlearn.training.checkpoint_files import check_sharding, open_checkpoint
 from lit_unlearn.training.strategies import unfinished_checkpoint
 from lit_unlearn.utils.io import output_errors
-
-SHARDED = (
-    "'{path}' is a sharded checkpoint, which only a run with FSDP2 can resume: add --config configs/hardware/fsdp2.yaml, or make "
-    "a model of it with `lit-unlearn export` and start from that."
-)
-_REMEDY = "Resume from another one, or start at the beginning."
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -50,38 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If it cannot be read, is of another program, or is a sharded checkpoint.
         """
         if "://" in str(path):
-            with reading("the checkpoint", path, _REMEDY, CheckpointError, argument="ckpt_path"):
+            with reading("the checkpoint", path, "Resume from another one.", CheckpointError, argument="ckpt_path"):
                 return super().load_checkpoint(path, *args, **kwargs)
-        if Path(path).is_dir():
-            raise CheckpointError(SHARDED.format(path=path), argument="ckpt_path")
+        check_sharding(Path(path), is_sharding=False)
         return open_checkpoint(Path(path), is_mapped=False)
-
-
-def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
-    """Read a checkpoint on the CPU, without running code that it may hold.
-
-    Args:
-        path: A file, or the folder of a sharded checkpoint, of which the part that is no tensor is returned.
-        is_mapped: Whether tensors are read only when they are used, for which the file must stay as it is.
-
-    Raises:
-        MissingFileError: If there is none.
-        CheckpointError: If it cannot be read, is incomplete, or is of another program.
-    """
-    if not path.exists():
-        raise MissingFileError(f"there is no checkpoint '{path}'.", argument="ckpt_path")
-    # Lightning writes it last.
-    file = path / "meta.pt" if path.is_dir() else path
-    with reading("the checkpoint", path, _REMEDY, CheckpointError, argument="ckpt_path"):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
-    expected = {"global_step", "loops", "pytorch-lightning_version"}
-    missing = expected - checkpoint.keys() if isinstance(checkpoint, Mapping) else expected
-    if missing:
-        raise CheckpointError(
-            f"'{path}' is no checkpoint of a run of this package: it has no `{'`, `'.join(sorted(missing))}`. {_REMEDY}",
-            argument="ckpt_path",
-        )
-    return dict(checkpoint)
 
 
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:

@@ -22,17 +22,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_unlearn import training  # noqa: F401
 from lit_unlearn.callbacks import ExportModel, RunPicture, RunReport, default_callbacks, default_plugins
-from lit_unlearn.callbacks.plugins import SHARDED, open_checkpoint
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
 from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
 from lit_unlearn.cli.settings import SaveSettings, check_constraint_names, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
-from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError
+from lit_unlearn.errors import ConfigError, LitUnlearnError
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.qa import QABenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.stress import StressBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.tofu import TOFUBenchmark  # noqa: F401  (likewise)
+from lit_unlearn.training.checkpoint_files import check_sharding, open_checkpoint
 from lit_unlearn.training.run_folder import is_dry_run
 from lit_unlearn.training.strategies import leave_process_group, shards
 from lit_unlearn.utils.io import check_writable, expand_home
@@ -131,8 +131,7 @@ class UnlearnCLI(LightningCLI):
             return
         open_checkpoint(Path(path))
         strategy = self.config[self.config.subcommand].trainer.strategy
-        if Path(path).is_dir() and not shards(strategy if isinstance(strategy, str) else strategy.class_path):
-            raise CheckpointError(SHARDED.format(path=path), argument="ckpt_path")
+        check_sharding(Path(path), shards(strategy if isinstance(strategy, str) else strategy.class_path))
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that cannot work; move the clipping flag to the module, where it can."""

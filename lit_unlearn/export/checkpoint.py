@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_unlearn.errors import CheckpointError, MissingFileError, ModelError
+from lit_unlearn.errors import CheckpointError, ModelError
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.training.sharded import SHARDED_MARK, load_tensors, read_sharded_weights
+from lit_unlearn.training.checkpoint_files import open_checkpoint, read_sharded_weights
 from lit_unlearn.training.weights import check_base
 from lit_unlearn.utils.io import (
     check_export_target,
@@ -143,20 +143,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         MissingFileError: If there is none.
         CheckpointError: If it cannot be read, or is not from this package.
     """
-    if not path.exists():
-        raise MissingFileError(
-            f"there is no checkpoint '{path}': expected a file or folder such as 'last-step=100.ckpt'."
-        )
-    if path.is_dir() and not (path / SHARDED_MARK).is_file():
+    checkpoint = open_checkpoint(path)
+    if not {"run", "callbacks"} <= checkpoint.keys():
         raise CheckpointError(
-            f"'{path}' is a folder without '{SHARDED_MARK}', so it is not a complete sharded checkpoint, and without "
-            f"'{RECORD_FILE}', so it is not an export with a record."
-        )
-    file = path / SHARDED_MARK if path.is_dir() else path
-    checkpoint: dict[str, Any] = load_tensors(file)
-    if not isinstance(checkpoint, dict) or not {"run", "callbacks", "global_step"} <= checkpoint.keys():
-        raise CheckpointError(
-            f"'{path}' is no checkpoint of a LitUnlearn or LitFinetune run: it has no `run`, `callbacks` and `global_step`."
+            f"'{path}' is no checkpoint of a LitUnlearn or LitFinetune run: it has no `run` and `callbacks`."
         )
     if path.is_dir():
         checkpoint["state_dict"] = read_sharded_weights(path, _MODEL_PREFIX)

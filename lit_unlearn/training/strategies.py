@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lit_unlearn.errors import CheckpointError, ConfigError, LitUnlearnError, OutputError
+from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.training.sharded import check_checkpoint
+from lit_unlearn.training.checkpoint_files import check_checkpoint
 from lit_unlearn.utils.io import describe_os_error
 
 _REASONS = {
@@ -66,12 +66,7 @@ def guard_checkpoint_loading(strategy: Strategy) -> None:
         return
 
     def load_checked(checkpoint_path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
-        if Path(checkpoint_path).is_dir() and not isinstance(strategy, ModelParallelStrategy):
-            raise CheckpointError(
-                f"the checkpoint '{checkpoint_path}' is sharded (FSDP2), which {type(strategy).__name__} cannot resume: add "
-                "--config hardware/fsdp2.yaml, or make a model of it with `lit-unlearn export`."
-            )
-        check_checkpoint(checkpoint_path)
+        check_checkpoint(Path(checkpoint_path), isinstance(strategy, ModelParallelStrategy))
         return load(checkpoint_path, *args, **settings)
 
     load_checked.is_guarded = True  # type: ignore[attr-defined]

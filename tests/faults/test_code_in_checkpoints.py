@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from lit_unlearn import cli
 from lit_unlearn.errors import CheckpointError
-from lit_unlearn.training.sharded import check_checkpoint, read_sharded_weights
+from lit_unlearn.training.checkpoint_files import check_checkpoint, read_sharded_weights
 from lit_unlearn.training.strategies import guard_checkpoint_loading
 
 WEIGHT = torch.arange(6.0).view(2, 3)
 LR = "optimizer_0.param_groups.0.lr"
 TENSOR = "state_dict.lm.model.weight"
+META = {"run": {}, "callbacks": {}, "loops": {}, "global_step": 1, "pytorch-lightning_version": "2"}
 
 
 class Payload:
@@ -48,7 +49,7 @@ def sharded(tmp_path: Path) -> Path:
         "optimizer_0": {"param_groups": [{"lr": 0.1, "betas": (0.9, 1)}]},
     }
     save(state, checkpoint_id=folder, no_dist=True)
-    torch.save({"run": {}, "callbacks": {}, "global_step": 1}, folder / "meta.pt")
+    torch.save(META, folder / "meta.pt")
     return folder
 
 
@@ -83,14 +84,14 @@ def hide_in_place_of_tensor(folder: Path, payload: Payload) -> None:
 
 
 def hide_in_mark(folder: Path, payload: Payload) -> None:
-    torch.save({"run": payload}, folder / "meta.pt")
+    torch.save({**META, "run": payload}, folder / "meta.pt")
 
 
 HIDERS = [hide_in_index, hide_in_nested_index, hide_in_value, hide_in_place_of_tensor, hide_in_mark]
 
 
 def test_an_honest_checkpoint_is_read(sharded: Path) -> None:
-    check_checkpoint(sharded)
+    check_checkpoint(sharded, is_sharding=True)
     (weight,) = read_sharded_weights(sharded, "lm.model.").values()
     assert torch.equal(weight, WEIGHT)
 
@@ -99,10 +100,10 @@ def test_an_honest_checkpoint_is_read(sharded: Path) -> None:
 def test_code_in_a_sharded_checkpoint_does_not_run(sharded: Path, tmp_path: Path, hide: Callable[..., None]) -> None:
     hide(sharded, Payload(tmp_path / "ran"))
     with pytest.raises(CheckpointError, match=r"last-step=1\.ckpt"):
-        check_checkpoint(sharded)
+        check_checkpoint(sharded, is_sharding=True)
     assert not (tmp_path / "ran").exists()
     # What an export reads are tensors alone: it may succeed, but it must not run anything.
-    code = "import sys, pathlib; from lit_unlearn.training.sharded import read_sharded_weights as read; "
+    code = "import sys, pathlib; from lit_unlearn.training.checkpoint_files import read_sharded_weights as read; "
     code += "read(pathlib.Path(sys.argv[1]), 'lm.model.')"
     subprocess.run([sys.executable, "-c", code, str(sharded)], check=False, capture_output=True)
     assert not (tmp_path / "ran").exists()
@@ -119,7 +120,7 @@ def test_the_payload_of_these_tests_runs_where_it_is_not_refused(sharded: Path, 
 def test_a_damaged_index_is_refused(sharded: Path, content: bytes) -> None:
     (sharded / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata"):
-        check_checkpoint(sharded)
+        check_checkpoint(sharded, is_sharding=True)
 
 
 def test_a_shard_elsewhere_is_refused(sharded: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_shard_elsewhere_is_refused(sharded: Path, tmp_path: Path) -> None:
         info.relative_path = "../elsewhere"
     (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="elsewhere"):
-        check_checkpoint(sharded)
+        check_checkpoint(sharded, is_sharding=True)
 
 
 def test_every_strategy_checks_before_it_reads(

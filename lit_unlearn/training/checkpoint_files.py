@@ -26,10 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lit_unlearn.errors import CheckpointError, LitUnlearnError
+from lit_unlearn.errors import CheckpointError, LitUnlearnError, MissingFileError
 
 # Lightning writes it last into the folder of a sharded checkpoint.
 SHARDED_MARK = "meta.pt"
+# Every checkpoint of Lightning's has them.
+_KEYS = {"global_step", "loops", "pytorch-lightning_version"}
 _INDEX = ".metadata"
 _METADATA_CLASSES = (
     "BytesStorageMetadata",
@@ -100,32 +102,67 @@ def _refusing_code(file: Path) -> Iterator[None]:
         ) from error
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Raise unless a local checkpoint can be read without running code in it.
+def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
+    """Read a checkpoint on the CPU, without running code that it may hold.
 
     Args:
-        path: A file, or the folder of a sharded checkpoint; anything else, such as an address, passes.
+        path: A file, or the folder of a sharded checkpoint, of which the part that is no tensor is returned.
+        is_mapped: Whether tensors are read only when they are used, for which the file must stay as it is.
 
     Raises:
-        CheckpointError: If there is code in it, or it is damaged.
+        MissingFileError: If there is none.
+        CheckpointError: If there is code in it, or it is damaged, incomplete or of another program.
     """
-    path = Path(path)
+    if not path.exists():
+        message = f"there is no checkpoint '{path}': expected a file or folder such as 'last-step=100.ckpt'."
+        raise MissingFileError(message, argument="ckpt_path")
+    file = path / SHARDED_MARK if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"'{path}' is a folder without '{SHARDED_MARK}', so it is no complete sharded checkpoint.",
+            argument="ckpt_path",
+        )
+    with _refusing_code(file):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+    missing = _KEYS - checkpoint.keys() if isinstance(checkpoint, dict) else _KEYS
+    if missing:
+        raise CheckpointError(
+            f"'{path}' is no checkpoint of a run of this package: it has no `{'`, `'.join(sorted(missing))}`.",
+            argument="ckpt_path",
+        )
+    return dict(checkpoint)
+
+
+def check_checkpoint(path: Path, is_sharding: bool) -> None:
+    """Raise unless a checkpoint can be resumed from, without running code in it.
+
+    Args:
+        path: A file, or the folder of a sharded checkpoint; anything else passes, such as an address.
+        is_sharding: Whether the run shards its model, as a sharded checkpoint needs.
+
+    Raises:
+        CheckpointError: If there is code in it, it is damaged, or the run cannot read it.
+    """
     if path.is_dir():
-        load_tensors(path / SHARDED_MARK)
+        check_sharding(path, is_sharding)
         with _refusing_code(path / _INDEX):
             _check_values(path, read_index(path))
-    elif path.is_file():
-        load_tensors(path)
+    if path.exists():
+        open_checkpoint(path)
 
 
-def load_tensors(file: Path) -> Any:
-    """Return the content of a checkpoint's file, with its tensors mapped into memory: they are read where they are used.
+def check_sharding(path: Path, is_sharding: bool) -> None:
+    """Raise if a checkpoint is sharded and the run is not.
 
     Raises:
-        CheckpointError: If there is code in it, or it is damaged.
+        CheckpointError: With what to do.
     """
-    with _refusing_code(file):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if path.is_dir() and not is_sharding:
+        raise CheckpointError(
+            f"'{path}' is a sharded checkpoint, which only a run with FSDP2 can resume: add --config configs/hardware/fsdp2.yaml, "
+            "or make a model of it with `lit-unlearn export` and start from that.",
+            argument="ckpt_path",
+        )
 
 
 def _check_values(folder: Path, metadata: Metadata) -> None:
