@@ -79,8 +79,9 @@ class ExportModel(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
         self.name_sources = name_sources
+        self.earlier_folder: str | None = None
+        """Folder that the first part of a resumed run exported to."""
         self._folder: str | None = None
-        self._earlier_folder: str | None = None  # of the first part of a resumed run
         self._lock: ExitStack | None = None  # of the folder, on the first process
         self._exported: Measurement | None = None
         self._is_finished = False
@@ -99,7 +100,7 @@ class ExportModel(Callback):
             pl_module.evaluator.export_dtype = getattr(torch, self.dtype)
         if stage != "fit" or is_dry_run(trainer):
             return
-        self._earlier_folder = None
+        self.earlier_folder = None
         if self.push_to_hub is not None:
             problem = find_upload_problem(self.push_to_hub) if trainer.is_global_zero else None
             # Only the first process looks for a token, and all must stop.
@@ -144,7 +145,7 @@ class ExportModel(Callback):
             return
         if self.dirpath is None:
             # Only a checkpoint knows where the first part of a run exported to.
-            folder = self._earlier_folder or str(find_run_folder(trainer) / "model")
+            folder = self.earlier_folder or str(find_run_folder(trainer) / "model")
             self._take_folder(trainer, pl_module, folder)
 
         if isinstance(pl_module, LitLanguageModel):
@@ -166,8 +167,8 @@ class ExportModel(Callback):
 
     def _copy_earlier_export(self, best: Measurement) -> None:
         """Copy the model that the first part of a resumed run exported elsewhere: no later one may be better."""
-        folder, earlier = Path(str(self._folder)), Path(self._earlier_folder or "")
-        is_elsewhere = self._earlier_folder is not None and earlier.is_dir() and not earlier.samefile(folder)
+        folder, earlier = Path(str(self._folder)), Path(self.earlier_folder or "")
+        is_elsewhere = self.earlier_folder is not None and earlier.is_dir() and not earlier.samefile(folder)
         if not is_elsewhere or not _is_export_of(earlier, best):
             return
         with replace_folder(folder) as staging:
@@ -297,7 +298,7 @@ class ExportModel(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._earlier_folder, self._record = state_dict["folder"], state_dict.get("record", {})
+        self.earlier_folder, self._record = state_dict["folder"], state_dict.get("record", {})
 
 
 def _is_export_of(folder: Path, measurement: Measurement) -> bool:

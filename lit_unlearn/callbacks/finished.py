@@ -73,7 +73,7 @@ class FinishedRun(Callback):
 
 def find_export(exporter: ExportModel) -> Path | None:
     """Return where a run's export should be, as the callback is configured now, or else as its checkpoint says."""
-    folder = exporter.dirpath or exporter.state_dict()["folder"]
+    folder = exporter.dirpath or exporter.earlier_folder
     return None if folder is None else Path(folder)
 
 
@@ -135,8 +135,13 @@ def _find_missed_requirements(trainer: L.Trainer, module: LitLanguageModel, fold
 
 
 def _describe_remedy(trainer: L.Trainer, module: LitLanguageModel, exporter: Any, folder: Path | None) -> str:
-    earlier = exporter.state_dict()["folder"]
-    if earlier is not None and folder is not None and Path(earlier) != folder and Path(earlier).is_dir():
+    earlier = None if exporter is None else exporter.earlier_folder
+    if (
+        earlier is not None
+        and folder is not None
+        and Path(earlier).is_dir()
+        and Path(earlier).resolve() != folder.resolve()
+    ):
         return (
             f"It exported to '{earlier}': copy that. To train again, leave out `ckpt_path` or give another `logs.name`."
         )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,8 @@ def test_code_in_a_sharded_checkpoint_does_not_run(sharded: Path, tmp_path: Path
         check_checkpoint(sharded, is_sharding=True)
     assert not (tmp_path / "ran").exists()
     # What an export reads are tensors alone: it may succeed, but it must not run anything.
-    code = "import sys, pathlib; from lit_unlearn.training.checkpoint_files import read_sharded_weights as read; "
-    code += "read(pathlib.Path(sys.argv[1]), 'lm.model.')"
-    subprocess.run([sys.executable, "-c", code, str(sharded)], check=False, capture_output=True)
+    with suppress(CheckpointError):
+        read_sharded_weights(sharded, "lm.model.")
     assert not (tmp_path / "ran").exists()
 
 
@@ -144,8 +144,8 @@ def test_every_strategy_checks_before_it_reads(
     with pytest.raises(CheckpointError, match=r"sharded.*lit-unlearn export"):
         strategy.load_checkpoint(sharded)
     assert not (tmp_path / "ran").exists()
-    torch.save({"run": 1}, tmp_path / "file.ckpt")
-    assert strategy.load_checkpoint(tmp_path / "file.ckpt") == {"run": 1}
+    torch.save(META, tmp_path / "file.ckpt")
+    assert strategy.load_checkpoint(tmp_path / "file.ckpt") == META
 
 
 @pytest.mark.slow

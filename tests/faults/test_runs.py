@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lit_unlearn import (
 from lit_unlearn.callbacks import ResumeCheckpoint, default_callbacks
 from lit_unlearn.callbacks.identity import find_differences, identify_run
 from lit_unlearn.errors import CheckpointError
+from lit_unlearn.utils.io import replace_folder, write_json
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -56,21 +57,25 @@ def arguments(model_dir: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished_folder(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a run that has finished after 2 steps."""
-    folder = tmp_path_factory.mktemp("finished")
+    """The working directory of a run that has finished after 2 steps, moved to `moved` beside it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    folder.mkdir()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
         monkeypatch.setattr(sys, "path", [*sys.path])
         cli.main(arguments(model_dir))
+    folder.rename(folder.with_name("moved"))
     return folder
 
 
 @pytest.fixture
-def finished(in_tmp: Path, finished_folder: Path, model_dir: str) -> list[str]:
-    """The arguments of that run, in a copy of its directory."""
-    shutil.copytree(finished_folder, in_tmp, dirs_exist_ok=True)
-    return arguments(model_dir)
+def finished(in_tmp: Path, finished_folder: Path, model_dir: str) -> Iterator[list[str]]:
+    """The arguments of that run, in a copy of its directory, which the path in its checkpoint leads to."""
+    shutil.copytree(finished_folder.with_name("moved"), in_tmp, dirs_exist_ok=True)
+    finished_folder.symlink_to(in_tmp)
+    yield arguments(model_dir)
+    finished_folder.unlink()
 
 
 def test_a_finished_run_has_nothing_to_do(
@@ -89,7 +94,6 @@ def test_a_finished_run_has_nothing_to_do(
     [
         ("other place", "copy that"),
         ("gone", "lit-unlearn export"),
-        ("changed", "sha256"),
         ("other steps", "`steps` 9"),
         ("other data", "`data`"),
     ],
@@ -103,18 +107,28 @@ def test_a_finished_run_without_its_export_is_no_success(
         extra = ["--export.dirpath=elsewhere", "--model.optimizer.lr=1e-2"]
     elif spoil == "gone":
         shutil.rmtree("out")
-    elif spoil == "changed":
-        with Path("out/config.json").open("a", encoding="utf-8") as file:
-            file.write("\n")
-    elif spoil == "other steps":
-        Path("out/unlearning.json").write_text(json.dumps({**record, "steps": 9}), encoding="utf-8")
     else:
-        record["data"]["sets"]["forget"]["sha256"] = "of other rows"
-        Path("out/unlearning.json").write_text(json.dumps(record), encoding="utf-8")
+        # An export that is whole, of another run.
+        if spoil == "other steps":
+            record["steps"] = 9
+        else:
+            record["data"]["sets"]["forget"]["sha256"] = "of other rows"
+        with replace_folder(Path("out"), keeps_others=True) as staging:
+            write_json(staging / "unlearning.json", record)
     code, printed = run([*finished, *extra], capsys)
     assert code == 1
     assert expected in printed
     assert not Path("elsewhere").exists()
+    if spoil == "other place":
+        assert "finished0/run/out" in printed
+
+
+def test_a_finished_run_whose_export_was_changed(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("out/config.json").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    code, printed = run(finished, capsys)
+    assert code == 2
+    assert "config.json" in printed
 
 
 @pytest.mark.parametrize(
