@@ -399,7 +399,12 @@ def test_a_copy_of_a_module_takes_no_lock_along(model_dir: str) -> None:
         def __call__(self, parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.SGD(parameters, lr=0.1)
 
-    module = LitUnlearn(LanguageModel(model_dir), LogitMargin(), {"nll": Constraint(NLL(), 1.0)}, WithLock())
+    module = LitUnlearn(
+        LanguageModel(model_dir),
+        LogitMargin(),
+        {"nll": Constraint(NLL(), 1.0, DualAscent(lr=1.0, init=1.0))},
+        WithLock(),
+    )
     assert isinstance(copy.deepcopy(module), LitUnlearn)
 
 
