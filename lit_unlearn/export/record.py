@@ -176,6 +176,8 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
             "supervised_tokens": supervised_tokens,
             "sha256": digest_examples(examples),
         }
+        if name in data.num_dropped:
+            sets[name]["dropped_duplicates"] = data.num_dropped[name]
     return {
         "class": type(data).__name__,
         "template": data.template,
