@@ -14,6 +14,7 @@ from lit_unlearn.cli.parser import CommandParser
 _SUITES = {
     "tofu": ["--config=eval/tofu.yaml"],
     "muse": ["--config=eval/muse.yaml"],
+    "lume": ["--config=eval/lume.yaml"],
     "stress": ["--config=eval/stress.yaml"],
     # Of your own files; paraphrased questions would need a column of their own.
     "stress_qa": [
@@ -37,9 +38,9 @@ def build_parser() -> CommandParser:
         "such as --trainer.accelerator=cpu.",
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
-    parser.add_argument("--suite", type=Literal["tofu", "muse", "qa", "stress"], required=True, help="The benchmark.")
+    parser.add_argument("--suite", type=Literal["tofu", "muse", "lume", "qa", "stress"], required=True, help="The benchmark.")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
-    parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of TOFU's or MUSE's files.")
+    parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of the benchmark's files.")
     parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")
     parser.add_argument("--corpus", type=str, help="MUSE's corpus, News or Books.")
     parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa and stress.")
@@ -89,9 +90,12 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
         for name in ("forget", "retain"):
             path = getattr(options, name)
             if path is None:
-                continue
-            source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
-            arguments.append(f"{prefix}.{name}={source}")
+                # It is given key by key, to which this one belongs.
+                limit = [] if options.max_rows is None else [f"--{name}.max_rows={options.max_rows}"]
+                passed_on = [*passed_on, *limit]
+            else:
+                source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
+                arguments.append(f"{prefix}.{name}={source}")
     elif options.max_rows is not None:
         arguments.append(f"{prefix}.max_rows={options.max_rows}")
     if options.dtype is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_unlearn.data.files import (
     FILE_TYPES,
     build_table,
+    describe_kind,
     describe_other_file,
     find_saved_dataset,
     read_rows,
@@ -245,3 +246,30 @@ def find_local_folder(source: str, benchmark: str) -> Path | None:
         message = f"there is no folder '{source}' with {benchmark}'s files: check `source`."
         raise MissingFileError(message, argument="source")
     return folder if folder.is_dir() else None
+
+
+def find_file(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
+    """Return the first file of some names, in the first folder that has one."""
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def read_columns(source: Source, benchmark: str, name: str, *columns: str) -> list[list[str]]:
+    """Read the texts in some columns of every row of a benchmark's set.
+
+    Raises:
+        DataError: If a row has no text in one of them; the message names the row.
+    """
+    texts = []
+    for number, row in enumerate(source.load(name).to_list()):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                kind = describe_kind(row[column]) if column in row else "none"
+                raise DataError(
+                    f"row {number} of {benchmark}'s {name} set has no text in '{column}': got {kind}; its columns are {sorted(row)}."
+                )
+        texts.append([row[column] for column in columns])
+    return texts

@@ -103,6 +103,12 @@ class RowText:
         return Encoded(ids, offsets, _starts(pieces))
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[int]:
+    """Tokenise a text of a row alone, without a template; special tokens in it are text."""
+    row_text = RowText(tokenizer)
+    return row_text.encode(row_text.protect(text), add_special_tokens=add_special_tokens).ids
+
+
 def _starts(pieces: Iterable[str]) -> list[int]:
     starts = [0]
     for piece in pieces:

@@ -336,6 +336,8 @@ def _list_benchmark_commands(record: Record) -> list[str]:
         suites, options = ["tofu", "stress"], [f"--forget_split={data['forget_split']}"]
     elif "corpus" in data:
         suites, options = ["muse"], [f"--corpus={data['corpus']}"]
+    elif "tasks" in data:
+        suites, options = ["lume"], [shlex.quote(f"--tasks={json.dumps(data['tasks'])}")]
     else:
         return []
     return [
