@@ -149,6 +149,8 @@ class LUMEBenchmark(Benchmark):
             texts = {name: self._read_documents(name) for name in self.documents}
             if "members" not in texts:
                 texts["members"] = _join_completions(streams["forget"].examples)
+                if not texts["members"]:
+                    raise DataError("LUME's forget set has no completions to take as members: give `members`.", owner=self)
             for name in ("members", "nonmembers"):
                 source = self.documents.get(name, self.sources["forget"])
                 streams[name] = BenchmarkStream(self._encode_documents(texts[name], tokenizer), source.path)

@@ -166,6 +166,19 @@ def test_the_hub_is_asked_for_the_raw_splits(corpus):
         data.load()
 
 
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("config", ["scal", "sust"])
+def test_forget_sets_of_many_or_repeated_requests(make, folder, tokenizer, config, number):
+    write(Path(folder) / config / f"forget_{number}.jsonl", FORGET[:1])
+    data = ready(make(forget_set=f"{config}_{number}"))
+    assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
+    assert flat(data.examples["retain"]) == ids_of(RETAIN, tokenizer)
+    hub = MUSE("News", forget_set=f"{config}_{number}").sources["forget"]
+    assert (hub.path, hub.name, hub.split) == ("muse-bench/MUSE-News", config, f"forget_{number}")
+    with pytest.raises(FileNotFoundError, match=rf"nor '{config}' .*'forget_2'"):
+        make(forget_set=f"{config}_2")
+
+
 @pytest.mark.parametrize("missing", ["forget", "retain1"])
 def test_a_missing_file_is_named(make, folder, missing):
     (Path(folder) / "raw" / f"{missing}.jsonl").unlink()
@@ -178,6 +191,7 @@ def test_a_missing_file_is_named(make, folder, missing):
     ("settings", "message"),
     [
         ({"corpus": "news"}, "`corpus` .*'News', 'Books', not 'news'"),
+        ({"forget_set": "scal_5"}, "`forget_set` .*'scal_4', .*, not 'scal_5'"),
         ({"retain_split": "holdout"}, "`retain_split` .*, not 'holdout'"),
         ({"max_length": 1}, "`max_length` .* 2, not 1"),
     ],
