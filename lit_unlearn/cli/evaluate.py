@@ -38,7 +38,9 @@ def build_parser() -> CommandParser:
         "such as --trainer.accelerator=cpu.",
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
-    parser.add_argument("--suite", type=Literal["tofu", "muse", "lume", "qa", "stress"], required=True, help="The benchmark.")
+    parser.add_argument(
+        "--suite", type=Literal["tofu", "muse", "lume", "qa", "stress"], required=True, help="The benchmark."
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
     parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of the benchmark's files.")
     parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")

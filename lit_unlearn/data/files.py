@@ -278,7 +278,8 @@ def read_saved_dataset(folder: Path, split: str, name: str, argument: str | None
         if not splits:
             return None
         raise DataError(
-            f"the {name} set '{folder}' has no split '{split}'; it has {splits}. Set `path` and `split`.", argument=argument
+            f"the {name} set '{folder}' has no split '{split}'; it has {splits}. Set `path` and `split`.",
+            argument=argument,
         )
     try:
         # Read where it is, without a copy in a cache.

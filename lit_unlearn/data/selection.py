@@ -165,9 +165,7 @@ def _read_cells(rows: Dataset, condition: _Condition, name: str, argument: str) 
     return cells
 
 
-def _check_matches(
-    matches: Sequence[set[int]], condition: _Condition, rows: Dataset, name: str, argument: str
-) -> None:
+def _check_matches(matches: Sequence[set[int]], condition: _Condition, rows: Dataset, name: str, argument: str) -> None:
     """Refuse a condition that no row meets, and warn of values that occur in no row, because they may be mistyped.
 
     Raises:

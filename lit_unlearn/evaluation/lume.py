@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -150,7 +150,9 @@ class LUMEBenchmark(Benchmark):
             if "members" not in texts:
                 texts["members"] = _join_completions(streams["forget"].examples)
                 if not texts["members"]:
-                    raise DataError("LUME's forget set has no completions to take as members: give `members`.", owner=self)
+                    raise DataError(
+                        "LUME's forget set has no completions to take as members: give `members`.", owner=self
+                    )
             for name in ("members", "nonmembers"):
                 source = self.documents.get(name, self.sources["forget"])
                 streams[name] = BenchmarkStream(self._encode_documents(texts[name], tokenizer), source.path)
@@ -179,7 +181,9 @@ class LUMEBenchmark(Benchmark):
         for task in self.tasks:
             for kind in KINDS:
                 if not counts[task, kind]:
-                    rank_zero_warn(f"LUME's {name} set has no {kind} of {task}: its values, and the aggregate, are left out.")
+                    rank_zero_warn(
+                        f"LUME's {name} set has no {kind} of {task}: its values, and the aggregate, are left out."
+                    )
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=self.max_new_tokens)
 
     def _read_documents(self, name: str) -> list[str]:
@@ -234,7 +238,11 @@ class LUMEBenchmark(Benchmark):
         else:
             missing["auc/loss"] = missing["mia_score"] = "it needs `nonmembers`, documents that the model never saw"
 
-        final = {"task_aggregate": values.get("task_aggregate"), "mia_score": values.get("mia_score"), "mmlu": self.mmlu}
+        final = {
+            "task_aggregate": values.get("task_aggregate"),
+            "mia_score": values.get("mia_score"),
+            "mmlu": self.mmlu,
+        }
         if lacking := [key for key, value in final.items() if value is None]:
             missing["final_score"] = f"it needs {', '.join(lacking)}"
         else:
@@ -242,9 +250,7 @@ class LUMEBenchmark(Benchmark):
         return Aggregate(values, missing)
 
 
-def _find_documents(
-    source: str, members: Source | str | None, nonmembers: Source | str | None
-) -> dict[str, Source]:
+def _find_documents(source: str, members: Source | str | None, nonmembers: Source | str | None) -> dict[str, Source]:
     """Return the sources of the attack's documents, as far as there are any.
 
     Raises:
@@ -265,7 +271,9 @@ def _find_documents(
         if value is not None:
             documents[name] = Source(value) if isinstance(value, str) else value
     if "members" in documents and "nonmembers" not in documents:
-        raise ConfigError("`members` are given, but no `nonmembers` to compare them with: give both.", argument="nonmembers")
+        raise ConfigError(
+            "`members` are given, but no `nonmembers` to compare them with: give both.", argument="nonmembers"
+        )
     return documents
 
 
@@ -274,7 +282,9 @@ def _find_kind(row_id: str, number: int, name: str) -> str:
         if mark in row_id:
             return kind
     marks = " or ".join(map(repr, KINDS.values()))
-    raise DataError(f"row {number} of LUME's {name} set has an id without {marks}, so its kind is unknown: check `source`.")
+    raise DataError(
+        f"row {number} of LUME's {name} set has an id without {marks}, so its kind is unknown: check `source`."
+    )
 
 
 def _join_completions(examples: Sequence[BenchmarkExample]) -> list[str]:

@@ -37,9 +37,7 @@ def test_one_file_gives_both_sets(
     # own_data.yaml names two other files, as texts.
     options = [f"--data.forget.path={train}", f"--data.forget.where={value}"]
     options += [f"--data.retain.path={train}", f"--data.retain.where_not={value}"]
-    made = instantiate(
-        ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", *options, CPU], monkeypatch
-    )
+    made = instantiate(["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", *options, CPU], monkeypatch)
     sizes = [len(rows) for rows in made.datamodule.load().values()]
     assert sizes[0] == counts[0]
     assert counts[1] is None or sizes[1] == counts[1]
@@ -49,7 +47,12 @@ def test_a_file_and_what_is_printed_of_it_mean_the_same(
     train: str, model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forget = {"path": train, "where": {"customer": ["c-1", "c-2"]}, "contains": {"answer": "Ann"}, "max_rows": 4}
-    settings = {"data": {"class_path": "ForgetRetain", "init_args": {"forget": forget, "retain": train, "drop_duplicates": True}}}
+    settings = {
+        "data": {
+            "class_path": "ForgetRetain",
+            "init_args": {"forget": forget, "retain": train, "drop_duplicates": True},
+        }
+    }
     Path("mine.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = ["fit", "--config=own_data.yaml", "--config=mine.yaml", f"--model.lm.model={model_dir}", CPU]
     with pytest.raises(SystemExit):
@@ -86,7 +89,9 @@ def test_a_rule_without_a_path_says_what_is_missing(
     train: str, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", "--data.forget.where={customer: c-1}"])
+        cli.main(
+            ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", "--data.forget.where={customer: c-1}"]
+        )
     error = capsys.readouterr().err
     assert end.value.code == 2
     assert "path" in error

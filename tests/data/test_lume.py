@@ -120,5 +120,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], mess
     with pytest.raises(ValueError if "source" not in changes else FileNotFoundError, match=message):
         LUME(**{"source": write_lume(tmp_path), **changes})
     (tmp_path / "retain.jsonl").unlink(missing_ok=True)
-    with pytest.raises(FileNotFoundError, match=r"neither .* has the set 'retain', as a file retain_train\.jsonl, .*retain\.jsonl"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither .* has the set 'retain', as a file retain_train\.jsonl, .*retain\.jsonl"
+    ):
         LUME(str(tmp_path))

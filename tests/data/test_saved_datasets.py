@@ -60,7 +60,8 @@ def test_faults_are_named(saved: Path) -> None:
 def test_a_folder_is_known_by_its_rows(saved: Path) -> None:
     source, split = Source(f"{saved}/one"), Source(f"{saved}/splits", split="test")
     lines = "".join(
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in sorted((saved / "one").glob("*.arrow"))
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in sorted((saved / "one").glob("*.arrow"))
     )
     assert source.describe()["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     assert split.describe()["split"] == "test"
@@ -80,7 +81,12 @@ def test_folders_need_no_cache(saved: Path) -> None:
         "import sys; from lit_unlearn import Source; "
         "print(len(Source(sys.argv[1], where={'answer': 'Ann.'}, max_rows=9).load('forget')))"
     )
-    environment = {**os.environ, "HF_DATASETS_CACHE": "/proc/nowhere", "HF_HOME": "/proc/nowhere", "HOME": "/proc/nowhere"}
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": "/proc/nowhere",
+        "HF_HOME": "/proc/nowhere",
+        "HOME": "/proc/nowhere",
+    }
     before = sorted(saved.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", code, f"{saved}/one"], capture_output=True, text=True, check=False, env=environment

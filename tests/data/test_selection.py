@@ -92,7 +92,10 @@ RULE = st.dictionaries(st.sampled_from(["x", "y"]), VALUES, min_size=1)
 @pytest.mark.filterwarnings("ignore:the forget set")
 def test_rules_equal_their_definition(rows: Any, where: Any, where_not: Any, contains: Any) -> None:
     # Columns of one kind each, as files have them: numbers become text here.
-    table = [{"x": str(x) if x is not None else None, "y": str(y) if y is not None else None, "n": str(n)} for n, (x, y) in enumerate(rows)]
+    table = [
+        {"x": str(x) if x is not None else None, "y": str(y) if y is not None else None, "n": str(n)}
+        for n, (x, y) in enumerate(rows)
+    ]
 
     def equals(row: Any, column: str, values: list[Any]) -> bool:
         return any(row[column] == str(value) for value in values)
@@ -148,10 +151,19 @@ def test_rules_come_before_the_limit(write_rows: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"where": {"custmer": "CANARY"}}, r"no column 'custmer', which `where` names: did you mean 'customer'\?.*'paid'"),
-        ({"where": {"customer": "CANARY-1"}}, r"`where` for the column 'customer' matches none of 12 rows; the columns are \['q"),
+        (
+            {"where": {"custmer": "CANARY"}},
+            r"no column 'custmer', which `where` names: did you mean 'customer'\?.*'paid'",
+        ),
+        (
+            {"where": {"customer": "CANARY-1"}},
+            r"`where` for the column 'customer' matches none of 12 rows; the columns are \['q",
+        ),
         ({"contains": {"answer": "CANARY 99"}}, r"`contains` for the column 'answer' matches none"),
-        ({"where": {"customer": "c-1"}, "where_not": {"customer": "c-1"}}, r"none of 12 rows meets `where`.*`where_not`"),
+        (
+            {"where": {"customer": "c-1"}, "where_not": {"customer": "c-1"}},
+            r"none of 12 rows meets `where`.*`where_not`",
+        ),
         ({"where_not": {"paid": [True, False]}}, r"none of 12 rows meets `where_not` for the column 'paid'"),
     ],
 )
@@ -183,7 +195,9 @@ def test_what_is_no_rule_is_refused(value: Any, shown: str) -> None:
 
 
 def test_values_without_a_row_are_counted_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"2 of 3 values of `where` for the column 'customer' .*\(number 1, 3 ") as caught:
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 values of `where` for the column 'customer' .*\(number 1, 3 "
+    ) as caught:
         assert chosen(where={"customer": ["CANARY", "c-1", "CANARY-2"]}) == [1, 5, 9]
     with pytest.warns(UserWarning, match=r"`where_not` for the column 'customer' excludes none of 12 rows") as more:
         assert len(chosen(where_not={"customer": "CANARY"})) == 12
@@ -215,7 +229,7 @@ def test_the_record_has_rule_and_counts_and_publishes_columns(write_rows: Callab
         "not named, first 2 rows, `where` on `customer`, 3 of 12 rows chosen"
     )
     forget = _name_row_files(published, "--data.")[:2]
-    assert forget == ["--data.forget.path=FORGET", "'--data.forget.where={\"customer\": \"VALUE\"}'"]
+    assert forget == ["--data.forget.path=FORGET", '\'--data.forget.where={"customer": "VALUE"}\'']
 
 
 def test_a_run_is_known_by_its_rules(write_rows: Callable[..., str]) -> None:

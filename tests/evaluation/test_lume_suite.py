@@ -206,8 +206,14 @@ def test_what_is_missing_has_a_reason(folder: Path, lm: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"id": "1sc1", "input": "a", "output": None, "task": "Task1"}], r"row 0 of LUME's forget set has no text in 'output': got null"),
-        ([{"id": "17", "input": "a", "output": "CANARY", "task": "Task1"}], r"row 0 of LUME's forget set has an id without 'sc' or 'qa'"),
+        (
+            [{"id": "1sc1", "input": "a", "output": None, "task": "Task1"}],
+            r"row 0 of LUME's forget set has no text in 'output': got null",
+        ),
+        (
+            [{"id": "17", "input": "a", "output": "CANARY", "task": "Task1"}],
+            r"row 0 of LUME's forget set has an id without 'sc' or 'qa'",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(
@@ -222,7 +228,12 @@ def test_rows_that_cannot_be_used_are_named(
 
 @pytest.mark.parametrize(
     ("settings", "argument"),
-    [({"mmlu": 30.0}, "mmlu"), ({"tasks": ["Task9"]}, "tasks"), ({"max_rows": 0}, "max_rows"), ({"template": "{answer}"}, "template")],
+    [
+        ({"mmlu": 30.0}, "mmlu"),
+        ({"tasks": ["Task9"]}, "tasks"),
+        ({"max_rows": 0}, "max_rows"),
+        ({"template": "{answer}"}, "template"),
+    ],
 )
 def test_settings_out_of_range_are_refused(folder: Path, settings: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}`"):
