@@ -103,9 +103,21 @@ class RowText:
         return Encoded(ids, offsets, _starts(pieces))
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[int]:
-    """Tokenise a text of a row alone, without a template; special tokens in it are text."""
-    row_text = RowText(tokenizer)
+def encode_text(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    add_special_tokens: bool = True,
+    allow_special_tokens: bool = False,
+) -> list[int]:
+    """Tokenise a text of a row alone, without a template.
+
+    Args:
+        text: The text.
+        tokenizer: A fast one.
+        add_special_tokens: Whether the tokenizer may begin and end the text as it is used to.
+        allow_special_tokens: Whether special tokens in the text are control tokens, and not text.
+    """
+    row_text = RowText(tokenizer, allow_special_tokens)
     return row_text.encode(row_text.protect(text), add_special_tokens=add_special_tokens).ids
 
 

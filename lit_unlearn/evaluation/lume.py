@@ -166,25 +166,34 @@ class LUMEBenchmark(Benchmark):
             kind = _find_kind(row_id, number, name)
             counts[task, kind] += 1
             if self.max_rows is None or counts[task, kind] <= self.max_rows:
-                (example,) = encode_examples(
-                    [(text, answer)],
-                    tokenizer,
-                    name=name,
-                    number=number,
-                    template=self.template,
-                    max_length=self.max_length,
-                    allow_special_tokens=self.allow_special_tokens,
-                )
-                # As other benchmarks call them, so that `lit-unlearn judge` can grade the answers.
+                # Question and answer, as other benchmarks call them, so that `lit-unlearn judge` can grade the answers.
                 texts = {"question": text, "answer": answer, "task": task, "kind": kind}
-                examples.append(BenchmarkExample(texts, {"answer": [example]}, prompt_of(example)))
+                examples.append(self._encode_row(texts, number, name, tokenizer))
         for task in self.tasks:
-            for kind in KINDS:
-                if not counts[task, kind]:
-                    rank_zero_warn(
-                        f"LUME's {name} set has no {kind} of {task}: its values, and the aggregate, are left out."
-                    )
+            lacking = [kind for kind in KINDS if not counts[task, kind]]
+            if lacking:
+                rank_zero_warn(
+                    f"LUME's {name} set has no {' and no '.join(lacking)} of {task}: its values, and the aggregate, are left out."
+                )
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=self.max_new_tokens)
+
+    def _encode_row(
+        self, texts: dict[str, str], number: int, name: str, tokenizer: PreTrainedTokenizerBase
+    ) -> BenchmarkExample:
+        (example,) = encode_examples(
+            [(texts["question"], texts["answer"])],
+            tokenizer,
+            name=name,
+            number=number,
+            template=self.template,
+            max_length=self.max_length,
+            allow_special_tokens=self.allow_special_tokens,
+        )
+        prompt = prompt_of(example)
+        if self.template == TEMPLATE:
+            # As published. Some tokenizers give the space after an input a token of its own, which is not in it.
+            prompt = encode_text(texts["question"], tokenizer, allow_special_tokens=self.allow_special_tokens)
+        return BenchmarkExample(texts, {"answer": [example]}, prompt)
 
     def _read_documents(self, name: str) -> list[str]:
         return [text for (text,) in read_columns(self.documents[name], "LUME", name, self.document_column)]

@@ -65,11 +65,13 @@ def write_out(lm: LanguageModel, row: Row, new: int = NEW) -> Row:
     """The values of one row, from the model's own logits and its own greedy generation after the raw input."""
     tokenizer: Any = lm.tokenizer
     prompt = tokenizer(row["input"])["input_ids"]
-    ids = [*tokenizer(f"{row['input']} {row['output']}")["input_ids"], tokenizer.eos_token_id]
-    assert ids[: len(prompt)] == prompt
+    encoded = tokenizer(f"{row['input']} {row['output']}", return_offsets_mapping=True)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    # The space may have a token of its own, which is not the answer's.
+    start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(row["input"]) + 1)
     generated = say(lm, prompt, new)
     rouge = RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(row["output"], generated)
-    nll = look(lm.model, ids, len(prompt)).nll
+    nll = look(lm.model, ids, start).nll
     is_question = row["id"][:-1].endswith("qa")
     values = {
         "question": row["input"],
