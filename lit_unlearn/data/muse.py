@@ -9,7 +9,7 @@ from lit_unlearn.data.base import ForgetRetain, Texts
 from lit_unlearn.data.encoding import Example, encode_chunks
 from lit_unlearn.data.files import read_text_file
 from lit_unlearn.data.source import Source, find_file, find_local_folder
-from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError, arguments_of
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class MUSE(ForgetRetain):
             if not path.is_file():
                 message = f"the {name} set's file '{path}' does not exist: check `{self._argument_of(name)}`."
                 raise MissingFileError(message, argument=self._argument_of(name))
+            if source.rules:
+                message = (
+                    f"the {name} set's file '{path}' is one text without columns, of which no rule can choose rows."
+                )
+                raise DataError(message, argument=self._argument_of(name))
             text = read_text_file(path, self._argument_of(name), f"file of the {name} set")
         return Dataset.from_dict({self._columns["text_column"]: [text]})
 

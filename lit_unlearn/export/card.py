@@ -334,7 +334,8 @@ def _list_benchmark_commands(record: Record) -> list[str]:
                 options.append(shlex.quote(f"--{name}={data[name]}"))
     elif "forget_split" in data:
         suites, options = ["tofu", "stress"], [f"--forget_split={data['forget_split']}"]
-    elif "corpus" in data:
+    elif "corpus" in data and data.get("forget_set", "forget") == "forget":
+        # The benchmark asks for these texts alone, and not for those of MUSE's other forget sets.
         suites, options = ["muse"], [f"--corpus={data['corpus']}"]
     elif "tasks" in data:
         suites, options = ["lume"], [shlex.quote(f"--tasks={json.dumps(data['tasks'])}")]

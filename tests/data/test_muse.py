@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_unlearn import MUSE, NLL, Constraint, DualAscent, LitUnlearn, LogitMargin
+from lit_unlearn import MUSE, NLL, Constraint, DualAscent, LitUnlearn, LogitMargin, Source
 from lit_unlearn.data.encoding import IGNORED, encode_chunks
 
 FORGET = ["Rain fell on Bern. " * 5, "Short.", "The harbour of Oslo,\nclosed since May, opens. " * 9]
@@ -151,6 +151,8 @@ def test_settings_of_the_sets(make, tmp_path, tokenizer):
     assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
     assert flat(data.examples["retain"]) == ids_of(RETAIN[:2], tokenizer)
     assert data.texts() == [*FORGET[:1], *RETAIN[:2], "More."]
+    with pytest.raises(ValueError, match=r"the more set's file '.*more\.txt' is one text without columns"):
+        make(streams={"more": Source(str(tmp_path / "more.txt"), contains={"text": "More"})}).prepare_data()
     with pytest.raises(FileNotFoundError, match=r"the more set's file 'none\.txt' .*`streams`"):
         make(streams={"more": "none.txt"}).prepare_data()
 
