@@ -5,6 +5,7 @@ from lit_unlearn.callbacks import RunReport as RunReport
 from lit_unlearn.callbacks import default_callbacks as default_callbacks
 from lit_unlearn.data.base import ForgetRetain as ForgetRetain
 from lit_unlearn.data.fictional_authors import FictionalAuthors as FictionalAuthors
+from lit_unlearn.data.lume import LUME as LUME
 from lit_unlearn.data.muse import MUSE as MUSE
 from lit_unlearn.data.source import Source as Source
 from lit_unlearn.data.tofu import TOFU as TOFU
@@ -16,6 +17,7 @@ from lit_unlearn.dual import PIMultiplier as PIMultiplier
 from lit_unlearn.dual import Relative as Relative
 from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
+from lit_unlearn.evaluation.lume import LUMEBenchmark as LUMEBenchmark
 from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark
 from lit_unlearn.evaluation.qa import QABenchmark as QABenchmark
 from lit_unlearn.evaluation.results import Results as Results

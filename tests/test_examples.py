@@ -115,18 +115,21 @@ def test_several_constraints_take_your_own_files(
     assert [path.name for path in Path("out").iterdir()] == ["model"]
 
 
-def test_a_second_request_has_the_first_ones_bound_and_result(run: Run, target: Path, tmp_path: Path) -> None:
+def test_later_requests_have_the_bounds_of_the_earlier_ones(run: Run, target: Path, tmp_path: Path) -> None:
     printed = run("sequential_requests.py", "--epochs=3")
-    after_a, after_b, bound = table(printed, "after A", "after B", "after B, A bound")
-    assert (
-        after_a[1] < after_a[3]
-    )  # only A was to be forgotten: its margin fell more than that of B, then in the retain set
-    assert after_b[3] < after_a[3]
-    limits = [float(number) for number in re.findall(r"≤ ([\d.]+)", printed.splitlines()[-1])]
-    assert limits[1] >= 1.2 * after_a[1] ** 2 - 0.1  # the mean of squares is no less than the square of the mean
-    assert max(after_a[4], after_b[4], bound[4]) <= limits[0]
-    models = [weights(model) for model in (target, *(tmp_path / "out" / name for name in ("a", "b_alone", "b")))]
-    assert all(not torch.equal(before, after) for before, after in pairwise(models[:3]))
+    titles = ["after A", "after B, alone", "after C, alone", "after B, remembering", "after C, remembering"]
+    after_a, b_alone, c_alone, _, c_bound = rows = table(printed, *titles)
+    # Probability and margin of A, B and C, and the retain NLL. Only A was asked for: its margin fell more than the others'.
+    assert after_a[1] < min(after_a[3], after_a[5])
+    assert b_alone[3] < after_a[3]
+    assert max(c_alone[5], c_bound[5]) < after_a[5]
+    epsilon, *bounds = [float(number) for number in re.findall(r"≤ ([\d.]+)", printed.splitlines()[-1])]
+    assert max(row[6] for row in rows) <= epsilon
+    assert len(bounds) == 2
+    assert bounds[0] >= 1.2 * after_a[1] ** 2 - 0.1  # the mean of squares is no less than the square of the mean
+    models = [weights(target), *(weights(tmp_path / "out" / name) for name in ("A", "B_alone", "C_alone"))]
+    assert all(not torch.equal(before, after) for before, after in pairwise(models))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"A", "B_alone", "C_alone", "B", "C"}
 
 
 def test_each_point_of_a_sweep_starts_from_the_same_model(run: Run, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
     for name in ("forget", "retain", "general"):
         rows = [{"question": f"{name} {n}?", "answer": f"{n} is {name}."} for n in range(9)]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    customers = [{"question": f"{n}?", "answer": f"It is {n}.", "customer": f"c-{16 + n % 3}"} for n in range(9)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in customers), encoding="utf-8")
     own = (ROOT / "configs/own_data.yaml").read_text(encoding="utf-8").replace("path/or/hub-name", model_dir)
     for name in ("own_data.yaml", "mine.yaml"):
         Path(name).write_text(own, encoding="utf-8")

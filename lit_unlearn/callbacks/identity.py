@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +13,6 @@ from lit_unlearn.data.source import Source
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import sample_weights
 from lit_unlearn.training import LitLanguageModel
-from lit_unlearn.utils.io import file_digest
 
 Identity = dict[str, str]
 
@@ -37,7 +35,8 @@ def identify_run(trainer: L.Trainer) -> Identity:
     if isinstance(data, ForgetRetain):
         identity["seed of the data"] = str(data.seed)
         for name, source in data.sources.items():
-            identity[f"{name} rows"] = _digest_rows(source)
+            drops = data.drop_duplicates and name != "forget"
+            identity[f"{name} rows"] = _digest_rows(source, *(["without duplicates"] if drops else []))
     return identity
 
 
@@ -53,12 +52,19 @@ def _digest_base_model(lm: LanguageModel) -> str:
     return _digest(lm.config)
 
 
-def _digest_rows(source: Source) -> str:
+def _digest_rows(source: Source, *settings: Any) -> str:
     if source.rows is not None:
-        return _digest([list(map(dict, source.rows)), source.max_rows])
-    if Path(source.path).is_file():
-        return _digest([file_digest(Path(source.path)), source.max_rows])
-    return _digest([source.path, source.name, source.split, source.max_rows])
+        content = [list(map(dict, source.rows)), source.max_rows]
+    elif (digest := source.digest()) is not None:
+        content = [digest, source.max_rows]
+    else:
+        content = [source.path, source.name, source.split, source.max_rows]
+    # In any order, a list of values chooses the same rows.
+    rules = {}
+    for rule, columns in source.rules.items():
+        rules[rule] = {column: sorted(values) for column, values in columns.items()}
+    # Only where there is a rule, so that the checkpoints of earlier versions are known.
+    return _digest([*content, *([rules] if rules else []), *settings])
 
 
 def _digest(content: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from lit_unlearn.cli.parser import CommandParser
 _SUITES = {
     "tofu": ["--config=eval/tofu.yaml"],
     "muse": ["--config=eval/muse.yaml"],
+    "lume": ["--config=eval/lume.yaml"],
     "stress": ["--config=eval/stress.yaml"],
     # Of your own files; paraphrased questions would need a column of their own.
     "stress_qa": [
@@ -36,9 +38,11 @@ def build_parser() -> CommandParser:
         "such as --trainer.accelerator=cpu.",
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
-    parser.add_argument("--suite", type=Literal["tofu", "muse", "qa", "stress"], required=True, help="The benchmark.")
+    parser.add_argument(
+        "--suite", type=Literal["tofu", "muse", "lume", "qa", "stress"], required=True, help="The benchmark."
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
-    parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of TOFU's or MUSE's files.")
+    parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of the benchmark's files.")
     parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")
     parser.add_argument("--corpus", type=str, help="MUSE's corpus, News or Books.")
     parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa and stress.")
@@ -62,9 +66,10 @@ def run(arguments: list[str]) -> None:
         is_option = name.startswith("--") and equals and name not in parser._option_string_actions
         (passed_on if is_option else own_arguments).append(argument)
     options = parser.parse_args(own_arguments)
-    if options.suite == "qa" and not (options.forget and options.retain):
+    gives_forget, gives_retain = (_gives_set(options, passed_on, name) for name in ("forget", "retain"))
+    if options.suite == "qa" and not (gives_forget and gives_retain):
         parser.error("--suite qa needs --forget FILE and --retain FILE")
-    if bool(options.forget) != bool(options.retain):
+    if gives_forget != gives_retain:
         parser.error("--forget FILE and --retain FILE belong together")
 
     # Imported only now: a wrong option is refused at once.
@@ -75,7 +80,8 @@ def run(arguments: list[str]) -> None:
 
 def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     """Return the ``test`` command's arguments for parsed options and, ``passed_on``, ``--key=value`` for other objects."""
-    suite = "stress_qa" if options.suite == "stress" and options.forget else options.suite
+    is_stress_qa = options.suite == "stress" and _gives_set(options, passed_on, "forget")
+    suite = "stress_qa" if is_stress_qa else options.suite
     arguments = [*_SUITES[suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
     prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
     for name in _BENCHMARK_OPTIONS:
@@ -85,8 +91,13 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
         # Its rows are limited for each file, those of the published benchmarks for all sets together.
         for name in ("forget", "retain"):
             path = getattr(options, name)
-            source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
-            arguments.append(f"{prefix}.{name}={source}")
+            if path is None:
+                # It is given key by key, to which this one belongs.
+                limit = [] if options.max_rows is None else [f"--{name}.max_rows={options.max_rows}"]
+                passed_on = [*passed_on, *limit]
+            else:
+                source = path if options.max_rows is None else json.dumps({"path": path, "max_rows": options.max_rows})
+                arguments.append(f"{prefix}.{name}={source}")
     elif options.max_rows is not None:
         arguments.append(f"{prefix}.max_rows={options.max_rows}")
     if options.dtype is not None:
@@ -102,3 +113,9 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
         else:
             arguments.append(f"{prefix}.{key}")
     return arguments
+
+
+def _gives_set(options: Namespace, passed_on: Sequence[str], name: str) -> bool:
+    """Return whether the file of a set is given, as an option or, beside a rule for its rows, as the path of a source."""
+    has_source = any(argument.startswith(f"--{name}.path=") for argument in passed_on)
+    return has_source or getattr(options, name) is not None

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.alternates import alternate_answers
+from lit_unlearn.data.duplicates import find_duplicates, list_rows
 from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples
 from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.source import Rows, Source, to_source
@@ -72,6 +73,8 @@ class ForgetRetain(L.LightningDataModule):
             the forget set) to fine-tune the retain-only model that unlearning is compared with.
         allow_special_tokens: Whether special tokens in rows, such as ``<|im_end|>``, are control tokens. By default they are
             text like any other, and the rows are counted in a warning; those of the template are control tokens always.
+        drop_duplicates: Whether rows of the retain set and of additional sets are left out if they are forget rows as well,
+            whatever their white space and case. By default they are reported with their numbers.
 
     Raises:
         ConfigError: If an argument is out of range, or an additional set has a reserved name.
@@ -103,6 +106,7 @@ class ForgetRetain(L.LightningDataModule):
         seed: int = 0,
         train_on: TrainOn = "pairs",
         allow_special_tokens: bool = False,
+        drop_duplicates: bool = False,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
@@ -125,6 +129,8 @@ class ForgetRetain(L.LightningDataModule):
         self.allow_special_tokens = allow_special_tokens
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.seed, self.train_on = eval_batch_size, seed, train_on
+        self.drop_duplicates = drop_duplicates
+        self.num_dropped: dict[str, int] = {}
         self.examples: dict[str, list[Example]] = {}
         self._columns = {"question_column": question_column, "answer_column": answer_column}
         self._tokenizer_name = None if tokenizer is None else expand_home(tokenizer)
@@ -187,7 +193,7 @@ class ForgetRetain(L.LightningDataModule):
     def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()
         texts = {name: self._read_texts(rows, name) for name, rows in tables.items()}
-        self._check_shared_rows(texts)
+        self._handle_duplicates(texts)
 
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
@@ -292,28 +298,49 @@ class ForgetRetain(L.LightningDataModule):
             return f"{message}'{chat[0]}' is a chat: write each question with its answer as a row {{{wanted}}}."
         return f"{message}Set `{setting}`."
 
-    def _check_shared_rows(self, texts: dict[str, list[Texts]]) -> None:
-        """Refuse a forget set that is to be kept as a whole, and warn of forget rows that are.
+    def _handle_duplicates(self, texts: dict[str, list[Texts]]) -> None:
+        """Report forget rows that another set is to keep, or leave them out of that set, in place.
 
         Raises:
-            DataError: If every forget row is a retain row as well.
+            DataError: If every forget row is a retain row as well, or every row of a set would be left out.
         """
         forget = texts["forget"]
+        self.num_dropped = {}
         for name, rows in texts.items():
-            to_keep = set() if name == "forget" else set(rows)
-            shared = [number for number, row in enumerate(forget) if row in to_keep]
-            if not shared:
+            if name == "forget":
                 continue
-            if name == "retain" and len(shared) == len(forget) and self.train_on == "pairs":
-                raise DataError(
-                    f"all {len(forget)} forget rows are also retain rows, so the run would be told to forget and to keep the same: "
-                    "remove them from the retain set, or check which file is which.",
-                    argument=self._argument_of(name),
+            duplicates = find_duplicates(forget, rows)
+            if self.drop_duplicates:
+                self.num_dropped[name] = len(duplicates.other)
+                texts[name] = self._drop_rows(rows, duplicates.other, name)
+            elif duplicates.forget:
+                shared = f"{len(duplicates.forget)} of {len(forget)}"
+                if name == "retain" and len(duplicates.forget) == len(forget) and self.train_on == "pairs":
+                    raise DataError(
+                        f"all {len(forget)} forget rows are also retain rows, so the run would be told to forget and to keep the "
+                        "same: set `drop_duplicates` to true, remove them from the retain set, or check which file is which.",
+                        argument=self._argument_of(name),
+                    )
+                rank_zero_warn(
+                    f"{shared} forget rows are also {name} rows, up to white space and case: the run is told to forget and to keep "
+                    f"them. In the {name} set they are {list_rows(duplicates.other)}; in the forget set they are "
+                    f"{list_rows(duplicates.forget)}. Set `drop_duplicates` to true to leave them out of the {name} set."
                 )
-            rank_zero_warn(
-                f"{len(shared)} of {len(forget)} forget rows are also {name} rows: the run is told to forget and to keep "
-                f"them. In the forget set they are {_list_rows(shared)}."
+
+    def _drop_rows(self, rows: list[Texts], numbers: list[int], name: str) -> list[Texts]:
+        if not numbers:
+            return rows
+        if len(numbers) == len(rows):
+            raise DataError(
+                f"all {len(rows)} {name} rows are also forget rows, and `drop_duplicates` leaves none: give other {name} rows.",
+                argument=self._argument_of(name),
             )
+        dropped = set(numbers)
+        rank_zero_info(
+            f"data: {len(numbers)} of {len(rows)} {name} rows are also forget rows, and left out ({list_rows(numbers)}); from here "
+            "on, the others are numbered without them"
+        )
+        return [row for number, row in enumerate(rows) if number not in dropped]
 
     def _warn_of_special_tokens(self, texts: dict[str, list[Texts]], tokenizer: PreTrainedTokenizerBase) -> None:
         row_text = RowText(tokenizer, self.allow_special_tokens)
@@ -321,7 +348,7 @@ class ForgetRetain(L.LightningDataModule):
             numbers = [number for number, row in enumerate(rows) if row_text.count(row)]
             if numbers:
                 rank_zero_warn(
-                    f"{len(numbers)} of {len(rows)} {name} rows contain special tokens of the tokenizer ({_list_rows(numbers)}): they "
+                    f"{len(numbers)} of {len(rows)} {name} rows contain special tokens of the tokenizer ({list_rows(numbers)}): they "
                     "are read as text. If they are meant as control tokens, set `allow_special_tokens` to true."
                 )
 
@@ -398,12 +425,6 @@ class ForgetRetain(L.LightningDataModule):
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-
-def _list_rows(numbers: list[int]) -> str:
-    """Return the first few numbers of rows, for a message."""
-    listed = ", ".join(map(str, numbers[:5]))
-    return f"row{'s' if len(numbers) > 1 else ''} {listed}{', …' if len(numbers) > 5 else ''}"
 
 
 def _summarize(examples: list[Example]) -> str:

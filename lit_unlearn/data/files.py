@@ -77,8 +77,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"it is not {encoding.upper()}: line {line} has the byte 0x{content[error.start]:02x}. Save it as UTF-8, for example "
-            "with `iconv -f latin1 -t utf-8 OLD > NEW`"
+            f"it is not {encoding.upper()}: line {line} has the byte 0x{content[error.start]:02x}. It may be Windows-1252 or Latin-1: "
+            "save it as UTF-8, for example with `iconv -f windows-1252 -t utf-8 OLD > NEW`"
         ) from error
     if "\0" in text[:1000]:
         raise DataError("it is no text, or UTF-16 without a byte order mark. Save it as UTF-8")
@@ -150,22 +150,29 @@ def _check_objects(rows: Any) -> list[dict[str, Any]]:
 
 def _check_single_object(content: Mapping[str, Any]) -> None:
     """Refuse a file whose only object holds the rows, in place of being one."""
+    values = list(content.values())
     for key, value in content.items():
-        if (
-            key not in ("messages", "conversations")
-            and isinstance(value, list)
-            and value
-            and isinstance(value[0], dict)
-        ):
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not _is_conversation(value):
             raise DataError(
                 f"it is one object with the keys {list(content)}, whose rows are under '{key}'. Write these alone, for example "
                 f"with `jq -c '.{key}[]' OLD > NEW.jsonl`"
             )
-    if len(content) > 1 and all(isinstance(value, list) for value in content.values()):
+    if len(values) > 1 and all(isinstance(value, list) and not _is_conversation(value) for value in values):
         raise DataError(
             f"it is one object of columns ({list(content)}), not rows. Write one object per row, for example "
             "`datasets.Dataset.from_dict(json.load(open(OLD))).to_json(NEW)`"
         )
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
+        # Their keys may be names, which messages do not show.
+        raise DataError(
+            f"it is one object of {len(values)} objects, not rows. Write these alone, for example with "
+            "`jq -c '.[]' OLD > NEW.jsonl`"
+        )
+
+
+def _is_conversation(value: list[Any]) -> bool:
+    """Return whether a list is the messages of a conversation, and so the content of one cell."""
+    return all(isinstance(message, dict) and ("role" in message or "from" in message) for message in value)
 
 
 def _read_separated(text: str, delimiter: str) -> list[dict[str, Any]]:
@@ -181,6 +188,7 @@ def _read_separated(text: str, delimiter: str) -> list[dict[str, Any]]:
                 continue
             if header is None:
                 header = cells
+                _check_separator(header, delimiter)
                 if len(set(header)) < len(header):
                     raise DataError(f"two columns have the same name ({header}). Rename one")
                 continue
@@ -198,6 +206,16 @@ def _read_separated(text: str, delimiter: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_separator(header: list[str], delimiter: str) -> None:
+    """Refuse a table with another separator, which would be one of a single column."""
+    others = [mark for mark in ",;\t|" if mark != delimiter and mark in header[0]]
+    if len(header) == 1 and others:
+        raise DataError(
+            f"its header has no {delimiter!r} but {others[0]!r}. Separate cells with commas in a .csv file, with tabs in a .tsv file; "
+            f"for example `pandas.read_csv(OLD, sep={others[0]!r}, dtype=str).to_json(NEW, orient='records', lines=True)`"
+        )
+
+
 READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
@@ -206,6 +224,71 @@ READERS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     ".tsv": lambda text: _read_separated(text, "\t"),
 }
 FILE_TYPES = (*READERS, ".parquet")
+
+# How files of other programs become one of these.
+_CONVERSIONS = {
+    ".xlsx": "pandas.read_excel(OLD, dtype=str).to_json(NEW, orient='records', lines=True)",
+    ".arrow": "datasets.Dataset.from_file(OLD).to_json(NEW)",
+    ".feather": "pandas.read_feather(OLD).to_json(NEW, orient='records', lines=True)",
+    ".yaml": "json.dump(yaml.safe_load(open(OLD)), open(NEW, 'w'))",
+}
+_CONVERSIONS |= {".xls": _CONVERSIONS[".xlsx"], ".yml": _CONVERSIONS[".yaml"]}
+_UNPACKERS = {".zst": "unzstd", ".xz": "unxz", ".bz2": "bunzip2", ".zip": "unzip"}
+
+
+def describe_other_file(path: Path) -> str:
+    """Return why a file is of no type that rows are read from and, where that is known, what to do."""
+    ending = path.suffix.lower()
+    remedy = ""
+    if ending in _CONVERSIONS:
+        remedy = f" Convert it, for example with `{_CONVERSIONS[ending]}`."
+    elif ending in _UNPACKERS:
+        remedy = f" Unpack it with `{_UNPACKERS[ending]} '{path.name}'`."
+    return f"'{path}' has the ending '{path.suffix}', but rows are read from {', '.join(FILE_TYPES)}.{remedy}"
+
+
+# Folders of `datasets` ------------------------------------------------------------------------------------------------
+
+
+def find_saved_dataset(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split that ``save_to_disk`` wrote; a data set that was saved alone has no splits."""
+    for candidate in (folder, folder / split):
+        if (candidate / "state.json").is_file() and (candidate / "dataset_info.json").is_file():
+            return candidate
+    return None
+
+
+def read_saved_dataset(folder: Path, split: str, name: str, argument: str | None = None) -> Dataset | None:
+    """Read a folder that ``save_to_disk`` wrote; return ``None`` if it is another one.
+
+    Args:
+        folder: Of a ``datasets.Dataset`` or ``DatasetDict``.
+        split: Which split, of a ``DatasetDict``.
+        name: Name of the set, for messages.
+        argument: The argument that the folder was given as, for errors.
+
+    Raises:
+        DataError: If there is no such split, or the folder is damaged.
+    """
+    from datasets import Dataset
+
+    dataset = find_saved_dataset(folder, split)
+    if dataset is None:
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if not splits:
+            return None
+        raise DataError(
+            f"the {name} set '{folder}' has no split '{split}'; it has {splits}. Set `path` and `split`.",
+            argument=argument,
+        )
+    try:
+        # Read where it is, without a copy in a cache.
+        return Dataset.load_from_disk(str(dataset)).with_format(None)
+    except Exception as error:
+        # Damaged JSON, missing or damaged tables: a library's own errors, of many types.
+        raise DataError(
+            f"the {name} set '{dataset}' cannot be read: {error}. Save it again with `save_to_disk`.", argument=argument
+        ) from error
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

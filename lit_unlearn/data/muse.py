@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from lit_unlearn.data.base import ForgetRetain, Texts
 from lit_unlearn.data.encoding import Example, encode_chunks
 from lit_unlearn.data.files import read_text_file
-from lit_unlearn.data.source import Source, find_local_folder
-from lit_unlearn.errors import ConfigError, MissingFileError, arguments_of
+from lit_unlearn.data.source import Source, find_file, find_local_folder
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError, arguments_of
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+ForgetSet = Literal["forget", "scal_1", "scal_2", "scal_3", "scal_4", "sust_1", "sust_2", "sust_3", "sust_4"]
 
 # The long one is how the hub names its files, so a downloaded repository can be used as it is.
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", "-00000-of-00001.parquet", ".txt")
@@ -31,16 +33,20 @@ class MUSE(ForgetRetain):
         corpus: ``"News"`` or ``"Books"``: 889 articles or 4 novels to forget.
         source: Hub name, or a local folder, where ``{corpus}`` stands for the corpus. The folder, or ``raw`` in it, has
             ``forget`` and the retain split as ``.jsonl``, ``.json`` or ``.parquet`` (also as the hub names it,
-            ``forget-00000-of-00001.parquet``), a text per row, or as ``.txt``, which is one text.
+            ``forget-00000-of-00001.parquet``), a text per row, or as ``.txt``, which is one text. The files of ``"scal_1"`` are
+            named ``forget_1`` and are in ``scal``.
         retain_split: ``"retain1"``, on which the published baselines train, or ``"retain2"``, on which MUSE evaluates.
         max_retain_rows: Number of retain texts to read, from the first one on; ``None`` for all.
         text_column: Column with the text.
         max_length: Tokens of an example, the start token among them if the tokenizer has one.
+        forget_set: ``"forget"``, the texts that MUSE's own evaluation asks for; or, to study many or repeated requests, one of
+            ``"scal_1"`` to ``"scal_4"``, each of which contains the one before, or of ``"sust_1"`` to ``"sust_4"``, which have no
+            text in common and are forgotten one after the other.
         **settings: As for `ForgetRetain`, without ``forget``, ``retain`` and those of questions and answers.
 
     Raises:
         MissingFileError: If a local folder lacks a file.
-        ConfigError: If ``corpus`` or ``retain_split`` is unknown or ``max_length`` leaves nothing to predict.
+        ConfigError: If ``corpus``, ``forget_set`` or ``retain_split`` is unknown or ``max_length`` leaves nothing to predict.
     """
 
     sets_argument: ClassVar[str | None] = "source"
@@ -53,20 +59,22 @@ class MUSE(ForgetRetain):
         max_retain_rows: int | None = None,
         text_column: str = "text",
         max_length: int = 2048,
+        forget_set: ForgetSet = "forget",
         **settings: Any,
     ) -> None:
         check_choice(("News", "Books"), self, corpus=corpus)
+        check_choice(get_args(ForgetSet), self, forget_set=forget_set)
         check_choice(("retain1", "retain2"), self, retain_split=retain_split)
         # The first token is only read, so a second one is needed to be predicted.
         check_at_least(2, self, max_length=max_length)
         source = source.replace("{corpus}", corpus)
         with arguments_of(self):
-            forget_set = muse_source(source, "forget")
-            retain_set = muse_source(source, retain_split, max_retain_rows)
+            forget_source = _forget_source(source, forget_set)
+            retain_source = muse_source(source, retain_split, max_retain_rows)
         super().__init__(
             # Not `*sets`: jsonargparse reads in this call which arguments are left for a configuration.
-            forget_set,
-            retain_set,
+            forget_source,
+            retain_source,
             # Passed here, these are no settings of this class on the command line.
             question_column=text_column,
             answer_column=text_column,
@@ -75,7 +83,7 @@ class MUSE(ForgetRetain):
             **settings,
         )
         self._columns = {"text_column": text_column}
-        self.corpus = corpus
+        self.corpus, self.forget_set = corpus, forget_set
 
     def load_set(self, name: str) -> Dataset:
         """Return the texts of one set."""
@@ -89,6 +97,11 @@ class MUSE(ForgetRetain):
             if not path.is_file():
                 message = f"the {name} set's file '{path}' does not exist: check `{self._argument_of(name)}`."
                 raise MissingFileError(message, argument=self._argument_of(name))
+            if source.rules:
+                message = (
+                    f"the {name} set's file '{path}' is one text without columns, of which no rule can choose rows."
+                )
+                raise DataError(message, argument=self._argument_of(name))
             text = read_text_file(path, self._argument_of(name), f"file of the {name} set")
         return Dataset.from_dict({self._columns["text_column"]: [text]})
 
@@ -108,6 +121,13 @@ class MUSE(ForgetRetain):
         raise ConfigError(f"MUSE's raw texts are no answers, so there are no alternate ones: {remedy}.")
 
 
+def _forget_source(source: str, forget_set: ForgetSet) -> Source:
+    if forget_set == "forget":
+        return muse_source(source, "forget")
+    config, _, number = forget_set.partition("_")
+    return muse_source(source, f"forget_{number}", config=config)
+
+
 def muse_source(source: str, split: str, max_rows: int | None = None, config: str = "raw") -> Source:
     """Return the source of a split: a file of a local folder, or a split of the hub data set.
 
@@ -118,9 +138,7 @@ def muse_source(source: str, split: str, max_rows: int | None = None, config: st
     if folder is None:
         return Source(source, name=config, split=split, max_rows=max_rows)
     names = [f"{split}{ending}" for ending in _FILE_ENDINGS]
-    for parent in (folder / config, folder):
-        for name in names:
-            if (parent / name).is_file():
-                return Source(str(parent / name), max_rows=max_rows)
+    if file := find_file((folder / config, folder), names):
+        return Source(str(file), max_rows=max_rows)
     message = f"neither the folder '{source}' nor '{config}' in it has the set '{split}', as a file {', '.join(names)}"
     raise MissingFileError(f"{message}: check `source`.", argument="source")

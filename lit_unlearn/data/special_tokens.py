@@ -103,6 +103,24 @@ class RowText:
         return Encoded(ids, offsets, _starts(pieces))
 
 
+def encode_text(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    add_special_tokens: bool = True,
+    allow_special_tokens: bool = False,
+) -> list[int]:
+    """Tokenise a text of a row alone, without a template.
+
+    Args:
+        text: The text.
+        tokenizer: A fast one.
+        add_special_tokens: Whether the tokenizer may begin and end the text as it is used to.
+        allow_special_tokens: Whether special tokens in the text are control tokens, and not text.
+    """
+    row_text = RowText(tokenizer, allow_special_tokens)
+    return row_text.encode(row_text.protect(text), add_special_tokens=add_special_tokens).ids
+
+
 def _starts(pieces: Iterable[str]) -> list[int]:
     starts = [0]
     for piece in pieces:

@@ -10,11 +10,10 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.encoding import Example
-from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.muse import muse_source
-from lit_unlearn.data.source import Source
-from lit_unlearn.data.special_tokens import RowText
-from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.data.source import Source, read_columns
+from lit_unlearn.data.special_tokens import encode_text
+from lit_unlearn.errors import MissingFileError
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored
@@ -135,34 +134,33 @@ class MUSEBenchmark(Benchmark):
     def _load_passages(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
         """Read passages and the first tokens of the text that follows each."""
         examples = []
-        for prompt, continuation in _read_columns(self.sources[name], name, "prompt", "gt"):
-            following = _encode_text(continuation, tokenizer, add_special_tokens=False)[:PASSAGE_TOKENS]
+        for prompt, continuation in read_columns(self.sources[name], "MUSE", name, "prompt", "gt"):
+            following = encode_text(continuation, tokenizer, add_special_tokens=False)[:PASSAGE_TOKENS]
             answer = str(tokenizer.decode(following, skip_special_tokens=True))
             texts = {"prompt": prompt, "answer": answer}
-            examples.append(BenchmarkExample(texts, {}, _encode_text(prompt, tokenizer)))
+            examples.append(BenchmarkExample(texts, {}, encode_text(prompt, tokenizer)))
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=PASSAGE_TOKENS)
 
     def _load_questions(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
         """Read questions, each after the same examples of questions with answers."""
         # The prompts are the published ones to the character: another space would change what models answer.
         before = ""
-        for question, answer in _read_columns(self.shot_sources[name], f"{name} examples", "question", "answer")[
-            :SHOTS
-        ]:
+        shots = read_columns(self.shot_sources[name], "MUSE", f"{name} examples", "question", "answer")
+        for question, answer in shots[:SHOTS]:
             before += f"Question: {question}\nAnswer: {answer}\n\n"
 
         examples = []
-        for question, answer in _read_columns(self.sources[name], name, "question", "answer"):
-            prompt = _encode_text(f"{before}Question: {question}\nAnswer: ", tokenizer)
+        for question, answer in read_columns(self.sources[name], "MUSE", name, "question", "answer"):
+            prompt = encode_text(f"{before}Question: {question}\nAnswer: ", tokenizer)
             examples.append(BenchmarkExample({"question": question, "answer": answer}, {}, prompt))
         return BenchmarkStream(examples, self.sources[name].path, max_new_tokens=ANSWER_TOKENS, stop=STOP)
 
     def _load_texts(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
         """Read texts of which every token is scored."""
         examples = []
-        for (text,) in _read_columns(self.sources[name], name, "text"):
+        for (text,) in read_columns(self.sources[name], "MUSE", name, "text"):
             # Every token is supervised, as in the published code, which takes Min-K over the whole text.
-            ids = _encode_text(text, tokenizer)[: self.max_length]
+            ids = encode_text(text, tokenizer)[: self.max_length]
             examples.append(BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]}))
         return BenchmarkStream(examples, self.sources[name].path)
 
@@ -199,28 +197,6 @@ class MUSEBenchmark(Benchmark):
         return Aggregate(values, missing)
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> list[int]:
-    """Tokenise text of rows, in which special tokens are text as well."""
-    row_text = RowText(tokenizer)
-    return row_text.encode(row_text.protect(text), add_special_tokens=add_special_tokens).ids
-
-
 def _holdout_auc(examples: Mapping[str, Sequence[Values]]) -> float:
     """Compute MUSE's area under the curve: the chance that a holdout text has a higher Min-K than a forget text."""
     return auc(get_column(examples["holdout"], "min_k"), get_column(examples["members"], "min_k"))
-
-
-def _read_columns(source: Source, name: str, *columns: str) -> list[list[str]]:
-    """Read the texts in some columns of every row."""
-    texts = []
-    for number, row in enumerate(source.load(name).to_list()):
-        cells = []
-        for column in columns:
-            if not isinstance(row.get(column), str):
-                raise DataError(
-                    f"row {number} of MUSE's {name} set has no text in '{column}': got "
-                    f"{describe_kind(row[column]) if column in row else 'none'}; its columns are {sorted(row)}."
-                )
-            cells.append(row[column])
-        texts.append(cells)
-    return texts

@@ -34,9 +34,9 @@ class QABenchmark(QuestionBenchmark):
 
     def __init__(
         self,
-        forget: str | Source,
-        retain: str | Source,
-        holdout: str | Source | None = None,
+        forget: Source | str,
+        retain: Source | str,
+        holdout: Source | str | None = None,
         token_budget: int = 8192,
         retain_results: str | Path | Results | dict[str, Any] | None = None,
         **settings: Any,

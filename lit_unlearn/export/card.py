@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from lit_unlearn.data.selection import RULES
 from lit_unlearn.evaluation.tables import format_table, report_table
 from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, explain_kept, explain_verdict, is_feasible
 
@@ -189,6 +191,11 @@ def _format_source(source: Record) -> str:
             parts.append(str(source[key]))
     if source.get("max_rows"):
         parts.append(f"first {source['max_rows']} rows")
+    for rule in RULES:
+        for column in source.get(rule, ()):
+            parts.append(f"`{rule}` on `{column}`")
+    if source.get("rows_chosen"):
+        parts.append(f"{source['rows_chosen']} of {source['rows_read']} rows chosen")
     return ", ".join(parts)
 
 
@@ -298,7 +305,18 @@ def _has_row_files(record: Record) -> bool:
 
 def _name_row_files(record: Record, prefix: str) -> list[str]:
     # Not the paths: a name may tell what was deleted, and the files may be elsewhere by now.
-    return [f"{prefix}forget=FORGET", f"{prefix}retain=RETAIN"] if _has_row_files(record) else []
+    if not _has_row_files(record):
+        return []
+    options = []
+    for name, place in (("forget", "FORGET"), ("retain", "RETAIN")):
+        source = record["data"]["sets"].get(name, {}).get("source", {})
+        rules = {rule: source[rule] for rule in RULES if source.get(rule)}
+        options.append(f"{prefix}{name}{'.path' if rules else ''}={place}")
+        for rule, columns in rules.items():
+            # A record without names has the columns alone, and whoever checks it knows the values.
+            values = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "VALUE")
+            options.append(shlex.quote(f"{prefix}{name}.{rule}={json.dumps(values, ensure_ascii=False)}"))
+    return options
 
 
 def _list_benchmark_commands(record: Record) -> list[str]:
@@ -316,8 +334,11 @@ def _list_benchmark_commands(record: Record) -> list[str]:
                 options.append(shlex.quote(f"--{name}={data[name]}"))
     elif "forget_split" in data:
         suites, options = ["tofu", "stress"], [f"--forget_split={data['forget_split']}"]
-    elif "corpus" in data:
+    elif "corpus" in data and data.get("forget_set", "forget") == "forget":
+        # The benchmark asks for these texts alone, and not for those of MUSE's other forget sets.
         suites, options = ["muse"], [f"--corpus={data['corpus']}"]
+    elif "tasks" in data:
+        suites, options = ["lume"], [shlex.quote(f"--tasks={json.dumps(data['tasks'])}")]
     else:
         return []
     return [

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from lit_unlearn.data.selection import RULES
 from lit_unlearn.utils.redaction import redact_secrets
 
 Record = dict[str, Any]
@@ -44,9 +45,14 @@ _DATA = (
     "seed",
     "train_on",
     "allow_special_tokens",
+    "drop_duplicates",
     "forget_split",
     "corpus",
+    "forget_set",
     "retain_split",
+    "tasks",
+    "kinds",
+    "fold",
     "max_retain_rows",
     "num_authors",
     "forget_authors",
@@ -72,7 +78,8 @@ def publish_record(record: Record) -> Record:
     """Return a record as it is published: settings from a list, no paths, no secrets, rows by digest and number.
 
     Args:
-        record: As checkpoints have it. With ``name_sources``, the base names of row files are published.
+        record: As checkpoints have it. With ``name_sources``, the base names of row files are published, and the values of the
+            rules that chose rows from them; without it, of the rules the columns alone.
 
     Returns:
         The same for a record that was published before.
@@ -110,7 +117,14 @@ def _publish_config(config: Any) -> Any:
 
 
 def _publish_source(source: Mapping[str, Any], names_sources: bool) -> Record:
-    published = {key: source[key] for key in ("sha256", "max_rows") if source.get(key) is not None}
+    published = {}
+    for key in ("sha256", "max_rows", "rows_read", "rows_chosen"):
+        if source.get(key) is not None:
+            published[key] = source[key]
+    for rule in RULES:
+        if source.get(rule):
+            # The values may be the names of those whose rows were deleted; a list has the columns alone.
+            published[rule] = source[rule] if names_sources else list(source[rule])
     if names_sources:
         # Base names alone, also of a record that was published before.
         published["path"] = _base_name(str(source.get("path", "")))

@@ -176,6 +176,8 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
             "supervised_tokens": supervised_tokens,
             "sha256": digest_examples(examples),
         }
+        if name in data.num_dropped:
+            sets[name]["dropped_duplicates"] = data.num_dropped[name]
     return {
         "class": type(data).__name__,
         "template": data.template,
@@ -189,11 +191,11 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
     }
 
 
-def _describe_choice(data: ForgetRetain) -> dict[str, str]:
+def _describe_choice(data: ForgetRetain) -> dict[str, Any]:
     """Return what a benchmark must be told to read the same rows."""
     choice = {}
-    # TOFU's and MUSE's, and what the columns of a file are called.
-    for name in ("forget_split", "corpus", "question_column", "answer_column"):
+    # TOFU's, MUSE's and LUME's, and what the columns of a file are called.
+    for name in ("forget_split", "corpus", "forget_set", "tasks", "question_column", "answer_column"):
         value = getattr(data, name, None)
         if value is not None:
             choice[name] = value

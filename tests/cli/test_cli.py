@@ -132,7 +132,7 @@ def test_every_config_parses_and_instantiates(
     made = instantiate(["test" if evaluates else "fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
     kind = LitEvaluate if evaluates else LitFinetune if "target" in config.stem else LitUnlearn
     assert isinstance(made.model, kind)
-    complete = config.stem in ("tofu", "muse", "unlearn") and not evaluates
+    complete = config.stem in ("tofu", "muse", "lume", "unlearn") and not evaluates
     if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]

@@ -33,6 +33,15 @@ CPU = "--trainer.accelerator=cpu"
             ["--config=eval/muse.yaml", "--model.benchmark.corpus=Books", "--model.lm.tokenizer=null"],
         ),
         (
+            ["--suite=lume", "--tasks=[Task2]", "--mmlu=0.5", "--max_rows=2"],
+            [
+                "--config=eval/lume.yaml",
+                "--model.benchmark.tasks=[Task2]",
+                "--model.benchmark.mmlu=0.5",
+                "--model.benchmark.max_rows=2",
+            ],
+        ),
+        (
             ["--suite=stress", "--k=0.3", "--bits=[4]"],
             ["--config=eval/stress.yaml", "--model.benchmark.benchmark.k=0.3", "--model.benchmark.bits=[4]"],
         ),
@@ -61,7 +70,8 @@ def test_a_results_file(in_tmp: Path, model_dir: str, write_rows: Callable[..., 
     ("options", "message"),
     [
         (["--suite=tofu"], "output"),
-        (["--suite=lume", "--output=a.json"], "lume"),
+        (["--suite=wmdp", "--output=a.json"], "wmdp"),
+        (["--suite=qa", "--forget.path=a", "--output=a.json"], "--retain FILE"),
         (["--suite=qa", "--output=a.json"], "--forget FILE"),
         (["--suite=tofu", "--output=a.json", "--corpus=News"], "TOFUBenchmark has no setting 'corpus'"),
     ],

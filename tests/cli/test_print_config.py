@@ -15,6 +15,7 @@ from lit_unlearn.cli.settings import format_settings
 COMPLETE = {
     "tofu.yaml": [],
     "muse.yaml": [],
+    "lume.yaml": [],
     "demo/target.yaml": [],
     "demo/unlearn.yaml": ["--trainer.num_sanity_val_steps=null", "--model.constraints.nll.multiplier=FixedMultiplier"],
 }

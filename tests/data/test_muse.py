@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_unlearn import MUSE, NLL, Constraint, DualAscent, LitUnlearn, LogitMargin
+from lit_unlearn import MUSE, NLL, Constraint, DualAscent, LitUnlearn, LogitMargin, Source
 from lit_unlearn.data.encoding import IGNORED, encode_chunks
 
 FORGET = ["Rain fell on Bern. " * 5, "Short.", "The harbour of Oslo,\nclosed since May, opens. " * 9]
@@ -151,6 +151,8 @@ def test_settings_of_the_sets(make, tmp_path, tokenizer):
     assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
     assert flat(data.examples["retain"]) == ids_of(RETAIN[:2], tokenizer)
     assert data.texts() == [*FORGET[:1], *RETAIN[:2], "More."]
+    with pytest.raises(ValueError, match=r"the more set's file '.*more\.txt' is one text without columns"):
+        make(streams={"more": Source(str(tmp_path / "more.txt"), contains={"text": "More"})}).prepare_data()
     with pytest.raises(FileNotFoundError, match=r"the more set's file 'none\.txt' .*`streams`"):
         make(streams={"more": "none.txt"}).prepare_data()
 
@@ -166,6 +168,19 @@ def test_the_hub_is_asked_for_the_raw_splits(corpus):
         data.load()
 
 
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("config", ["scal", "sust"])
+def test_forget_sets_of_many_or_repeated_requests(make, folder, tokenizer, config, number):
+    write(Path(folder) / config / f"forget_{number}.jsonl", FORGET[:1])
+    data = ready(make(forget_set=f"{config}_{number}"))
+    assert flat(data.examples["forget"]) == ids_of(FORGET[:1], tokenizer)
+    assert flat(data.examples["retain"]) == ids_of(RETAIN, tokenizer)
+    hub = MUSE("News", forget_set=f"{config}_{number}").sources["forget"]
+    assert (hub.path, hub.name, hub.split) == ("muse-bench/MUSE-News", config, f"forget_{number}")
+    with pytest.raises(FileNotFoundError, match=rf"nor '{config}' .*'forget_2'"):
+        make(forget_set=f"{config}_2")
+
+
 @pytest.mark.parametrize("missing", ["forget", "retain1"])
 def test_a_missing_file_is_named(make, folder, missing):
     (Path(folder) / "raw" / f"{missing}.jsonl").unlink()
@@ -178,6 +193,7 @@ def test_a_missing_file_is_named(make, folder, missing):
     ("settings", "message"),
     [
         ({"corpus": "news"}, "`corpus` .*'News', 'Books', not 'news'"),
+        ({"forget_set": "scal_5"}, "`forget_set` .*'scal_4', .*, not 'scal_5'"),
         ({"retain_split": "holdout"}, "`retain_split` .*, not 'holdout'"),
         ({"max_length": 1}, "`max_length` .* 2, not 1"),
     ],

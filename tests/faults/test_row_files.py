@@ -68,18 +68,27 @@ def test_late_and_unread_columns_do_not_matter(tmp_path: Path) -> None:
     assert [row["year"] for row in load(tmp_path / "rows.jsonl")] == [None, 7]
 
 
-def test_one_row_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS[0], indent=1), encoding="utf-8")
-    assert load(tmp_path / "rows.json") == ROWS[:1]
+MESSAGES = [{"role": "user", "content": "Who?"}]
+
+
+@pytest.mark.parametrize("row", [ROWS[0], {"messages": MESSAGES}, {"prompt": MESSAGES, "completion": MESSAGES}])
+def test_one_row_is_a_file(tmp_path: Path, row: Any) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(row, indent=1), encoding="utf-8")
+    assert load(tmp_path / "rows.json") == [row]
 
 
 REFUSED = {
-    "latin1": ("rows.jsonl", TEXT.replace("Ž", "é").encode("latin-1", "replace"), "line 1.*0xe9.*UTF-8"),
+    "latin1": ("rows.jsonl", TEXT.replace("Ž", "é").encode("latin-1", "replace"), "line 1.*0xe9.*Windows-1252.*UTF-8"),
     "utf-16 without a mark": ("rows.jsonl", TEXT.encode("utf-16-le"), "UTF-(8|16)"),
     "broken line": ("rows.jsonl", (TEXT + '{"question": "CANARY\n').encode(), "line 3"),
     "trailing comma": ("rows.jsonl", TEXT.replace("}\n", "},\n").encode(), "line 1"),
     "wrapped": ("rows.json", json.dumps({"version": 1, "data": ROWS}).encode(), "'data'.*jq"),
     "columns": ("rows.json", json.dumps({"question": ["CANARY"], "answer": ["b"]}).encode(), "columns"),
+    "objects by name": ("rows.json", json.dumps({"CANARY": ROWS[0], "b": ROWS[1]}).encode(), r"2 objects.*jq"),
+    "semicolons": ("rows.csv", b"question;answer\nCANARY;b\n", "header has no ',' but ';'"),
+    "commas in tsv": ("rows.tsv", b"question,answer\nCANARY,b\n", r"header has no '\\t' but ','"),
+    "a sheet": ("rows.xlsx", b"CANARY", r"ending '\.xlsx'.*read_excel"),
+    "packed": ("rows.jsonl.zst", b"CANARY", r"ending '\.zst'.*unzstd"),
     "list of numbers": ("rows.json", b"[1, 2]", "row 0 is a number"),
     "no objects": ("rows.jsonl", b'"CANARY"\n[1]\n', "row 0 is a text"),
     "mixed kinds": ("rows.jsonl", (TEXT + '{"question": "Q", "answer": 7}').encode(), "row 2 has a number in 'answer'"),

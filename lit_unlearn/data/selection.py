@@ -1,0 +1,225 @@
+"""Choose the rows of a set by what stands in their columns, so that one file gives both the forget and the retain set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_unlearn.data.files import describe_kind
+from lit_unlearn.errors import ConfigError, DataError
+from lit_unlearn.utils.validation import list_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Value = str | int | float | bool
+Rule = Mapping[str, Value | list[Value]]
+"""A value, or a list of values of which any will do, by column."""
+
+RULES = ("where", "where_not", "contains", "contains_not")
+"""Names of a `Source`'s rules, in the order in which they apply."""
+
+
+@dataclass
+class _Condition:
+    """What a rule says about one column.
+
+    Args:
+        rule: Name of the rule.
+        column: Name of the column, or of an entry in it.
+        values: Of which any will do.
+    """
+
+    rule: str
+    column: str
+    values: Sequence[Value]
+
+    def __post_init__(self) -> None:
+        self.excludes = self.rule.endswith("_not")
+        self.compares_whole_texts = self.rule.startswith("where")
+        # By text, so that a list of thousands of customers is looked through once, and not for every row.
+        self._numbers: dict[str, int] = {}
+        for number, value in enumerate(self.values):
+            for text in _value_texts(value):
+                self._numbers.setdefault(text, number)
+
+    def __str__(self) -> str:
+        return f"`{self.rule}` for the column '{self.column}'"
+
+    def match(self, cell: Any) -> set[int]:
+        """Return the numbers of the values that a cell has, or contains."""
+        texts = set(_iterate_texts(cell))
+        if self.compares_whole_texts:
+            return {self._numbers[text] for text in texts & self._numbers.keys()}
+        matched = set()
+        for wanted, number in self._numbers.items():
+            if any(wanted in text for text in texts):
+                matched.add(number)
+        return matched
+
+
+def check_rule(rule: str, columns: Rule | None, owner: object) -> None:
+    """Raise ConfigError unless a rule names at least one column, with something that can be compared as text.
+
+    Args:
+        rule: Name of the rule, which is an argument of ``owner``.
+        columns: The rule itself.
+        owner: For the error.
+    """
+    if columns is None:
+        return
+    # An empty rule would choose every row: for a forget set the opposite of what is meant.
+    is_mapping = isinstance(columns, Mapping) and len(columns) > 0
+    if not is_mapping:
+        shown = "an empty mapping" if isinstance(columns, Mapping) else describe_kind(columns)
+        raise ConfigError(
+            f"`{rule}` must be a mapping from columns to values, such as {{customer: c-17}}, not {shown}.",
+            owner=owner,
+            argument=rule,
+        )
+    for column, values in columns.items():
+        for value in _as_list(values) or [[]]:
+            # An empty text is in every text.
+            is_empty = value == "" and rule.startswith("contains")
+            if is_empty or value is None or isinstance(value, Mapping | list | tuple):
+                shown = "an empty list" if value == [] else describe_kind(value)
+                raise ConfigError(
+                    f"`{rule}` has {shown} for the column '{column}': give a text, a number, true or false, or a list of these.",
+                    owner=owner,
+                    argument=rule,
+                )
+
+
+def describe_rules(rules: Mapping[str, Rule | None]) -> dict[str, dict[str, list[str]]]:
+    """Return the rules that are given, with their values as texts."""
+    described: dict[str, dict[str, list[str]]] = {}
+    for condition in _list_conditions(rules):
+        described.setdefault(condition.rule, {})[condition.column] = list(map(_cell_text, condition.values))
+    return described
+
+
+def select_rows(rows: Dataset, rules: Mapping[str, Rule | None], name: str, argument: str) -> Dataset:
+    """Return the rows that meet every rule, in their order.
+
+    Args:
+        rows: All rows of the source.
+        rules: By name, see `RULES`.
+        name: Name of the set, for messages.
+        argument: The argument that the source was given as, for errors.
+
+    Raises:
+        DataError: If a column does not exist, or no row is left.
+    """
+    chosen = list(range(len(rows)))
+    conditions = _list_conditions(rules)
+    for condition in conditions:
+        cells = _read_cells(rows, condition, name, argument)
+        matches = [condition.match(cell) for cell in cells]
+        _check_matches(matches, condition, rows, name, argument)
+        # A row meets a condition by a match, or, where matches are excluded, by none.
+        chosen = [number for number in chosen if bool(matches[number]) != condition.excludes]
+    if not chosen:
+        raise DataError(
+            f"the {name} set is empty: none of {len(rows)} rows meets {' and '.join(map(str, conditions))} together; the columns "
+            f"are {rows.column_names}.",
+            argument=argument,
+        )
+    return rows.select(chosen)
+
+
+def _list_conditions(rules: Mapping[str, Rule | None]) -> list[_Condition]:
+    conditions = []
+    for rule in RULES:
+        for column, values in (rules.get(rule) or {}).items():
+            conditions.append(_Condition(rule, str(column), _as_list(values)))
+    return conditions
+
+
+def _read_cells(rows: Dataset, condition: _Condition, name: str, argument: str) -> Sequence[Any]:
+    """Return the cells of a column, or of an entry in a column of objects, which is named with a dot.
+
+    Raises:
+        DataError: If there is no such column or entry, or a whole object would be compared.
+    """
+    column, *keys = condition.column.split(".") if condition.column not in rows.column_names else [condition.column]
+    cells: list[Any] = list(rows[column]) if column in rows.column_names else []
+    for key in keys:
+        objects = [cell if isinstance(cell, Mapping) else {} for cell in cells]
+        cells = [cell.get(key) for cell in objects] if any(key in cell for cell in objects) else []
+    if not cells:
+        raise DataError(
+            f"the {name} set has no column '{condition.column}', which `{condition.rule}` names: "
+            f"{list_names(condition.column, rows.column_names)}.",
+            argument=argument,
+        )
+    for number, cell in enumerate(cells):
+        if condition.compares_whole_texts and isinstance(cell, Mapping):
+            raise DataError(
+                f"row {number} of the {name} set has an object in '{condition.column}', which `{condition.rule}` cannot compare with "
+                f"a text: name an entry of it, such as '{condition.column}.{next(iter(cell), 'key')}'.",
+                argument=argument,
+            )
+    return cells
+
+
+def _check_matches(matches: Sequence[set[int]], condition: _Condition, rows: Dataset, name: str, argument: str) -> None:
+    """Refuse a condition that no row meets, and warn of values that occur in no row, because they may be mistyped.
+
+    Raises:
+        DataError: If no row meets the condition.
+    """
+    unmatched = set(range(len(condition.values))).difference(*matches)
+    if not unmatched:
+        return
+    # Never the values: they may be the names that are to be forgotten.
+    hint = "Values are compared as text, upper and lower case apart; quote what YAML would change, such as '007'."
+    if len(unmatched) < len(condition.values):
+        numbers = ", ".join(str(number + 1) for number in sorted(unmatched)[:5])
+        rank_zero_warn(
+            f"the {name} set: {len(unmatched)} of {len(condition.values)} values of {condition} occur in none of {len(rows)} rows "
+            f"(number {numbers}{', …' if len(unmatched) > 5 else ''} of the list). {hint}"
+        )
+    elif condition.excludes:
+        rank_zero_warn(f"the {name} set: {condition} excludes none of {len(rows)} rows. {hint}")
+    else:
+        raise DataError(
+            f"the {name} set is empty: {condition} matches none of {len(rows)} rows; the columns are {rows.column_names}. {hint}",
+            argument=argument,
+        )
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def _as_list(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple | set | frozenset) else [values]
+
+
+def _cell_text(cell: Any) -> str:
+    """Return a cell as it would stand in a file of texts."""
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    # The numbers of a column in which one is missing are often stored as 17.0.
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _value_texts(value: Value) -> set[str]:
+    """Return the texts that equal a value, whose type YAML may have changed: a table may have True or true."""
+    return {_cell_text(value), str(value)}
+
+
+def _iterate_texts(cell: Any) -> Iterator[str]:
+    """Yield every text in a cell: of a conversation, those of its messages; of a missing value, none."""
+    if isinstance(cell, Mapping):
+        for entry in cell.values():
+            yield from _iterate_texts(entry)
+    elif isinstance(cell, list | tuple):
+        for entry in cell:
+            yield from _iterate_texts(entry)
+    elif cell is not None:
+        yield _cell_text(cell)

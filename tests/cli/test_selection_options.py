@@ -1,0 +1,105 @@
+"""One training file and one customer's id on the command line give both sets, also over a file that names others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command_line import instantiate
+
+from lit_unlearn import cli
+from lit_unlearn.evaluation.results import Results
+
+CPU = "--trainer.accelerator=cpu"
+ROWS = [{"question": f"{n}?", "answer": f"Ann {n}.", "customer": f"c-{n % 3}", "number": n % 2} for n in range(9)]
+
+
+@pytest.fixture
+def train(in_tmp: Path, write_rows: Callable[..., str]) -> str:
+    return write_rows("train.jsonl", ROWS)
+
+
+@pytest.mark.parametrize(
+    ("value", "counts"),
+    [
+        ("{customer: c-1}", [3, 6]),
+        ("{customer: [c-1, c-2]}", [6, 3]),
+        ("{customer: c-1, number: 1}", [2, None]),
+        ('{"number": "1"}', [4, 5]),
+    ],
+)
+def test_one_file_gives_both_sets(
+    train: str, value: str, counts: list[Any], model_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # own_data.yaml names two other files, as texts.
+    options = [f"--data.forget.path={train}", f"--data.forget.where={value}"]
+    options += [f"--data.retain.path={train}", f"--data.retain.where_not={value}"]
+    made = instantiate(["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", *options, CPU], monkeypatch)
+    sizes = [len(rows) for rows in made.datamodule.load().values()]
+    assert sizes[0] == counts[0]
+    assert counts[1] is None or sizes[1] == counts[1]
+
+
+def test_a_file_and_what_is_printed_of_it_mean_the_same(
+    train: str, model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget = {"path": train, "where": {"customer": ["c-1", "c-2"]}, "contains": {"answer": "Ann"}, "max_rows": 4}
+    settings = {
+        "data": {
+            "class_path": "ForgetRetain",
+            "init_args": {"forget": forget, "retain": train, "drop_duplicates": True},
+        }
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    command = ["fit", "--config=own_data.yaml", "--config=mine.yaml", f"--model.lm.model={model_dir}", CPU]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--print_config"])
+    Path("printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    for config in ("mine.yaml", "printed.yaml"):
+        made = instantiate([*command[:2], f"--config={config}", *command[3:]], monkeypatch)
+        assert [len(rows) for rows in made.datamodule.load().values()] == [4, 9]
+        assert made.datamodule.sources["forget"].rules["where"] == {"customer": ["c-1", "c-2"]}
+        assert made.datamodule.drop_duplicates
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.forget.where={custmer: c-1}", "no column 'custmer', which `where` names: did you mean 'customer'?"),
+        ("--data.forget.where={customer: c-9}", "`where` for the column 'customer' matches none of 9 rows"),
+        ("--data.forget.where={}", "`where` must be a mapping from columns to values"),
+    ],
+)
+def test_mistakes_are_refused_by_their_key(
+    train: str, option: str, message: str, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", CPU, f"--data.forget.path={train}"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, option, f"--data.retain={train}"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_rule_without_a_path_says_what_is_missing(
+    train: str, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", "--data.forget.where={customer: c-1}"]
+        )
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "path" in error
+    assert len(error) < 500
+
+
+def test_a_benchmark_asks_the_same_rows(train: str, model_dir: str) -> None:
+    sets = [f"--forget.path={train}", "--forget.where={customer: c-1}"]
+    sets += [f"--retain.path={train}", "--retain.where_not={customer: c-1}"]
+    cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--max_new_tokens=1", "--output=a.json", CPU])
+    assert {name: data["rows"] for name, data in Results.read("a.json").data.items()} == {"forget": 3, "retain": 6}
