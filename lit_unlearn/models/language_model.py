@@ -22,6 +22,7 @@ from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import BatchError, ConfigError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
+from lit_unlearn.models.older_keys import write_older_keys
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
@@ -430,6 +431,8 @@ class LanguageModel(nn.Module):
             self._save_weights(folder, state_dict, dtype or self.files_dtype)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+            # Before `finish`, which takes the digests of the files.
+            write_older_keys(folder)
             if finish is not None:
                 finish(folder)
         return target
