@@ -434,7 +434,9 @@ def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | N
     state = model.state_dict() if state is None else state
     # The default, "auto", would ask the hub whether the vocabulary has grown.
     names = [name for name in model.peft_config if name != _REFERENCE]
-    model.save_pretrained(str(folder / "adapter"), selected_adapters=names, state_dict=state, save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder / "adapter"), selected_adapters=names, state_dict=state, save_embedding_layers=False
+    )
     _forget_base_folder(folder / "adapter", str(getattr(inner.config, "name_or_path", "")))
     try:
         if getattr(inner, "is_quantized", False):

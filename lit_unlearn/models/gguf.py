@@ -43,7 +43,9 @@ def check_file(folder: Path, name: str, owner: object = None) -> None:
     file = folder / name
     if not file.is_file():
         names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
-        message = f"'{folder}' has no file '{name}': expected the name of a GGUF file there, which has {names or 'none'}."
+        message = (
+            f"'{folder}' has no file '{name}': expected the name of a GGUF file there, which has {names or 'none'}."
+        )
         raise MissingFileError(message, owner=owner, argument="gguf_file")
     if part := _PART.search(name):
         message = (

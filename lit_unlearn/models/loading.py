@@ -123,7 +123,9 @@ def _is_adapter(folder: Path) -> bool:
 def _read_base(folder: Path, owner: object, argument: str) -> tuple[str, str | None]:
     """Return name and revision of an adapter's base model."""
     file = folder / ADAPTER_CONFIG
-    with reading("the adapter's config", file, "Get a complete copy of it.", ModelError, owner=owner, argument=argument):
+    with reading(
+        "the adapter's config", file, "Get a complete copy of it.", ModelError, owner=owner, argument=argument
+    ):
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     base = config.get("base_model_name_or_path")
     if not base:
@@ -328,7 +330,9 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
     with (
         _reading_pretrained("the model", name, remedy, owner, "model"),
-        _explaining_shortage(ModelFiles(name, settings.get("revision"), False, gguf_file), settings.get("dtype"), owner),
+        _explaining_shortage(
+            ModelFiles(name, settings.get("revision"), False, gguf_file), settings.get("dtype"), owner
+        ),
         hide_progress_bars(),
     ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
