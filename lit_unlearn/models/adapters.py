@@ -60,7 +60,8 @@ def adapter_config(fields: Mapping[str, Any], owner: object = None) -> PeftConfi
             values.setdefault(name, default)
     with reading("the adapter config", dict(fields), "Check `adapter`.", owner=owner, argument="adapter"):
         config: PeftConfig = config_class(**values)
-    _check_config(config, owner)
+    _check_kind(config, owner)
+    _check_bias(config, owner)
     return config
 
 
@@ -154,8 +155,10 @@ def load_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> P
     """
     _keep_backward_of_4bit(model)
     before = probe_logits(model)
+    config = _read_config(folder, owner)
+    _check_kind(config, owner, "model")
+    _check_bias(config, owner, "model")
     adapted = _read_adapter(model, folder, owner, is_trainable=True)
-    _check_config(adapted.peft_config["default"], owner, "model")
     with _calling_peft(), _reading_adapter(folder, owner, "Set `merge_adapter` to true."):
         adapted.load_adapter(folder, _REFERENCE, torch_device=str(model.device))
     _widen(adapted, model.dtype)
@@ -177,6 +180,7 @@ def merge_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> 
     Raises:
         ModelError: If the adapter cannot be read, does not fit the model, or cannot be merged.
     """
+    _check_kind(_read_config(folder, owner), owner, "model")
     adapted = _read_adapter(model, folder, owner, is_trainable=False)
     _check_tied_embeddings(adapted, owner, "model")
     with _reading_adapter(folder, owner, "It cannot be merged: set `merge_adapter` to false, and go on training it."):
@@ -188,6 +192,13 @@ def merge_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> 
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base.requires_grad_()
+
+
+def _read_config(folder: str, owner: object) -> PeftConfig:
+    from peft import PeftConfig
+
+    with _reading_adapter(folder, owner, "Get a complete copy of it."):
+        return PeftConfig.from_pretrained(folder)
 
 
 def _read_adapter(model: PreTrainedModel, folder: str, owner: object, is_trainable: bool) -> PeftModel:
@@ -297,7 +308,8 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
         return
     _keep_backward_of_4bit(inner)
     for config in model.peft_config.values():
-        _check_config(config)
+        _check_kind(config)
+        _check_bias(config)
 
     if _is_adapted_layer(inner.get_output_embeddings()):
         raise ModelError(
@@ -325,7 +337,7 @@ def _check_tied_embeddings(model: PeftModel, owner: object = None, argument: str
         )
 
 
-def _check_config(config: Any, owner: object = None, argument: str = "adapter") -> None:
+def _check_kind(config: Any, owner: object = None, argument: str = "adapter") -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -339,6 +351,9 @@ def _check_config(config: Any, owner: object = None, argument: str = "adapter") 
             "as `peft_type: LORA`."
         )
         raise ConfigError(message, owner=owner, argument=argument)
+
+
+def _check_bias(config: Any, owner: object = None, argument: str = "adapter") -> None:
     if getattr(config, "bias", "none") != "none":
         message = (
             f"`bias: {config.bias}` trains biases of the base model, which stay when the adapter is switched off: the "

@@ -133,7 +133,7 @@ def _read_base(folder: Path, owner: object, argument: str) -> tuple[str, str | N
         raise ModelError(message, owner=owner, argument=argument)
     # As peft does, from the working directory; or from the adapter's own folder, which may be moved together with the base.
     beside = folder / base
-    is_beside = not Path(base).exists() and beside.is_dir()
+    is_beside = (beside / "config.json").is_file() and not (Path(base) / "config.json").is_file()
     return str(beside) if is_beside else str(base), config.get("revision")
 
 

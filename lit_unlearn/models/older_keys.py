@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Keys = dict[str, Any]
 
 # The name of each layer type's parameters in transformers 5, with the name of its base in transformers 4.
 _NESTED_BASES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-# transformers 4 accepts two fields for these, whatever else they need.
+# For these, some models of transformers 4 accept two fields and no more.
 _TWO_FIELDS = ("linear", "dynamic")
 
 
@@ -55,27 +56,34 @@ def _add_config_keys(config: Keys) -> Keys:
         older["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
-        with_rope = {**older, **_older_rope_keys(rope, str(config.get("model_type")))}
-        if _are_read_alike(config, with_rope):
-            older = with_rope
+        for is_short in (True, False):
+            with_rope = {**older, **_older_rope_keys(rope, str(config.get("model_type")), is_short)}
+            if _are_read_alike(config, with_rope):
+                return with_rope
     return older
 
 
-def _older_rope_keys(rope: Keys, model_type: str) -> Keys:
-    """Return the keys of transformers 4 for the parameters of rotary positions."""
+def _older_rope_keys(rope: Keys, model_type: str, is_short: bool) -> Keys:
+    """Return the keys of transformers 4 for the parameters of rotary positions.
+
+    Args:
+        rope: The parameters, of all layers or by type of layer.
+        model_type: Of the model.
+        is_short: Whether to leave out what only some versions know, for the models that refuse it.
+    """
     nested = {name: rope[name] for name in _NESTED_BASES if isinstance(rope.get(name), dict)}
     if "full_attention" not in nested:
-        return _older_flat_keys(rope, model_type)
-    keys = _older_flat_keys(nested["full_attention"], model_type)
+        return _older_flat_keys(rope, model_type, is_short)
+    keys = _older_flat_keys(nested["full_attention"], model_type, is_short)
     for layer_type, parameters in nested.items():
         # Layers that see a window only are never scaled there.
         keys[_NESTED_BASES[layer_type]] = parameters.get("rope_theta")
     return keys
 
 
-def _older_flat_keys(rope: Keys, model_type: str) -> Keys:
+def _older_flat_keys(rope: Keys, model_type: str, is_short: bool) -> Keys:
     base, part = rope.get("rope_theta"), rope.get("partial_rotary_factor")
-    keys: Keys = {"rope_theta": base, "rope_scaling": _older_scaling(rope, model_type)}
+    keys: Keys = {"rope_theta": base, "rope_scaling": _older_scaling(rope, model_type, is_short)}
     if part is not None:
         keys["partial_rotary_factor"] = part
     if model_type.startswith("gpt_neox"):
@@ -83,13 +91,15 @@ def _older_flat_keys(rope: Keys, model_type: str) -> Keys:
     return keys
 
 
-def _older_scaling(rope: Keys, model_type: str) -> Keys | None:
+def _older_scaling(rope: Keys, model_type: str, is_short: bool) -> Keys | None:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    if kind in _TWO_FIELDS:
-        return {"type": kind, "factor": rope.get("factor")}
-    if model_type == "phi3":
+    if is_short and kind in _TWO_FIELDS:
+        # OLMo accepts these two alone; Gemma 3 came later, and knows the later name alone.
+        name = "rope_type" if model_type.startswith("gemma3") else "type"
+        return {name: kind, "factor": rope.get("factor")}
+    if is_short and model_type == "phi3":
         # Exactly these three are accepted.
         return {"type": kind, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
     elsewhere = ("rope_theta", "partial_rotary_factor", "type")
@@ -104,11 +114,13 @@ def _are_read_alike(config: Keys, older: Keys) -> bool:
     if model_type not in CONFIG_MAPPING:
         return False
     read = []
-    for fields in (config, older):
-        # It changes what it is given.
-        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
-        read.append(_without_older_names(parsed.rope_parameters))
-    return bool(read[0] == read[1])
+    # Whatever a class refuses, the config that is there must stay as it is.
+    with suppress(Exception):
+        for fields in (config, older):
+            # It changes what it is given.
+            parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
+            read.append(_without_older_names(parsed.rope_parameters))
+    return len(read) == 2 and read[0] == read[1]
 
 
 def _without_older_names(rope: Any) -> Any:

@@ -26,6 +26,7 @@ IDS = torch.arange(24).view(1, 24)
 DEFAULT = {"rope_type": "default", "rope_theta": 100_000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 500_000.0}
+SHORTER = {"original_max_position_embeddings": 64}  # which the two fields of old cannot say
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 50_000.0}
 GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
 GEMMA3 |= {"sliding_attention": {"rope_type": "default", "rope_theta": 20_000.0}}
@@ -43,6 +44,10 @@ ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
         {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    "dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5000.0, **SHORTER}},
+        {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, **SHORTER}},
     ),
     "partial": (
         {"model_type": "phi", "rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.25}},
@@ -65,11 +70,17 @@ ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "gemma3": (
-        {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 4, "rope_parameters": GEMMA3},
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+            "sliding_window": 4,
+            "rope_parameters": GEMMA3,
+        },
         {
             "rope_theta": 1e6,
             "rope_local_base_freq": 20_000.0,
-            "rope_scaling": {"type": "linear", "factor": 8.0},
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
 }
@@ -136,7 +147,7 @@ def test_without_rotary_positions_there_is_nothing_to_add(tokenizer_dir: str, tm
 
 
 def test_a_config_that_would_be_read_otherwise_stays_as_it_is(tmp_path: Path) -> None:
-    """Its layers have parameters under names of their own, which the older keys cannot say."""
+    """A model that transformers does not know, and one whose class refuses the parameters."""
     rope = {"some_attention": DEFAULT, "other_attention": LLAMA3}
     for model_type in ("llama9", "modernbert-decoder"):
         content = {"model_type": model_type, "rope_parameters": rope, "dtype": "bfloat16"}
