@@ -464,7 +464,7 @@ class LanguageModel(nn.Module):
             there is none.
         """
         files = self.files
-        base = None
+        base: dict[str, Any] | None = None
         if files is not None and files.base is not None:
             base = {"name": files.base.name, "revision": files.base.revision, **files.base.describe()}
             base["merged"] = self._merge_adapter
