@@ -116,7 +116,7 @@ def test_the_packaged_prompts() -> None:
 
 
 def test_neighbours_share_rare_words() -> None:
-    others = ["the cat and the dog and the sea", "a zebra", "the the the", ""]
+    others = ["the cat and the dog and the sea", "a zebra", "over the hill", ""]
     assert find_neighbours(["the zebra"], others, 1) == [1]
     assert find_neighbours(["the zebra"], others, 9) == [0, 1, 2, 3]
 
