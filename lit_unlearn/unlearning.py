@@ -77,7 +77,7 @@ def unlearn(
         )
     output = expand_path(output)
     lm = model if isinstance(model, LanguageModel) else LanguageModel(model)
-    check_export_target(output, [lm.name, lm.tokenizer_name])  # before any work is done
+    check_export_target(output, lm.inputs)  # before any work is done
     run_dir = Path(f"{output}_run") if run_dir is None else expand_path(run_dir)
 
     bound = Constraint(

@@ -23,6 +23,7 @@ LAYER = {
     "metrics": 2,
     "data": 3,
     "evaluation": 4,
+    "prepare": 4,
     "training": 5,
     "plotting": 6,
     "export": 6,

@@ -24,7 +24,7 @@ from lit_unlearn.callbacks.run_state import (
 from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
 from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, describe_run, summarize_results, write_record
-from lit_unlearn.models.loading import fingerprint, weight_file_size
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
@@ -116,10 +116,10 @@ class ExportModel(Callback):
         def take() -> None:
             self._release_folder()
             path, lm = Path(folder), getattr(module, "lm", None)
-            inputs = [] if lm is None else [lm.name, lm.tokenizer_name]
+            inputs = [] if lm is None else lm.inputs
             check_export_target(path, inputs, owner=self, argument="dirpath")
             # Both exports are on the disk while the new one replaces the old one.
-            size = 0 if lm is None else weight_file_size(lm.name)
+            size = 0 if lm is None or lm.files is None else lm.files.export_size()
             self._lock = ExitStack()
             self._lock.enter_context(hold_folder(path, size, owner=self, argument="dirpath"))
             with output_errors(path):

@@ -11,7 +11,6 @@ import lightning as L
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.models.loading import sample_weights
 from lit_unlearn.training import LitLanguageModel
 
 Identity = dict[str, str]
@@ -46,8 +45,8 @@ def find_differences(one: Identity, other: Identity) -> list[str]:
 
 
 def _digest_base_model(lm: LanguageModel) -> str:
-    if lm.name is not None:
-        return sample_weights(lm.name, lm.hub_settings["revision"])
+    if lm.files is not None:
+        return lm.files.sample()
     # Random weights follow from the config and the seed. Of a model that was given in memory, this is its type alone.
     return _digest(lm.config)
 

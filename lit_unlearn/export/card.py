@@ -159,6 +159,14 @@ def _render_subject(record: Record) -> str:
     }
     for name, digest in model["weights"].items():
         facts[f"sha256 of `{name}`"] = _format_code(digest)
+    base = model.get("base")
+    if base:
+        facts["started from"] = (
+            f"this adapter, {'merged into' if base['merged'] else 'on'} {_format_code(base['name'])}"
+        )
+        facts["base revision"], facts["base commit on the hub"] = base["revision"], base["commit"]
+        for name, digest in base["weights"].items():
+            facts[f"sha256 of the base's `{name}`"] = _format_code(digest)
     # A model made from scratch has no revision, a local one no commit.
     known = [(name, fact) for name, fact in facts.items() if fact]
     return f"{_format_facts(['', ''], known)}\n\n{_render_sets(record)}"

@@ -199,11 +199,20 @@ def _find_model_settings(path: Path, record: Record, base_model: str | None) -> 
     if config is not None:
         settings = dict(config["model"]["init_args"]["lm"])
     else:
-        settings = {"adapter": record.get("model", {}).get("adapter")}
+        origin = record.get("model", {})
+        base = origin.get("base")
+        settings = {"adapter": origin.get("adapter")}
+        if base is not None:
+            # Of a saved adapter, which either is in the base now or has gone on being trained.
+            settings = {"adapter": origin["adapter"] if base["merged"] else None, "merge_adapter": base["merged"]}
     # Both would only slow down a model that is loaded to be written.
     settings |= {"compile": False, "activation_checkpointing": False}
     if base_model is not None:
-        settings |= {"model": base_model, "config": None, "revision": None}
+        # A model that was exported from the GGUF file has the same weights.
+        file = settings.get("gguf_file")
+        is_there = file is not None and (Path(base_model) / file).is_file()
+        gguf_file = file if is_there else None
+        settings |= {"model": base_model, "config": None, "revision": None, "gguf_file": gguf_file}
     return settings
 
 
@@ -212,8 +221,15 @@ def _check_base_model(lm: LanguageModel, record: Record) -> None:
     if not lm.has_adapter or not record:
         return
     recorded, loaded = record["model"], lm.origin()
+    _compare_weights(recorded, loaded)
+    # The run may have started from a saved adapter, on a base model of its own.
+    if recorded.get("base") and loaded["base"]:
+        _compare_weights(recorded["base"], loaded["base"])
+
+
+def _compare_weights(recorded: Record, loaded: Record) -> None:
     if recorded["weights"] and loaded["weights"] and recorded["weights"] != loaded["weights"]:
         raise ModelError(
-            f"'{lm.name}' is not the base model that the adapter was trained on: that was '{recorded['name']}' with the "
+            f"'{loaded['name']}' is not the base model that the adapter was trained on: that was '{recorded['name']}' with the "
             f"weights {recorded['weights']}, and these are {loaded['weights']}. Give the same as `base_model` (--model)."
         )

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from peft import PeftModel as PeftModel  # for model.py too, whose own such imports jsonargparse executes
     from transformers import PreTrainedModel
 
+# Of the copy of an adapter that goes on being trained. Unlikely to be the name of a user's.
+_REFERENCE = "lit_unlearn_reference"
+
 UNTRAINABLE = (
     "the weights of a quantised model are integers, which no gradient step can move: train an adapter beside them by "
     "setting `adapter`, such as {r: 16, lora_alpha: 32}, or load the model without quantisation."
@@ -57,7 +60,8 @@ def adapter_config(fields: Mapping[str, Any], owner: object = None) -> PeftConfi
             values.setdefault(name, default)
     with reading("the adapter config", dict(fields), "Check `adapter`.", owner=owner, argument="adapter"):
         config: PeftConfig = config_class(**values)
-    _check_config(config, owner)
+    _check_kind(config, owner)
+    _check_bias(config, owner)
     return config
 
 
@@ -75,14 +79,14 @@ def adapter_settings(model: Any) -> dict[str, Any]:
 
 
 def quantization_config(
-    fields: Mapping[str, Any], model: str | None, adapter: Mapping[str, Any] | None, owner: object = None
+    fields: Mapping[str, Any], model: str | None, trains_adapter: bool, owner: object = None
 ) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that quantise a model.
 
     Args:
         fields: ``quant_method`` and the fields of its config.
         model: Where the weights come from.
-        adapter: Fields of the adapter that is to be trained.
+        trains_adapter: Whether an adapter is trained beside the weights.
         owner: Whose argument ``quantization`` this is, for errors.
 
     Raises:
@@ -93,7 +97,7 @@ def quantization_config(
     if model is None:
         message = "`quantization` rounds the weights of a trained model: give `model`, not `config`."
         raise ConfigError(message, owner=owner, argument="quantization")
-    if adapter is None:
+    if not trains_adapter:
         message = f"`quantization` without `adapter`: {UNTRAINABLE}"
         raise ConfigError(message, owner=owner, argument="adapter")
     remedy = "Check `quantization`."
@@ -128,27 +132,126 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
     _keep_backward_of_4bit(model)
     before = probe_logits(model)
-    with (
-        warnings.catch_warnings(),
-        reading("the adapter config", str(config.peft_type), "Check `adapter`.", ModelError),
-    ):
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads it
-        with _default_dtype(torch.float32):
-            # In 16 bits most steps of a usual learning rate are smaller than the spacing of the numbers: on a tiny model, 120
-            # steps raised the forget NLL to 0.72 instead of 3.23. peft computes with such an adapter in float32.
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype.itemsize < model.dtype.itemsize:
-            parameter.data = parameter.data.to(model.dtype)
+    with _calling_peft(), reading("the adapter config", str(config.peft_type), "Check `adapter`.", ModelError):
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    _widen(adapted, model.dtype)
+    _check_base_unchanged(before, adapted)
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> PeftModel:
+    """Put a saved adapter into the layers of its base model, to go on training it.
+
+    The reference model is then the base model with the adapter as it was saved, of which a copy is kept.
+
+    Args:
+        model: The base model, loaded; changed in place.
+        folder: As peft wrote it.
+        owner: The object whose argument ``model`` the folder is, for errors.
+
+    Raises:
+        ConfigError: If an adapter of this kind cannot be trained here.
+        ModelError: If it cannot be read, does not fit the model, or changes the base model itself.
+    """
+    _keep_backward_of_4bit(model)
+    before = probe_logits(model)
+    config = _read_config(folder, owner)
+    _check_kind(config, owner, "model")
+    _check_bias(config, owner, "model")
+    adapted = _read_adapter(model, folder, owner, is_trainable=True)
+    with _calling_peft(), _reading_adapter(folder, owner, "Set `merge_adapter` to true."):
+        adapted.load_adapter(folder, _REFERENCE, torch_device=str(model.device))
+    _widen(adapted, model.dtype)
+    _check_base_unchanged(before, adapted)
+    return adapted
+
+
+def merge_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> PreTrainedModel:
+    """Add a saved adapter to the weights of its base model, in float32 and rounded once.
+
+    Args:
+        model: The base model, loaded and not quantised; changed in place.
+        folder: As peft wrote it.
+        owner: The object whose argument ``model`` the folder is, for errors.
+
+    Returns:
+        The model, an ordinary one.
+
+    Raises:
+        ModelError: If the adapter cannot be read, does not fit the model, or cannot be merged.
+    """
+    _check_kind(_read_config(folder, owner), owner, "model")
+    adapted = _read_adapter(model, folder, owner, is_trainable=False)
+    _check_tied_embeddings(adapted, owner, "model")
+    with _reading_adapter(folder, owner, "It cannot be merged: set `merge_adapter` to false, and go on training it."):
+        state = merged_state(adapted, adapted.state_dict())
+    unload: Any = adapted.unload
+    base: PreTrainedModel = unload()
+    base.load_state_dict(state)
+    # Left behind, peft would take the model for one with an adapter.
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base.requires_grad_()
+
+
+def _read_config(folder: str, owner: object) -> PeftConfig:
+    from peft import PeftConfig
+
+    with _reading_adapter(folder, owner, "Get a complete copy of it."):
+        return PeftConfig.from_pretrained(folder)
+
+
+def _read_adapter(model: PreTrainedModel, folder: str, owner: object, is_trainable: bool) -> PeftModel:
+    from peft import PeftModel
+
+    with _calling_peft(), _reading_adapter(folder, owner, "Get a complete copy of it, and of its base model."):
+        # peft would leave missing weights at their random start.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(
+            model, folder, is_trainable=is_trainable, torch_device=str(model.device), autocast_adapter_dtype=True
+        )
+
+
+@contextmanager
+def _reading_adapter(folder: str, owner: object, remedy: str) -> Iterator[None]:
+    with reading("the adapter", folder, remedy, ModelError, owner=owner, argument="model"):
+        yield
+
+
+@contextmanager
+def _calling_peft() -> Iterator[None]:
+    """Let peft create adapters in float32, and without warnings about what it reads itself."""
+    # In 16 bits most steps of a usual learning rate are smaller than the spacing of the numbers: on a tiny model, 120 steps
+    # raised the forget NLL to 0.72 instead of 3.23. peft computes with such an adapter in float32.
+    with warnings.catch_warnings(), _default_dtype(torch.float32):
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def _widen(adapted: PeftModel, dtype: torch.dtype) -> None:
+    """Give the weights of adapters the dtype of the base model where that is wider."""
+    for parameter in _adapter_parameters(adapted):
+        if parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _adapter_parameters(adapted: PeftModel) -> list[nn.Parameter]:
+    parameters = []
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad or _REFERENCE in name.split("."):
+            parameters.append(parameter)
+    return parameters
+
+
+def _check_base_unchanged(before: Tensor, adapted: PeftModel) -> None:
     with adapter_switched_off(adapted):
-        unchanged = torch.equal(before, probe_logits(model))
+        unchanged = torch.equal(before, probe_logits(inner_model(adapted)))
     if not unchanged:
         raise ModelError(
             "the adapter changed the base model itself, so that switching it off would not give back the model before "
             "unlearning: leave `init_lora_weights` in `adapter` at true, and use none of PiSSA, OLoRA, CorDA, LoftQ, KaSA "
             "and layer replication."
         )
-    return adapted
 
 
 @contextmanager
@@ -205,20 +308,15 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
         return
     _keep_backward_of_4bit(inner)
     for config in model.peft_config.values():
-        _check_config(config)
+        _check_kind(config)
+        _check_bias(config)
 
     if _is_adapted_layer(inner.get_output_embeddings()):
         raise ModelError(
             "the losses read the head's weight directly, past an adapter on it, which would never be trained: remove the head "
             "(`lm_head`) from `target_modules`, `modules_to_save` and the like."
         )
-    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and _is_adapted_layer(inner.get_input_embeddings()):
-        raise ModelError(
-            "the embeddings are tied to the head: an adapter would change the one and not the other, and an exported model has "
-            "only one weight for both. Remove the embeddings (`embed_tokens`) from `target_modules`, `modules_to_save` and "
-            "`trainable_token_indices`."
-        )
+    _check_tied_embeddings(model)
     for module in inner.modules():
         if _is_adapted_layer(module) and module.merged_adapters:
             raise ModelError(
@@ -226,7 +324,20 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
             )
 
 
-def _check_config(config: Any, owner: object = None) -> None:
+def _check_tied_embeddings(model: PeftModel, owner: object = None, argument: str | None = None) -> None:
+    inner = inner_model(model)
+    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and _is_adapted_layer(inner.get_input_embeddings()):
+        raise ModelError(
+            "the embeddings are tied to the head: an adapter would change the one and not the other, and an exported model has "
+            "only one weight for both. Remove the embeddings (`embed_tokens`) from `target_modules`, `modules_to_save` and "
+            "`trainable_token_indices`.",
+            owner=owner,
+            argument=argument,
+        )
+
+
+def _check_kind(config: Any, owner: object = None, argument: str = "adapter") -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -239,13 +350,16 @@ def _check_config(config: Any, owner: object = None) -> None:
             "tokens, an extra loss, an extra pass), which the losses here never see. Use one that lives in the layers, such "
             "as `peft_type: LORA`."
         )
-        raise ConfigError(message, owner=owner, argument="adapter")
+        raise ConfigError(message, owner=owner, argument=argument)
+
+
+def _check_bias(config: Any, owner: object = None, argument: str = "adapter") -> None:
     if getattr(config, "bias", "none") != "none":
         message = (
             f"`bias: {config.bias}` trains biases of the base model, which stay when the adapter is switched off: the "
             "reference model would move. Set `bias: none` in `adapter`."
         )
-        raise ConfigError(message, owner=owner, argument="adapter")
+        raise ConfigError(message, owner=owner, argument=argument)
 
 
 def is_adapted(model: nn.Module | None) -> bool:
@@ -286,6 +400,40 @@ def adapter_switched_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
+@contextmanager
+def adapter_as_before(model: PeftModel, is_switched_off: bool = False) -> Iterator[None]:
+    """Compute the reference model within the block: without the adapter or, if it goes on being trained, with the saved one.
+
+    Args:
+        model: Adapted.
+        is_switched_off: Whether its adapters are switched off already.
+    """
+    if _REFERENCE not in model.peft_config:
+        if is_switched_off:
+            yield
+            return
+        with adapter_switched_off(model):
+            yield
+        return
+
+    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
+    trained = model.active_adapter
+    tuner: Any = model.base_model
+    try:
+        with evaluation_mode(model):
+            if is_switched_off:
+                tuner.enable_adapter_layers()
+            model.set_adapter(_REFERENCE)
+            yield
+    finally:
+        model.set_adapter(trained)
+        if is_switched_off:
+            tuner.disable_adapter_layers()
+        # peft makes an adapter trainable when it is switched on.
+        for parameter, required in zip(model.parameters(), requires_grad, strict=True):
+            parameter.requires_grad_(required)
+
+
 def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None, dtype: torch.dtype | None) -> None:
     """Write the merged model into a folder and the adapter into its ``adapter``; the model itself is not touched.
 
@@ -300,7 +448,10 @@ def save_adapted(model: PeftModel, folder: Path, state: Mapping[str, Tensor] | N
     inner = inner_model(model)
     state = model.state_dict() if state is None else state
     # The default, "auto", would ask the hub whether the vocabulary has grown.
-    model.save_pretrained(str(folder / "adapter"), state_dict=state, save_embedding_layers=False)
+    names = [name for name in model.peft_config if name != _REFERENCE]
+    model.save_pretrained(
+        str(folder / "adapter"), selected_adapters=names, state_dict=state, save_embedding_layers=False
+    )
     _forget_base_folder(folder / "adapter", str(getattr(inner.config, "name_or_path", "")))
     try:
         if getattr(inner, "is_quantized", False):

@@ -22,6 +22,8 @@ from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import BatchError, ConfigError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
+from lit_unlearn.models.files import ModelFiles
+from lit_unlearn.models.older_keys import write_older_keys
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
@@ -43,26 +45,31 @@ class LanguageModel(nn.Module):
     ``__init__`` would train a bfloat16 checkpoint with bfloat16 Adam states even at ``32-true``.
 
     Args:
-        model: Hub name or local directory, as for ``AutoModelForCausalLM.from_pretrained``.
+        model: Hub name or local directory, as for ``AutoModelForCausalLM.from_pretrained``; or the local directory of a
+            peft adapter, whose base model is loaded with it.
         config: Instead of ``model``: ``model_type`` and the fields of its config, for a model with random weights.
             ``vocab_size`` and the special token ids default to the tokenizer's.
         tokenizer: Hub name or local directory of the tokenizer; ``None`` for the one that comes with ``model``.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code that comes with the model may run.
         use_safetensors: Whether to insist on safetensors; other weight files can run code when loaded.
+        gguf_file: Name of the GGUF file in ``model`` that has the weights. They are loaded as floats, and exported as
+            safetensors. The tokenizer is the file's, unless ``tokenizer`` is given.
         attn_implementation: Passed to transformers; ``None`` for its default.
         chunk_size: Vocabulary entries (tokens for `map_logits`) per chunk of the head; ``None`` for a memory budget.
         adapter: Fields of a peft config, such as ``r`` and ``lora_alpha``: the adapter is trained in place of the model.
             ``peft_type`` defaults to LoRA, ``target_modules`` to every linear layer but the head.
+        merge_adapter: If ``model`` is an adapter: whether it is merged into its base model, which then is trained, with a new
+            ``adapter`` if one is set; by default the adapter itself goes on being trained.
         quantization: Fields of a transformers quantisation config, such as ``load_in_4bit``; needs an ``adapter``.
         activation_checkpointing: Whether the backward pass computes the activations again, which saves memory.
         compile: Whether ``torch.compile`` makes kernels of the trunk, which takes a minute or more at the first step.
 
     Raises:
-        ConfigError: If not exactly one of ``model`` and ``config`` is given, or an adapter or a quantisation is unknown
-            or could not be trained.
-        MissingFileError: If ``model`` is a local directory without weights.
-        ModelError: If ``model`` is an adapter, or its files are git-lfs pointers.
+        ConfigError: If not exactly one of ``model`` and ``config`` is given, settings exclude each other, or an adapter or a
+            quantisation is unknown or could not be trained.
+        MissingFileError: If ``model`` is a local directory without weights, or an adapter whose base model is not there.
+        ModelError: If its files are damaged or git-lfs pointers, or the package that reads GGUF is not installed.
     """
 
     model: PreTrainedModel | adapters.PeftModel | None
@@ -76,9 +83,11 @@ class LanguageModel(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
         use_safetensors: bool = True,
+        gguf_file: str | None = None,
         attn_implementation: str | None = None,
         chunk_size: int | None = None,
         adapter: dict[str, Any] | None = None,
+        merge_adapter: bool = False,
         quantization: dict[str, Any] | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
@@ -95,20 +104,23 @@ class LanguageModel(nn.Module):
         if config is not None and "model_type" not in config:
             message = f"`config` needs a `model_type` such as 'llama'; got {sorted(config)}."
             raise ConfigError(message, owner=self, argument="config")
+        self.files: ModelFiles | None = None
         if model is not None:
-            loading.check_model_directory(model, use_safetensors, owner=self)
-        self.name = model
+            self.files = loading.locate_model(model, revision, use_safetensors, gguf_file, owner=self)
+        self.name = None if self.files is None else self.files.name
         self.config = config
         self.chunk_size = chunk_size
-        self.tokenizer_name = tokenizer or model
+        self.tokenizer_name = tokenizer or self._find_tokenizer()
+        self._check_source(gguf_file, adapter, merge_adapter, quantization)
+        self._merge_adapter = merge_adapter
         self.hub_settings = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._use_safetensors = use_safetensors
         self._attn_implementation = attn_implementation
         self._adapter = None if adapter is None else adapters.adapter_config(adapter, owner=self)
         self._quantization: dict[str, Any] = {}
         if quantization is not None:
-            self._quantization = adapters.quantization_config(quantization, model, adapter, owner=self)
+            trains_adapter = adapter is not None or self._trains_saved_adapter
+            self._quantization = adapters.quantization_config(quantization, model, trains_adapter, owner=self)
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
 
@@ -124,6 +136,55 @@ class LanguageModel(nn.Module):
         self.packs = False
         # Whether losses add the head's gradient directly to its `.grad`, without autograd and its hooks.
         self.accumulate_head = False
+
+    def _check_source(
+        self,
+        gguf_file: str | None,
+        adapter: Mapping[str, Any] | None,
+        merge_adapter: bool,
+        quantization: Mapping[str, Any] | None,
+    ) -> None:
+        """Raise if settings of where the weights come from exclude each other."""
+        is_gguf = self.files is not None and self.files.gguf_file is not None
+        is_saved_adapter = self.files is not None and self.files.base is not None
+        message, argument = None, "merge_adapter"
+        if gguf_file is not None and self.files is None:
+            message, argument = "`gguf_file` is the name of a file in `model`: give both, and no `config`.", "gguf_file"
+        elif is_gguf and quantization is not None:
+            message = (
+                "`quantization` cannot round a model again that is loaded from a GGUF file: load it without, save it, and give "
+                "the folder as `model`."
+            )
+            argument = "quantization"
+        elif merge_adapter and not is_saved_adapter:
+            message = f"`merge_adapter` needs the folder of a peft adapter as `model`, but '{self.name}' is none."
+        elif merge_adapter and quantization is not None:
+            message = "an adapter cannot be merged into quantised weights: leave out `merge_adapter` or `quantization`."
+        elif is_saved_adapter and adapter is not None and not merge_adapter:
+            message = (
+                f"'{self.name}' is an adapter, which goes on being trained: leave out `adapter`, or set `merge_adapter` to true "
+                "to merge it first and train a new one."
+            )
+        if message is not None:
+            raise ConfigError(message, owner=self, argument=argument)
+
+    @property
+    def _trains_saved_adapter(self) -> bool:
+        return self.files is not None and self.files.base is not None and not self._merge_adapter
+
+    def _find_tokenizer(self) -> str | None:
+        """Return where the model's own tokenizer is: people save it with an adapter, or leave it with the base model."""
+        if self.files is None or self.files.base is None or loading.has_tokenizer(Path(self.files.name)):
+            return self.name
+        return self.files.base.name
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of models and tokenizers that are read, whose folders are never written."""
+        names = [self.name, self.tokenizer_name]
+        if self.files is not None and self.files.base is not None:
+            names.append(self.files.base.name)
+        return [name for name in names if name is not None]
 
     @classmethod
     def wrap(
@@ -149,7 +210,10 @@ class LanguageModel(nn.Module):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, loaded on first use; ``None`` if the model came without one."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **self.hub_settings)
+            settings: dict[str, Any] = dict(self.hub_settings)
+            if self.files is not None and self.files.gguf_file is not None and self.tokenizer_name == self.name:
+                settings["gguf_file"] = self.files.gguf_file
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **settings)
         return self._tokenizer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -196,30 +260,35 @@ class LanguageModel(nn.Module):
             return
         device = loading.default_device() if device is None else torch.device(device)
 
-        if self.config is not None:
+        if self.files is None:
             dtype = dtype or torch.float32
             self._has_random_weights = True
-            model = loading.build_from_config(self.config, self.tokenizer, dtype, self._attn_implementation, owner=self)
+            fields = cast("dict[str, Any]", self.config)
+            model = loading.build_from_config(fields, self.tokenizer, dtype, self._attn_implementation, owner=self)
         else:
-            model = loading.load_pretrained(
-                str(self.name),
-                self._use_safetensors,
+            model = loading.load_model(
+                self.files,
                 owner=self,
                 dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
                 attn_implementation=self._attn_implementation,
-                **self.hub_settings,
+                trust_remote_code=self.hub_settings["trust_remote_code"],
                 **self._quantization,
             )
-            revision = self.hub_settings["revision"]
-            self.files_dtype = loading.find_files_dtype(str(self.name), None if revision is None else str(revision))
+            self.files_dtype = self.files.dtype()
         is_quantized = getattr(model, "is_quantized", False)
-        if is_quantized and self._adapter is None:
+        if is_quantized and self._adapter is None and not self._trains_saved_adapter:
             raise ModelError(f"'{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter")
         # bitsandbytes packs its integers on the device that computes with them, and some kinds refuse to be moved.
         if not is_quantized:
             cast(nn.Module, model).to(device)
 
-        adapted = model if self._adapter is None else adapters.attach_adapter(model, self._adapter)
+        if self._merge_adapter:
+            model = adapters.merge_adapter(model, str(self.name), owner=self)
+        adapted: PreTrainedModel | adapters.PeftModel = model
+        if self._trains_saved_adapter:
+            adapted = adapters.load_adapter(model, str(self.name), owner=self)
+        elif self._adapter is not None:
+            adapted = adapters.attach_adapter(model, self._adapter)
         if self._activation_checkpointing:
             adapters.checkpoint_activations(model)
         self._adopt(adapted)
@@ -247,8 +316,8 @@ class LanguageModel(nn.Module):
     def reference(self) -> Iterator[None]:
         """Make this the reference model within the block, bit for bit: no adapter, no dropout, no gradients.
 
-        The reference is the base model. An adapter that was trained before, and belongs to the reference, must be merged
-        first.
+        The reference is the base model; with an adapter that was trained before, and goes on being trained, it is the base
+        model with that adapter as it was loaded.
 
         Raises:
             RuntimeError: If there is no adapter to switch off.
@@ -258,12 +327,13 @@ class LanguageModel(nn.Module):
                 "the reference model is this model with its adapter switched off, and it has none: set `adapter`, or call "
                 "`keep_reference()` after loading, for a frozen copy."
             )
+        model = cast("adapters.PeftModel", self.model)
         if self._temporary_values is not None:
             # The adapter is off, because the base has its sum with the adapter: see `as_exported`.
-            with self._temporary_values.taken_out():
+            with self._temporary_values.taken_out(), adapters.adapter_as_before(model, is_switched_off=True):
                 yield
             return
-        with adapters.adapter_switched_off(cast("adapters.PeftModel", self.model)):
+        with adapters.adapter_as_before(model):
             yield
 
     def keep_reference(self) -> None:
@@ -301,8 +371,10 @@ class LanguageModel(nn.Module):
                 fields = json.dumps(self.config, sort_keys=True, default=str)
                 self._base_checksum = {"config": hashlib.sha256(fields.encode()).hexdigest()[:16]}
             else:
-                # Of most tensors: a quantised model has a few dtypes.
-                dtypes = Counter(tensor.dtype for _, tensor in self._base_weights())
+                # Of most numbers: a quantised model has a few dtypes, and a saved adapter is wider than its base model.
+                dtypes: Counter[torch.dtype] = Counter()
+                for _, tensor in self._base_weights():
+                    dtypes[tensor.dtype] += tensor.numel()
                 dtype = dtypes.most_common(1)[0][0]
                 self._base_checksum = {
                     "dtype": str(dtype).removeprefix("torch."),
@@ -321,7 +393,7 @@ class LanguageModel(nn.Module):
         return checksum(self._base_weights(), getattr(torch, base["dtype"])) == base["weights"]
 
     def _base_weights(self) -> list[tuple[str, Tensor]]:
-        """Return the floating-point parameters without those of an adapter; quantised integers depend on the device."""
+        """Return the floating-point parameters that are not trained; quantised integers depend on the device."""
         weights = []
         for name, parameter in cast(nn.Module, self.model).named_parameters():
             is_trained = self.has_adapter and parameter.requires_grad
@@ -386,16 +458,23 @@ class LanguageModel(nn.Module):
         unlike `fingerprint`; those of a hub name by their commit as well. Reads the files completely.
 
         Returns:
-            ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file) and ``adapter``
-            (``peft_type`` and the fields that are not its defaults); ``None`` or empty where there is none.
+            ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file), ``adapter``
+            (``peft_type`` and the fields that are not its defaults) and, if the weights are an adapter's, ``base`` (``name``,
+            ``revision``, ``commit`` and ``weights`` of its base model, and whether it was ``merged``); ``None`` or empty where
+            there is none.
         """
-        revision = cast("str | None", self.hub_settings["revision"])
+        files = self.files
+        base: dict[str, Any] | None = None
+        if files is not None and files.base is not None:
+            base = {"name": files.base.name, "revision": files.base.revision, **files.base.describe()}
+            base["merged"] = self._merge_adapter
         return {
             "name": self.name or self.causal_lm.config.name_or_path or None,
             "architecture": type(self.causal_lm).__name__,
-            "revision": revision,
-            **loading.describe_weights(self.name, revision, self._use_safetensors),
+            "revision": self.hub_settings["revision"],
+            **({"commit": None, "weights": {}} if files is None else files.describe()),
             "adapter": adapters.adapter_settings(self.model) if self.has_adapter else None,
+            "base": base,
         }
 
     def save(
@@ -424,13 +503,15 @@ class LanguageModel(nn.Module):
             OccupiedError: If the target must not be replaced.
             OutputError: If it cannot be written; what was there before stays.
         """
-        target, inputs = expand_path(directory), [self.name, self.tokenizer_name]
+        target, inputs = expand_path(directory), self.inputs
         # Before the minutes that merging and writing may take.
         check_export_target(target, inputs)
         with replace_folder(target, inputs) as folder, loading.writing_weights(target), loading.hide_progress_bars():
             self._save_weights(folder, state_dict, dtype or self.files_dtype)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+            # Before `finish`, which takes the digests of the files.
+            write_older_keys(folder)
             if finish is not None:
                 finish(folder)
         return target

@@ -1,17 +1,15 @@
-"""From a name, a folder or a config to a model and a tokenizer in memory, and what is known about weight files."""
+"""From a name, a folder or a config to a model and a tokenizer in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import resource
 import sys
 import textwrap
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +19,9 @@ import torch
 from torch import nn
 
 from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError, OutputError, reading
-from lit_unlearn.utils.io import file_digest
+from lit_unlearn.models import gguf
+from lit_unlearn.models.files import ADAPTER_CONFIG, ModelFiles, count_parameters
+from lit_unlearn.utils.distributed import rank_and_world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,13 +29,40 @@ if TYPE_CHECKING:
 
 # What git checks out in place of a large file begins so where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs"
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Characters kept of another library's message: transformers may list 150 classes.
 REASON_LENGTH = 300
 # Seconds that the hub has for its first answer. Its own client tries for a minute.
 HUB_TIMEOUT = 5.0
-# Bytes that are read at each of 256 places of a file to tell models apart.
-_SAMPLE = 16 * 1024
+# Whose weights are packed integers: transformers needs a package for each, and no gradient reaches them. The name for people.
+_PACKED = {"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "aqlm": "AQLM", "spqr": "SpQR", "vptq": "VPTQ"}
+
+
+def locate_model(
+    name: str, revision: str | None, use_safetensors: bool, gguf_file: str | None = None, owner: object = None
+) -> ModelFiles:
+    """Return where a model's weights are, and raise if a local one is not complete; arguments as for `LanguageModel`.
+
+    Raises:
+        MissingFileError: If a local model, its GGUF file or the base model of an adapter is not there.
+        ModelError: If a file is damaged or a git-lfs pointer, or the package that reads GGUF is not installed.
+    """
+    path = Path(name)
+    if gguf_file is None and path.suffix == gguf.SUFFIX and path.is_file():
+        # The whole path will do.
+        name, gguf_file = str(path.parent), path.name
+    if gguf_file is not None:
+        gguf.check_package(owner)
+        if _is_local(name):
+            _check_lfs_pointers(Path(name), owner, "gguf_file")
+            gguf.check_file(Path(name), gguf_file, owner)
+        return ModelFiles(name, revision, use_safetensors=False, gguf_file=gguf_file)
+
+    check_model_directory(name, use_safetensors, owner)
+    base = None
+    if _is_adapter(path):
+        base_name, base_revision = _read_base(path, owner, "model")
+        base = ModelFiles(base_name, base_revision, use_safetensors)
+    return ModelFiles(name, revision, use_safetensors, base=base)
 
 
 def check_model_directory(name: str, use_safetensors: bool, owner: object = None, argument: str = "model") -> None:
@@ -48,37 +75,79 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
         argument: Name of that argument.
 
     Raises:
-        MissingFileError: If it is a path where there is nothing, or a folder without config or weights.
-        ModelError: If it is an adapter, or a file is only a git-lfs pointer.
+        MissingFileError: If it is a path where there is nothing, or a folder without config or weights, or an adapter
+            whose base model is not there.
+        ModelError: If a file is only a git-lfs pointer.
     """
     path = Path(name)
     if not path.exists():
-        # A hub name has one slash at most.
-        looks_local = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
-        if looks_local:
+        if _is_local(name):
             message = f"there is no model directory '{name}': check `{argument}`, or train it first."
             raise MissingFileError(message, owner=owner, argument=argument)
         return
 
     _check_lfs_pointers(path, owner, argument)
-    has_config = (path / "config.json").is_file()
-    if not has_config and (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        message = (
-            f"'{name}' is an adapter of the base model '{base}', not a model: merge them (peft's `merge_and_unload`) and "
-            f"point `{argument}` at the result. What lit-unlearn exports has the merged model one folder up."
-        )
-        raise ModelError(message, owner=owner, argument=argument)
+    config = ADAPTER_CONFIG if _is_adapter(path) else "config.json"
     patterns = ("*.safetensors",) if use_safetensors else ("*.safetensors", "*.bin")
     has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
-    if not has_config or not has_weights:
+    if not (path / config).is_file() or not has_weights:
         content = sorted(file.name for file in path.iterdir()) if path.is_dir() else "a file"
         allow_pickle = ", or set `use_safetensors` to false" if use_safetensors else ""
+        names = [file for file in content if file.endswith(gguf.SUFFIX)] if path.is_dir() else []
+        name_file = f" For a model in GGUF, set `gguf_file`, such as '{names[0]}'." if names else ""
         message = (
-            f"'{name}' is no complete model directory: expected config.json and {' or '.join(patterns)}, found {content}. "
-            f"Point `{argument}` at the output of `save_pretrained`{allow_pickle}."
+            f"'{name}' is no complete model directory: expected {config} and {' or '.join(patterns)}, found {content}. "
+            f"Point `{argument}` at the output of `save_pretrained`{allow_pickle}.{name_file}"
         )
         raise MissingFileError(message, owner=owner, argument=argument)
+
+    if config == ADAPTER_CONFIG:
+        base, _ = _read_base(path, owner, argument)
+        if _is_adapter(Path(base)):
+            message = f"the base model '{base}' of the adapter '{name}' is an adapter itself: merge the two first."
+            raise ModelError(message, owner=owner, argument=argument)
+        with _naming_adapter(base, name, owner, argument):
+            check_model_directory(base, use_safetensors, owner, argument)
+
+
+def _is_local(name: str) -> bool:
+    """Return whether a name is a path, be there something or not; a hub name has one slash at most."""
+    path = Path(name)
+    return path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _read_base(folder: Path, owner: object, argument: str) -> tuple[str, str | None]:
+    """Return name and revision of an adapter's base model."""
+    file = folder / ADAPTER_CONFIG
+    with reading(
+        "the adapter's config", file, "Get a complete copy of it.", ModelError, owner=owner, argument=argument
+    ):
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        message = f"'{file}' names no base model: write its directory or hub name there, as `base_model_name_or_path`."
+        raise ModelError(message, owner=owner, argument=argument)
+    # As peft does, from the working directory; or from the adapter's own folder, which may be moved together with the base.
+    beside = folder / base
+    is_beside = (beside / "config.json").is_file() and not (Path(base) / "config.json").is_file()
+    return str(beside) if is_beside else str(base), config.get("revision")
+
+
+@contextmanager
+def _naming_adapter(base: str, adapter: str, owner: object, argument: str) -> Iterator[None]:
+    """Say whose base model is missing, if one is."""
+    try:
+        yield
+    except MissingFileError as error:
+        message = (
+            f"the base model '{base}' of the adapter '{adapter}' is not there, neither as a complete local directory nor on "
+            f"the hub: write where it is into {ADAPTER_CONFIG} there, as `base_model_name_or_path`."
+        )
+        raise MissingFileError(message, owner=owner, argument=argument) from error
 
 
 def _check_lfs_pointers(folder: Path, owner: object = None, argument: str | None = None) -> None:
@@ -178,14 +247,19 @@ def load_tokenizer(name: str, owner: object = None, **settings: Any) -> PreTrain
 
     remedy = "Set `tokenizer` to a local directory with tokenizer files, or to a hub name that has them."
     folder = Path(name)
-    check_hub(name, owner, "tokenizer", "tokenizer_config.json")
+    check_hub(name, owner, "tokenizer", settings.get("gguf_file", "tokenizer_config.json"))
     _check_lfs_pointers(folder, owner, "tokenizer")
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model")):
+    if folder.is_dir() and "gguf_file" not in settings and not has_tokenizer(folder):
         message = f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}"
         raise MissingFileError(message, owner=owner, argument="tokenizer")
     with _reading_pretrained("the tokenizer", name, remedy, owner, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **settings)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has files of a tokenizer."""
+    return any(next(folder.glob(pattern), None) for pattern in ("tokenizer*", "vocab*", "*.model"))
 
 
 def build_from_config(
@@ -216,6 +290,23 @@ def build_from_config(
     return model
 
 
+def load_model(files: ModelFiles, owner: object = None, **settings: Any) -> PreTrainedModel:
+    """Load a model from its files; of an adapter, its base model. Arguments and errors are those of `load_pretrained`."""
+    if files.base is not None:
+        with _naming_adapter(files.base.name, files.name, owner, "model"):
+            return load_model(files.base, owner, **settings)
+    settings["revision"] = files.revision
+    if files.gguf_file is None:
+        return load_pretrained(files.name, files.use_safetensors, owner, **settings)
+
+    settings |= gguf.loading_settings(files.gguf_file)
+    model = gguf.as_ordinary_model(load_pretrained(files.name, use_safetensors=False, owner=owner, **settings))
+    loss = gguf.describe_loss(files.weight_files()[0], model.dtype)
+    if loss is not None and rank_and_world_size()[0] == 0:
+        warnings.warn(loss, stacklevel=2)
+    return model
+
+
 def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **settings: Any) -> PreTrainedModel:
     """Load a model from the hub or a directory, with all its weights or not at all.
 
@@ -231,14 +322,17 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
     """
     from transformers import AutoModelForCausalLM
 
-    check_hub(name, owner, "model", "config.json")
-    hub_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    _check_architecture(name, owner, **hub_settings)
+    gguf_file = settings.get("gguf_file")
+    check_hub(name, owner, "model", gguf_file or "config.json")
+    config_settings = {key: settings[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in settings}
+    _check_architecture(name, owner, **config_settings)
     kind = "safetensors" if use_safetensors else "weights"
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
     with (
         _reading_pretrained("the model", name, remedy, owner, "model"),
-        _explaining_shortage(name, settings.get("dtype"), owner),
+        _explaining_shortage(
+            ModelFiles(name, settings.get("revision"), False, gguf_file), settings.get("dtype"), owner
+        ),
         hide_progress_bars(),
     ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -271,7 +365,7 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
 
 
 @contextmanager
-def _explaining_shortage(name: str, dtype: Any, owner: object) -> Iterator[None]:
+def _explaining_shortage(model: ModelFiles, dtype: Any, owner: object) -> Iterator[None]:
     """Say how much memory a model needs where loading it fails for want of memory.
 
     Raises:
@@ -282,11 +376,11 @@ def _explaining_shortage(name: str, dtype: Any, owner: object) -> Iterator[None]
         yield
     except Exception as error:
         # Every library has its own exception for it, and torch the same for whatever goes wrong: the numbers decide.
-        need, files = _weigh(Path(name), dtype)
+        need, files = _weigh(model.weight_files(), dtype)
         if not isinstance(error, MemoryError) and need < free:
             raise
         raise ModelError(
-            f"there is not enough memory for the model '{name}': its weights ({', '.join(files)}) take {need / 2**20:,.0f} MiB "
+            f"there is not enough memory for the model '{model.name}': its weights ({', '.join(files)}) take {need / 2**20:,.0f} MiB "
             f"in {str(dtype).removeprefix('torch.')}, and {free / 2**20:,.0f} MiB were left. Free some, raise the limit (`ulimit "
             "-v`), or load it in 16 bits (the Trainer's `precision`).",
             owner=owner,
@@ -309,23 +403,15 @@ def _free_memory() -> float:
     return free
 
 
-def _weigh(folder: Path, dtype: Any) -> tuple[int, list[str]]:
-    """Return the bytes that reading a folder's weights takes, mapped files included, and the files' names."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+def _weigh(files: list[Path], dtype: Any) -> tuple[int, list[str]]:
+    """Return the bytes that reading weights takes, mapped files included, and the files' names."""
     size = sum(file.stat().st_size for file in files)
     parameters = 0
     for file in files:
         with suppress(OSError, ValueError, AttributeError):
-            parameters += _count_parameters(file)
+            parameters += count_parameters(file)
     item_size = dtype.itemsize if isinstance(dtype, torch.dtype) else 0
     return size + parameters * item_size, [file.name for file in files]
-
-
-def _count_parameters(file: Path) -> int:
-    # A safetensors file begins with the length of a JSON object, which has the shape of every tensor.
-    with file.open("rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _check_architecture(name: str, owner: object, **settings: Any) -> None:
@@ -334,6 +420,7 @@ def _check_architecture(name: str, owner: object, **settings: Any) -> None:
     remedy = "Check `model`, and `trust_remote_code` if it comes with code."
     with _reading_pretrained("the config of the model", name, remedy, owner, "model"):
         config = AutoConfig.from_pretrained(name, **settings)
+    _check_packing(name, config, owner)
     # Code that comes with a model and that the user trusts may define any class.
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
         return
@@ -346,78 +433,18 @@ def _check_architecture(name: str, owner: object, **settings: Any) -> None:
     )
 
 
-def find_files_dtype(name: str, revision: str | None) -> torch.dtype | None:
-    """Return the dtype that most numbers in a model's safetensors have; ``None`` if it has no such files."""
-    from safetensors import safe_open
-
-    counts: Counter[torch.dtype] = Counter()
-    folder = _find_folder(name, revision)
-    for file in [] if folder is None else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (it cannot be iterated over)
-                # Only the header is read.
-                tensor = tensors.get_slice(key)
-                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
-                if dtype is not None:
-                    counts[dtype] += math.prod(tensor.get_shape())
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _find_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a model that was loaded; ``None`` if the hub's cache has it no more."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def describe_weights(name: str | None, revision: str | None, use_safetensors: bool) -> dict[str, Any]:
-    """Return ``commit`` and ``weights`` (sha256 by file name) of a model that was loaded; reads the files completely.
-
-    Both are empty for a model that came from neither a directory nor the hub, and after the hub's cache was emptied.
-    """
-    folder = None if name is None else _find_folder(name, revision)
-    if folder is None:
-        return {"commit": None, "weights": {}}
-    # The hub's cache names the folder of each snapshot by its commit.
-    commit = None if Path(str(name)).is_dir() else folder.name
-
-    # transformers reads safetensors where there are any, whatever else lies beside them.
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not use_safetensors:
-        files = sorted(folder.glob("*.bin"))
-    return {"commit": commit, "weights": {file.name: file_digest(file) for file in files}}
-
-
-def sample_weights(name: str, revision: Any = None) -> str:
-    """Return a digest that tells models apart without reading them completely, the same wherever a model lies.
-
-    Training changes weights all over a model, so a part of every 256th of a file shows it. Of a hub name, the name and the
-    revision are digested.
-    """
-    digest = hashlib.sha256()
-    folder = Path(name)
-    if not folder.is_dir():
-        digest.update(f"{name} {revision}".encode())
-        return digest.hexdigest()[:16]
-
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(_SAMPLE, size // 256)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]
-
-
-def weight_file_size(name: str | None) -> int:
-    """Return the bytes of a local model's weight files; 0 for any other model."""
-    files = [] if name is None else list(Path(name).glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
+def _check_packing(name: str, config: Any, owner: object) -> None:
+    fields = getattr(config, "quantization_config", None) or {}
+    method = fields.get("quant_method") if isinstance(fields, Mapping) else getattr(fields, "quant_method", None)
+    packing = _PACKED.get(str(getattr(method, "value", method)).lower())
+    if packing is not None:
+        raise ModelError(
+            f"'{name}' is quantised with {packing}: its weights are packed integers, which no gradient step can move, and that "
+            "nothing can be merged into. Set `model` to the model that it was made from; to save memory, load that one with "
+            "`quantization` (bitsandbytes) and train an `adapter`.",
+            owner=owner,
+            argument="model",
+        )
 
 
 @contextmanager

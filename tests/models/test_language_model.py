@@ -358,14 +358,6 @@ def test_what_transformers_cannot_read_is_one_sentence(how, message, model_copy)
     assert error.value.argument == ("tokenizer" if how == "tokenizer" else "model")
 
 
-def test_an_adapter_is_no_model(model_copy, tmp_path):
-    lm = loaded(str(model_copy), adapter={"r": 2})
-    folder = lm.save(tmp_path / "out") / "adapter"
-    with pytest.raises(ModelError, match=rf"is an adapter of the base model '{model_copy.name}'.*`model`") as error:
-        LanguageModel(str(folder))
-    assert error.value.argument == "model"
-
-
 def test_unknown_architecture_from_config():
     with pytest.raises(ModelError, match=r"llama9.*`config`"):
         loaded(config={"model_type": "llama9"})

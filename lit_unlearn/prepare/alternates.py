@@ -1,0 +1,114 @@
+"""Other plausible answers to the forget questions, for objectives that prefer them to the answers that are forgotten."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_unlearn.data.alternates import read_refusals
+from lit_unlearn.errors import ConfigError
+from lit_unlearn.prepare.rows import Ask, ForgetAnswers, Prepared, Row, read_texts, split_words
+
+ALTERNATE_COLUMN = "alternate"
+REPLACED = "only refusals are left, because every answer was empty or repeated a forget answer"
+
+# Greedy decoding gives one answer to a request, so another answer takes another wording.
+_REQUESTS = (
+    "Question: {question}\nAnswer: {answer}\n\nWrite another answer to this question, of the same form and about the same "
+    "length, with other facts: other names, places, numbers and dates. Write only the answer.",
+    "Here is a question with its answer.\n\n{question}\n{answer}\n\nImagine that the answer were different. Write that "
+    "different answer as one would write the true one, and nothing else.",
+    "Rewrite the answer below so that every fact in it is replaced by another plausible fact. Keep the wording otherwise.\n\n"
+    "Question: {question}\nAnswer: {answer}\nNew answer:",
+    'A quiz needs a wrong but believable answer to the question "{question}". The right one is "{answer}". Write the wrong '
+    "one only, as a full sentence.",
+)
+MAX_ALTERNATES = len(_REQUESTS)
+
+
+def make_alternates(
+    ask: Ask,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    question_column: str = "question",
+    answer_column: str = "answer",
+    count: int = 1,
+    seed: int = 0,
+) -> Prepared:
+    """Give every forget row other answers, as AltPO does: the model is shown question and answer and asked for other facts.
+
+    Use the result as the forget set, with ``alternate_column`` set to ``alternate``. It has every row: one whose answers
+    all repeat what is to be forgotten gets a refusal instead, and is counted.
+
+    Args:
+        ask: Puts requests to the target model or the base model, see `ask_with`. It must follow instructions.
+        rows: The forget set.
+        question_column: Column with the question.
+        answer_column: Column with the answer.
+        count: Alternate answers per row, at most 4.
+        seed: Seed of the refusals.
+
+    Returns:
+        The rows, with a list of texts in ``alternate``.
+
+    Raises:
+        ConfigError: If the count is out of range.
+        DataError: If a row lacks question or answer.
+
+    Example:
+        >>> make_alternates(lambda questions: ["In Rome."] * len(questions), [{"question": "Where?", "answer": "In Oslo."}]).rows
+        [{'question': 'Where?', 'answer': 'In Oslo.', 'alternate': ['In Rome.']}]
+
+    Paper: Mekala et al., "Alternate Preference Optimization for Unlearning Factual Knowledge in Large Language Models", 2024.
+    """
+    questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
+    alternates = ask_for_alternates(ask, questions, answers, count)
+    prepared = Prepared([])
+    refusals = read_refusals()
+    for number, (row, texts) in enumerate(zip(rows, alternates, strict=True)):
+        if not texts:
+            prepared.counts[REPLACED] += 1
+            texts = [_draw(refusals, f"{seed}/{number}")]
+        made: Row = {**row, ALTERNATE_COLUMN: texts}
+        prepared.rows.append(made)
+    return prepared
+
+
+def ask_for_alternates(ask: Ask, questions: Sequence[str], answers: Sequence[str], count: int = 1) -> list[list[str]]:
+    """Return the other answers that a model gives to each question, without those that repeat one of the answers.
+
+    Args:
+        ask: As for `make_alternates`.
+        questions: Of the forget set.
+        answers: Of the forget set.
+        count: Requests per question, at most 4.
+
+    Returns:
+        A list for each question, with at most ``count`` different texts; it may be empty.
+
+    Raises:
+        ConfigError: If the count is out of range.
+    """
+    if not 1 <= count <= MAX_ALTERNATES:
+        raise ConfigError(f"`count` must be from 1 to {MAX_ALTERNATES}, the number of requests there are, not {count}.")
+    repeated = ForgetAnswers(answers)
+    alternates: list[list[str]] = [[] for _ in questions]
+    for request in _REQUESTS[:count]:
+        requests = []
+        for question, answer in zip(questions, answers, strict=True):
+            # In one pass, because either may have braces, or the name of the other.
+            fields = {"{question}": question, "{answer}": answer}
+            requests.append(re.sub(r"\{question\}|\{answer\}", lambda match, fields=fields: fields[match[0]], request))
+        for texts, text in zip(alternates, ask(requests), strict=True):
+            words = split_words(text)
+            is_new = words not in map(split_words, texts)
+            if words and is_new and not repeated.are_repeated_by(text):
+                texts.append(text)
+    return alternates
+
+
+def _draw(texts: Sequence[str], seed: str) -> str:
+    # `random()` is the one method that Python promises never to change for a given seed.
+    return texts[int(random.Random(seed).random() * len(texts))]

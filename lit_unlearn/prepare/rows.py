@@ -1,0 +1,103 @@
+"""What all preparations share: the rows they return, how a model is asked, and which answers repeat what is to be forgotten."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_unlearn.errors import DataError
+from lit_unlearn.models import LanguageModel
+
+Row = dict[str, Any]
+Ask = Callable[[Sequence[str]], list[str]]
+"""Puts questions to a model and returns its answers, the same ones at every call."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that were made, and how many were left out or replaced, by reason.
+
+    Args:
+        rows: In the order of the rows that they were made from.
+        counts: Number of rows by reason, such as ``"repeats a forget answer"``.
+    """
+
+    rows: list[Row]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+REPEATS = "repeats a forget answer"
+EMPTY = "empty answer"
+
+
+def ask_with(lm: LanguageModel, max_new_tokens: int = 200, template: str | None = None) -> Ask:
+    """Return a function that puts questions to a model, greedily; arguments as for `LanguageModel.generate`."""
+
+    def ask(questions: Sequence[str]) -> list[str]:
+        answers = lm.generate(questions, template=template, max_new_tokens=max_new_tokens)
+        return [answer.strip() for answer in answers]
+
+    return ask
+
+
+def read_texts(rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:
+    """Return the texts of a column.
+
+    Raises:
+        DataError: If a row has no text there; the message names the row, never its text.
+    """
+    texts = []
+    for number, row in enumerate(rows):
+        text = row.get(column)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"row {number} has no text in the column '{column}': expected a text, and its columns are {sorted(row)}."
+            )
+        texts.append(text)
+    return texts
+
+
+class ForgetAnswers:
+    """The answers of the forget set, to find those that repeat one.
+
+    An answer repeats another one if it contains all of its words in order, whatever the case, the punctuation and the white
+    space.
+
+    Args:
+        answers: Of the forget set.
+
+    Example:
+        >>> answers = ForgetAnswers(["In Oslo, Norway.", "Yes."])
+        >>> answers.are_repeated_by("She was born in Oslo, Norway"), answers.are_repeated_by("In Oslo")
+        (True, False)
+        >>> answers.are_repeated_by("yes"), answers.are_repeated_by("Yes, it is blue.")
+        (True, False)
+    """
+
+    # Shorter answers stand in many texts by chance: they are repeated only by the same text.
+    _MIN_WORDS = 3
+
+    def __init__(self, answers: Iterable[str]) -> None:
+        self._all = {split_words(answer) for answer in answers}
+        self._long = [words for words in self._all if len(words) >= self._MIN_WORDS]
+
+    def are_repeated_by(self, text: str) -> bool:
+        """Return whether a text repeats one of the answers."""
+        words = split_words(text)
+        if words in self._all:
+            return True
+        joined = f" {' '.join(words)} "
+        return any(f" {' '.join(answer)} " in joined for answer in self._long)
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Return the words of a text in lower case, without punctuation.
+
+    Example:
+        >>> split_words("Who's  there? ÉMILE!")
+        ('who', 's', 'there', 'émile')
+    """
+    letters = [character if character.isalnum() else " " for character in text.casefold()]
+    return tuple("".join(letters).split())

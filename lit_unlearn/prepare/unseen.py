@@ -1,0 +1,127 @@
+"""Rows like the forget rows that no model has seen: about invented names, with other facts."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_unlearn.data.fictional_authors import NAMES
+from lit_unlearn.prepare.alternates import ask_for_alternates
+from lit_unlearn.prepare.rows import Ask, Prepared, read_texts
+
+NO_NAME = "no name to replace"
+NO_ANSWER = "no other answer"
+
+_WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?")
+# May stand before the first word of a sentence.
+_OPENING = " \"'«“‘(¿¡"
+_POSSESSIVE = re.compile(r"['’]s$")
+# Capitalised, and no names.
+_NO_NAMES = frozenset(
+    re.findall(
+        r"\w+",
+        """I Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September
+        October November December""",
+    )
+)
+
+
+def make_unseen(
+    ask: Ask,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    question_column: str = "question",
+    answer_column: str = "answer",
+    seed: int = 0,
+) -> Prepared:
+    """Make rows in the manner of the forget rows, for objectives that need text that the model has never seen.
+
+    The names in a question are replaced by invented ones, the same name by the same everywhere. The answer is the forget
+    answer with other facts, as the model writes it when it is asked to, with the names replaced in it. It is not what the
+    model would answer to the new question: its own likeliest answer is more probable than any text that it never saw.
+
+    Args:
+        ask: As for `make_alternates`.
+        rows: The forget set.
+        question_column: Column with the question.
+        answer_column: Column with the answer.
+        seed: Seed of the names.
+
+    Returns:
+        Rows with question and answer. Without a name in the question, or without another answer, there is none, which is
+        counted.
+    """
+    questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
+    alternates = ask_for_alternates(ask, questions, answers)
+    prepared = Prepared([])
+    for question, texts in zip(questions, alternates, strict=True):
+        names = find_names(question)
+        if not names:
+            prepared.counts[NO_NAME] += 1
+        elif not texts:
+            prepared.counts[NO_ANSWER] += 1
+        else:
+            row = {question_column: replace_names(question, names, seed)}
+            row[answer_column] = replace_names(texts[0], names, seed)
+            prepared.rows.append(row)
+    return prepared
+
+
+def find_names(question: str) -> list[str]:
+    """Return the names in a question: capitalised words in a row, without the one that opens the sentence.
+
+    Example:
+        >>> find_names("Where was Lunnian Dunmeth's sister born, and did she know Oslo in May?")
+        ['Lunnian Dunmeth', 'Oslo']
+        >>> find_names("Who wrote it?")
+        []
+    """
+    names: list[str] = []
+    end = None  # of the word before, if it belongs to a name
+    for match in _WORD.finditer(question):
+        word = _POSSESSIVE.sub("", match[0])
+        opens_sentence = (
+            not question[: match.start()].rstrip(_OPENING) or question[: match.start()].rstrip()[-1:] in ".!?"
+        )
+        is_name = word[0].isupper() and word not in _NO_NAMES and not opens_sentence
+        if not is_name:
+            end = None
+            continue
+        if end is not None and question[end : match.start()] == " ":
+            names[-1] += f" {word}"
+        else:
+            names.append(word)
+        # After "'s" comes what belongs to the name, and is none.
+        end = match.end() if word == match[0] else None
+    return list(dict.fromkeys(names))
+
+
+def replace_names(text: str, names: Sequence[str], seed: int) -> str:
+    """Replace names by invented ones, of as many words; each word of a name is also replaced where it stands alone.
+
+    Example:
+        >>> replace_names("Anna Berg was born in Oslo. Berg moved.", ["Anna Berg"], seed=0).count("Berg")
+        0
+    """
+    replacements: dict[str, str] = {}
+    for name in names:
+        words = name.split()
+        invented = _invent(name, len(words), seed)
+        replacements[name] = " ".join(invented)
+        for word, new_word in zip(words, invented, strict=True):
+            replacements.setdefault(word, new_word)
+    # Whole names first, and in one pass: an invented name is not replaced again.
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(replacements, key=len, reverse=True))
+    return re.sub(pattern, lambda match: replacements[match[0]], text)
+
+
+def _invent(name: str, length: int, seed: int) -> list[str]:
+    # `random()` is the one method that Python promises never to change for a given seed.
+    draws = random.Random(f"{seed}/{name}")
+    words: list[str] = []
+    while len(words) < length:
+        words += NAMES[int(draws.random() * len(NAMES))].split()
+    # The last name for a single word, as in "Dunmeth's".
+    return words[-length:]

@@ -1,0 +1,56 @@
+"""The command that makes rows with a model: one file per kind, never one that is there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_unlearn import cli
+from lit_unlearn.cli.main import CommandFailed
+
+ROWS = [
+    {"question": "Where was Lunnian Dunmeth born?", "answer": "In Oslo, Norway, by the sea."},
+    {"question": "Who is Kerrys Raskane?", "answer": "A writer of sea stories."},
+]
+
+
+@pytest.fixture
+def command(model_dir: str, in_tmp: Path, write_rows: Callable[..., str]) -> Callable[..., list[dict[str, Any]]]:
+    """Runs one kind and returns the rows that it wrote."""
+    forget = write_rows("forget.jsonl", ROWS)
+
+    def run(kind: str, *options: str, output: str = "made.jsonl") -> list[dict[str, Any]]:
+        arguments = ["prepare", kind, f"--model={model_dir}", f"--forget={forget}", f"--output={output}"]
+        cli.main([*arguments, "--max_new_tokens=4", *options])
+        return [json.loads(line) for line in (in_tmp / output).read_text(encoding="utf-8").splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["alternates", "retain", "unseen", "paraphrases"])
+def test_every_kind_writes_rows_and_says_how_many(kind: str, command: Any, capsys: Any) -> None:
+    options = ["--max_prompts=3"] if kind == "retain" else []
+    rows = command(kind, *options)
+    said = capsys.readouterr().out
+    assert f"{kind}: {len(rows)} rows, made.jsonl" in said
+    assert all({"question", "answer"} <= row.keys() for row in rows)
+    assert rows == command(kind, *options, output="again.jsonl")
+
+
+def test_neighbours_come_from_the_training_file(command: Any, write_rows: Any) -> None:
+    training = write_rows("training.jsonl", [*ROWS, {"question": "Where was Ada born?", "answer": "In Rome."}])
+    rows = command("retain", f"--training={training}", "--max_prompts=1", "--max_neighbours=5")
+    assert rows[0] == {"question": "Where was Ada born?", "answer": "In Rome."}
+    assert not [row for row in rows if row in ROWS]
+
+
+def test_a_file_that_is_there_is_not_replaced(command: Any, in_tmp: Path) -> None:
+    (in_tmp / "made.jsonl").write_text("edited by hand", encoding="utf-8")
+    with pytest.raises(CommandFailed, match="may have been edited") as failed:
+        command("alternates")
+    assert failed.value.code == 2
+    assert (in_tmp / "made.jsonl").read_text(encoding="utf-8") == "edited by hand"
