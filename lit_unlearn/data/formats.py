@@ -292,7 +292,7 @@ class _Cells:
         return messages
 
     def _message(self, entry: Mapping[str, Any], position: int, column: str) -> Message:
-        if "role" not in entry and {"from", "value"} <= entry.keys():
+        if entry.get("role") is None and entry.get("from") is not None:
             raise self.error(
                 f"has 'from' and 'value' in the messages of '{column}', where 'role' and 'content' must be: convert the file, for "
                 f"example with `jq -c '.{column} |= {_SHAREGPT}' OLD > NEW`"

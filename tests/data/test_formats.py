@@ -17,6 +17,10 @@ ASK, SAY = {"role": "user", "content": "CANARY?"}, {"role": "assistant", "conten
 TURN = Conversation.from_turn("CANARY?", "Ann.")
 
 
+def as_parts(role: str, *texts: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+
 def read(rows: list[dict[str, Any]], **settings: Any) -> list[Any]:
     return RowReader(**settings).read(build_table(rows), "forget", "forget")
 
@@ -44,7 +48,7 @@ def test_the_same_turn_in_every_format() -> None:
         {"prompt": "CANARY?", "completion": "Ann."},
         {"prompt": [ASK], "completion": [SAY]},
         {"messages": [ASK, SAY]},
-        {"messages": [ASK, {"role": "assistant", "content": [{"type": "text", "text": "An"}, {"text": "n."}]}]},
+        {"messages": [as_parts("user", "CANARY?"), as_parts("assistant", "An", "n.")]},
         {"messages": [ASK, {**SAY, "tool_calls": None}, {"role": "user", "content": "Thanks."}]},
     ]
     for row in rows:
@@ -80,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools": ({"messages": [ASK, SAY], "tools": [{"name": CANARY}]}, "descriptions of tools"),
     "null": ({"messages": [ASK, {"role": "assistant", "content": None}]}, "null in the 'content' of message 1"),
     "picture": (
-        {"messages": [ASK, {"role": "assistant", "content": [{"type": "image", "image": CANARY}]}]},
+        {"messages": [as_parts("user", "x"), {"role": "assistant", "content": [{"type": "image", "image": CANARY}]}]},
         "parts that are no text in the 'content' of message 1",
     ),
     "no assistant": ({"messages": [ASK]}, "no message of the assistant's"),
@@ -93,7 +97,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_row_that_cannot_be_read_is_named_and_never_shown(case: str) -> None:
     row, message = REFUSED[case]
     good = {"messages": [ASK, SAY]} if "messages" in row else {}
-    rows = [good, row] if case not in ("no list", "texts", "empty") and good else [row]
+    rows = [good, row] if case not in ("no list", "texts", "empty", "picture") and good else [row]
     with pytest.raises(DataError, match=f"row {len(rows) - 1} of the forget set has .*{message}") as caught:
         read(rows)
     assert CANARY not in str(caught.value)
@@ -270,7 +274,7 @@ def test_a_span_that_is_not_there_is_refused_with_its_row(tokenizer_dir: str, sp
 
 def test_a_missing_column_of_spans(tokenizer_dir: str) -> None:
     with pytest.raises(DataError, match="no column 'spans' with spans"):
-        make_spans(tokenizer_dir, RETAIN[0])
+        make_spans(tokenizer_dir, {"question": "Who?", "answer": ANSWER})
 
 
 def test_a_span_that_is_cut_off_is_refused(tokenizer_dir: str) -> None:
