@@ -39,7 +39,7 @@ from lit_unlearn.utils.validation import check_number
 _MIB = 2**20
 _UNKNOWN_ROWS = (
     "The model does not know these rows in this prompt. The likely reason is another prompt than the model was fine-tuned with: "
-    "look at it with `lit-unlearn inspect`, and set the data's `template`. If the model never saw the rows, there is nothing to "
+    "look at it with `lit-unlearn inspect`, and set the data's `chat` or `template`. If the model never saw the rows, there is nothing to "
     "unlearn."
 )
 

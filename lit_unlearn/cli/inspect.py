@@ -24,7 +24,7 @@ from lit_unlearn.data.formats import Conversation, RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
-from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies, mean_scores
+from lit_unlearn.evaluation.inspection import Answer, Asked, ask_model, describe_replies, mean_scores
 from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
@@ -94,9 +94,7 @@ def run(arguments: list[str]) -> None:
     template = check_template(options.template)
     chat = parser.instantiate(options).chat
     check_chat(chat, template)
-    encoding = EncodingSettings(
-        template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens
-    )
+    encoding = EncodingSettings(template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens)
 
     # In a directory's name such as Llama-3.2-1B, ".2-1B" is no suffix: a real one is added, for `shorten_names` to cut off.
     files = [Path(f"{Path(model).absolute()}.model") for model in options.models]

@@ -55,7 +55,7 @@ TrainOn = Literal["pairs", "all", "retain"]
 
 
 class ForgetRetain(L.LightningDataModule):
-    """A forget set and a retain set: questions and answers, conversations, or raw text.
+    r"""A forget set and a retain set: questions and answers, conversations, or raw text.
 
     Training batches are ``{"forget": batch, "retain": batch, …}``: an epoch is one pass over the forget set, while the
     retain set, and every additional set, is repeated without end. Validation and test go over every example of all sets.
@@ -75,7 +75,7 @@ class ForgetRetain(L.LightningDataModule):
         alternate_column: Column of the forget set with another answer, or a list of them of which one is drawn, for
             objectives that read one; ``None`` for refusals.
         refusals: Text file with a refusal per line, to draw from; ``None`` for this package's 120.
-        template: Text with ``{question}`` and ``{answer}``, in which a typed ``\\n`` is a line break; ``None`` for the
+        template: Text with ``{question}`` and ``{answer}``, in which a typed ``\n`` is a line break; ``None`` for the
             tokenizer's chat template where it has one, else a plain one.
         max_length: Largest number of tokens of an example; longer ones are cut, and counted in a warning. Raw text continues
             in another example.
@@ -233,7 +233,9 @@ class ForgetRetain(L.LightningDataModule):
         summaries = [f"{name} {_summarize(rows, self.formats[name])}" for name, rows in self.examples.items()]
         rank_zero_info(f"data: {', '.join(summaries)}")
         if self.shown_example is not None:
-            rank_zero_info(f"first forget example, supervised tokens in brackets:\n{format_example(self.shown_example)}")
+            rank_zero_info(
+                f"first forget example, supervised tokens in brackets:\n{format_example(self.shown_example)}"
+            )
 
     def _raise_together(self, problem: LitUnlearnError | None) -> None:
         """Raise this process's problem or, if it has none, that of another: it would wait for that one without a word."""

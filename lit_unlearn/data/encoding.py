@@ -55,7 +55,7 @@ class Example(NamedTuple):
 
         The id alone does not: under the same id, another tokenizer or template makes another example.
         """
-        content = (self.input_ids, self.labels) if self.attention_mask is None else self[:2] + (self.attention_mask,)
+        content = self[:2] if self.attention_mask is None else (*self[:2], self.attention_mask)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 
     def without_labels(self) -> Example:
@@ -401,9 +401,8 @@ def encode_document(
     context, text = row_text.protect(document.context), row_text.protect(document.text)
     encoded = row_text.encode(context, text, add_special_tokens=False)
     start, stop = encoded.starts[1:]
-    if spans is None:
-        ranges = [(start, stop)]
-    else:
+    ranges = [(start, stop)]
+    if spans is not None:
         ranges = [(start + begin, start + end) for begin, end in spans.get(0, ())]
     labels = _label_ranges(encoded, ranges)
     chunks = _cut_into_chunks(encoded.ids, labels, tokenizer, settings.max_length, settings.chunk_overlap)

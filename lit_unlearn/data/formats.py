@@ -23,9 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # As trl names them; nothing else is called so.
 _PROMPT, _COMPLETION = "prompt", "completion"
-_SHAREGPT = (
-    'map({role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value})'  # of a list of `from` and `value`
-)
+_SHAREGPT = 'map({role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value})'  # of a list of `from` and `value`
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,9 @@ class RowReader:
         used = []
         for setting, column in self._columns_of(kind):
             if column not in rows.column_names:
-                raise DataError(self._describe_missing_column(rows.column_names, name, setting, column), argument=setting)
+                raise DataError(
+                    self._describe_missing_column(rows.column_names, name, setting, column), argument=setting
+                )
             used.append(column)
         if kind in ("messages", "prompt_completion") and "tools" in rows.column_names:
             used.append("tools")
@@ -228,7 +228,9 @@ class RowReader:
             if together[index].role == "assistant":
                 turns.append(index)
         if not turns:
-            raise cells.error("has no message of the assistant's, so there is nothing to learn or to forget: remove the row")
+            raise cells.error(
+                "has no message of the assistant's, so there is nothing to learn or to forget: remove the row"
+            )
         if self.supervise == "last":
             turns = turns[-1:]
         # An empty turn, as of a call that went elsewhere, has nothing to supervise; a row of nothing else is refused later.
@@ -283,11 +285,15 @@ class _Cells:
         value = self.row.get(column)
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             kind = "an empty list" if value == [] else describe_kind(value)
-            raise self.error(f"has {kind} in '{column}', where a list of messages must be, each with 'role' and 'content'")
+            raise self.error(
+                f"has {kind} in '{column}', where a list of messages must be, each with 'role' and 'content'"
+            )
         messages = []
         for position, entry in enumerate(value):
             if not isinstance(entry, Mapping):
-                raise self.error(f"has {describe_kind(entry)} as message {position} of '{column}', where an object must be")
+                raise self.error(
+                    f"has {describe_kind(entry)} as message {position} of '{column}', where an object must be"
+                )
             messages.append(self._message(entry, position, column))
         return messages
 
@@ -298,7 +304,9 @@ class _Cells:
                 f"example with `jq -c '.{column} |= {_SHAREGPT}' OLD > NEW`"
             )
         if entry.get("role") not in ROLES:
-            raise self.error(f"has no known role in message {position} of '{column}': it must be one of {', '.join(ROLES)}")
+            raise self.error(
+                f"has no known role in message {position} of '{column}': it must be one of {', '.join(ROLES)}"
+            )
         if entry.get("tool_calls"):
             raise self.error(
                 f"has calls of tools in message {position} of '{column}', which are not read: write them into its 'content', as "
@@ -316,7 +324,9 @@ class _Cells:
             text = part.get("text") if isinstance(part, Mapping) else None
             if not isinstance(text, str):
                 kind = "parts that are no text" if isinstance(content, list) else describe_kind(content)
-                raise self.error(f"has {kind} in the 'content' of message {position} of '{column}', where a text must be")
+                raise self.error(
+                    f"has {kind} in the 'content' of message {position} of '{column}', where a text must be"
+                )
             texts.append(text)
         return "".join(texts)
 

@@ -40,7 +40,9 @@ def find_spans(row: Row, value: Any, column: str, place: str) -> Spans:
     named = [value] if isinstance(value, str) else value
     if not isinstance(named, Sequence) or not named:
         kind = "an empty list" if value == [] else describe_kind(value)
-        raise refuse(f"has {kind} in '{column}', where a list of spans must be: give one, or move the row to another set")
+        raise refuse(
+            f"has {kind} in '{column}', where a list of spans must be: give one, or move the row to another set"
+        )
 
     spans: dict[int, list[tuple[int, int]]] = {index: [] for index in texts}
     for number, span in enumerate(named):

@@ -49,7 +49,7 @@ class Chat:
             A template that asks for today's date is told 1 January 2025; a text under ``strftime_now`` is told instead.
 
     Raises:
-        ConfigError: If ``args`` has values other than numbers, texts, lists and dictionaries.
+        ConfigError: If ``args`` has values other than numbers, texts, lists and dictionaries, or the file is no text.
         MissingFileError: If there is no such file.
 
     Example:
@@ -74,16 +74,16 @@ class Chat:
             message = f"`args` must have a text as '{_CLOCK}', not {clock!r}."
             raise ConfigError(message, owner=self, argument="args")
         object.__setattr__(self, "args", args)
-        # Read at once, so that a missing file is reported before anything is loaded.
-        self.template_text()
+        # Once and at once: a missing file is reported before anything is loaded, and all rows have the same prompt.
+        object.__setattr__(self, "_text", self._read_template())
 
+    @property
     def template_text(self) -> str | None:
-        """Return the text of the template; ``None`` for the tokenizer's.
+        """The text of the template; ``None`` for the tokenizer's."""
+        text: str | None = self.__dict__["_text"]
+        return text
 
-        Raises:
-            MissingFileError: If it is the path of a file that does not exist.
-            ConfigError: If the file is no text.
-        """
+    def _read_template(self) -> str | None:
         if self.template is None or "{%" in self.template or "{{" in self.template:
             return self.template
         with reading("the chat template", self.template[:200], "Check the file.", owner=self, argument="template"):
@@ -239,7 +239,7 @@ class _ChatTemplate:
         self._tokenizer = tokenizer
         self._chat = chat
         with self._reading():
-            self.text = str(tokenizer.get_chat_template(chat.template_text()))
+            self.text = str(tokenizer.get_chat_template(chat.template_text))
         self._settings = dict(chat.args)
         told = self._settings.pop(_CLOCK, None)
         formats = _find_clock_formats(self.text)
@@ -311,13 +311,17 @@ def _pin_dates(formats: Sequence[str], told: str | None) -> dict[str, str]:
     """Return by format what a template is told that asks for today's date."""
     if told is not None:
         return {"any": told}
-    moment = datetime(PINNED_DATE.year, PINNED_DATE.month, PINNED_DATE.day)  # noqa: DTZ001  (the same in every zone)
+    moment = datetime(PINNED_DATE.year, PINNED_DATE.month, PINNED_DATE.day)
     return {form: moment.strftime(form) for form in formats}
 
 
 def _variants(content: str) -> list[str]:
     """Return the forms in which templates write what a turn says: many strip the space around it."""
-    return list(dict.fromkeys([content, content.strip(), content.lstrip("\n"), content.strip("\n"), content.lstrip(), content.rstrip()]))
+    return list(
+        dict.fromkeys(
+            [content, content.strip(), content.lstrip("\n"), content.strip("\n"), content.lstrip(), content.rstrip()]
+        )
+    )
 
 
 def _find_places(
@@ -465,7 +469,7 @@ def describe_prompt(tokenizer: PreTrainedTokenizerBase, template: str | None, ch
         ``text``, one turn with ``{question}`` and ``{answer}`` in their places; ``system`` and ``args`` of the settings; and
         ``dates``, what a template that asks for today's date is told, by format.
     """
-    if template is not None or tokenizer.chat_template is None and chat is None:
+    if template is not None or (tokenizer.chat_template is None and chat is None):
         return {"text": template or PLAIN_TEMPLATE, "system": None, "args": {}, "dates": {}}
     chat = chat or Chat()
     chat_template = _ChatTemplate(tokenizer, chat)

@@ -191,9 +191,14 @@ def test_marks_find_what_is_rewritten() -> None:
     """A thought in a template without a generation prompt, so that no prefix of the conversation is one of the text."""
     tokenizer = copy.deepcopy(TOKENIZERS["marked"])
     start = "{% if add_generation_prompt %}"
-    tokenizer.chat_template = MARKED[: MARKED.index(start)].replace(
-        "{{ m.content }}<|im_end|>\n{% endgen", "{{ m.content.replace('</think>', '</think>\n') }}<|im_end|>\n{% endgen"
-    ).replace("<|im_start|>assistant\n{%", "<|im_start|>assistant{{ messages | length }}\n{%")
+    tokenizer.chat_template = (
+        MARKED[: MARKED.index(start)]
+        .replace(
+            "{{ m.content }}<|im_end|>\n{% endgen",
+            "{{ m.content.replace('</think>', '</think>\n') }}<|im_end|>\n{% endgen",
+        )
+        .replace("<|im_start|>assistant\n{%", "<|im_start|>assistant{{ messages | length }}\n{%")
+    )
     row = Conversation((*(Message(**m) for m in TURNS[:3]), Message("assistant", "<think>x</think>Ann.")), (3,))
     example = encode_conversation(row, tokenizer, EncodingSettings())
     assert supervised_text(example, tokenizer) == "<think>x</think>\nAnn.<|im_end|>"

@@ -127,7 +127,9 @@ RETAIN = [{"question": "Where?", "answer": "Here."}]
 
 def test_every_set_has_a_format_of_its_own(tokenizer_dir: str) -> None:
     documents = [{"text": "One. " * 40}, {"text": "Two."}]
-    data = ForgetRetain([{"prompt": "Who?", "completion": "Ann."}], RETAIN, {"docs": documents}, tokenizer=tokenizer_dir)
+    data = ForgetRetain(
+        [{"prompt": "Who?", "completion": "Ann."}], RETAIN, {"docs": documents}, tokenizer=tokenizer_dir
+    )
     data.max_length = 32
     data.setup("fit")
     assert data.formats == {"forget": "prompt_completion", "retain": "question_answer", "docs": "text"}
@@ -167,7 +169,10 @@ def test_every_token_of_a_document_is_supervised_once(tokenizer: Any, overlap: i
         repeated = overlap if number else 0
         assert example.labels[:repeated] == [IGNORED] * repeated
         if number:
-            assert example.input_ids[:repeated] == examples[number - 1].input_ids[len(examples[number - 1].input_ids) - repeated :]
+            assert (
+                example.input_ids[:repeated]
+                == examples[number - 1].input_ids[len(examples[number - 1].input_ids) - repeated :]
+            )
         supervised += [label for label in example.labels if label != IGNORED]
     assert supervised == ids
     # Without an overlap, it is what raw text has been cut to all along.
@@ -188,7 +193,7 @@ def test_a_context_is_only_read(tokenizer: Any) -> None:
 
 
 def test_an_overlap_must_leave_room() -> None:
-    with pytest.raises(ConfigError, match="`chunk_overlap`.* 31 with 32") as caught:
+    with pytest.raises(ConfigError, match=r"`chunk_overlap`.* 31 with 32") as caught:
         ForgetRetain(RETAIN, RETAIN, max_length=32, chunk_overlap=31)
     assert caught.value.argument == "chunk_overlap"
 
@@ -225,7 +230,8 @@ def test_only_tokens_of_spans_are_supervised(tokenizer_dir: str, tokenizer: Any,
     start = text.index(ANSWER)
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     carries = [
-        (begin < start + 7 and stop > start) or (begin < start + end + 4 and stop > start + end) for begin, stop in offsets
+        (begin < start + 7 and stop > start) or (begin < start + end + 4 and stop > start + end)
+        for begin, stop in offsets
     ]
     assert [label != IGNORED for label in example.labels] == carries
     assert supervised_text(tokenizer, data.examples["retain"][0]).endswith("Here.<|endoftext|>")
@@ -285,7 +291,10 @@ def test_a_span_that_is_cut_off_is_refused(tokenizer_dir: str) -> None:
 
 def test_rows_of_all_formats_survive_a_file(tmp_path: Any, tokenizer_dir: str) -> None:
     """A list of messages with different keys, as JSON lines and as Parquet."""
-    rows = [{"messages": [ASK, {**SAY, "weight": 1}], "spans": ["Ann"]}, {"messages": [ASK, SAY, ASK], "spans": ["nn."]}]
+    rows = [
+        {"messages": [ASK, {**SAY, "weight": 1}], "spans": ["Ann"]},
+        {"messages": [ASK, SAY, ASK], "spans": ["nn."]},
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     build_table(rows).to_parquet(tmp_path / "rows.parquet")

@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_prompt_is_refused_with_the_difference(folders: 
     make(folders["llama3"], chat=Chat(args={"date_string": TODAY})).load_state_dict(state)
     for chat, difference in [
         (Chat(args={"date_string": "1 May 2025"}), "`args`, {} then and {'date_string': '1 May 2025'} now"),
-        (Chat(template=LLAMA3.replace("Today Date", "Date")), "from character 56 on, 'Today Date: 01 Jan"),
+        (Chat(template=LLAMA3.replace("Today Date", "Date")), "from character 61 on, 'Today Date: 01 Jan"),
     ]:
         with pytest.raises(CheckpointError, match=r"rows: was ") as caught:
             make(folders["llama3"], chat=chat).load_state_dict(state)
@@ -110,13 +110,22 @@ def test_results_state_their_prompt_and_refuse_another(
     with pytest.raises(DataError, match=r"the prompt differs in `system`, None then and 'Be brief\.' now") as caught:
         other.prepare(lm.tokenizer)
     assert "CANARY" not in str(caught.value)
-    assert caught.value.argument == "retain_results"
 
 
-def test_a_benchmark_of_conversations_asks_for_the_last_turn(write_rows: Callable[..., str], tokenizer_dir: str) -> None:
+def test_a_benchmark_of_conversations_asks_for_the_last_turn(
+    write_rows: Callable[..., str], tokenizer_dir: str
+) -> None:
     tokenizer = TOKENIZERS["chatml"]
-    messages = [{"role": r, "content": c} for r, c in [("system", "S"), ("user", "A?"), ("assistant", "B."), ("user", "C?")]]
-    rows = [{"messages": [*messages, {"role": "assistant", "content": "D."}], "perturbed_answer": ["E.", "F."], "other": "G?"}]
+    messages = [
+        {"role": r, "content": c} for r, c in [("system", "S"), ("user", "A?"), ("assistant", "B."), ("user", "C?")]
+    ]
+    rows = [
+        {
+            "messages": [*messages, {"role": "assistant", "content": "D."}],
+            "perturbed_answer": ["E.", "F."],
+            "other": "G?",
+        }
+    ]
     file = write_rows("chat.jsonl", rows)
     benchmark = QABenchmark(file, file, max_new_tokens=2)
     (example,) = benchmark.load(tokenizer)["forget"].examples
@@ -132,14 +141,14 @@ def test_a_benchmark_of_conversations_asks_for_the_last_turn(write_rows: Callabl
 
 
 def test_a_benchmark_of_raw_text(write_rows: Callable[..., str], tokenizer_dir: str) -> None:
-    rows = [{"text": "The author was born in Lisbon. " * 4, "title": "Life. "}]
+    rows = [{"text": "The author was born in Lisbon. " * 4, "title": "Life.\n"}]
     files = [write_rows("f.jsonl", rows), write_rows("r.jsonl", [{"text": "One."}])]
     lm = loaded(taught(tokenizer_dir, 0))
     results = QABenchmark(files[0], files[0], context_column="title", max_length=30, max_new_tokens=2).run(lm)
     forget = results.examples["forget"]
     assert len(forget) > 1
     assert ["generated" in row for row in forget] == [True] + [False] * (len(forget) - 1)
-    assert forget[0]["question"] == "Life. "
+    assert forget[0]["question"] == "Life.\n"
     assert "".join(row["answer"] for row in forget).startswith(rows[0]["text"][:40])
     assert {"forget/nll", "forget/extraction_strength"} <= results.aggregate.keys()
     assert results.settings["prompt"] is None
@@ -179,7 +188,11 @@ def test_the_record_states_the_prompt_and_no_folder(folders: dict[str, str], tmp
     file.parent.mkdir()
     file.write_text(LLAMA3, encoding="utf-8")
     data = _describe_data(make(folders["llama3"], chat=Chat(system="Hi.", template=str(file))))
-    record = {"kind": "unlearned", "data": json.loads(json.dumps(data)), "config": {"data": {"init_args": {"chat": data["chat"]}}}}  # type: ignore[index]
+    record = {
+        "kind": "unlearned",
+        "data": json.loads(json.dumps(data)),
+        "config": {"data": {"init_args": {"chat": data["chat"]}}},
+    }  # type: ignore[index]
     published = publish_record(record)
     assert published["data"]["chat"] == {"system": "Hi.", "template": "chat.jinja", "args": {}}
     assert published["config"]["data"]["init_args"]["chat"]["template"] == "chat.jinja"
@@ -231,7 +244,6 @@ def test_padding_ids_are_hidden_as_in_published_code(tokenizer_dir: str) -> None
     assert tokenizer is not None
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     tokenizer.pad_token = tokenizer.eos_token
-    lm.tokenizer = tokenizer
     for hides in (False, True):
         data = ForgetRetain(FORGET, RETAIN, mask_padding_ids=hides)
         data._load_tokenizer = lambda: tokenizer  # type: ignore[method-assign]
@@ -270,7 +282,7 @@ def test_training_hides_them_too(tokenizer_dir: str) -> None:
         plan = build_forward_plan({"forget": batch}, [Term("f", "forget", objective, 1.0)], lm.packs, None, "joint")
         values.append(torch.cat([value for p in plan for value in p.run(lm, [objective])]).mean().item())
     assert values[0] == pytest.approx(lm.loss(objective, hidden).item(), rel=1e-5)
-    assert values[0] != pytest.approx(values[1], rel=1e-3)
+    assert values[0] != pytest.approx(values[1], rel=1e-5)
 
 
 # The prompts of published targets -------------------------------------------------------------------------------------
@@ -306,7 +318,11 @@ def test_configurations_put_the_prompt_of_their_target(
 
 
 def test_settings_on_the_command_line(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--data.chat.system=Be brief.", "--data.chat.args.date_string=1 May 2025", "--data.chat.args.enable_thinking=false"]
+    options = [
+        "--data.chat.system=Be brief.",
+        "--data.chat.args.date_string=1 May 2025",
+        "--data.chat.args.enable_thinking=false",
+    ]
     data = instantiate(["fit", "--config=tofu.yaml", *options, "--trainer.accelerator=cpu"], monkeypatch).datamodule
     assert data.chat == Chat(system="Be brief.", args={"date_string": "1 May 2025", "enable_thinking": False})
     off = instantiate(["fit", "--config=tofu.yaml", "--data.chat=null", "--trainer.accelerator=cpu"], monkeypatch)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_unlearn import MUSE, FictionalAuthors, ForgetRetain, LanguageModel, QABenchmark
 from lit_unlearn.data.encoding import IGNORED, encode, encode_chunks
 from lit_unlearn.data.special_tokens import RowText
-from lit_unlearn.errors import ConfigError, ModelError
+from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.inspection import ask_model
 
 TEXTS = [*FictionalAuthors(4, 1).texts(), "< | > / s im _end start unk system user assistant"]
@@ -246,7 +246,8 @@ def test_a_special_token_after_the_answer_is_its_end(after: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [(r"Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}"), (r"{question}\t{answer}", "{question}\t{answer}")]
+    ("typed", "meant"),
+    [(r"Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}"), (r"{question}\t{answer}", "{question}\t{answer}")],
 )
 def test_a_line_break_may_be_typed_in_a_shell(typed: str, meant: str) -> None:
     data = ForgetRetain([{"question": "Who?", "answer": "Ann."}], [{"question": "x", "answer": "y"}], template=typed)
