@@ -8,6 +8,7 @@ from lit_unlearn.data.fictional_authors import FictionalAuthors as FictionalAuth
 from lit_unlearn.data.lume import LUME as LUME
 from lit_unlearn.data.muse import MUSE as MUSE
 from lit_unlearn.data.source import Source as Source
+from lit_unlearn.data.templates import Chat as Chat
 from lit_unlearn.data.tofu import TOFU as TOFU
 from lit_unlearn.dual import Constraint as Constraint
 from lit_unlearn.dual import DualAscent as DualAscent

@@ -205,7 +205,7 @@ def _first_tokens(example: Example) -> Example:
     """Return the example up to the last token that is shown; later ones do not change its probabilities."""
     supervised = [i for i, label in enumerate(example.labels) if label != IGNORED]
     stop = supervised[:_MAX_TOKENS][-1] + 1
-    return Example(example.input_ids[:stop], example.labels[:stop])
+    return example.cut(stop)._replace(id="", is_cut=False, alternate=None)
 
 
 def _to_texts(module: LitLanguageModel, example: Example) -> tuple[str, list[str]]:

@@ -39,7 +39,7 @@ from lit_unlearn.utils.validation import check_number
 _MIB = 2**20
 _UNKNOWN_ROWS = (
     "The model does not know these rows in this prompt. The likely reason is another prompt than the model was fine-tuned with: "
-    "look at it with `lit-unlearn inspect`, and set the data's `template`. If the model never saw the rows, there is nothing to "
+    "look at it with `lit-unlearn inspect`, and set the data's `chat` or `template`. If the model never saw the rows, there is nothing to "
     "unlearn."
 )
 
@@ -62,6 +62,8 @@ class Report:
             ``None`` for fine-tuning.
         max_forget_probability: The threshold of the verdict.
         keep: ``"best"`` or ``"last"``, as for `LitUnlearn`.
+        example: ``tokens`` of the first forget example and which of them are ``supervised``; only if the data module's
+            ``show_example`` is true, because it is text of a row.
     """
 
     steps: int
@@ -75,6 +77,7 @@ class Report:
     verdict: str | None = None
     max_forget_probability: float = MAX_FORGET_PROBABILITY
     keep: str = "best"
+    example: dict[str, list[Any]] | None = None
 
     @property
     def violated(self) -> list[str]:
@@ -205,6 +208,7 @@ class RunReport(Callback):
             verdict=verdict,
             max_forget_probability=self.max_forget_probability,
             keep=keep,
+            example=getattr(getattr(trainer, "datamodule", None), "shown_example", None),
         )
 
     def find_failures(self, report: Report) -> list[str]:

@@ -18,17 +18,19 @@ import torch
 
 from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.data.encoding import EncodingSettings
 from lit_unlearn.data.files import describe_kind
+from lit_unlearn.data.formats import Conversation, RowReader
 from lit_unlearn.data.source import Source
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
-from lit_unlearn.evaluation.inspection import Answer, Asked, Reply, ask_model, describe_replies, mean_scores
+from lit_unlearn.evaluation.inspection import Answer, Asked, ask_model, describe_replies, mean_scores
 from lit_unlearn.evaluation.tables import format_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
 
-# With its right answer, where that is known.
-Question = tuple[str, str | None]
+# With its right answer, where that is known. What a conversation asks is all that stands before its last turn.
+Question = tuple[str | Conversation, str | None]
 # A character, and the eighth that the probability of its token is in.
 Cell = tuple[str, int]
 
@@ -55,7 +57,16 @@ def build_parser() -> CommandParser:
     parser.add_argument("--question_column", type=str, default="question", help="Column of the file.")
     parser.add_argument("--answer_column", type=str, help="Column with right answers; `answer`, if there is one.")
     parser.add_argument("--max_rows", type=int, default=10, help="Only this many rows of the file.")
-    parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the data.")
+    parser.add_argument(
+        "--template",
+        type=str,
+        help="Text with {question} and {answer}, in which \\n is a line break; by default the tokenizer's chat template.",
+    )
+    parser.add_argument(
+        "--chat",
+        type=Chat | None,
+        help="Settings of the chat template, as the data has them: --chat.system=TEXT, --chat.template=FILE, --chat.args.NAME=VALUE.",
+    )
     parser.add_argument(
         "--allow_special_tokens",
         action="store_true",
@@ -80,7 +91,10 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.questions and options.question:
         parser.error("give either --questions or -q, not both")
-    check_template(options.template)
+    template = check_template(options.template)
+    chat = parser.instantiate(options).chat
+    check_chat(chat, template)
+    encoding = EncodingSettings(template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens)
 
     # In a directory's name such as Llama-3.2-1B, ".2-1B" is no suffix: a real one is added, for `shorten_names` to cut off.
     files = [Path(f"{Path(model).absolute()}.model") for model in options.models]
@@ -89,9 +103,9 @@ def run(arguments: list[str]) -> None:
     page = AnswerPage(shutil.get_terminal_size().columns, _use_colours(options))
     is_dialogue = not (options.questions or options.question) and sys.stdin.isatty() and sys.stdout.isatty()
     if is_dialogue:
-        answered = _answer_typed_questions(models, options, page)
+        answered = _answer_typed_questions(models, options, encoding, page)
     else:
-        answered = _answer_questions(models, _read_questions(options), options)
+        answered = _answer_questions(models, _read_questions(options), options, encoding)
 
     if options.format == "json":
         content = {"models": {name: lm.name for name, lm in models.items()}, **describe_replies(answered)}
@@ -132,6 +146,11 @@ def _read_question_file(options: Namespace) -> list[Question]:
     datasets.disable_progress_bars()
     rows = Source(str(options.questions), max_rows=options.max_rows).load("questions")
 
+    reader = RowReader(supervise="last", question_column=options.question_column)
+    if reader.recognize(rows.column_names) in ("messages", "prompt_completion"):
+        conversations = [row for row in reader.read(rows, "questions") if isinstance(row, Conversation)]
+        return [(conversation, conversation.answer) for conversation in conversations]
+
     columns = [options.question_column]
     if options.answer_column:
         columns.append(options.answer_column)
@@ -165,26 +184,30 @@ def _load_model(lm: LanguageModel, dtype: str) -> None:
     lm.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _ask_model(lm: LanguageModel, question: Question, number: int, options: Namespace) -> Reply:
-    limits = {"max_length": options.max_length, "max_new_tokens": options.max_new_tokens}
-    limits["allow_special_tokens"] = options.allow_special_tokens
-    return ask_model(lm, *question, template=options.template, number=number, **limits)
-
-
 def _answer_questions(
-    models: Mapping[str, LanguageModel], questions: Sequence[Question], options: Namespace
+    models: Mapping[str, LanguageModel],
+    questions: Sequence[Question],
+    options: Namespace,
+    encoding: EncodingSettings,
 ) -> list[Asked]:
-    answered = [Asked(*question, replies={}) for question in questions]
+    answered = []
+    for question, right in questions:
+        text = question.question if isinstance(question, Conversation) else question
+        answered.append(Asked(text, right, replies={}))
     # One model after the other answers all questions, so that only one is in memory.
     for name, lm in models.items():
         _load_model(lm, options.dtype)
         for number, question in enumerate(questions):
-            answered[number].replies[name] = _ask_model(lm, question, number, options)
+            answered[number].replies[name] = ask_model(
+                lm, *question, encoding=encoding, max_new_tokens=options.max_new_tokens, number=number
+            )
         lm.model = None
     return answered
 
 
-def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namespace, page: AnswerPage) -> list[Asked]:
+def _answer_typed_questions(
+    models: Mapping[str, LanguageModel], options: Namespace, encoding: EncodingSettings, page: AnswerPage
+) -> list[Asked]:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` arrow keys and a history)
     for lm in models.values():
@@ -195,7 +218,9 @@ def _answer_typed_questions(models: Mapping[str, LanguageModel], options: Namesp
         while question := input("\n> ").strip():
             replies = {}
             for name, lm in models.items():
-                replies[name] = _ask_model(lm, (question, None), len(answered), options)
+                replies[name] = ask_model(
+                    lm, question, encoding=encoding, max_new_tokens=options.max_new_tokens, number=len(answered)
+                )
             # Only now: Ctrl-C may have come between two models, and then the question does not count.
             answered.append(Asked(question, None, replies))
             print(f"\n{page.format_answers(answered[-1])}")

@@ -11,12 +11,29 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 
 from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.duplicates import find_duplicates, list_rows
-from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples
-from lit_unlearn.data.files import describe_kind
+from lit_unlearn.data.encoding import (
+    IGNORED,
+    EncodingSettings,
+    Example,
+    check_chunk_overlap,
+    check_tokenizer,
+    encode_row,
+    format_example,
+    token_texts,
+)
+from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
 from lit_unlearn.data.source import Rows, Source, to_source
+from lit_unlearn.data.spans import Spans, find_spans
 from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.streams import BatchStream, FiniteStream
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.templates import (
+    PLAIN_TEMPLATE,
+    Chat,
+    check_chat,
+    check_template,
+    describe_prompt,
+    find_prompt_difference,
+)
 from lit_unlearn.errors import (
     CheckpointError,
     ConfigError,
@@ -36,12 +53,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["pairs", "all", "retain"]
-Texts = tuple[str, ...]
-"""The texts of one row: its question and its answer, or whatever a subclass reads."""
 
 
 class ForgetRetain(L.LightningDataModule):
-    """A forget set and a retain set of questions and answers.
+    r"""A forget set and a retain set: questions and answers, conversations, or raw text.
 
     Training batches are ``{"forget": batch, "retain": batch, …}``: an epoch is one pass over the forget set, while the
     retain set, and every additional set, is repeated without end. Validation and test go over every example of all sets.
@@ -61,9 +76,10 @@ class ForgetRetain(L.LightningDataModule):
         alternate_column: Column of the forget set with another answer, or a list of them of which one is drawn, for
             objectives that read one; ``None`` for refusals.
         refusals: Text file with a refusal per line, to draw from; ``None`` for this package's 120.
-        template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has
-            one, else a plain one.
-        max_length: Largest number of tokens of an example; longer ones are cut, and counted in a warning.
+        template: Text with ``{question}`` and ``{answer}``, in which a typed ``\n`` is a line break; ``None`` for the
+            tokenizer's chat template where it has one, else a plain one.
+        max_length: Largest number of tokens of an example; longer ones are cut, and counted in a warning. Raw text continues
+            in another example.
         batch_size: Forget examples per optimizer step.
         retain_batch_size: Retain examples per optimizer step, and examples of every additional set; ``None`` for
             ``batch_size``.
@@ -75,6 +91,21 @@ class ForgetRetain(L.LightningDataModule):
             text like any other, and the rows are counted in a warning; those of the template are control tokens always.
         drop_duplicates: Whether rows of the retain set and of additional sets are left out if they are forget rows as well,
             whatever their white space and case. By default they are reported with their numbers.
+        format: Format of all sets: ``"question_answer"``, ``"prompt_completion"`` (as trl names the columns), ``"messages"``
+            or ``"text"``; ``"auto"`` to recognise that of every set by its columns.
+        supervise: Which turns of the assistant's in a conversation are supervised, ``"all"`` or the ``"last"`` one.
+        messages_column: Column with a conversation, a list of messages with ``role`` and ``content``.
+        text_column: Column with raw text, every token of which is supervised.
+        context_column: Column with text that stands before it and is only read.
+        chunk_overlap: Of raw text that is longer than ``max_length``, tokens that an example repeats from the one before, to
+            read them only.
+        span_column: Column of the forget set with the sensitive parts of what is supervised, a list of texts or of
+            ``[start, end]`` in characters: only their tokens are then supervised. ``None`` for everything.
+        chat: Settings of the chat template: ``system``, ``template`` and ``args``. Not beside ``template``.
+        mask_padding_ids: Whether tokens with the id of the padding are hidden from all others (``ids != pad``), as in
+            published code, whose models were measured so. Where the end token pads, that hides every end.
+        show_example: Whether the first forget example is shown as tokens, with the supervised ones marked, once on the terminal
+            and in ``report.json``.
 
     Raises:
         ConfigError: If an argument is out of range, or an additional set has a reserved name.
@@ -107,12 +138,25 @@ class ForgetRetain(L.LightningDataModule):
         train_on: TrainOn = "pairs",
         allow_special_tokens: bool = False,
         drop_duplicates: bool = False,
+        format: Format = "auto",
+        supervise: Supervise = "all",
+        messages_column: str = "messages",
+        text_column: str = "text",
+        context_column: str | None = None,
+        chunk_overlap: int = 0,
+        span_column: str | None = None,
+        chat: Chat | None = None,
+        mask_padding_ids: bool = False,
+        show_example: bool = False,
     ) -> None:
         super().__init__()
         retain_batch_size = batch_size if retain_batch_size is None else retain_batch_size
         check_at_least(1, self, max_length=max_length, batch_size=batch_size, retain_batch_size=retain_batch_size)
         check_at_least(1, self, eval_batch_size=eval_batch_size)
         check_choice(get_args(TrainOn), self, train_on=train_on)
+        check_choice(get_args(Format), self, format=format)
+        check_choice(get_args(Supervise), self, supervise=supervise)
+        check_chunk_overlap(chunk_overlap, max_length, self)
         streams = streams or {}
         # "train" is the stream of all sets as one.
         if reserved := streams.keys() & {"forget", "retain", "train"}:
@@ -120,19 +164,30 @@ class ForgetRetain(L.LightningDataModule):
             raise ConfigError(message, owner=self, argument="streams")
         self.sources: dict[str, Source] = {}
         with arguments_of(self):
-            check_template(template)
+            template = check_template(template)
+            check_chat(chat, template)
             for name, rows in {"forget": forget, "retain": retain, **streams}.items():
                 self.sources[name] = to_source(rows, self._argument_of(name))
         self.question_column, self.answer_column = question_column, answer_column
         self.alternate_column, self.refusals = alternate_column, refusals
-        self.template, self.max_length = template, max_length
-        self.allow_special_tokens = allow_special_tokens
+        self.messages_column, self.text_column = messages_column, text_column
+        self.context_column, self.span_column = context_column, span_column
+        self.format, self.supervise = format, supervise
+        self.template, self.chat = template, chat
+        self.max_length, self.chunk_overlap = max_length, chunk_overlap
+        self.allow_special_tokens, self.mask_padding_ids = allow_special_tokens, mask_padding_ids
+        self.show_example = show_example
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
         self.eval_batch_size, self.seed, self.train_on = eval_batch_size, seed, train_on
         self.drop_duplicates = drop_duplicates
         self.num_dropped: dict[str, int] = {}
         self.examples: dict[str, list[Example]] = {}
-        self._columns = {"question_column": question_column, "answer_column": answer_column}
+        self.formats: dict[str, Format] = {}
+        """The format of every set, once the sets are read."""
+        self.prompt: dict[str, Any] | None = None
+        """What decides the prompts of conversations, from `describe_prompt`, once the sets are read; ``None`` without any."""
+        self.shown_example: dict[str, list[Any]] | None = None
+        """``tokens`` of the first forget example, as texts, and which are ``supervised``, if ``show_example`` is true."""
         self._tokenizer_name = None if tokenizer is None else expand_home(tokenizer)
         self._streams: dict[str, BatchStream] = {}
         self._cursors: dict[str, int] = {}
@@ -147,11 +202,14 @@ class ForgetRetain(L.LightningDataModule):
             return self.sources[name].load(name, self._argument_of(name))
 
     def texts(self) -> list[str]:
-        """Return every question and answer as plain text, to train a tokenizer on."""
+        """Return the text of every row, to train a tokenizer on."""
         texts = []
         for name, rows in self.load().items():
-            for question, answer in self._read_texts(rows, name):
-                texts.append(f"Question: {question}\nAnswer: {answer}")
+            for row in self._read_rows(rows, name):
+                if isinstance(row, Conversation) and row.is_single_turn:
+                    texts.append(PLAIN_TEMPLATE.format(question=row.question, answer=row.answer))
+                else:
+                    texts.append("\n".join(row.texts))
         return texts
 
     def prepare_data(self) -> None:
@@ -178,7 +236,12 @@ class ForgetRetain(L.LightningDataModule):
         except LitUnlearnError as error:
             problem = error
         self._raise_together(problem)
-        rank_zero_info("data: " + ", ".join(f"{name} {_summarize(rows)}" for name, rows in self.examples.items()))
+        summaries = [f"{name} {_summarize(rows, self.formats[name])}" for name, rows in self.examples.items()]
+        rank_zero_info(f"data: {', '.join(summaries)}")
+        if self.shown_example is not None:
+            rank_zero_info(
+                f"first forget example, supervised tokens in brackets:\n{format_example(self.shown_example)}"
+            )
 
     def _raise_together(self, problem: LitUnlearnError | None) -> None:
         """Raise this process's problem or, if it has none, that of another: it would wait for that one without a word."""
@@ -192,20 +255,27 @@ class ForgetRetain(L.LightningDataModule):
 
     def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()
-        texts = {name: self._read_texts(rows, name) for name, rows in tables.items()}
-        self._handle_duplicates(texts)
+        rows = {name: self._read_rows(table, name) for name, table in tables.items()}
+        self._handle_duplicates(rows)
 
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
-        self._warn_of_special_tokens(texts, tokenizer)
+        self._warn_of_special_tokens(rows, tokenizer)
+        spans = None if self.span_column is None else self._find_spans(tables["forget"], rows["forget"])
         # Masks are made from lengths, so the end token may pad.
-        for name, rows in texts.items():
-            examples = self._encode(rows, tokenizer, name)
-            # The id follows an example through shuffling and packing to its reference log-probability and its record.
-            self.examples[name] = [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]
+        for name, of_set in rows.items():
+            self.examples[name] = self._encode(of_set, tokenizer, name, spans if name == "forget" else None)
+        if any(isinstance(row, Conversation) for of_set in rows.values() for row in of_set):
+            self.prompt = describe_prompt(tokenizer, self.template, self.chat)
         if needs_alternates:
-            rows = self._alternate_texts(tables["forget"], texts["forget"])
-            self._attach_alternates(self._encode(rows, tokenizer, "alternate"))
+            alternates = self._alternate_rows(tables["forget"], rows["forget"])
+            self._attach_alternates(self._encode(alternates, tokenizer, "alternate"))
+        if self.show_example:
+            example = self.examples["forget"][0]
+            self.shown_example = {
+                "tokens": token_texts(example.input_ids, tokenizer),
+                "supervised": [label != IGNORED for label in example.labels],
+            }
 
     def train_dataloader(self) -> CombinedLoader:
         """Return zipped batches that end with the forget set, or batches of one set to fine-tune a model."""
@@ -256,10 +326,15 @@ class ForgetRetain(L.LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         changes = []
-        for key, value in self._order_settings().items():
+        current = self._order_settings()
+        for key, value in current.items():
             before = state["order"].get(key)
-            if before != value:
+            # Another setting that gives the same tokens changes nothing; one that does not explains the other rows.
+            if before != value and key != "prompt":
                 changes.append(f"{key}: was {before!r}, is {value!r}")
+        difference = find_prompt_difference(state["order"].get("prompt"), current["prompt"])
+        if changes and difference is not None:
+            changes.append(difference)
         if changes:
             raise CheckpointError(
                 f"the checkpoint cannot be resumed, because the order of examples depends on what changed "
@@ -277,42 +352,44 @@ class ForgetRetain(L.LightningDataModule):
         terms = module.terms() if hasattr(module, "terms") else []
         return any(term.objective.reads != "answer" for term in terms)
 
-    def _read_texts(self, rows: Dataset, name: str) -> list[Texts]:
-        for setting, column in self._columns.items():
-            if column not in rows.column_names:
-                raise DataError(self._describe_missing_column(rows, name, setting, column), argument=setting)
-        texts = list(zip(*(rows[column] for column in self._columns.values()), strict=True))
-        for number, row in enumerate(texts):
-            for column, text in zip(self._columns.values(), row, strict=True):
-                if not isinstance(text, str):
-                    kind = describe_kind(text)
-                    message = f"row {number} of the {name} set has {kind} in '{column}', where a text must be."
-                    raise DataError(message, argument=self._argument_of(name))
-        return texts
+    def _read_rows(self, rows: Dataset, name: str) -> list[Row]:
+        reader = RowReader(
+            self.format,
+            self.supervise,
+            self.question_column,
+            self.answer_column,
+            self.messages_column,
+            self.text_column,
+            self.context_column,
+        )
+        self.formats[name] = reader.recognize(rows.column_names)
+        return reader.read(rows, name, self._argument_of(name))
 
-    def _describe_missing_column(self, rows: Dataset, name: str, setting: str, column: str) -> str:
-        message = f"the {name} set has no column '{column}'; its columns are {rows.column_names}. "
-        chat = [key for key in ("messages", "conversations") if key in rows.column_names]
-        if chat:
-            wanted = ", ".join(f'"{key}": …' for key in self._columns.values())
-            return f"{message}'{chat[0]}' is a chat: write each question with its answer as a row {{{wanted}}}."
-        return f"{message}Set `{setting}`."
+    def _find_spans(self, table: Dataset, rows: list[Row]) -> list[Spans]:
+        column = str(self.span_column)
+        if column not in table.column_names:
+            message = f"the forget set has no column '{column}' with spans; its columns are {table.column_names}: set "
+            raise DataError(f"{message}`span_column`, or leave it out to supervise everything.", argument="span_column")
+        spans = []
+        for number, (row, value) in enumerate(zip(rows, table[column], strict=True)):
+            spans.append(find_spans(row, value, column, f"row {number} of the forget set"))
+        return spans
 
-    def _handle_duplicates(self, texts: dict[str, list[Texts]]) -> None:
+    def _handle_duplicates(self, rows: dict[str, list[Row]]) -> None:
         """Report forget rows that another set is to keep, or leave them out of that set, in place.
 
         Raises:
             DataError: If every forget row is a retain row as well, or every row of a set would be left out.
         """
-        forget = texts["forget"]
+        forget = [row.texts for row in rows["forget"]]
         self.num_dropped = {}
-        for name, rows in texts.items():
+        for name, of_set in rows.items():
             if name == "forget":
                 continue
-            duplicates = find_duplicates(forget, rows)
+            duplicates = find_duplicates(forget, [row.texts for row in of_set])
             if self.drop_duplicates:
                 self.num_dropped[name] = len(duplicates.other)
-                texts[name] = self._drop_rows(rows, duplicates.other, name)
+                rows[name] = self._drop_rows(of_set, duplicates.other, name)
             elif duplicates.forget:
                 shared = f"{len(duplicates.forget)} of {len(forget)}"
                 if name == "retain" and len(duplicates.forget) == len(forget) and self.train_on == "pairs":
@@ -327,7 +404,7 @@ class ForgetRetain(L.LightningDataModule):
                     f"{list_rows(duplicates.forget)}. Set `drop_duplicates` to true to leave them out of the {name} set."
                 )
 
-    def _drop_rows(self, rows: list[Texts], numbers: list[int], name: str) -> list[Texts]:
+    def _drop_rows(self, rows: list[Row], numbers: list[int], name: str) -> list[Row]:
         if not numbers:
             return rows
         if len(numbers) == len(rows):
@@ -342,13 +419,13 @@ class ForgetRetain(L.LightningDataModule):
         )
         return [row for number, row in enumerate(rows) if number not in dropped]
 
-    def _warn_of_special_tokens(self, texts: dict[str, list[Texts]], tokenizer: PreTrainedTokenizerBase) -> None:
+    def _warn_of_special_tokens(self, rows: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> None:
         row_text = RowText(tokenizer, self.allow_special_tokens)
-        for name, rows in texts.items():
-            numbers = [number for number, row in enumerate(rows) if row_text.count(row)]
+        for name, of_set in rows.items():
+            numbers = [number for number, row in enumerate(of_set) if row_text.count(row.texts)]
             if numbers:
                 rank_zero_warn(
-                    f"{len(numbers)} of {len(rows)} {name} rows contain special tokens of the tokenizer ({list_rows(numbers)}): they "
+                    f"{len(numbers)} of {len(of_set)} {name} rows contain special tokens of the tokenizer ({list_rows(numbers)}): they "
                     "are read as text. If they are meant as control tokens, set `allow_special_tokens` to true."
                 )
 
@@ -367,25 +444,45 @@ class ForgetRetain(L.LightningDataModule):
             raise ConfigError(f"there is no tokenizer: {remedy}.", argument="tokenizer")
         return model_tokenizer
 
-    def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
-        pairs = [(question, answer) for question, answer in texts]
-        settings: Any = {
-            "template": self.template,
-            "max_length": self.max_length,
-            "allow_special_tokens": self.allow_special_tokens,
-        }
-        examples = encode_examples(pairs, tokenizer, name=name, **settings)
-        num_cut = sum(example.is_cut for example in examples)
+    def _encode(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
+    ) -> list[Example]:
+        """Tokenise the rows of a set.
+
+        An example's id follows it through shuffling and packing to its reference log-probability and its record.
+        """
+        settings = EncodingSettings(
+            self.template,
+            self.chat,
+            self.max_length,
+            self.chunk_overlap,
+            self.allow_special_tokens,
+            self.mask_padding_ids,
+        )
+        examples: list[Example] = []
+        num_cut = 0
+        for number, row in enumerate(rows):
+            place = f"row {number} of the {name} set"
+            of_row = encode_row(row, tokenizer, settings, place, None if spans is None else spans[number])
+            num_cut += any(example.is_cut for example in of_row)
+            for chunk, example in enumerate(of_row):
+                ending = f"/{chunk}" if len(of_row) > 1 else ""
+                examples.append(example._replace(id=f"{name}/{number}{ending}"))
         if num_cut:
             rank_zero_warn(
-                f"{num_cut} of {len(examples)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
+                f"{num_cut} of {len(rows)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
                 "cut at the end."
             )
         return examples
 
-    def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
-        answers = alternate_answers(rows, self.alternate_column, self.refusals, self.seed)
-        return [(question, answer) for (question, _), answer in zip(texts, answers, strict=True)]
+    def _alternate_rows(self, table: Dataset, rows: list[Row]) -> list[Row]:
+        """Return the forget rows with other answers."""
+        conversations = [row for row in rows if isinstance(row, Conversation)]
+        if len(conversations) < len(rows):
+            remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
+            raise ConfigError(f"raw texts are no answers, so there are no alternate ones: {remedy}.")
+        answers = alternate_answers(table, self.alternate_column, self.refusals, self.seed)
+        return [row.with_answer(answer) for row, answer in zip(conversations, answers, strict=True)]
 
     def _attach_alternates(self, alternates: list[Example]) -> None:
         for i, (example, alternate) in enumerate(zip(self.examples["forget"], alternates, strict=True)):
@@ -406,6 +503,7 @@ class ForgetRetain(L.LightningDataModule):
                 alternate = "" if example.alternate is None else example.alternate.digest()
                 digest.update(f"{example.digest()}{alternate}".encode())
         return {
+            "prompt": self.prompt,
             "rows": digest.hexdigest()[:16],
             "seed": self.seed,
             "train_on": self.train_on,
@@ -427,7 +525,7 @@ class ForgetRetain(L.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
 
-def _summarize(examples: list[Example]) -> str:
+def _summarize(examples: list[Example], kind: Format) -> str:
     num_tokens = sum(len(example.input_ids) for example in examples)
     num_supervised = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
-    return f"{len(examples)} examples ({num_supervised} supervised tokens of {num_tokens})"
+    return f"{len(examples)} {kind} examples ({num_supervised} supervised tokens of {num_tokens})"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from lit_unlearn.data.base import ForgetRetain, Texts
+from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import Example, encode_chunks
 from lit_unlearn.data.files import read_text_file
+from lit_unlearn.data.formats import Row
 from lit_unlearn.data.source import Source, find_file, find_local_folder
-from lit_unlearn.errors import ConfigError, DataError, MissingFileError, arguments_of
+from lit_unlearn.data.spans import Spans
+from lit_unlearn.errors import DataError, MissingFileError, arguments_of
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -78,11 +80,19 @@ class MUSE(ForgetRetain):
             # Passed here, these are no settings of this class on the command line.
             question_column=text_column,
             answer_column=text_column,
+            messages_column="messages",
+            format="text",
+            supervise="all",
+            text_column=text_column,
+            context_column=None,
+            chunk_overlap=0,
+            span_column=None,
             template=None,
+            chat=None,
+            mask_padding_ids=False,
             max_length=max_length,
             **settings,
         )
-        self._columns = {"text_column": text_column}
         self.corpus, self.forget_set = corpus, forget_set
 
     def load_set(self, name: str) -> Dataset:
@@ -103,22 +113,15 @@ class MUSE(ForgetRetain):
                 )
                 raise DataError(message, argument=self._argument_of(name))
             text = read_text_file(path, self._argument_of(name), f"file of the {name} set")
-        return Dataset.from_dict({self._columns["text_column"]: [text]})
+        return Dataset.from_dict({self.text_column: [text]})
 
-    def texts(self) -> list[str]:
-        """Return every text, to train a tokenizer on."""
-        texts = []
-        for name, rows in self.load().items():
-            texts += [text for (text,) in self._read_texts(rows, name)]
-        return texts
-
-    def _encode(self, texts: list[Texts], tokenizer: PreTrainedTokenizerBase, name: str) -> list[Example]:
+    def _encode(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
+    ) -> list[Example]:
+        texts = [text for row in rows for text in row.texts]
         settings: Any = {"max_length": self.max_length, "allow_special_tokens": self.allow_special_tokens}
-        return encode_chunks([text for (text,) in texts], tokenizer, name=name, **settings)
-
-    def _alternate_texts(self, rows: Dataset, texts: list[Texts]) -> list[Texts]:
-        remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
-        raise ConfigError(f"MUSE's raw texts are no answers, so there are no alternate ones: {remedy}.")
+        examples = encode_chunks(texts, tokenizer, name=name, **settings)
+        return [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]
 
 
 def _forget_source(source: str, forget_set: ForgetSet) -> Source:

@@ -68,6 +68,27 @@ class RowText:
         token = None if self._names.pattern is None else self._names.pattern.match(after, space)
         return after[: token.end()] if token else ""
 
+    def cut_end(self, text: str) -> str:
+        """Return a template's text without the space and the special tokens that it ends with."""
+        text = text.rstrip()
+        for token in reversed([*self._find_tokens(text)]):
+            if token.end() < len(text):
+                break
+            text = text[: token.start()].rstrip()
+        return text
+
+    def cut_at_token(self, text: str) -> str:
+        """Return a template's text up to the first special token in it."""
+        token = next(iter(self._find_tokens(text)), None)
+        return (text if token is None else text[: token.start()]).rstrip()
+
+    def reveal(self, text: str) -> str:
+        """Return a text of rows with its special tokens in place of what `protect` has put there."""
+        return self._names.placeholders.sub(lambda match: self._protected[int(match[1])], text)
+
+    def _find_tokens(self, text: str) -> Iterable[re.Match[str]]:
+        return () if self._names.pattern is None else self._names.pattern.finditer(text)
+
     def encode(self, *pieces: str, add_special_tokens: bool = True) -> Encoded:
         """Tokenise pieces as one text: special tokens in them are control tokens, what `protect` has replaced is text.
 

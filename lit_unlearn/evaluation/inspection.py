@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, encode_examples, prompt_of, token_texts
+from lit_unlearn.data.encoding import (
+    IGNORED,
+    EncodingSettings,
+    Example,
+    check_tokenizer,
+    encode_row,
+    prompt_of,
+    token_texts,
+)
+from lit_unlearn.data.formats import Conversation
 from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
@@ -66,26 +76,24 @@ class Asked(NamedTuple):
 
 def ask_model(
     lm: LanguageModel,
-    question: str,
+    question: str | Conversation,
     right: str | None = None,
     *,
-    template: str | None = None,
-    max_length: int = 512,
+    encoding: EncodingSettings | None = None,
     max_new_tokens: int = 100,
     number: int = 0,
-    allow_special_tokens: bool = False,
+    **settings: Any,
 ) -> Reply:
     """Let a model answer a question with the likeliest token at every step, and score its answer and the right one.
 
     Args:
         lm: Loaded, with a tokenizer; it is left as it was.
-        question: The question, to which the template of training is applied.
+        question: The question, to which the template of training is applied, or a conversation whose last turn is asked for.
         right: The right answer, if it is known.
-        template: As for `encode`.
-        max_length: Longest question with the right answer, in tokens; the end of a longer answer is cut off.
+        encoding: The prompt, and the longest question with the right answer, in tokens; the end of a longer answer is cut off.
         max_new_tokens: Longest answer, in tokens.
         number: Number of the question, for messages.
-        allow_special_tokens: As for `encode`.
+        **settings: Fields of ``encoding``, in their place.
 
     Raises:
         DataError: If the question is too long or the right answer empty.
@@ -93,13 +101,10 @@ def ask_model(
     """
     tokenizer = cast("PreTrainedTokenizerBase", lm.tokenizer)
     check_tokenizer(tokenizer)
-    pair = (question, _PLACEHOLDER if right is None else right)
-    settings: Any = {
-        "template": template,
-        "max_length": max_length,
-        "allow_special_tokens": allow_special_tokens,
-    }
-    (example,) = encode_examples([pair], tokenizer, name="question", number=number, **settings)
+    asked = Conversation.from_turn(question, "") if isinstance(question, str) else question
+    row = asked.with_answer(_PLACEHOLDER if right is None else right)
+    changed = replace(encoding or EncodingSettings(), **settings)
+    (example,) = encode_row(row, tokenizer, changed, f"row {number} of the question set")
     prompt = prompt_of(example)
     check_prompts(lm, [prompt], max_new_tokens)
     ids, ended = continue_prompt(lm, prompt, max_new_tokens)

@@ -10,11 +10,21 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
+from lit_unlearn.data.encoding import (
+    IGNORED,
+    EncodingSettings,
+    Example,
+    check_chunk_overlap,
+    check_tokenizer,
+    encode_examples,
+    encode_row,
+    prompt_of,
+)
 from lit_unlearn.data.files import describe_kind
+from lit_unlearn.data.formats import Conversation, Document, Format, Row, RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.special_tokens import RowText
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.templates import Chat, check_chat, check_template, describe_prompt, find_prompt_difference
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
@@ -83,6 +93,14 @@ class QuestionSets:
         fluency_model: Hub name or directory of a model whose NLL of the generated forget answers is measured (low:
             fluent); ``None`` leaves that out. The target model is a natural choice.
         allow_special_tokens: As for `ForgetRetain`.
+        format: As for `ForgetRetain`. Of a conversation the last turn is the answer, and what stands before it is the prompt;
+            raw text is scored, chunk by chunk, and continued only where there is a context.
+        messages_column: As for `ForgetRetain`.
+        text_column: As for `ForgetRetain`.
+        context_column: As for `ForgetRetain`.
+        chunk_overlap: As for `ForgetRetain`.
+        chat: As for `ForgetRetain`.
+        mask_padding_ids: As for `ForgetRetain`; it concerns likelihoods, and not what is generated.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -101,10 +119,20 @@ class QuestionSets:
         k: float = 0.4,
         fluency_model: str | None = None,
         allow_special_tokens: bool = False,
+        format: Format = "auto",
+        messages_column: str = "messages",
+        text_column: str = "text",
+        context_column: str | None = None,
+        chunk_overlap: int = 0,
+        chat: Chat | None = None,
+        mask_padding_ids: bool = False,
     ) -> None:
         with arguments_of(owner):
-            check_template(template)
+            template = check_template(template)
+            check_chat(chat, template)
         check_at_least(1, owner, max_new_tokens=max_new_tokens)
+        check_choice(get_args(Format), owner, format=format)
+        check_chunk_overlap(chunk_overlap, max_length, owner)
         check_choice(get_args(Ratio), owner, ratio=ratio)
         if not 0 < k <= 1:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
@@ -113,17 +141,22 @@ class QuestionSets:
             check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
 
         self.owner = owner
+        self.reader = RowReader(
+            format, "last", question_column, answer_column, messages_column, text_column, context_column
+        )
         self.question_column = question_column
         self.answer_column = answer_column
         self.wrong_column = wrong_column
-        self.template = template
-        self.max_length = max_length
+        self.encoding = EncodingSettings(
+            template, chat, max_length, chunk_overlap, allow_special_tokens, mask_padding_ids
+        )
         self.max_new_tokens = max_new_tokens
         self.ratio: Ratio = ratio
         self.k = k
         self.fluency_model = fluency_model
-        self.allow_special_tokens = allow_special_tokens
         self.sets: dict[str, QuestionSet] = {}
+        self.prompt: dict[str, Any] | None = None
+        """What decides the prompts, from `describe_prompt`, once the rows are read; ``None`` if all are raw text."""
 
     def settings(self) -> Values:
         """Return the settings that decide values, beside the rows."""
@@ -132,6 +165,7 @@ class QuestionSets:
             "ratio": self.ratio,
             "k": self.k,
             "fluency_model": self.fluency_model,
+            "prompt": self.prompt,
         }
 
     def with_column(self, column: str) -> QuestionSets:
@@ -161,10 +195,20 @@ class QuestionSets:
         check_tokenizer(tokenizer)
         streams = {}
         for name, question_set in self.sets.items():
-            rows = question_set.source.load(name, argument=name).to_list()
-            self._check_wrong_answers(name, rows)
+            table = question_set.source.load(name, argument=name)
+            kind = self.reader.recognize(table.column_names)
+            cells = table.to_list()
+            self._check_wrong_answers(name, cells)
+            rows = [self._read_row(name, number, row, kind) for number, row in enumerate(cells)]
             self._warn_of_special_tokens(name, rows, tokenizer)
-            examples = [self._encode_row(name, number, row, tokenizer) for number, row in enumerate(rows)]
+            if self.prompt is None and isinstance(rows[0], Conversation):
+                self.prompt = describe_prompt(tokenizer, self.encoding.template, self.encoding.chat)
+            examples: list[BenchmarkExample] = []
+            for number, row in enumerate(rows):
+                if isinstance(row, Document):
+                    examples += self._encode_document(row, name, number, tokenizer)
+                else:
+                    examples.append(self._encode_conversation(row, cells[number], name, number, tokenizer))
             streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
         return streams
 
@@ -191,12 +235,12 @@ class QuestionSets:
                     argument="wrong_column",
                 )
 
-    def _warn_of_special_tokens(self, name: str, rows: Sequence[Values], tokenizer: PreTrainedTokenizerBase) -> None:
-        row_text = RowText(tokenizer, self.allow_special_tokens)
+    def _warn_of_special_tokens(self, name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+        row_text = RowText(tokenizer, self.encoding.allow_special_tokens)
         count = 0
         for row in rows:
-            texts = [row.get(column) for column in (self.question_column, self.answer_column)]
-            if row_text.count(text for text in texts if isinstance(text, str)):
+            # Of an earlier turn, and of what stands before a text, as well: all of it is in the prompt.
+            if row_text.count(row.texts):
                 count += 1
         if count:
             rank_zero_warn(
@@ -204,46 +248,66 @@ class QuestionSets:
                 "meant as control tokens, set `allow_special_tokens` to true."
             )
 
-    def _encode_row(self, name: str, number: int, row: Values, tokenizer: PreTrainedTokenizerBase) -> BenchmarkExample:
-        question_set = self.sets[name]
-        wrong = row.get(self.wrong_column)
-        has_paraphrase = wrong is not None and question_set.truth_column != self.answer_column
+    def _read_row(self, name: str, number: int, row: Values, kind: Format) -> Row:
+        """Return a row with the question that is asked of it."""
+        place = f"row {number} of the {name} set"
+        # Of conversations, too, the question may be asked in other words.
+        is_changed = self.question_column != self.reader.question_column
+        if is_changed or kind == "question_answer":
+            self._check_text(row, self.question_column, place)
+        if kind == "question_answer":
+            self._check_text(row, self.answer_column, place)
+            return Conversation.from_turn(row[self.question_column], row[self.answer_column])
+        with arguments_of(self.owner):
+            read = self.reader.read_row(row, kind, place, argument=name)
+        return read.with_question(row[self.question_column]) if is_changed and isinstance(read, Conversation) else read
 
-        columns = [self.question_column, self.answer_column]
-        if has_paraphrase:
-            columns.append(question_set.truth_column)
-        for column in columns:
-            if not isinstance(row.get(column), str):
-                found = describe_kind(row[column]) if column in row else "none"
-                raise DataError(
-                    f"row {number} of the {name} set has no text in '{column}': expected a string, got {found}; its columns are "
-                    f"{sorted(row)}. Set `question_column`, `answer_column` and `wrong_column`.",
-                    owner=self.owner,
-                    argument="answer_column" if column == self.answer_column else "question_column",
-                )
+    def _check_text(self, row: Values, column: str, place: str) -> None:
+        if not isinstance(row.get(column), str):
+            kind = describe_kind(row[column]) if column in row else "none"
+            raise DataError(
+                f"{place} has no text in '{column}': expected a string, got {kind}; its columns are {sorted(row)}. Set "
+                "`question_column`, `answer_column` and `wrong_column`.",
+                owner=self.owner,
+                argument="answer_column" if column == self.answer_column else "question_column",
+            )
+
+    def _encode_conversation(
+        self, row: Conversation, cells: Values, name: str, number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> BenchmarkExample:
+        question_set = self.sets[name]
+        place = f"row {number} of the {name} set"
+        wrong = cells.get(self.wrong_column)
 
         # Without a paraphrase, the truth ratio compares with the answer itself.
-        question, answer = row[self.question_column], row[self.answer_column]
-        answers: dict[str, list[str]] = {"answer": [answer]}
-        if has_paraphrase:
-            answers["paraphrase"] = [row[question_set.truth_column]]
+        answers: dict[str, list[str]] = {"answer": [row.answer]}
+        if wrong is not None and question_set.truth_column != self.answer_column:
+            self._check_text(cells, question_set.truth_column, place)
+            answers["paraphrase"] = [cells[question_set.truth_column]]
         if wrong is not None:
             # A CSV file has one wrong answer, as text.
             answers["wrong"] = [wrong] if isinstance(wrong, str) else wrong
 
         sequences: dict[str, list[Example]] = {}
         for kind, texts in answers.items():
-            sequences[kind] = encode_examples(
-                [(question, text) for text in texts],
-                tokenizer,
-                name=name,
-                number=number,
-                template=self.template,
-                max_length=self.max_length,
-                allow_special_tokens=self.allow_special_tokens,
-            )
+            sequences[kind] = []
+            for text in texts:
+                sequences[kind] += encode_row(row.with_answer(text), tokenizer, self.encoding, place)
         prompt = prompt_of(sequences["answer"][0]) if question_set.generates else None
-        return BenchmarkExample({"question": question, "answer": answer}, sequences, prompt)
+        return BenchmarkExample({"question": row.question, "answer": row.answer}, sequences, prompt)
+
+    def _encode_document(
+        self, row: Document, name: str, number: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[BenchmarkExample]:
+        """Return an example for every chunk of raw text, the first of which is continued if there is a context."""
+        examples: list[BenchmarkExample] = []
+        for chunk in encode_row(row, tokenizer, self.encoding, f"row {number} of the {name} set"):
+            text = str(tokenizer.decode([label for label in chunk.labels if label != IGNORED]))
+            context = "" if examples else row.context
+            is_continued = self.sets[name].generates and bool(context) and chunk.labels[0] == IGNORED
+            prompt = prompt_of(chunk) if is_continued else None
+            examples.append(BenchmarkExample({"question": context, "answer": text}, {"text": [chunk]}, prompt))
+        return examples
 
     # Values of an example --------------------------------------------------------------------------------------------
 
@@ -251,9 +315,10 @@ class QuestionSets:
         self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
     ) -> Values:
         """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
-        (answer,) = scored["answer"]
-        # The end token is not a part of the answer that could be memorised. An answer that was cut has none.
-        has_end = not example.sequences["answer"][0].is_cut and len(answer.labels) > 1
+        kind = "answer" if "answer" in scored else "text"
+        (answer,), (sequence,) = scored[kind], example.sequences[kind]
+        # The end token is not a part of the answer that could be memorised. An answer that was cut has none, nor has raw text.
+        has_end = kind == "answer" and not sequence.is_cut and len(answer.labels) > 1
         recalled = slice(None, -1) if has_end else slice(None)
         predictions, labels = answer.predictions[recalled], answer.labels[recalled]
         values: Values = {
@@ -298,17 +363,15 @@ class QuestionSets:
 
         with_text, pairs = [], []
         for row in rows:
+            # Raw text without a context has none.
+            if "generated" not in row:
+                continue
             row["fluency_nll"] = None
             # An empty answer has no token whose NLL could be taken; the share of these is a value of its own, `empty`.
             if row["generated"].strip():
                 with_text.append(row)
                 pairs.append((row["question"], row["generated"]))
-        settings: Any = {
-            "template": self.template,
-            "max_length": self.max_length,
-            "allow_special_tokens": self.allow_special_tokens,
-        }
-        encoded = encode_examples(pairs, judge.tokenizer, name="generated", **settings)
+        encoded = encode_examples(pairs, judge.tokenizer, name="generated", settings=self.encoding)
         for row, score in zip(with_text, score_examples(judge, encoded, token_budget), strict=True):
             row["fluency_nll"] = score.nll
 
@@ -351,6 +414,16 @@ class QuestionBenchmark(Benchmark):
     def settings(self) -> Values:
         """Return the settings that decide values, beside model and rows."""
         return {**super().settings(), **self.questions.settings()}
+
+    def _check_retain_results(self, streams: Mapping[str, BenchmarkStream], retain: Results) -> None:
+        try:
+            super()._check_retain_results(streams, retain)
+        except DataError as error:
+            # Other tokens most often come from another prompt, of which a digest tells nothing.
+            difference = find_prompt_difference(retain.settings.get("prompt"), self.questions.prompt)
+            if difference is not None:
+                error.args = (f"{error} The reason is that {difference}.",)
+            raise
 
     def with_questions(self, column: str) -> QuestionBenchmark:
         """Return this benchmark with questions from another column."""

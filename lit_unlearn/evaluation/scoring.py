@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_unlearn.data.batches import pack_visible, to_sequence
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import pack_or_pad
 
 
 class Scored(NamedTuple):
@@ -73,14 +73,9 @@ def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Ten
     device = next(lm.parameters()).device
     sequences = []
     for number, example in enumerate(examples):
-        sequences.append(
-            {
-                "input_ids": torch.tensor(example.input_ids, device=device),
-                "labels": torch.tensor(example.labels, device=device),
-                "sequence": torch.full((len(example.labels),), number, device=device),
-            }
-        )
-    return pack_or_pad(sequences, lm.packs)
+        sequence = to_sequence(example, device)
+        sequences.append({**sequence, "sequence": torch.full_like(sequence["labels"], number)})
+    return pack_visible(sequences, lm.packs)
 
 
 def _group_by_length(examples: Sequence[Example], token_budget: int) -> Iterator[list[int]]:

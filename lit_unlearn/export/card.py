@@ -16,6 +16,12 @@ from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, explain_kept,
 
 Record = Mapping[str, Any]
 
+# What a benchmark must be told, beside columns and `template`, to put the prompts of a run.
+PROMPT_SETTINGS = (
+    *("format", "messages_column", "text_column", "context_column", "chunk_overlap"),
+    *("chat", "allow_special_tokens", "mask_padding_ids"),
+)
+
 _LIMITS = """\
 These values say how far the model's own answers moved away from the deleted examples. They do not prove that nothing can be
 recovered: a few training steps, rounding the weights, or another wording of the question may bring an answer back.
@@ -336,12 +342,14 @@ def _list_benchmark_commands(record: Record) -> list[str]:
     if _has_row_files(record):
         suites = ["qa", "stress"]
         options = _name_row_files(record, "--")
-        for name in ("question_column", "answer_column", "template"):
+        for name in ("question_column", "answer_column"):
             # The others are the benchmark's defaults.
             if data.get(name) not in (None, "question", "answer"):
                 options.append(shlex.quote(f"--{name}={data[name]}"))
+        options += _list_prompt_options(data)
     elif "forget_split" in data:
-        suites, options = ["tofu", "stress"], [f"--forget_split={data['forget_split']}"]
+        suites = ["tofu", "stress"]
+        options = [f"--forget_split={data['forget_split']}", *_list_prompt_options(data)]
     elif "corpus" in data and data.get("forget_set", "forget") == "forget":
         # The benchmark asks for these texts alone, and not for those of MUSE's other forget sets.
         suites, options = ["muse"], [f"--corpus={data['corpus']}"]
@@ -353,6 +361,17 @@ def _list_benchmark_commands(record: Record) -> list[str]:
         " ".join(["lit-unlearn evaluate DIR", f"--suite={suite}", *options, f"--output={suite}.json"])
         for suite in suites
     ]
+
+
+def _list_prompt_options(data: Record) -> list[str]:
+    """Return the options of a benchmark that give it the prompts of the run."""
+    options = []
+    for name in ("template", *PROMPT_SETTINGS):
+        value = data.get(name)
+        if value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            options.append(shlex.quote(f"--{name}={text}"))
+    return options
 
 
 def _render_config(record: Record) -> str:

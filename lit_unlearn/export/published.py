@@ -38,6 +38,14 @@ _DATA = (
     "alternate_column",
     "text_column",
     "template",
+    "chat",
+    "format",
+    "supervise",
+    "messages_column",
+    "context_column",
+    "chunk_overlap",
+    "span_column",
+    "mask_padding_ids",
     "max_length",
     "batch_size",
     "retain_batch_size",
@@ -145,8 +153,12 @@ def _publish_benchmark(results: Mapping[str, Any]) -> Record:
 def _hide_folders(value: Any) -> Any:
     """Return a value with absolute paths cut to their last part."""
     if isinstance(value, Mapping):
-        # A template is a text of the user's, whatever it begins with.
-        return {key: entry if key == "template" else _hide_folders(entry) for key, entry in value.items()}
+        # A template, and a prompt, is a text of the user's, whatever it begins with; one without a brace is a file.
+        hidden = {}
+        for key, entry in value.items():
+            is_text = key in ("template", "text") and isinstance(entry, str) and "{" in entry
+            hidden[key] = entry if is_text else _hide_folders(entry)
+        return hidden
     if isinstance(value, list | tuple):
         return [_hide_folders(entry) for entry in value]
     if isinstance(value, str) and _is_absolute(value):

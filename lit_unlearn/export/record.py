@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.templates import Chat
 from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, decide, get_slack
-from lit_unlearn.export.card import render_card
+from lit_unlearn.export.card import PROMPT_SETTINGS, render_card
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.training.agreement import read_arguments
@@ -172,6 +175,7 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
             supervised_tokens += len(example.labels) - example.labels.count(IGNORED)
         sets[name] = {
             "source": data.sources[name].describe(),
+            "format": data.formats.get(name),
             "rows": len(examples),
             "supervised_tokens": supervised_tokens,
             "sha256": digest_examples(examples),
@@ -181,6 +185,7 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
     return {
         "class": type(data).__name__,
         "template": data.template,
+        "prompt": data.prompt,
         "max_length": data.max_length,
         "train_on": data.train_on,
         **_describe_choice(data),
@@ -192,13 +197,19 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
 
 
 def _describe_choice(data: ForgetRetain) -> dict[str, Any]:
-    """Return what a benchmark must be told to read the same rows."""
-    choice = {}
+    """Return what a benchmark must be told to read the same rows in the same prompts."""
+    choice: dict[str, Any] = {}
     # TOFU's, MUSE's and LUME's, and what the columns of a file are called.
     for name in ("forget_split", "corpus", "forget_set", "tasks", "question_column", "answer_column"):
         value = getattr(data, name, None)
         if value is not None:
             choice[name] = value
+    # Settings that most runs leave alone.
+    defaults = inspect.signature(ForgetRetain).parameters
+    for name in (*PROMPT_SETTINGS, "supervise", "span_column"):
+        value = getattr(data, name)
+        if value != defaults[name].default:
+            choice[name] = asdict(value) if isinstance(value, Chat) else value
     return choice
 
 

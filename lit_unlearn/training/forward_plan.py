@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lit_unlearn.data.batches import pack_visible, to_sequence
 from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
-from lit_unlearn.models.packing import divide_evenly, is_packed, pack_or_pad
+from lit_unlearn.models.packing import divide_evenly, is_packed
 from lit_unlearn.models.tokens import check_batch
 from lit_unlearn.objectives import Objective
 
@@ -198,7 +199,7 @@ def _pack_passes(
                 labels = source.sequences[i]["labels"]
                 marks = {"source": torch.full_like(labels, mark), "sequence": torch.full_like(labels, i)}
                 marked.append({**source.sequences[i], **marks})
-        packed = pack_or_pad(marked, packs)
+        packed = pack_visible(marked, packs)
         passes.append((packed, [_index_tokens(packed, sources, term) for term in terms]))
         # The model takes no marks.
         del packed["source"], packed["sequence"]
@@ -304,16 +305,13 @@ def select_answer(batch: Batch, stream: str, answer: Answer) -> Batch:
 
 
 def unpad(batch: Batch) -> Sequences:
-    """Return ``input_ids`` and ``labels`` of every example, without padding, shape ``(length,)`` each."""
+    """Return ``input_ids`` and ``labels`` of every example, without padding, shape ``(length,)`` each; see `to_sequence`."""
+    if not isinstance(batch, Mapping):
+        return [to_sequence(example) for example in batch]
     sequences = []
-    if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        for real, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
-            sequences.append({"input_ids": ids[real], "labels": labels[real]})
-    else:
-        for example in batch:
-            ids, labels = torch.tensor(example.input_ids), torch.tensor(example.labels)
-            sequences.append({"input_ids": ids, "labels": labels})
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    for real, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
+        sequences.append({"input_ids": ids[real], "labels": labels[real]})
     return sequences
 
 

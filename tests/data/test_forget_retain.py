@@ -158,7 +158,7 @@ def test_a_path_is_a_file(make, tmp_path, write_rows):
 def test_faults_of_rows_in_memory_name_their_argument():
     cases = [
         ({"forget": []}, "forget", "the forget set is empty"),
-        ({"retain": [{"text": "Who?"}]}, "question_column", "the retain set has no column 'question'"),
+        ({"retain": [{"body": "Who?"}]}, "question_column", "the retain set has no column 'question'"),
         (
             {"streams": {"more": [{"question": "Who?", "answer": 7}]}},
             "streams",

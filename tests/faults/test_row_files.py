@@ -128,9 +128,9 @@ def test_a_cell_of_another_kind_is_named_by_row_and_never_shown(tokenizer_dir: s
     assert "CANARY" not in str(caught.value)
 
 
-def test_a_chat_is_refused_with_what_to_write(tokenizer_dir: str) -> None:
+def test_a_chat_without_an_answer_is_refused_with_what_to_do(tokenizer_dir: str) -> None:
     rows = [{"messages": [{"role": "user", "content": "CANARY"}]}]
-    with pytest.raises(DataError, match=r"'messages' is a chat.*question.*answer") as caught:
+    with pytest.raises(DataError, match=r"row 0 of the forget set has no message of the assistant's.*remove") as caught:
         ForgetRetain(rows, ROWS, tokenizer=tokenizer_dir).setup("fit")
     assert "CANARY" not in str(caught.value)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_unlearn import MUSE, FictionalAuthors, ForgetRetain, LanguageModel, QABenchmark
 from lit_unlearn.data.encoding import IGNORED, encode, encode_chunks
 from lit_unlearn.data.special_tokens import RowText
-from lit_unlearn.errors import ConfigError, ModelError
+from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.inspection import ask_model
 
 TEXTS = [*FictionalAuthors(4, 1).texts(), "< | > / s im _end start unk system user assistant"]
@@ -245,13 +245,14 @@ def test_a_special_token_after_the_answer_is_its_end(after: str) -> None:
     assert other_end.eos_token_id not in row.input_ids
 
 
-@pytest.mark.parametrize("template", [r"Q: {question}\nA: {answer}", r"{question}\t{answer}"])
-def test_a_backslash_for_a_line_break_is_refused(template: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        ForgetRetain([{"question": "Who?", "answer": "Ann."}], [{"question": "x", "answer": "y"}], template=template)
-    assert caught.value.argument == "template"
-    with pytest.raises(ConfigError):
-        QABenchmark("f.jsonl", "r.jsonl", template=template)
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(r"Q: {question}\nA: {answer}", "Q: {question}\nA: {answer}"), (r"{question}\t{answer}", "{question}\t{answer}")],
+)
+def test_a_line_break_may_be_typed_in_a_shell(typed: str, meant: str) -> None:
+    data = ForgetRetain([{"question": "Who?", "answer": "Ann."}], [{"question": "x", "answer": "y"}], template=typed)
+    assert data.template == meant
+    assert QABenchmark("f.jsonl", "r.jsonl", template=typed).questions.encoding.template == meant
 
 
 # Everywhere that text of rows is read --------------------------------------------------------------------------------
