@@ -46,6 +46,7 @@ export:
   clean       remove what a run left that holds examples or copies of the model; keep model and record
 
 prepare:
+  data        show how files of rows are read: format, counts, token lengths, the first example, overlaps
   prepare     make rows with a model: alternate answers, a retain set, unseen rows, paraphrases
   methods     list the forgetting methods: formula, requirements, paper, configuration file
   tokenizer   train a small tokenizer on a data module's texts, for models made from scratch
@@ -59,7 +60,7 @@ file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("clean", "compare", "completion", "evaluate", "export", "inspect", "judge", "methods", "plot", "prepare"),
+    *("clean", "compare", "completion", "data", "evaluate", "export", "inspect", "judge", "methods", "plot", "prepare"),
     "tokenizer",
 )
 

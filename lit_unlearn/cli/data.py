@@ -1,0 +1,147 @@
+"""Run ``lit-unlearn data``: show how files of rows are read, before any model is loaded."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.data.duplicates import find_duplicates, list_rows
+from lit_unlearn.data.encoding import (
+    IGNORED,
+    EncodingSettings,
+    Example,
+    check_tokenizer,
+    encode_row,
+    format_example,
+    token_texts,
+)
+from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
+from lit_unlearn.data.source import Source
+from lit_unlearn.data.templates import Chat, check_chat, check_template
+from lit_unlearn.errors import LitUnlearnError, ModelError, reading
+from lit_unlearn.models.loading import check_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser(
+        prog="lit-unlearn data",
+        description="Shows how files of rows are read: format, columns, counts and, with --tokenizer, token lengths and the first "
+        "row as the model sees it, its supervised tokens in brackets. With several files, the rows that they share. Loads no model.",
+    )
+    parser.add_argument("files", nargs="+", type=str, metavar="FILE", help="Files of rows, or data sets on the hub.")
+    parser.add_argument("--tokenizer", type=str, metavar="MODEL", help="Directory or hub name of the model.")
+    parser.add_argument("--format", type=Format, default="auto", help="Of all files, where their columns mislead.")
+    parser.add_argument(
+        "--supervise", type=Supervise, default="all", help="Turns of a conversation that are supervised."
+    )
+    parser.add_argument("--question_column", type=str, default="question", help="Column with the question.")
+    parser.add_argument("--answer_column", type=str, default="answer", help="Column with the answer.")
+    parser.add_argument("--messages_column", type=str, default="messages", help="Column with a list of messages.")
+    parser.add_argument("--text_column", type=str, default="text", help="Column with raw text.")
+    parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default the chat template.")
+    parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
+    parser.add_argument("--max_length", type=int, default=512, help="Tokens of an example.")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Show every file, and what each two of them share."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    template = check_template(options.template)
+    chat = parser.instantiate(options).chat
+    check_chat(chat, template)
+    settings = EncodingSettings(template, chat, options.max_length)
+    reader = RowReader(
+        options.format,
+        options.supervise,
+        options.question_column,
+        options.answer_column,
+        options.messages_column,
+        options.text_column,
+    )
+    tokenizer = None if options.tokenizer is None else _load_tokenizer(options.tokenizer)
+
+    sets: dict[str, list[Row]] = {}
+    for file in dict.fromkeys(options.files):
+        table = Source(file).load(Path(file).name)
+        sets[file] = reader.read(table, Path(file).name)
+        print(f"{file}: {len(table)} rows, format {reader.recognize(table.column_names)}, columns {table.column_names}")
+        for line in _describe_rows(sets[file], tokenizer, settings, Path(file).name):
+            print(f"  {line}")
+    for one, other in combinations(sets, 2):
+        print(_describe_overlap(one, other, sets))
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    check_hub(name, argument="tokenizer", cached_file="tokenizer_config.json")
+    with reading("the tokenizer", name, "Check --tokenizer.", ModelError, argument="tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _describe_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, settings: EncodingSettings, name: str
+) -> Iterator[str]:
+    conversations = [row for row in rows if isinstance(row, Conversation)]
+    if conversations:
+        turns = sum(len(row.supervised) for row in conversations)
+        yield f"{turns} supervised turns in {len(conversations)} conversations"
+    if tokenizer is None:
+        yield _describe_lengths("characters", [sum(map(len, row.texts)) for row in rows])
+        yield "give --tokenizer MODEL to see tokens"
+        return
+
+    examples: list[Example] = []
+    refused: list[str] = []
+    num_cut = 0
+    for number, row in enumerate(rows):
+        try:
+            of_row = encode_row(row, tokenizer, settings, f"row {number} of {name}")
+        except LitUnlearnError as error:
+            refused.append(str(error))
+            continue
+        num_cut += any(example.is_cut for example in of_row)
+        examples += of_row
+    if examples:
+        lengths = [len(example.input_ids) for example in examples]
+        supervised = [sum(label != IGNORED for label in example.labels) for example in examples]
+        yield f"{len(examples)} examples; {_describe_lengths('tokens', lengths)}"
+        yield _describe_lengths("supervised tokens", supervised)
+    if num_cut:
+        yield f"{num_cut} rows are longer than --max_length ({settings.max_length} tokens), and are cut at the end"
+    if refused:
+        yield f"{len(refused)} rows cannot be used; the first: {refused[0]}"
+    if examples:
+        first = examples[0]
+        shown: dict[str, list[Any]] = {
+            "tokens": token_texts(first.input_ids, tokenizer),
+            "supervised": [label != IGNORED for label in first.labels],
+        }
+        yield f"the first example: {format_example(shown)}"
+
+
+def _describe_lengths(what: str, lengths: Sequence[int]) -> str:
+    return f"{what}: {sum(lengths)} in all; {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}"
+
+
+def _describe_overlap(one: str, other: str, sets: dict[str, list[Row]]) -> str:
+    texts = {name: [row.texts for row in sets[name]] for name in (one, other)}
+    duplicates = find_duplicates(texts[one], texts[other])
+    if not duplicates.forget:
+        return f"{one} and {other} share no row"
+    return (
+        f"{one} and {other} share rows, up to white space and case: {len(duplicates.forget)} of {one} "
+        f"({list_rows(duplicates.forget)}), {len(duplicates.other)} of {other} ({list_rows(duplicates.other)})"
+    )
