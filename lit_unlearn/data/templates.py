@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -260,7 +260,7 @@ class _ChatTemplate:
         with self._reading():
             return str(
                 self._tokenizer.apply_chat_template(
-                    [asdict(message) for message in messages],
+                    _as_dicts(messages),
                     chat_template=self._pinned_text,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -276,7 +276,7 @@ class _ChatTemplate:
 
         with self._reading():
             rendered, places = render_jinja_template(  # type: ignore[no-untyped-call]
-                [[asdict(message) for message in messages]],
+                [_as_dicts(messages)],
                 chat_template=self._pinned_text,
                 return_assistant_tokens_mask=True,
                 **{**self._tokenizer.special_tokens_map, **self._settings},
@@ -297,6 +297,10 @@ class _ChatTemplate:
             remedy = "If it has no place for a system message, leave `system` out of `chat`; or give another `template` there."
         name = self._tokenizer.name_or_path
         return reading("the chat template of the tokenizer", name, remedy, ModelError, argument="template")
+
+
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 @lru_cache(maxsize=32)
