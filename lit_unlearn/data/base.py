@@ -460,18 +460,19 @@ class ForgetRetain(L.LightningDataModule):
             self.mask_padding_ids,
         )
         examples: list[Example] = []
-        num_cut = 0
+        cut: list[int] = []
         for number, row in enumerate(rows):
             place = f"row {number} of the {name} set"
             of_row = encode_row(row, tokenizer, settings, place, None if spans is None else spans[number])
-            num_cut += any(example.is_cut for example in of_row)
+            if any(example.is_cut for example in of_row):
+                cut.append(number)
             for chunk, example in enumerate(of_row):
                 ending = f"/{chunk}" if len(of_row) > 1 else ""
                 examples.append(example._replace(id=f"{name}/{number}{ending}"))
-        if num_cut:
+        if cut:
             rank_zero_warn(
-                f"{num_cut} of {len(rows)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
-                "cut at the end."
+                f"{len(cut)} of {len(rows)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
+                f"cut at the end: {list_rows(cut)}."
             )
         return examples
 

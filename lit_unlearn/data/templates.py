@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -241,9 +241,9 @@ class _ChatTemplate:
         with self._reading():
             self.text = str(tokenizer.get_chat_template(chat.template_text))
         self._settings = dict(chat.args)
-        told = self._settings.pop(_CLOCK, None)
+        clock_text = self._settings.pop(_CLOCK, None)
         formats = _find_clock_formats(self.text)
-        self.dates = {} if formats is None else _pin_dates(formats, told)
+        self.dates = {} if formats is None else _pin_dates(formats, clock_text)
         self._pinned_text = self.text
         if formats is not None:
             self._pinned_text = _PINNED_CLOCK + self.text
@@ -260,7 +260,7 @@ class _ChatTemplate:
         with self._reading():
             return str(
                 self._tokenizer.apply_chat_template(
-                    [asdict(message) for message in messages],
+                    _as_dicts(messages),
                     chat_template=self._pinned_text,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -276,7 +276,7 @@ class _ChatTemplate:
 
         with self._reading():
             rendered, places = render_jinja_template(  # type: ignore[no-untyped-call]
-                [[asdict(message) for message in messages]],
+                [_as_dicts(messages)],
                 chat_template=self._pinned_text,
                 return_assistant_tokens_mask=True,
                 **{**self._tokenizer.special_tokens_map, **self._settings},
@@ -299,6 +299,10 @@ class _ChatTemplate:
         return reading("the chat template of the tokenizer", name, remedy, ModelError, argument="template")
 
 
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 @lru_cache(maxsize=32)
 def _find_clock_formats(template: str) -> tuple[str, ...] | None:
     """Return the formats in which a template asks for the date; ``None`` if it does not ask."""
@@ -307,10 +311,10 @@ def _find_clock_formats(template: str) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(single or double for single, double in _CLOCK_CALL.findall(template)))
 
 
-def _pin_dates(formats: Sequence[str], told: str | None) -> dict[str, str]:
+def _pin_dates(formats: Sequence[str], clock_text: str | None) -> dict[str, str]:
     """Return by format what a template is told that asks for today's date."""
-    if told is not None:
-        return {"any": told}
+    if clock_text is not None:
+        return {"any": clock_text}
     moment = datetime(PINNED_DATE.year, PINNED_DATE.month, PINNED_DATE.day)
     return {form: moment.strftime(form) for form in formats}
 
@@ -395,7 +399,7 @@ def _find_by_prefix(
     else:
         # A later turn changes how this one is rendered, but not that a special token ends it.
         content = row_text.cut_at_token(full[len(before) :])
-    if not _is_said(messages[turn].content, content):
+    if not _contains_answer(messages[turn].content, content):
         return None
     return len(before), len(before) + len(content)
 
@@ -409,10 +413,10 @@ def _find_by_generation(
         return None
     start, stop = generated[of_assistant.index(turn)]
     content = row_text.cut_end(full[start:stop])
-    return (start, start + len(content)) if _is_said(messages[turn].content, content) else None
+    return (start, start + len(content)) if _contains_answer(messages[turn].content, content) else None
 
 
-def _is_said(content: str, rendered: str) -> bool:
+def _contains_answer(content: str, rendered: str) -> bool:
     """Return whether what a turn says, or what it says after a thought, is in the text that was found for it."""
     answer = content.rpartition(_END_OF_THOUGHT)[2].strip()
     return bool(answer) and answer in rendered
@@ -422,18 +426,18 @@ def _keep_generated(
     turns: Sequence[int], places: Sequence[_Place], generated: Sequence[_Place]
 ) -> tuple[list[int], list[_Place]]:
     """Return the turns that the template marks as generated."""
-    kept_turns, kept_places = [], []
+    marked_turns, marked_places = [], []
     for turn, place in zip(turns, places, strict=True):
         if any(begin < place[1] and place[0] < stop for begin, stop in generated):
-            kept_turns.append(turn)
-            kept_places.append(place)
-    if not kept_turns or kept_turns[-1] != turns[-1]:
+            marked_turns.append(turn)
+            marked_places.append(place)
+    if not marked_turns or marked_turns[-1] != turns[-1]:
         raise ModelError(
             "the chat template does not mark the last turn of the assistant's as generated (`{% generation %}`), so nothing of it "
             "may be supervised: give `chat` another `template`.",
             argument="chat",
         )
-    return kept_turns, kept_places
+    return marked_turns, marked_places
 
 
 def _cut_into_pieces(full: str, places: Sequence[_Place], turns: Sequence[int], row_text: RowText) -> list[Piece]:

@@ -14,7 +14,7 @@ from command_line import instantiate
 from data.chat_templates import CHATML, KINDS, LLAMA3, TODAY, TOKENIZERS
 from evaluation.rows import loaded, taught
 
-from lit_unlearn import ForgetRetain, LanguageModel, QABenchmark
+from lit_unlearn import ForgetRetain, LanguageModel, LitFinetune, QABenchmark, Report, RunReport
 from lit_unlearn.data.encoding import IGNORED, EncodingSettings, collate, encode
 from lit_unlearn.data.templates import Chat, check_template, describe_prompt, find_prompt_difference
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError
@@ -232,6 +232,28 @@ def test_the_first_example_is_shown_where_that_is_asked_for(folders: dict[str, s
     said = [token for token, is_supervised in zip(*shown.values(), strict=True) if is_supervised]
     assert "".join(said) == "Ann 0.<|im_end|>"
     assert "[<|im_end|>]" in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shows", [False, True])
+def test_the_report_has_text_only_where_that_is_asked_for(
+    shows: bool,
+    tiny_lm: Callable[..., LanguageModel],
+    make_trainer: Callable[..., Any],
+    tokenizer_dir: str,
+    tmp_path: Path,
+) -> None:
+    """Also of conversations, which `LitFinetune` reads through the same data module."""
+    messages = [{"role": "user", "content": "CANARY?"}, {"role": "assistant", "content": "Ann."}]
+    chat = Chat(template="{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}")
+    data = ForgetRetain(
+        [{"messages": messages}], RETAIN, tokenizer=tokenizer_dir, train_on="all", chat=chat, show_example=shows
+    )
+    module = LitFinetune(tiny_lm(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
+    make_trainer(max_steps=1, callbacks=[RunReport(str(tmp_path))]).fit(module, datamodule=data)
+    report = Report.read(tmp_path / "report.json")
+    assert ("CANARY" in (tmp_path / "report.json").read_text("utf-8").replace('",\n   "', "")) == shows
+    assert (report.example is not None) == shows
+    assert report.example == data.shown_example
 
 
 # The mask of published code -------------------------------------------------------------------------------------------
