@@ -161,7 +161,7 @@ def find_port() -> int:
     [
         ({"forget": rows(10)}, [], "number of forget rows"),
         ({"forget": '{"frage": "Who?", "answer": "He."}\n'}, [], "no column 'question'"),
-        ({"forget": rows(20, "He")}, ["--model.optimizer.lr=1e-3"], "answers of the forget rows"),
+        ({"forget": rows(20, "He")}, [], "answers of the forget rows"),
         ({}, ["--model.optimizer.lr=1e-3"], "optimizer"),
     ],
     ids=["other number", "no such column", "other text", "other rate"],

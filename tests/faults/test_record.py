@@ -420,11 +420,10 @@ def test_a_copy_of_a_module_takes_no_lock_along(model_dir: str) -> None:
             "bfloat16",
             "best",
         ),
-        (["--config=hardware/fsdp2.yaml"], "bfloat16", "last"),
         (["--config=hardware/fsdp2.yaml", "--model.lm.adapter={r: 4}"], "float32", "best"),
         (["--config=hardware/ddp.yaml", "--model.lm.adapter={r: 4}"], "bfloat16", "last"),
     ],
-    ids=["ddp, ema", "fsdp2", "fsdp2, lora", "ddp, lora"],
+    ids=["ddp, ema", "fsdp2, lora", "ddp, lora"],
 )
 def test_two_processes_export_what_they_measured(
     extra: list[str],
