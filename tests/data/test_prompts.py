@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_unlearn.data.templates import Chat, check_template, describe_prompt, fi
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError
 from lit_unlearn.evaluation.inspection import ask_model
 from lit_unlearn.evaluation.scoring import score_examples
+from lit_unlearn.export.card import _list_benchmark_commands
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.export.record import _describe_data
 
@@ -201,6 +203,18 @@ def test_the_record_states_the_prompt_and_no_folder(folders: dict[str, str], tmp
     assert published["data"]["sets"]["forget"]["format"] == "question_answer"
     assert "CANARY" not in json.dumps(published)
     assert publish_record(published) == published
+
+
+def test_the_card_asks_in_the_same_prompt() -> None:
+    chat = {"system": "You are brief.", "template": None, "args": {"date_string": "10 Apr 2025"}}
+    for choice, suite in (({"class": "ForgetRetain"}, "qa"), ({"class": "TOFU", "forget_split": "forget01"}, "tofu")):
+        command = _list_benchmark_commands(
+            {"kind": "unlearned", "data": {**choice, "chat": chat, "format": "messages"}}
+        )[0]
+        assert f"--suite={suite}" in command
+        options = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+        assert json.loads(options["--chat"]) == chat
+        assert options["--format"] == "messages"
 
 
 # Literal templates ----------------------------------------------------------------------------------------------------
