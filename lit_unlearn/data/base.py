@@ -481,7 +481,8 @@ class ForgetRetain(L.LightningDataModule):
         conversations = [row for row in rows if isinstance(row, Conversation)]
         if len(conversations) < len(rows):
             remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
-            raise ConfigError(f"raw texts are no answers, so there are no alternate ones: {remedy}.")
+            name = type(self).__name__
+            raise ConfigError(f"{name}: raw texts are no answers, so there are no alternate ones: {remedy}.")
         answers = alternate_answers(table, self.alternate_column, self.refusals, self.seed)
         return [row.with_answer(answer) for row, answer in zip(conversations, answers, strict=True)]
 
@@ -529,4 +530,4 @@ class ForgetRetain(L.LightningDataModule):
 def _summarize(examples: list[Example], kind: Format) -> str:
     num_tokens = sum(len(example.input_ids) for example in examples)
     num_supervised = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
-    return f"{len(examples)} {kind} examples ({num_supervised} supervised tokens of {num_tokens})"
+    return f"{len(examples)} examples ({kind}; {num_supervised} supervised tokens of {num_tokens})"

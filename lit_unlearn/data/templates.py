@@ -383,7 +383,7 @@ def _find_by_marks(
 
 def _choose_mark(text: str) -> str:
     """Return a private character that does not occur in a text."""
-    return next(chr(code) for code in (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)) if chr(code) not in text)
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
 
 
 def _find_by_prefix(

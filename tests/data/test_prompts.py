@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lit_unlearn.data.templates import Chat, check_template, describe_prompt, fi
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError
 from lit_unlearn.evaluation.inspection import ask_model
 from lit_unlearn.evaluation.scoring import score_examples
+from lit_unlearn.export.card import _list_benchmark_commands
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.export.record import _describe_data
 
@@ -203,6 +206,18 @@ def test_the_record_states_the_prompt_and_no_folder(folders: dict[str, str], tmp
     assert publish_record(published) == published
 
 
+def test_the_card_asks_in_the_same_prompt() -> None:
+    chat = {"system": "You are brief.", "template": None, "args": {"date_string": "10 Apr 2025"}}
+    for choice, suite in (({"class": "ForgetRetain"}, "qa"), ({"class": "TOFU", "forget_split": "forget01"}, "tofu")):
+        command = _list_benchmark_commands(
+            {"kind": "unlearned", "data": {**choice, "chat": chat, "format": "messages"}}
+        )[0]
+        assert f"--suite={suite}" in command
+        options = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)
+        assert json.loads(options["--chat"]) == chat
+        assert options["--format"] == "messages"
+
+
 # Literal templates ----------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +266,8 @@ def test_the_report_has_text_only_where_that_is_asked_for(
     module = LitFinetune(tiny_lm(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     make_trainer(max_steps=1, callbacks=[RunReport(str(tmp_path))]).fit(module, datamodule=data)
     report = Report.read(tmp_path / "report.json")
-    assert ("CANARY" in (tmp_path / "report.json").read_text("utf-8").replace('",\n   "', "")) == shows
+    # One token after the other, between quotes.
+    assert ("CANARY" in re.sub(r'[",\s]', "", (tmp_path / "report.json").read_text("utf-8"))) == shows
     assert (report.example is not None) == shows
     assert report.example == data.shown_example
 
