@@ -70,12 +70,22 @@ def test_a_file_and_what_is_printed_of_it_mean_the_same(
     [
         ("--data.forget.where={custmer: c-1}", "no column 'custmer', which `where` names: did you mean 'customer'?"),
         ("--data.forget.where={customer: c-9}", "`where` for the column 'customer' matches none of 9 rows"),
+        (
+            "--data.forget.wher={customer: c-1}",
+            "data.forget: Source has no setting 'wher.customer': did you mean 'where.",
+        ),
+        ("--data.forget.where=c-1", "data.forget.where: expected Mapping"),
+        ("--data.forget.max_rows=many", "data.forget.max_rows: expected int"),
+        ("--config=null.yaml", "`where` has null for the column 'customer'"),
         ("--data.forget.where={}", "`where` must be a mapping from columns to values"),
     ],
 )
 def test_mistakes_are_refused_by_their_key(
     train: str, option: str, message: str, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("null.yaml").write_text(
+        f"data: {{init_args: {{forget: {{path: {train}, where: {{customer: null}}}}}}}}", encoding="utf-8"
+    )
     command = ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", CPU, f"--data.forget.path={train}"]
     with pytest.raises(SystemExit) as end:
         cli.main([*command, option, f"--data.retain={train}"])
