@@ -54,7 +54,7 @@ class Point:
 
     @property
     def retain_streams(self) -> list[str]:
-        return ["retain", *(f"retain {number}" for number in range(2, self.constraints + 1))]
+        return ["retain", *(f"retain_{number}" for number in range(2, self.constraints + 1))]
 
     def make_steps(self, number: int) -> list[Step]:
         """Return a tiny step, in which the optimizer creates its state, and ``number`` steps to measure."""

@@ -49,7 +49,7 @@ def unlearn(
         retain: Rows to keep, likewise.
         output: Directory for the model that the run keeps, with its record; an earlier export there is replaced.
         objective: Forgetting objective; ``None`` for `LogitMargin`.
-        epsilon: Upper bound of the retain NLL, nats per token, or relative to the model before; ``None`` for ``Relative(0.5)``.
+        epsilon: Upper bound of the retain NLL, nats per token, or relative to the model before; ``None`` for ``Relative(0.1)``.
         multiplier: Policy for λ; ``None`` for ``DualAscent(lr=50, init=100)``.
         lr: Learning rate of AdamW: 1e-5 for models of a billion parameters and more, 1e-4 with LoRA, 1e-3 for tiny ones.
         run_dir: Directory for logs, report, pictures and checkpoints; ``None`` for ``<output>_run``.
@@ -80,7 +80,7 @@ def unlearn(
 
     bound = Constraint(
         NLL(),
-        Relative(0.5) if epsilon is None else epsilon,
+        Relative(0.1) if epsilon is None else epsilon,
         DualAscent(lr=50, init=100) if multiplier is None else multiplier,
         warmup_epochs=1,
     )

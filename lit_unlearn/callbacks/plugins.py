@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_unlearn.errors import CheckpointError, reading
-from lit_unlearn.training.checkpoint_files import check_sharding, open_checkpoint
+from lit_unlearn.training.checkpoint_files import check_sharding, read_plain
 from lit_unlearn.training.strategies import unfinished_checkpoint
 from lit_unlearn.utils.io import output_errors
 
@@ -41,13 +41,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             MissingFileError: If there is none.
-            CheckpointError: If it cannot be read, is of another program, or is a sharded checkpoint.
+            CheckpointError: If there is code in it, it is damaged, or it is a sharded checkpoint.
         """
         if "://" in str(path):
             with reading("the checkpoint", path, "Resume from another one.", CheckpointError, argument="ckpt_path"):
                 return super().load_checkpoint(path, *args, **kwargs)
         check_sharding(Path(path), is_sharding=False)
-        return open_checkpoint(Path(path), is_mapped=False)
+        # Not a checkpoint alone: processes that were spawned hand their weights back in such a file.
+        content: dict[str, Any] = read_plain(Path(path), is_mapped=False)
+        return content
 
 
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import lightning as L
 
@@ -36,8 +36,7 @@ def measure_kept_model(module: LitLanguageModel) -> Measurement:
 def may_have_new_best(module: L.LightningModule, trainer: L.Trainer) -> TypeGuard[LitUnlearn]:
     """Return whether the validation whose last batch this is, or that has just ended, may have found the best model so far."""
     is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
-    is_kept = isinstance(module, LitUnlearn) and module.keep == "best"
-    return is_fit and is_kept and module.evaluator.has_finished  # type: ignore[union-attr]
+    return is_fit and isinstance(module, LitUnlearn) and module.keep == "best" and module.evaluator.has_finished
 
 
 def check_on_first_process(trainer: L.Trainer, check: Callable[[], None]) -> None:
@@ -53,7 +52,7 @@ def check_on_first_process(trainer: L.Trainer, check: Callable[[], None]) -> Non
         except LitUnlearnError as raised:
             error = raised
     # Not the error itself: its owner may be as large as the model.
-    failure = trainer.strategy.broadcast(error and (type(error), str(error), error.argument))
+    failure: Any = trainer.strategy.broadcast(error and (type(error), str(error), error.argument))
     if error is not None:
         raise error
     if failure is not None:

@@ -210,7 +210,8 @@ class LanguageModel(nn.Module):
                 **self.hub_settings,
                 **self._quantization,
             )
-            self.files_dtype = loading.find_files_dtype(str(self.name), self.hub_settings["revision"])
+            revision = self.hub_settings["revision"]
+            self.files_dtype = loading.find_files_dtype(str(self.name), None if revision is None else str(revision))
         is_quantized = getattr(model, "is_quantized", False)
         if is_quantized and self._adapter is None:
             raise ModelError(f"'{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter")

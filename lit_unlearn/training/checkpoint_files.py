@@ -102,8 +102,8 @@ def _refusing_code(file: Path) -> Iterator[None]:
         ) from error
 
 
-def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
-    """Read a checkpoint on the CPU, without running code that it may hold.
+def read_plain(path: Path, is_mapped: bool = True) -> Any:
+    """Read tensors and plain values on the CPU, without running code that the file may hold.
 
     Args:
         path: A file, or the folder of a sharded checkpoint, of which the part that is no tensor is returned.
@@ -111,7 +111,7 @@ def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
 
     Raises:
         MissingFileError: If there is none.
-        CheckpointError: If there is code in it, or it is damaged, incomplete or of another program.
+        CheckpointError: If there is code in it, or it is damaged or incomplete.
     """
     if not path.exists():
         message = f"there is no checkpoint '{path}': expected a file or folder such as 'last-step=100.ckpt'."
@@ -123,7 +123,17 @@ def open_checkpoint(path: Path, is_mapped: bool = True) -> dict[str, Any]:
             argument="ckpt_path",
         )
     with _refusing_code(file):
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+
+
+def open_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of Lightning's as `read_plain` does.
+
+    Raises:
+        MissingFileError: If there is none.
+        CheckpointError: If there is code in it, or it is damaged, incomplete or of another program.
+    """
+    checkpoint = read_plain(path)
     missing = _KEYS - checkpoint.keys() if isinstance(checkpoint, dict) else _KEYS
     if missing:
         raise CheckpointError(

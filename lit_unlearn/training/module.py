@@ -55,6 +55,22 @@ class Schedule:
         check_number(self, "warmup_epochs", self.warmup_epochs, at_least=0)
 
 
+class _Factory:
+    """A function that deep copies of the module share, such as the copy that ``WeightAveraging`` makes.
+
+    The command line's would drag the Trainer, its processes and their locks along.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, argument: Any) -> Any:
+        return self._make(argument)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Factory:
+        return self
+
+
 class LitLanguageModel(L.LightningModule):
     """A language model that is trained by weighted objectives on named streams, and measured on them.
 
@@ -106,7 +122,8 @@ class LitLanguageModel(L.LightningModule):
         self.primal_step = PrimalStep(self)
         self.evaluator = Evaluator(self, benchmark_every_n_epochs)
         self.reference_cache = ReferenceCache(self)
-        self._optimizer, self._scheduler = optimizer, scheduler
+        self._optimizer = _Factory(optimizer)
+        self._scheduler = scheduler if scheduler is None or isinstance(scheduler, Schedule) else _Factory(scheduler)
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] = []  # the same in the checkpoint that is resumed
         self._values_to_log: dict[str, float] = {}

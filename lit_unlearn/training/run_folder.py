@@ -26,7 +26,7 @@ def find_run_folder(trainer: L.Trainer) -> Path:
     The first call is collective, and creates a new folder; do not call it in a dry run.
     """
     if trainer not in _folders:
-        folder = _choose_run_folder(trainer) if trainer.is_global_zero else None
+        folder = _choose_run_folder(trainer) if trainer.is_global_zero else ""
         # The first process decides: the others may count one version more.
         _folders[trainer] = Path(trainer.strategy.broadcast(folder))
     return _folders[trainer]
@@ -50,10 +50,11 @@ def find_checkpoint_folder(trainer: L.Trainer) -> Path | None:
 
 def _choose_run_folder(trainer: L.Trainer) -> str:
     logger = _first_logger(trainer)
+    folder: Path | None = None
     if isinstance(logger, CSVLogger | TensorBoardLogger):
-        folder: Path | None = Path(logger.log_dir)
-    else:
-        folder = logger and _version_folder(trainer, logger)
+        folder = Path(logger.log_dir)
+    elif logger is not None:
+        folder = _version_folder(trainer, logger)
     if folder is not None and not Path.cwd().is_relative_to(folder.resolve()):
         return str(folder)
 

@@ -71,7 +71,7 @@ def failed(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int =
         ("--trainer.accelerator=gpuu", "You selected an invalid accelerator name: `accelerator='gpuu'`"),
         ("--trainer.devices=abc", "`devices` selected with `CPUAccelerator` should be an int > 0"),
         ("--model.lm.model=./nowhere", "./nowhere"),
-        ("--ckpt_path=nowhere.ckpt", "there is no checkpoint 'nowhere.ckpt'.\n  set in the configuration: `ckpt_path`"),
+        ("--ckpt_path=nowhere.ckpt", "such as 'last-step=100.ckpt'.\n  set in the configuration: `ckpt_path`"),
     ],
 )
 def test_a_mistake_on_the_command_line(

@@ -185,9 +185,10 @@ def test_what_cannot_be_exported_is_refused_in_words(
     for name, content in {"text.ckpt": b"hello", "empty.ckpt": b""}.items():
         Path(name).write_bytes(content)
         assert f"'{name}' is damaged, or cannot be read without running its code" in refused(name, "out")
-    torch.save({"state_dict": {}, "global_step": 3, "callbacks": {}}, "foreign.ckpt")
+    of_lightning = {"global_step": 3, "callbacks": {}, "loops": {}, "pytorch-lightning_version": "2.5"}
+    torch.save(of_lightning, "foreign.ckpt")
     assert "'foreign.ckpt' is no checkpoint of a LitUnlearn or LitFinetune run" in refused("foreign.ckpt", "out")
-    torch.save({"module": L.Trainer}, "code.ckpt")
+    torch.save({**of_lightning, "module": L.Trainer}, "code.ckpt")
     assert "without running its code" in refused("code.ckpt", "out")
     checkpoint = fit(model_dir)
     Path("notes").mkdir()

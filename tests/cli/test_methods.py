@@ -87,7 +87,7 @@ def plain(settings: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_runs(name: str, in_tmp: Path, model_dir: str) -> None:
-    cli.main(method(model_dir, name, extra=("--trainer.max_steps=3",)))
+    cli.main(method(model_dir, name, extra=("--trainer.max_steps=3", "--trainer.logger=false")))
     (report,) = [json.loads(file.read_text("utf-8")) for file in in_tmp.rglob("report.json")]
     assert report["steps"] == 3
     assert report["after"]["forget/loss"] != report["before"]["forget/loss"]
@@ -100,7 +100,7 @@ def test_every_method_runs(name: str, in_tmp: Path, model_dir: str) -> None:
 @pytest.mark.parametrize("name", ["npo", "dpo", "undial", "jensun", "rmu"])
 def test_reference_based_methods_run_with_an_adapter(name: str, in_tmp: Path, model_dir: str) -> None:
     Path("lora.yaml").write_text(yaml.safe_dump(LORA), encoding="utf-8")
-    command, *rest = method(model_dir, name, extra=("--trainer.max_steps=3",))
+    command, *rest = method(model_dir, name, extra=("--trainer.max_steps=3", "--trainer.logger=false"))
     cli.main([command, rest[0], "--config=lora.yaml", *rest[1:]])
     (report,) = [json.loads(file.read_text("utf-8")) for file in in_tmp.rglob("report.json")]
     for constraint in {"jsd", "activations"} & report["constraints"].keys():  # the reference model is where it starts

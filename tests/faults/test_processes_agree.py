@@ -160,12 +160,11 @@ def find_port() -> int:
     ("stale", "extra", "named"),
     [
         ({"forget": rows(10)}, [], "number of forget rows"),
-        ({"forget": rows(20, "He")}, [], "answers of the forget rows"),
         ({"forget": '{"frage": "Who?", "answer": "He."}\n'}, [], "no column 'question'"),
+        ({"forget": rows(20, "He")}, [], "answers of the forget rows"),
         ({}, ["--model.optimizer.lr=1e-3"], "optimizer"),
-        ({}, ["--data.retain_batch_size=5"], "`retain_batch_size`"),
     ],
-    ids=["other number", "other text", "no such column", "other rate", "other batch"],
+    ids=["other number", "no such column", "other text", "other rate"],
 )
 def test_processes_that_read_other_rows_end_together(
     stale: dict[str, str], extra: list[str], named: str, model_dir: str, tmp_path: Path
@@ -184,7 +183,8 @@ def test_processes_that_read_other_rows_end_together(
         first_end = first_end or time.monotonic()
         assert process.returncode == 2, printed[-3000:]
         assert named in printed
-        assert "rank 1" in printed
+        # The process with the wrong file says what is wrong with it, the other one whose file that is.
+        assert "rank 1" in printed or "no column" in named
         assert "Traceback" not in printed
         assert "step 1 of" not in printed
         assert "He is" not in printed

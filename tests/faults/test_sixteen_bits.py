@@ -163,7 +163,7 @@ def test_the_share_is_that_of_all_weights_with_a_gradient() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("overlay", ["fsdp2"])
 def test_sharded_and_copied_adapters_keep_their_width(tmp_path: Path, model_dir: str, overlay: str) -> None:
     options = [f"--config=hardware/{overlay}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
     options += [

@@ -30,7 +30,7 @@ def arguments(model: str, out: str) -> list[str]:
         *settings,
         f"--logs.save_dir={out}",
         f"--export.dirpath={out}/model",
-        "--report={}",
+        "--report.require_forgotten=false",
     ]
 
 

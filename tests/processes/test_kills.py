@@ -6,6 +6,7 @@ import csv
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,45 +109,37 @@ def logged(folder: Path) -> dict[int, dict[str, str]]:
     return steps
 
 
-def check(kills: int, tmp_path: Path, models: dict[str, str], rows_dir: str, seed: int) -> None:
-    rng = random.Random(seed)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, models: dict[str, str], rows_dir: str) -> Path:
+    """The folder of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
     settings = {**SETTINGS, "model": {**SETTINGS["model"], "lm": {"model": models["dropout"]}}}
     settings["data"]["init_args"]["streams"] = {"general": f"{rows_dir}/general.jsonl"}
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    finish(tmp_path / "whole")
-    killed = tmp_path / "killed"
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    finish(folder)
+    return folder
+
+
+def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path: Path, uninterrupted: Path) -> None:
+    kills, rng = 3, random.Random(1)
+    shutil.copy(uninterrupted / "run.yaml", tmp_path)
     for number in range(kills):
-        first = newest_step(killed)
+        first = newest_step(tmp_path)
         last = STEPS * (number + 1) // (kills + 1)
-        kill_after(killed, rng.randint(min(first + 1, last), last), rng.uniform(0, 0.15))
-    finish(killed)
-    steps, expected = logged(killed), logged(tmp_path / "whole")
+        kill_after(tmp_path, rng.randint(min(first + 1, last), last), rng.uniform(0, 0.15))
+    finish(tmp_path)
+    steps, expected = logged(tmp_path), logged(uninterrupted)
     assert expected.keys() == set(range(STEPS))
     assert len(expected.keys() - steps.keys()) <= kills  # a kill between a checkpoint and the logger loses one line
     assert steps == {step: expected[step] for step in steps}
-    states = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "out").state_dict() for name in ("whole", "killed")
-    ]
+    states = [AutoModelForCausalLM.from_pretrained(folder / "out").state_dict() for folder in (uninterrupted, tmp_path)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert newest_step(killed) == STEPS
+    assert newest_step(tmp_path) == STEPS
     last_checkpoints = [
-        torch.load(tmp_path / name / f"log/run/checkpoints/last-step={STEPS}.ckpt", weights_only=True)
-        for name in ("whole", "killed")
+        torch.load(folder / f"log/run/checkpoints/last-step={STEPS}.ckpt", weights_only=True)
+        for folder in (uninterrupted, tmp_path)
     ]
     for part in ("constraints", "run"):
         assert last_checkpoints[0][part] == last_checkpoints[1][part]
     for name, value in last_checkpoints[0]["state_dict"].items():
         assert torch.equal(value, last_checkpoints[1]["state_dict"][name]), name
-
-
-def test_three_kills(tmp_path: Path, models: dict[str, str], rows_dir: str) -> None:
-    check(3, tmp_path, models, rows_dir, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_twenty_kills(seed: int, tmp_path: Path, models: dict[str, str], rows_dir: str) -> None:
-    """Four runs of five kills each."""
-    check(5, tmp_path, models, rows_dir, seed)
