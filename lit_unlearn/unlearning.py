@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from lit_unlearn.callbacks import ExportModel, RunReport, default_callbacks, def
 from lit_unlearn.callbacks.report import Report
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Rows
 from lit_unlearn.dual import Constraint, DualAscent, Multiplier, Relative
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.objectives import NLL, LogitMargin, Objective
 from lit_unlearn.training import LitUnlearn, Schedule
 from lit_unlearn.utils.io import check_export_target, expand_path
-
-Rows = Source | str | Path | Iterable[Mapping[str, Any]]
 
 
 def unlearn(

@@ -88,7 +88,8 @@ def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if "configs/demo/unlearn.yaml" in words:
             words += SHORT
         elif words[0] == "fit":
-            words += ["--trainer.max_epochs=1"]
+            # The tiny model knows none of the rows, so there is nothing that it could be required to forget.
+            words += ["--trainer.max_epochs=1", *LENIENT]
         elif words[0] == "test":
             words += ["--model.benchmark.max_new_tokens=4"]
         if words[0] == "fit" and ("own_data" in command or "configs/demo/unlearn.yaml" in words):

@@ -47,7 +47,7 @@ _UNKNOWN = re.compile(
 )
 _NOISE = re.compile(
     r"(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|Subclass types expect one of"
-    r"|a class path \(str\)|a dict with|$)"
+    r"|a class path \(str\)|a dict with|Not of type Path: .* not (NestedArg|dict)$|$)"
 )
 _NO_SETTING = "no setting"
 

@@ -15,7 +15,8 @@ from lit_unlearn.utils.validation import list_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Value = str | int | float | bool
+# `None` is refused by `check_rule`; if the type did not have it, jsonargparse would make the text "None" of a null.
+Value = None | str | int | float | bool
 Rule = Mapping[str, Value | list[Value]]
 """A value, or a list of values of which any will do, by column."""
 

@@ -199,9 +199,15 @@ class Source:
             ) from error
 
 
-# `Source` comes first: after `str`, jsonargparse dumps it as one, and the dumped configuration cannot be read again.
-Rows = Source | str | Path | Iterable[Mapping[str, Any]]
-"""A set as users give it: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a dict per row."""
+if TYPE_CHECKING:
+    Rows = Source | str | Path | Iterable[Mapping[str, Any]]
+    """A set as users give it: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a dict per row."""
+else:
+    # What a configuration can hold. With iterables, jsonargparse takes a source with a mistyped key or value for a list of rows,
+    # `[{"wher": …}]`, and the mistake is not reported. `Source` comes first: after `str`, jsonargparse dumps it as one, and the
+    # dumped configuration cannot be read again. Without `Path`, jsonargparse reads a file of rows as if it were a configuration,
+    # and a table becomes the text of the setting.
+    Rows = Source | str | Path
 
 
 def to_source(rows: Rows, argument: str) -> Source:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
 from lit_unlearn.data.lume import HUB_NAME, KINDS, TASKS, TEMPLATE, Fold, Task, lume_source
-from lit_unlearn.data.source import Source, find_file, find_local_folder, read_columns
+from lit_unlearn.data.source import Rows, Source, find_file, find_local_folder, read_columns, to_source
 from lit_unlearn.data.special_tokens import encode_text
 from lit_unlearn.data.templates import check_template
 from lit_unlearn.errors import ConfigError, DataError, arguments_of
@@ -69,9 +69,9 @@ class LUMEBenchmark(Benchmark):
         tasks: Some of ``"Task1"``, ``"Task2"`` and ``"Task3"``; ``None`` for all, without which there is no aggregate.
         fold: As for `LUME`.
         max_rows: Number of rows of each set, task and kind; ``None`` for all, as published.
-        members: Documents that the target model was trained on; ``None`` for the texts of the forget set, input and output of
+        members: Documents that the target model was trained on: a file, a hub name, a `Source` or rows; ``None`` for the texts of the forget set, input and output of
             each completion joined by a space.
-        nonmembers: Documents like these that it never saw; ``None`` leaves the attack out.
+        nonmembers: Documents like these that it never saw, likewise; ``None`` leaves the attack out.
         document_column: Column with the text of ``members`` and ``nonmembers``.
         template: As for `ForgetRetain`; ``{question}`` is a row's input. By default models are given the input alone, as raw text.
         max_length: Tokens of an input with its output, or of a document; longer ones are cut at the end.
@@ -93,8 +93,8 @@ class LUMEBenchmark(Benchmark):
         tasks: list[Task] | None = None,
         fold: Fold = "train",
         max_rows: int | None = None,
-        members: Source | str | None = None,
-        nonmembers: Source | str | None = None,
+        members: Rows | None = None,
+        nonmembers: Rows | None = None,
         document_column: str = "document",
         template: str | None = TEMPLATE,
         max_length: int = 2048,
@@ -259,26 +259,24 @@ class LUMEBenchmark(Benchmark):
         return Aggregate(values, missing)
 
 
-def _find_documents(source: str, members: Source | str | None, nonmembers: Source | str | None) -> dict[str, Source]:
+def _find_documents(source: str, members: Rows | None, nonmembers: Rows | None) -> dict[str, Source]:
     """Return the sources of the attack's documents, as far as there are any.
 
     Raises:
         ConfigError: If there are members, but nothing to compare them with.
     """
+    folder = find_local_folder(source, "LUME")
+    if members is None and nonmembers is None and folder is not None:
+        # As the organisers' data set names them.
+        member_file = find_file((folder / "mia_data",), ("member.jsonl",))
+        nonmember_file = find_file((folder / "mia_data",), ("nonmember.jsonl",))
+        if member_file is not None and nonmember_file is not None:
+            members, nonmembers = member_file, nonmember_file
     given = {"members": members, "nonmembers": nonmembers}
-    if members is None and nonmembers is None:
-        folder = find_local_folder(source, "LUME")
-        files = {}
-        if folder is not None:
-            for name in given:
-                # As the organisers' data set names them.
-                files[name] = find_file((folder / "mia_data",), (f"{name.removesuffix('s')}.jsonl",))
-        if files and all(files.values()):
-            given = {name: str(file) for name, file in files.items()}
     documents = {}
     for name, value in given.items():
         if value is not None:
-            documents[name] = Source(value) if isinstance(value, str) else value
+            documents[name] = to_source(value, name)
     if "members" in documents and "nonmembers" not in documents:
         raise ConfigError(
             "`members` are given, but no `nonmembers` to compare them with: give both.", argument="nonmembers"

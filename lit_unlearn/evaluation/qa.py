@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Rows, to_source
+from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate
 from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
 from lit_unlearn.evaluation.results import Results, Values
@@ -16,7 +17,7 @@ class QABenchmark(QuestionBenchmark):
     """Measures your own files of questions and answers in the way of TOFU.
 
     Args:
-        forget: Rows to be forgotten: a file, a hub name or a `Source`.
+        forget: Rows to be forgotten: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a list of dicts.
         retain: Rows to be kept, likewise.
         holdout: Rows like the forget rows that the model has never seen, likewise, for attacks and PrivLeak; ``None``
             leaves those out.
@@ -34,9 +35,9 @@ class QABenchmark(QuestionBenchmark):
 
     def __init__(
         self,
-        forget: Source | str,
-        retain: Source | str,
-        holdout: Source | str | None = None,
+        forget: Rows,
+        retain: Rows,
+        holdout: Rows | None = None,
         token_budget: int = 8192,
         retain_results: str | Path | Results | dict[str, Any] | None = None,
         **settings: Any,
@@ -45,8 +46,10 @@ class QABenchmark(QuestionBenchmark):
         self.questions = QuestionSets(self, **settings)
         for name, source in {"forget": forget, "retain": retain, "holdout": holdout}.items():
             if source is not None:
+                with arguments_of(self):
+                    rows = to_source(source, name)
                 self.questions.sets[name] = QuestionSet(
-                    Source(source) if isinstance(source, str) else source,
+                    rows,
                     truth_column=self.questions.answer_column,
                     generates=name != "holdout",
                 )

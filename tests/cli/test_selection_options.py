@@ -70,12 +70,26 @@ def test_a_file_and_what_is_printed_of_it_mean_the_same(
     [
         ("--data.forget.where={custmer: c-1}", "no column 'custmer', which `where` names: did you mean 'customer'?"),
         ("--data.forget.where={customer: c-9}", "`where` for the column 'customer' matches none of 9 rows"),
+        (
+            "--data.forget.wher={customer: c-1}",
+            "data.forget: Source has no setting 'wher.customer': did you mean 'where.",
+        ),
+        ("--data.forget.where=c-1", "data.forget.where: expected Mapping"),
+        ("--data.forget.max_rows=many", "data.forget.max_rows: expected int"),
+        ("--config=wrong.yaml", "data.forget: Source has no setting 'wher.customer': did you mean 'where.customer'?\n"),
+        ("--config=null.yaml", "`where` has null for the column 'customer'"),
         ("--data.forget.where={}", "`where` must be a mapping from columns to values"),
     ],
 )
 def test_mistakes_are_refused_by_their_key(
     train: str, option: str, message: str, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("null.yaml").write_text(
+        f"data: {{init_args: {{forget: {{path: {train}, where: {{customer: null}}}}}}}}", encoding="utf-8"
+    )
+    Path("wrong.yaml").write_text(
+        f"data: {{init_args: {{forget: {{path: {train}, wher: {{customer: c-1}}}}}}}}", encoding="utf-8"
+    )
     command = ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", CPU, f"--data.forget.path={train}"]
     with pytest.raises(SystemExit) as end:
         cli.main([*command, option, f"--data.retain={train}"])
@@ -96,6 +110,18 @@ def test_a_rule_without_a_path_says_what_is_missing(
     assert end.value.code == 2
     assert "path" in error
     assert len(error) < 500
+
+
+def test_a_table_is_a_file_and_no_configuration(in_tmp: Path, model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content would be a text in YAML, as which jsonargparse could take it."""
+    for name in ("forget", "retain"):
+        Path(f"{name}.csv").write_text(f"question,answer\nWho?,The {name} row.\n", encoding="utf-8")
+    fit = ["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", CPU]
+    made = instantiate([*fit, "--data.forget=forget.csv", "--data.retain.path=retain.csv"], monkeypatch)
+    assert [source.path for source in made.datamodule.sources.values()] == ["forget.csv", "retain.csv"]
+    qa = ["evaluate", model_dir, "--suite=qa", "--forget=forget.csv", "--retain=retain.csv", "--output=a.json", CPU]
+    sets = instantiate(qa, monkeypatch).model.benchmark.questions.sets
+    assert [question_set.source.path for question_set in sets.values()] == ["forget.csv", "retain.csv"]
 
 
 def test_a_benchmark_asks_the_same_rows(train: str, model_dir: str) -> None:

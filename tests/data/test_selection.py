@@ -87,7 +87,7 @@ VALUES = st.lists(st.sampled_from([0, 1, "1", "a", "b"]), min_size=1, max_size=3
 RULE = st.dictionaries(st.sampled_from(["x", "y"]), VALUES, min_size=1)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), where=RULE, where_not=RULE, contains=RULE)
 @pytest.mark.filterwarnings("ignore:the forget set")
 def test_rules_equal_their_definition(rows: Any, where: Any, where_not: Any, contains: Any) -> None:
