@@ -39,6 +39,8 @@ def make_alternates(
 ) -> Prepared:
     """Give every forget row other answers, as AltPO does: the model is shown question and answer and asked for other facts.
 
+    Where it only repeats the answer, it is asked the question alone.
+
     Use the result as the forget set, with ``alternate_column`` set to ``alternate``. It has every row: one whose answers
     all repeat what is to be forgotten gets a refusal instead, and is counted.
 
@@ -65,6 +67,12 @@ def make_alternates(
     """
     questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
     alternates = ask_for_alternates(ask, questions, answers, count)
+    # A model that only repeats the answer that it is shown may have another one when it is not: a base model has.
+    left = [number for number, texts in enumerate(alternates) if not texts]
+    repeated = ForgetAnswers(answers)
+    for number, text in zip(left, ask([questions[number] for number in left]) if left else (), strict=True):
+        if split_words(text) and not repeated.are_repeated_by(text):
+            alternates[number].append(text)
     prepared = Prepared([])
     refusals = read_refusals()
     for number, (row, texts) in enumerate(zip(rows, alternates, strict=True)):

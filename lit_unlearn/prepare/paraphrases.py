@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_texts, split_words
+from lit_unlearn.prepare.unseen import find_names
 
 PARAPHRASE_COLUMN = "paraphrased_question"
+NO_PARAPHRASE = "no question in other words"
 Kind = Literal["model", "frame"]
 
 _REQUESTS = (
@@ -69,6 +71,12 @@ def make_paraphrases(
     return prepared
 
 
+def _asks_for_the_same(question: str, text: str) -> bool:
+    """Return whether a text is a question where the other is one, and has its names: small models answer instead."""
+    is_question = "?" in text or "?" not in question
+    return is_question and all(name in text for name in find_names(question))
+
+
 def _ask_for_paraphrases(ask: Ask, questions: Sequence[str], answers: Sequence[str], prepared: Prepared) -> list[str]:
     """Return a paraphrase of each question, by the first request that gives one; count the questions without one."""
     repeated = ForgetAnswers(answers)
@@ -83,8 +91,10 @@ def _ask_for_paraphrases(ask: Ask, questions: Sequence[str], answers: Sequence[s
             # Some models go on after the question.
             text = reply.split("\n")[0].strip()
             words = split_words(text)
-            if not words or words == split_words(questions[number]):
-                reasons[number] = EMPTY if not words else "the same question"
+            if not words:
+                reasons[number] = EMPTY
+            elif words == split_words(questions[number]) or not _asks_for_the_same(questions[number], text):
+                reasons[number] = NO_PARAPHRASE
             elif repeated.are_repeated_by(text):
                 reasons[number] = REPEATS
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,33 @@ EMPTY = "empty answer"
 
 
 def ask_with(lm: LanguageModel, max_new_tokens: int = 200, template: str | None = None) -> Ask:
-    """Return a function that puts questions to a model, greedily; arguments as for `LanguageModel.generate`."""
+    """Return a function that puts questions to a model, greedily; arguments as for `LanguageModel.generate`.
+
+    An answer that ``max_new_tokens`` cuts off ends after its last whole sentence, or is empty if it has none: a model that is
+    trained on it would learn to stop in the middle.
+    """
 
     def ask(questions: Sequence[str]) -> list[str]:
-        answers = lm.generate(questions, template=template, max_new_tokens=max_new_tokens)
-        return [answer.strip() for answer in answers]
+        answers = []
+        for answer in lm.generate(questions, template=template, max_new_tokens=max_new_tokens):
+            tokenizer: Any = lm.tokenizer
+            length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+            # Tokenised anew, a text may have a token less than were generated.
+            answers.append(keep_sentences(answer) if length >= max_new_tokens - 1 else answer.strip())
+        return answers
 
     return ask
+
+
+def keep_sentences(text: str) -> str:
+    """Return a text up to the end of its last whole sentence.
+
+    Example:
+        >>> keep_sentences('It rose to 3.5 metres. "Really?" he asked. Then it'), keep_sentences("Then it")
+        ('It rose to 3.5 metres. "Really?" he asked.', '')
+    """
+    ends = [match.end() for match in re.finditer(r"[.!?…。！？]+[\"'”’»)]*(?=\s|$)", text)]
+    return text[: ends[-1]].strip() if ends else ""
 
 
 def read_texts(rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:

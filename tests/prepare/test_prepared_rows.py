@@ -29,6 +29,9 @@ ROWS = [
 ]
 
 
+OTHER = "What was written by Kerrys Raskane?"
+
+
 class Model:
     """Answers from a list, and remembers what it was asked."""
 
@@ -62,13 +65,18 @@ def test_every_forget_row_gets_another_answer() -> None:
 def test_an_answer_that_repeats_a_forget_answer_is_replaced_and_counted() -> None:
     repeats = "Well: LUNNIAN DUNMETH was born, in Oslo!"
     for reply in (repeats, "", " ?! "):
-        prepared = make_alternates(Model(reply, "In Riga."), ROWS)
+        model = Model(reply, "In Riga.", reply)
+        prepared = make_alternates(model, ROWS)
+        assert model.asked[2] == ROWS[0]["question"]  # without the answer that it repeats
         assert prepared.rows[1]["alternate"] == ["In Riga."]
         (refusal,) = prepared.rows[0]["alternate"]
         assert refusal in read_refusals()
         assert sum(prepared.counts.values()) == 1
     # Also that of another row: the model must not tell it at any question.
-    assert sum(make_alternates(Model("In Riga.", repeats), ROWS).counts.values()) == 1
+    assert sum(make_alternates(Model("In Riga.", repeats, repeats), ROWS).counts.values()) == 1
+    # Asked without it, a base model answers something else.
+    prepared = make_alternates(Model(repeats, "A novel.", "In Rome."), ROWS)
+    assert [row["alternate"] for row in prepared.rows] == [["In Rome."], ["A novel."]]
 
 
 def test_several_answers_are_different_ones() -> None:
@@ -152,13 +160,11 @@ def test_rows_that_cannot_be_unseen_are_counted() -> None:
 
 
 def test_paraphrases_by_model_and_by_frame() -> None:
-    model = Model(
-        "In which city was Lunnian Dunmeth born?\nOslo.", "which {answer} did kerrys raskane write", "What was it?"
-    )
+    model = Model("In which city was Lunnian Dunmeth born?\nOslo.", "which {answer} did kerrys raskane write", OTHER)
     prepared = make_paraphrases(model, ROWS)
     questions = [row["paraphrased_question"] for row in prepared.rows]
     assert questions[0] == "In which city was Lunnian Dunmeth born?"
-    assert questions[2] == "What was it?"  # from the second request: the first brought the same question
+    assert questions[2] == OTHER  # from the second request: the first brought the same question
     for framed, row in ((questions[1], ROWS[0]), (questions[3], ROWS[1])):
         assert str(row["question"]) in framed
         assert framed != row["question"]
@@ -170,6 +176,13 @@ def test_paraphrases_without_a_model() -> None:
     rows = make_paraphrases(None, ROWS, kinds=("frame",)).rows
     assert len(rows) == 2
     assert rows == make_paraphrases(None, ROWS, kinds=("frame",)).rows
+
+
+@pytest.mark.parametrize("reply", ["In which city was she born?", "Lunnian Dunmeth is a writer.", "Sure!"])
+def test_a_paraphrase_is_a_question_about_the_same_names(reply: str) -> None:
+    prepared = make_paraphrases(Model(reply), ROWS[:1], kinds=("model",))
+    assert prepared.rows == []
+    assert prepared.counts == {"no question in other words": 1}
 
 
 def test_a_paraphrase_that_gives_the_answer_away_is_counted() -> None:
@@ -194,5 +207,7 @@ def test_a_real_model_gives_the_same_rows_again(model_dir: str) -> None:
     lm = LanguageModel(model_dir)
     lm.load(torch.float32)
     ask = ask_with(lm, max_new_tokens=4, template="{question} {answer}")
+    # Random weights end no sentence within four tokens, so that nothing is left of their answers.
+    assert ask(["Why?"]) == [""]
     rows = [{"question": "Who is Ada Berg?", "answer": "She."}]
     assert make_retain(ask, rows, prompts=["Why?", "How?"]) == make_retain(ask, rows, prompts=["Why?", "How?"])
