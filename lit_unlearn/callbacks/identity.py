@@ -53,7 +53,7 @@ def _digest_base_model(lm: LanguageModel) -> str:
 
 def _digest_rows(source: Source, *settings: Any) -> str:
     if source.rows is not None:
-        content = [list(map(dict, source.rows)), source.max_rows]
+        content: list[Any] = [list(map(dict, source.rows)), source.max_rows]
     elif (digest := source.digest()) is not None:
         content = [digest, source.max_rows]
     else:

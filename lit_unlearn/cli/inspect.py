@@ -197,9 +197,9 @@ def _answer_questions(
     # One model after the other answers all questions, so that only one is in memory.
     for name, lm in models.items():
         _load_model(lm, options.dtype)
-        for number, question in enumerate(questions):
+        for number, (question, right) in enumerate(questions):
             answered[number].replies[name] = ask_model(
-                lm, *question, encoding=encoding, max_new_tokens=options.max_new_tokens, number=number
+                lm, question, right, encoding=encoding, max_new_tokens=options.max_new_tokens, number=number
             )
         lm.model = None
     return answered

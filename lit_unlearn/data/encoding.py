@@ -202,7 +202,7 @@ def encode_conversation(
     if any(label != IGNORED for label in labels) and not rendering.has_end:
         # Some tokenizers add the end token themselves.
         if ids[-1] != tokenizer.eos_token_id:
-            ids.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]  # `check_tokenizer`
+            ids.append(int(tokenizer.eos_token_id))
             labels.append(IGNORED)
         # The model has to learn to say what ends the assistant's turn.
         if spans is None:
@@ -418,7 +418,7 @@ def _cut_into_chunks(
 ) -> list[Example]:
     """Cut tokens into examples of at most ``max_length``, each after the start token; the last one is the remainder."""
     adds_start = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    start = [int(tokenizer.bos_token_id)] if adds_start else []  # type: ignore[arg-type]
+    start = [int(tokenizer.bos_token_id)] if adds_start else []
     size = max_length - len(start)
     examples = []
     # An end within what the next example repeats would make one that has nothing else.

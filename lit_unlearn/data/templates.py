@@ -275,7 +275,8 @@ class _ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         with self._reading():
-            rendered, places = render_jinja_template(  # type: ignore[no-untyped-call]
+            render: Any = render_jinja_template
+            rendered, places = render(
                 [_as_dicts(messages)],
                 chat_template=self._pinned_text,
                 return_assistant_tokens_mask=True,

@@ -198,7 +198,8 @@ def _read_config(folder: str, owner: object) -> PeftConfig:
     from peft import PeftConfig
 
     with _reading_adapter(folder, owner, "Get a complete copy of it."):
-        return PeftConfig.from_pretrained(folder)
+        config: PeftConfig = PeftConfig.from_pretrained(folder)
+        return config
 
 
 def _read_adapter(model: PreTrainedModel, folder: str, owner: object, is_trainable: bool) -> PeftModel:
@@ -324,7 +325,7 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
             )
 
 
-def _check_tied_embeddings(model: PeftModel, owner: object = None, argument: str | None = None) -> None:
+def _check_tied_embeddings(model: PreTrainedModel | PeftModel, owner: object = None, argument: str | None = None) -> None:
     inner = inner_model(model)
     tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
     if tied and _is_adapted_layer(inner.get_input_embeddings()):

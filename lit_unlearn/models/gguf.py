@@ -121,7 +121,8 @@ def as_ordinary_model(model: PreTrainedModel) -> PreTrainedModel:
     ordinary.load_state_dict(model.state_dict(), assign=True)
     ordinary.tie_weights()
     ordinary.generation_config = model.generation_config
-    return ordinary.eval()
+    ordinary.eval()
+    return ordinary
 
 
 def describe_loss(file: Path, dtype: Any) -> str | None:

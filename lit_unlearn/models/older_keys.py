@@ -110,7 +110,7 @@ def _are_read_alike(config: Keys, older: Keys) -> bool:
     """Return whether the transformers installed reads the same rotary positions with the older keys, which it prefers to its own."""
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return False
     read = []

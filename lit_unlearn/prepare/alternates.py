@@ -106,15 +106,18 @@ def ask_for_alternates(ask: Ask, questions: Sequence[str], answers: Sequence[str
     for request in _REQUESTS[:count]:
         requests = []
         for question, answer in zip(questions, answers, strict=True):
-            # In one pass, because either may have braces, or the name of the other.
-            fields = {"{question}": question, "{answer}": answer}
-            requests.append(re.sub(r"\{question\}|\{answer\}", lambda match, fields=fields: fields[match[0]], request))
+            requests.append(_fill_in(request, {"{question}": question, "{answer}": answer}))
         for texts, text in zip(alternates, ask(requests), strict=True):
             words = split_words(text)
             is_new = words not in map(split_words, texts)
             if words and is_new and not repeated.are_repeated_by(text):
                 texts.append(text)
     return alternates
+
+
+def _fill_in(request: str, fields: dict[str, str]) -> str:
+    # In one pass, because either text may have braces, or the name of the other.
+    return re.sub(r"\{question\}|\{answer\}", lambda match: fields[match[0]], request)
 
 
 def _draw(texts: Sequence[str], seed: str) -> str:
