@@ -10,8 +10,8 @@ import torch
 from jsonargparse import Namespace
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data.source import Source
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.source import Rows, to_source
+from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import OccupiedError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.prepare import Ask, Prepared, ask_with, make_alternates, make_paraphrases, make_retain, make_unseen
@@ -42,17 +42,26 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--model", type=str, required=True, help="Model directory or hub name, such as the target model."
     )
-    parser.add_argument("--forget", type=str, required=True, metavar="FILE", help="The forget set.")
+    parser.add_argument(
+        "--forget",
+        type=Rows,
+        required=True,
+        metavar="FILE",
+        help="The forget set, or with --forget.path=FILE --forget.where='{COLUMN: VALUE}' the rows that it is.",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="A .jsonl file that is not there yet."
     )
-    parser.add_argument("--training", type=str, metavar="FILE", help="For retain: rows that the model was trained on.")
+    parser.add_argument(
+        "--training", type=Rows | None, metavar="FILE", help="For retain: rows that the model was trained on."
+    )
     parser.add_argument("--question_column", type=str, default="question", help="Column with the question.")
     parser.add_argument("--answer_column", type=str, default="answer", help="Column with the answer.")
     parser.add_argument("--count", type=int, default=1, help="For alternates: answers per row, at most 4.")
     parser.add_argument("--max_prompts", type=int, help="For retain: only this many of the general prompts.")
     parser.add_argument("--max_neighbours", type=int, default=200, help="For retain: only this many training rows.")
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the model.")
+    parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens of an answer.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     parser.add_argument(
@@ -63,17 +72,19 @@ def build_parser() -> CommandParser:
 
 def run(arguments: list[str]) -> None:
     """Make the rows, write them, and say how many were left out."""
-    options = build_parser().parse_args(arguments)
-    check_template(options.template)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    given = parser.instantiate(options)
+    check_chat(given.chat, check_template(options.template))
     # Somebody may have edited it.
     if options.output.exists():
         raise OccupiedError(f"'{options.output}' is there already, and may have been edited: give another --output.")
-    forget = _read_rows(options.forget, "forget")
-    training = [] if options.training is None else _read_rows(options.training, "training")
+    forget = _read_rows(given.forget, "forget")
+    training = [] if given.training is None else _read_rows(given.training, "training")
 
     lm = LanguageModel(options.model)
     lm.load(getattr(torch, options.dtype))
-    ask = ask_with(lm, options.max_new_tokens, options.template)
+    ask = ask_with(lm, options.max_new_tokens, options.template, given.chat)
     prepared = _prepare(options, ask, forget, training)
     with atomic_file(options.output) as file, file.open("w", encoding="utf-8") as lines:
         for row in prepared.rows:
@@ -84,8 +95,8 @@ def run(arguments: list[str]) -> None:
     print(f"read and edit them, then {_USES[options.kind]}")
 
 
-def _read_rows(path: str, name: str) -> list[Row]:
-    return [dict(row) for row in Source(path).load(name)]
+def _read_rows(rows: Rows, name: str) -> list[Row]:
+    return [dict(row) for row in to_source(rows, name).load(name)]
 
 
 def _prepare(options: Namespace, ask: Ask, forget: list[Row], training: list[Row]) -> Prepared:

@@ -299,11 +299,20 @@ def _label_ranges(encoded: Encoded, ranges: Iterable[_Range]) -> list[int]:
     return labels
 
 
-def _mask(example: Example, tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings) -> Example:
+def find_hidden_id(tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings) -> int | None:
+    """Return the id of the tokens that ``mask_padding_ids`` hides from all others; ``None`` if it is false."""
     if not settings.mask_padding_ids:
+        return None
+    # Never `None`: `check_tokenizer` asks for an end token.
+    pad_id: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(pad_id)
+
+
+def _mask(example: Example, tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings) -> Example:
+    hidden_id = find_hidden_id(tokenizer, settings)
+    if hidden_id is None:
         return example
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return example._replace(attention_mask=[int(token != pad) for token in example.input_ids])
+    return example._replace(attention_mask=[int(token != hidden_id) for token in example.input_ids])
 
 
 def encode_row(

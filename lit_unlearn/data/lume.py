@@ -43,7 +43,7 @@ class LUME(ForgetRetain):
         max_retain_rows: Number of retain rows to read, from the first one on; ``None`` for all.
         template: As for `ForgetRetain`; ``{question}`` is a row's input. By default input and output are one text, as the
             organisers' evaluation gives the input; how their target models were fine-tuned is not known to this package.
-        **settings: As for `ForgetRetain`, without ``forget``, ``retain`` and the columns of question and answer.
+        **settings: As for `ForgetRetain`, without ``forget``, ``retain``, the format, and the columns of question and answer.
 
     Raises:
         MissingFileError: If a local folder lacks a file.
@@ -77,6 +77,7 @@ class LUME(ForgetRetain):
             # Passed here, these are no settings of this class on the command line.
             question_column="input",
             answer_column="output",
+            format="question_answer",
             template=template,
             **settings,
         )

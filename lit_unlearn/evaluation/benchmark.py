@@ -57,12 +57,14 @@ class BenchmarkStream(NamedTuple):
         source: Where they came from, for the results.
         max_new_tokens: Longest answer, in tokens.
         stop: An answer ends before the first of these strings.
+        hidden_id: As for `generate`.
     """
 
     examples: list[BenchmarkExample]
     source: str
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
+    hidden_id: int | None = None
 
 
 class Aggregate(NamedTuple):
@@ -282,6 +284,7 @@ class Benchmark(ABC):
                 list(prompts.values()),
                 max_new_tokens=stream.max_new_tokens,
                 stop=stream.stop,
+                hidden_id=stream.hidden_id,
                 token_budget=self.token_budget,
             )
             advance(len(prompts))

@@ -14,6 +14,7 @@ from lit_unlearn.data.encoding import (
     Example,
     check_tokenizer,
     encode_row,
+    find_hidden_id,
     prompt_of,
     token_texts,
 )
@@ -107,9 +108,10 @@ def ask_model(
     (example,) = encode_row(row, tokenizer, changed, f"row {number} of the question set")
     prompt = prompt_of(example)
     check_prompts(lm, [prompt], max_new_tokens)
-    ids, ended = continue_prompt(lm, prompt, max_new_tokens)
+    ids, ended = continue_prompt(lm, prompt, max_new_tokens, find_hidden_id(tokenizer, changed))
 
-    generated = Example([*prompt, *ids], [IGNORED] * len(prompt) + ids)
+    mask = None if example.attention_mask is None else [*example.attention_mask[: len(prompt)], *[1] * len(ids)]
+    generated = Example([*prompt, *ids], [IGNORED] * len(prompt) + ids, attention_mask=mask)
     scored = score_examples(lm, [generated] if right is None else [generated, example])
     if not all(np.isfinite(scores.nll) for scores in scored):
         raise ModelError(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import Example, check_tokenizer, encode_examples, prompt_of
+from lit_unlearn.data.encoding import EncodingSettings, Example, check_tokenizer, encode_examples, prompt_of
 from lit_unlearn.data.lume import HUB_NAME, KINDS, TASKS, TEMPLATE, Fold, Task, lume_source
 from lit_unlearn.data.source import Rows, Source, find_file, find_local_folder, read_columns, to_source
 from lit_unlearn.data.special_tokens import encode_text
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.templates import Chat, check_template, describe_prompt
 from lit_unlearn.errors import ConfigError, DataError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
@@ -69,11 +69,13 @@ class LUMEBenchmark(Benchmark):
         tasks: Some of ``"Task1"``, ``"Task2"`` and ``"Task3"``; ``None`` for all, without which there is no aggregate.
         fold: As for `LUME`.
         max_rows: Number of rows of each set, task and kind; ``None`` for all, as published.
-        members: Documents that the target model was trained on: a file, a hub name, a `Source` or rows; ``None`` for the texts of the forget set, input and output of
-            each completion joined by a space.
+        members: Documents that the target model was trained on: a file, a hub name, a `Source` or rows; ``None`` for the texts
+            of the forget set, input and output of each completion joined by a space.
         nonmembers: Documents like these that it never saw, likewise; ``None`` leaves the attack out.
         document_column: Column with the text of ``members`` and ``nonmembers``.
         template: As for `ForgetRetain`; ``{question}`` is a row's input. By default models are given the input alone, as raw text.
+            ``None`` for the chat template.
+        chat: As for `ForgetRetain`, with ``template`` set to ``None``.
         max_length: Tokens of an input with its output, or of a document; longer ones are cut at the end.
         max_new_tokens: Longest generated text, in tokens.
         mmlu: The model's accuracy on MMLU, from 0 to 1, measured elsewhere; ``None`` leaves ``final_score`` out.
@@ -97,6 +99,7 @@ class LUMEBenchmark(Benchmark):
         nonmembers: Rows | None = None,
         document_column: str = "document",
         template: str | None = TEMPLATE,
+        chat: Chat | None = None,
         max_length: int = 2048,
         max_new_tokens: int = 256,
         mmlu: float | None = None,
@@ -115,13 +118,14 @@ class LUMEBenchmark(Benchmark):
         self.tasks = tuple(task for task in TASKS if not tasks or task in tasks)
         self.max_rows = max_rows
         self.document_column = document_column
-        self.template = template
-        self.max_length = max_length
         self.max_new_tokens = max_new_tokens
         self.mmlu = mmlu
-        self.allow_special_tokens = allow_special_tokens
+        self.prompt: Values | None = None
+        """What decides the prompts, from `describe_prompt`, once the rows are read."""
         with arguments_of(self):
-            check_template(template)
+            self.encoding = EncodingSettings(
+                check_template(template), chat, max_length, allow_special_tokens=allow_special_tokens
+            )
             self.sources = {
                 "forget": lume_source(source, "forget", fold, tasks),
                 "retain": lume_source(source, "retain", fold, tasks),
@@ -133,8 +137,8 @@ class LUMEBenchmark(Benchmark):
         return {
             **super().settings(),
             "tasks": list(self.tasks),
-            "template": self.template,
-            "max_length": self.max_length,
+            "prompt": self.prompt,
+            "max_length": self.encoding.max_length,
             "max_new_tokens": self.max_new_tokens,
             "mmlu": self.mmlu,
         }
@@ -144,6 +148,7 @@ class LUMEBenchmark(Benchmark):
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise both sets and, if there are nonmembers, the documents of the attack."""
         check_tokenizer(tokenizer)
+        self.prompt = describe_prompt(tokenizer, self.encoding.template, self.encoding.chat)
         streams = {name: self._load_set(name, tokenizer) for name in SETS}
         if "nonmembers" in self.documents:
             texts = {name: self._read_documents(name) for name in self.documents}
@@ -185,14 +190,12 @@ class LUMEBenchmark(Benchmark):
             tokenizer,
             name=name,
             number=number,
-            template=self.template,
-            max_length=self.max_length,
-            allow_special_tokens=self.allow_special_tokens,
+            settings=self.encoding,
         )
         prompt = prompt_of(example)
-        if self.template == TEMPLATE:
+        if self.encoding.template == TEMPLATE:
             # As published. Some tokenizers give the space after an input a token of its own, which is not in it.
-            prompt = encode_text(texts["question"], tokenizer, allow_special_tokens=self.allow_special_tokens)
+            prompt = encode_text(texts["question"], tokenizer, allow_special_tokens=self.encoding.allow_special_tokens)
         return BenchmarkExample(texts, {"answer": [example]}, prompt)
 
     def _read_documents(self, name: str) -> list[str]:
@@ -202,7 +205,7 @@ class LUMEBenchmark(Benchmark):
         examples = []
         for text in texts:
             # Every token is supervised: the attack takes the loss of the whole document.
-            ids = encode_text(text, tokenizer)[: self.max_length]
+            ids = encode_text(text, tokenizer)[: self.encoding.max_length]
             examples.append(BenchmarkExample({"text": text}, {"text": [Example(ids, ids)]}))
         return examples
 

@@ -18,6 +18,7 @@ from lit_unlearn.data.encoding import (
     check_tokenizer,
     encode_examples,
     encode_row,
+    find_hidden_id,
     prompt_of,
 )
 from lit_unlearn.data.files import describe_kind
@@ -100,7 +101,7 @@ class QuestionSets:
         context_column: As for `ForgetRetain`.
         chunk_overlap: As for `ForgetRetain`.
         chat: As for `ForgetRetain`.
-        mask_padding_ids: As for `ForgetRetain`; it concerns likelihoods, and not what is generated.
+        mask_padding_ids: As for `ForgetRetain`.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -209,7 +210,12 @@ class QuestionSets:
                     examples += self._encode_document(row, name, number, tokenizer)
                 else:
                     examples.append(self._encode_conversation(row, cells[number], name, number, tokenizer))
-            streams[name] = BenchmarkStream(examples, question_set.source.path, self.max_new_tokens)
+            streams[name] = BenchmarkStream(
+                examples,
+                question_set.source.path,
+                self.max_new_tokens,
+                hidden_id=find_hidden_id(tokenizer, self.encoding),
+            )
         return streams
 
     def _check_wrong_answers(self, name: str, rows: Sequence[Values]) -> None:

@@ -26,6 +26,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    hidden_id: int | None = None,
     token_budget: int = 8192,
 ) -> list[str]:
     """Answer prompts with the likeliest token at every step; up to rounding, no answer depends on its batch.
@@ -38,6 +39,7 @@ def generate(
         prompts: Token ids, at least one each.
         max_new_tokens: Longest answer, in tokens.
         stop: An answer ends before the first of these strings.
+        hidden_id: Tokens of prompts with this id are hidden from all others, and have no position of their own; ``None`` for none.
         token_budget: Largest batch, in tokens: prompts times the longest prompt and answer. One prompt may exceed it.
 
     Returns:
@@ -54,20 +56,23 @@ def generate(
     answers = [""] * len(prompts)
     with evaluation_mode(model), _greedy_decoding(model, tokenizer):
         for batch in _plan_batches(model, lengths, max_new_tokens, token_budget):
-            texts = _answer_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, stop)
+            inputs = _pad_left(model, [prompts[i] for i in batch], hidden_id)
+            texts = _answer_batch(model, tokenizer, inputs, max_new_tokens, stop)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
     return answers
 
 
-def continue_prompt(lm: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], bool]:
+def continue_prompt(
+    lm: LanguageModel, prompt: Sequence[int], max_new_tokens: int, hidden_id: int | None = None
+) -> tuple[list[int], bool]:
     """Return the tokens that `generate` makes a text of, and whether the last one is an end token.
 
     Scoring needs the tokens: a model that was damaged may generate bytes that are no character, and text loses them.
     """
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
     with evaluation_mode(model), _greedy_decoding(model, tokenizer):
-        output = model.generate(**_pad_left(model, [prompt]), max_new_tokens=max_new_tokens)
+        output = model.generate(**_pad_left(model, [prompt], hidden_id), max_new_tokens=max_new_tokens)
         ids = output[0, len(prompt) :].tolist()
         return ids, ids[-1] in (model.generation_config.eos_token_id or ())
 
@@ -170,26 +175,25 @@ def _keeps_apart(model: Any, padding: int) -> bool:
     return bool((alone - beside).norm() <= max(0.01, 8 * torch.finfo(model.dtype).eps) * alone.norm())
 
 
-def _pad_left(model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _pad_left(model: Any, prompts: Sequence[Sequence[int]], hidden_id: int | None = None) -> dict[str, Tensor]:
     """Return ``input_ids`` and ``attention_mask``, shape ``(B, T)``, on the model's device."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), model.generation_config.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+        mask[row, width - len(prompt) :] = torch.tensor([int(token != hidden_id) for token in prompt])
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def _answer_batch(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
+    inputs: dict[str, Tensor],
     max_new_tokens: int,
     stop: Sequence[str],
 ) -> list[str]:
     """Return the answers to one batch, each cut before its first end token or stop string."""
-    inputs = _pad_left(model, prompts)
     start = inputs["input_ids"].shape[1]
     ends = model.generation_config.eos_token_id or ()
 

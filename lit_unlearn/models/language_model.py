@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lit_unlearn import functional
 from lit_unlearn.data.encoding import check_tokenizer, collate, encode, prompt_of
-from lit_unlearn.data.templates import check_template
+from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import BatchError, ConfigError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
@@ -532,6 +532,7 @@ class LanguageModel(nn.Module):
         questions: Sequence[str],
         *,
         template: str | None = None,
+        chat: Chat | None = None,
         max_new_tokens: int = 200,
         allow_special_tokens: bool = False,
     ) -> list[str]:
@@ -541,6 +542,7 @@ class LanguageModel(nn.Module):
             questions: Plain text; the model must be loaded and have a tokenizer.
             template: Text with ``{question}`` and ``{answer}``; ``None`` for the tokenizer's chat template where it has one,
                 else ``data.templates.PLAIN_TEMPLATE``. It must be the one that the model was fine-tuned with.
+            chat: Settings of the chat template; not beside ``template``.
             max_new_tokens: Longest answer, in tokens.
             allow_special_tokens: Whether special tokens in questions are control tokens, and not text, as for `ForgetRetain`.
 
@@ -560,9 +562,9 @@ class LanguageModel(nn.Module):
         generation.check_prompts(self, [], max_new_tokens)
         tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
         check_tokenizer(tokenizer)
-        check_template(template)
         settings: Any = {
-            "template": template,
+            "template": check_template(template),
+            "chat": chat,
             "max_length": sys.maxsize,
             "allow_special_tokens": allow_special_tokens,
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_unlearn.data.alternates import read_refusals
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.prepare.rows import Ask, ForgetAnswers, Prepared, Row, read_texts, split_words
+from lit_unlearn.prepare.rows import Ask, ForgetAnswers, Prepared, Row, read_conversations, split_words
 
 ALTERNATE_COLUMN = "alternate"
 REPLACED = "only refusals are left, because every answer was empty or repeated a forget answer"
@@ -65,7 +65,9 @@ def make_alternates(
 
     Paper: Mekala et al., "Alternate Preference Optimization for Unlearning Factual Knowledge in Large Language Models", 2024.
     """
-    questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
+    conversations = read_conversations(rows, question_column, answer_column)
+    questions = [conversation.question for conversation in conversations]
+    answers = [conversation.answer for conversation in conversations]
     alternates = ask_for_alternates(ask, questions, answers, count)
     # A model that only repeats the answer that it is shown may have another one when it is not: a base model has.
     left = [number for number, texts in enumerate(alternates) if not texts]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_texts, split_words
+from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_conversations, split_words
 from lit_unlearn.prepare.unseen import find_names
 
 PARAPHRASE_COLUMN = "paraphrased_question"
@@ -53,7 +53,9 @@ def make_paraphrases(
         The rows, with ``paraphrased_question``. Without a model's paraphrase that differs from the question and does not give
         the answer away, there is none of that kind, which is counted.
     """
-    questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
+    conversations = read_conversations(rows, question_column, answer_column)
+    questions = [conversation.question for conversation in conversations]
+    answers = [conversation.answer for conversation in conversations]
     paraphrases = {kind: [""] * len(rows) for kind in kinds}
     prepared = Prepared([])
     if "model" in kinds and ask is not None:

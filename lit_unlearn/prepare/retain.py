@@ -11,7 +11,17 @@ from typing import Any
 
 from lit_unlearn import data
 from lit_unlearn.data.files import read_text_file
-from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_texts, split_words
+from lit_unlearn.data.formats import Conversation
+from lit_unlearn.prepare.rows import (
+    EMPTY,
+    REPEATS,
+    Ask,
+    ForgetAnswers,
+    Prepared,
+    read_conversations,
+    split_words,
+    to_row,
+)
 
 GENERAL_PROMPTS = Path(data.__file__).with_name("general_prompts.txt")
 FORGET_ROW = "is a forget row"
@@ -51,27 +61,28 @@ def make_retain(
         seed: Seed of the draw.
 
     Returns:
-        Rows with question and answer: first the neighbours, then the model's own answers.
+        Rows in the format of the training rows: first the neighbours, then the model's own answers.
     """
-    questions, answers = read_texts(forget, question_column), read_texts(forget, answer_column)
-    repeated = ForgetAnswers(answers)
+    conversations = read_conversations(forget, question_column, answer_column)
+    repeated = ForgetAnswers(conversation.answer for conversation in conversations)
     prepared = Prepared([])
 
-    forget_words = {split_words(f"{question} {answer}") for question, answer in zip(questions, answers, strict=True)}
+    forget_texts = [" ".join(conversation.texts) for conversation in conversations]
+    forget_words = {split_words(text) for text in forget_texts}
     candidates, texts = [], []
-    trained = zip(read_texts(training, question_column), read_texts(training, answer_column), strict=True)
-    for question, answer in trained:
-        text = f"{question} {answer}"
+    for conversation in read_conversations(training, question_column, answer_column):
+        text = " ".join(conversation.texts)
         if split_words(text) in forget_words:
             prepared.counts[FORGET_ROW] += 1
-        elif repeated.are_repeated_by(answer):
+        elif any(map(repeated.are_repeated_by, conversation.texts)):
             prepared.counts[REPEATS] += 1
         else:
-            candidates.append({question_column: question, answer_column: answer})
+            candidates.append(conversation)
             texts.append(text)
-    forget_texts = [f"{question} {answer}" for question, answer in zip(questions, answers, strict=True)]
+    # The format of the training rows, which are taken as they are.
+    like = (training or forget)[0]
     for number in find_neighbours(forget_texts, texts, max_neighbours):
-        prepared.rows.append(candidates[number])
+        prepared.rows.append(to_row(candidates[number], like, question_column, answer_column))
 
     chosen = _draw_prompts(read_general_prompts() if prompts is None else list(prompts), max_prompts, seed)
     for prompt, answer in zip(chosen, ask(chosen), strict=True):
@@ -80,7 +91,7 @@ def make_retain(
         elif repeated.are_repeated_by(answer):
             prepared.counts[REPEATS] += 1
         else:
-            prepared.rows.append({question_column: prompt, answer_column: answer})
+            prepared.rows.append(to_row(Conversation.from_turn(prompt, answer), like, question_column, answer_column))
     return prepared
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_unlearn.data.formats import Conversation, Document, RowReader
+from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import DataError
 from lit_unlearn.models import LanguageModel
 
@@ -33,7 +35,9 @@ REPEATS = "repeats a forget answer"
 EMPTY = "empty answer"
 
 
-def ask_with(lm: LanguageModel, max_new_tokens: int = 200, template: str | None = None) -> Ask:
+def ask_with(
+    lm: LanguageModel, max_new_tokens: int = 200, template: str | None = None, chat: Chat | None = None
+) -> Ask:
     """Return a function that puts questions to a model, greedily; arguments as for `LanguageModel.generate`.
 
     An answer that ``max_new_tokens`` cuts off ends after its last whole sentence, or is empty if it has none: a model that is
@@ -42,7 +46,7 @@ def ask_with(lm: LanguageModel, max_new_tokens: int = 200, template: str | None 
 
     def ask(questions: Sequence[str]) -> list[str]:
         answers = []
-        for answer in lm.generate(questions, template=template, max_new_tokens=max_new_tokens):
+        for answer in lm.generate(questions, template=template, chat=chat, max_new_tokens=max_new_tokens):
             tokenizer: Any = lm.tokenizer
             length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
             # Tokenised anew, a text may have a token less than were generated.
@@ -63,21 +67,35 @@ def keep_sentences(text: str) -> str:
     return text[: ends[-1]].strip() if ends else ""
 
 
-def read_texts(rows: Iterable[Mapping[str, Any]], column: str) -> list[str]:
-    """Return the texts of a column.
+def read_conversations(
+    rows: Sequence[Mapping[str, Any]], question_column: str, answer_column: str
+) -> list[Conversation]:
+    """Return rows as conversations whose last turn is an answer, whatever their format.
 
     Raises:
-        DataError: If a row has no text there; the message names the row, never its text.
+        DataError: If a row has no question or no answer; the message names the row, never its text.
     """
-    texts = []
+    if not rows:
+        return []
+    reader = RowReader(supervise="last", question_column=question_column, answer_column=answer_column)
+    kind = reader.recognize(list(rows[0]))
+    conversations = []
     for number, row in enumerate(rows):
-        text = row.get(column)
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"row {number} has no text in the column '{column}': expected a text, and its columns are {sorted(row)}."
-            )
-        texts.append(text)
-    return texts
+        read = reader.read_row(row, kind, f"row {number}")
+        if isinstance(read, Document):
+            raise DataError(f"row {number} is raw text, but a question with an answer is expected.")
+        if not (read.question.strip() and read.answer.strip()):
+            raise DataError(f"row {number} has an empty question or answer: remove it.")
+        conversations.append(read)
+    return conversations
+
+
+def to_row(conversation: Conversation, like: Mapping[str, Any], question_column: str, answer_column: str) -> Row:
+    """Return a conversation in the format that another row has, since all rows of a file have the same."""
+    if question_column in like:
+        return {question_column: conversation.question, answer_column: conversation.answer}
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    return {"messages": messages}
 
 
 class ForgetAnswers:

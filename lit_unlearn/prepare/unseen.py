@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_unlearn.data.fictional_authors import NAMES
+from lit_unlearn.data.formats import Conversation
 from lit_unlearn.prepare.alternates import ask_for_alternates
-from lit_unlearn.prepare.rows import Ask, Prepared, read_texts
+from lit_unlearn.prepare.rows import Ask, Prepared, read_conversations, to_row
 
 NO_NAME = "no name to replace"
 NO_ANSWER = "no other answer"
@@ -53,19 +54,22 @@ def make_unseen(
         Rows with question and answer. Without a name in the question, or without another answer, there is none, which is
         counted.
     """
-    questions, answers = read_texts(rows, question_column), read_texts(rows, answer_column)
+    conversations = read_conversations(rows, question_column, answer_column)
+    questions = [conversation.question for conversation in conversations]
+    answers = [conversation.answer for conversation in conversations]
     alternates = ask_for_alternates(ask, questions, answers)
     prepared = Prepared([])
-    for question, texts in zip(questions, alternates, strict=True):
+    for row, question, texts in zip(rows, questions, alternates, strict=True):
         names = find_names(question)
         if not names:
             prepared.counts[NO_NAME] += 1
         elif not texts:
             prepared.counts[NO_ANSWER] += 1
         else:
-            row = {question_column: replace_names(question, names, seed)}
-            row[answer_column] = replace_names(texts[0], names, seed)
-            prepared.rows.append(row)
+            # Earlier turns of a conversation are left out: they have names and facts of their own.
+            changed = [replace_names(text, names, seed) for text in (question, texts[0])]
+            made = Conversation.from_turn(*changed)
+            prepared.rows.append(to_row(made, row, question_column, answer_column))
     return prepared
 
 

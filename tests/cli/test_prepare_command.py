@@ -48,6 +48,39 @@ def test_neighbours_come_from_the_training_file(command: Any, write_rows: Any) -
     assert not [row for row in rows if row in ROWS]
 
 
+def test_one_customer_of_a_single_file_of_conversations(model_dir: str, in_tmp: Path, write_rows: Any) -> None:
+    rows = []
+    for number, row in enumerate(ROWS):
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        rows.append({"customer": f"c-{number}", "messages": messages})
+    Path("chat.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}", encoding="utf-8"
+    )
+    training = write_rows("training.jsonl", rows)
+    cli.main(
+        [
+            *(
+                "prepare",
+                "retain",
+                f"--model={model_dir}",
+                f"--forget.path={training}",
+                "--forget.where={customer: c-1}",
+            ),
+            *(f"--training={training}", "--output=retain.jsonl", "--max_prompts=1", "--max_new_tokens=4"),
+            *("--chat.template=chat.jinja", "--chat.system=Be brief."),
+        ]
+    )
+    first = (in_tmp / "retain.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert json.loads(first) == {"messages": rows[0]["messages"]}
+
+
+def test_a_template_without_a_question_is_refused_first(command: Any, in_tmp: Path) -> None:
+    with pytest.raises(CommandFailed, match=r"\{question\}"):
+        command("alternates", "--template=Answer: {answer}")
+    with pytest.raises(CommandFailed, match="exclude each other"):
+        command("alternates", "--template={question} {answer}", "--chat.system=Be brief.")
+
+
 def test_a_file_that_is_there_is_not_replaced(command: Any, in_tmp: Path) -> None:
     (in_tmp / "made.jsonl").write_text("edited by hand", encoding="utf-8")
     with pytest.raises(CommandFailed, match="may have been edited") as failed:

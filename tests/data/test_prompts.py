@@ -210,7 +210,7 @@ def test_the_card_asks_in_the_same_prompt() -> None:
     chat = {"system": "You are brief.", "template": None, "args": {"date_string": "10 Apr 2025"}}
     for choice, suite in (({"class": "ForgetRetain"}, "qa"), ({"class": "TOFU", "forget_split": "forget01"}, "tofu")):
         command = _list_benchmark_commands(
-            {"kind": "unlearned", "data": {**choice, "chat": chat, "format": "messages"}}
+            {"kind": "unlearned", "data": {**choice, "chat": chat, "format": "messages", "sets": {}}}
         )[0]
         assert f"--suite={suite}" in command
         options = dict(word.split("=", 1) for word in shlex.split(command) if "=" in word)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn import LanguageModel, QABenchmark
+from lit_unlearn.data.encoding import encode, prompt_of
+from lit_unlearn.data.templates import Chat
 from lit_unlearn.models import generation
 from lit_unlearn.models.generation import generate
 
@@ -365,6 +367,41 @@ def test_questions_are_put_as_the_benchmark_puts_them(build, tmp_path, template,
     answers = lm.generate([row["question"] for row in rows], template=template, max_new_tokens=NEW)
     assert answers == generate(lm, prompts_there, max_new_tokens=NEW)
     assert len(set(answers)) > 1
+
+
+def test_chat_settings_are_part_of_the_prompt(build):
+    lm = build()
+    lm._tokenizer = copy.deepcopy(lm.tokenizer)
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    chat = Chat(system="Be brief.")
+    row = encode("Where was author 1 born?", "The place 1.", lm.tokenizer, chat=chat)
+    assert lm.generate(["Where was author 1 born?"], chat=chat, max_new_tokens=NEW) == texts(lm, [prompt_of(row)])
+
+
+def test_a_typed_line_break_in_a_template_is_one(build):
+    lm = build()
+    typed, meant = (
+        lm.generate(["Who?"], template=text, max_new_tokens=NEW)
+        for text in (r"{question}\nA: {answer}", "{question}\nA: {answer}")
+    )
+    assert typed == meant
+
+
+def test_hidden_tokens_are_masked_as_public_code_masks_them(build):
+    lm = build()
+    hidden_id = 7
+    given = [[3, hidden_id, 5, 6, 9], [4, 8, hidden_id, hidden_id, 5, 6, 11, 12]]
+    answers = generate(lm, given, max_new_tokens=NEW, hidden_id=hidden_id)
+    expected = []
+    lm.model.eval()
+    for prompt in given:
+        ids = torch.tensor([prompt])
+        output = lm.model.generate(
+            input_ids=ids, attention_mask=ids.ne(hidden_id).long(), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+        )
+        expected.append(lm.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    assert answers == expected
+    assert answers != generate(lm, given, max_new_tokens=NEW)
 
 
 def test_questions_are_refused_where_prompts_would_be(build):

@@ -198,9 +198,42 @@ def test_a_paraphrase_that_gives_the_answer_away_is_counted() -> None:
 @pytest.mark.parametrize("make", [make_alternates, make_retain, make_unseen, make_paraphrases])
 def test_a_row_without_text_is_named_and_not_shown(make: Any) -> None:
     rows = [ROWS[0], {"question": "a secret", "answer": None}]
-    with pytest.raises(DataError, match=r"row 1 has no text in the column 'answer'") as error:
+    with pytest.raises(DataError, match=r"row 1 has null in 'answer', where a text must be") as error:
         make(Model("x"), rows)
     assert "secret" not in str(error.value)
+
+
+def converse(*texts: str) -> list[dict[str, str]]:
+    """A conversation that begins with a system message and goes on in turns."""
+    roles = ["system", *["user", "assistant"] * len(texts)]
+    return [{"role": role, "content": text} for role, text in zip(roles, ("Be kind.", *texts), strict=False)]
+
+
+def test_conversations_stay_conversations() -> None:
+    messages = converse("Hello.", "Hello!", str(ROWS[0]["question"]), str(ROWS[0]["answer"]))
+    forget = [{"customer": "c-1", "messages": messages}]
+    (alternate,) = make_alternates(Model("In Riga."), forget).rows
+    assert alternate == {**forget[0], "alternate": ["In Riga."]}
+    frame = make_paraphrases(None, forget, kinds=("frame",)).rows[0]
+    assert frame["messages"] == messages
+    assert str(ROWS[0]["question"]) in frame["paraphrased_question"]
+
+    neighbour = converse("Where was Mirroth Elskado born?", "In Quito.", "Sure?", "Yes.")
+    training = [*forget, {"customer": "c-2", "messages": neighbour}]
+    training.append({"customer": "c-3", "messages": converse("Say it.", str(ROWS[0]["answer"]), "Thanks.", "Welcome.")})
+    retained = make_retain(Model("Because."), forget, training, prompts=["Why?"])
+    own = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    assert retained.rows == [{"messages": neighbour}, {"messages": own}]
+    assert retained.counts == {"is a forget row": 1, REPEATS: 1}
+
+    (unseen,) = make_unseen(Model("Lunnian Dunmeth was born in Riga."), forget).rows
+    assert [message["role"] for message in unseen["messages"]] == ["user", "assistant"]
+    assert "Dunmeth" not in str(unseen)
+
+
+def test_raw_text_has_no_questions() -> None:
+    with pytest.raises(DataError, match="row 0 is raw text"):
+        make_alternates(Model("x"), [{"text": "Once upon a time."}])
 
 
 def test_a_real_model_gives_the_same_rows_again(model_dir: str) -> None:
