@@ -29,6 +29,7 @@ from lit_unlearn.evaluation.verdict import (
     get_slack,
     is_feasible,
 )
+from lit_unlearn.plotting.run_log import REPORT_FILE
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
@@ -157,7 +158,7 @@ class RunReport(Callback):
             print(report)
         if not is_dry_run(trainer):
             # Every process asks for the run's folder.
-            path = Path(self.dirpath or find_run_folder(trainer)) / "report.json"
+            path = Path(self.dirpath or find_run_folder(trainer)) / REPORT_FILE
             if trainer.is_global_zero:
                 report.write(path)
             rank_zero_info(f"report: {path}")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.errors import CheckpointError, LitUnlearnError, MissingFileError, reading
-from lit_unlearn.plotting.run_log import PICTURE_FILE
+from lit_unlearn.errors import LitUnlearnError, MissingFileError
+from lit_unlearn.plotting.run_log import PICTURE_FILE, REPORT_FILE
 from lit_unlearn.utils.io import (
     DIGEST_FILE,
     cache_folder,
@@ -22,12 +22,14 @@ from lit_unlearn.utils.io import (
     lock_folder,
     output_errors,
     remove_if_empty,
+    write_json,
 )
 
 _TOKEN_PICTURES = ("tokens.png", "tokens.svg", "tokens.pdf")
 _CHECKPOINT = ".ckpt"
 _OUR_CHECKPOINT = re.compile(r"last-step=\d+(-v\d+)?\.ckpt")
 _UNFINISHED = ".unfinished"
+_EXAMPLE_IN_REPORT = "first forget example in the report"
 
 
 class Leftover(NamedTuple):
@@ -49,8 +51,9 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="lit-unlearn clean",
         description="Lists what a run left that holds examples or copies of the model: checkpoints, pictures of answers, results "
-        "files and interrupted evaluations. With --yes it is removed. The exported model, its record, report.json and "
-        "the logged numbers stay, and so does every file that this package did not write.",
+        "files, interrupted evaluations, and the example that report.json has if it was asked for. With --yes it is removed. "
+        "The exported model, its record, the rest of report.json and the logged numbers stay, and so does every file that this "
+        "package did not write.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="Folder of a run, or one above, such as runs/unlearn.")
     parser.add_argument("--yes", action="store_true", help="Remove it. Nothing can be resumed or drawn again then.")
@@ -127,6 +130,8 @@ def _describe_file(path: Path) -> str | None:
         content = _read_object(path)
         if {"suite", "aggregate", "examples", "data"} <= content.keys() and content["examples"]:
             return "results with the answers to every question"
+        if path.name == REPORT_FILE and {"verdict", "constraints"} <= content.keys() and content.get("example"):
+            return _EXAMPLE_IN_REPORT
     return None
 
 
@@ -135,12 +140,12 @@ def _is_our_checkpoint(path: Path) -> bool:
         return True
     # Of a `ModelCheckpoint` of the user's. Imports torch, which takes a second, only where there is one.
     from lit_unlearn.export.checkpoint import read_checkpoint
+    from lit_unlearn.training.checkpoint_files import SHARDED_MARK
 
     # The part of a sharded checkpoint that is no weights is in this file.
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / SHARDED_MARK if path.is_dir() else path
     try:
-        with reading("the checkpoint", path, "", CheckpointError):
-            read_checkpoint(file)
+        read_checkpoint(file)
     except LitUnlearnError:
         return False
     return True
@@ -176,9 +181,19 @@ def _remove(leftovers: list[Leftover]) -> None:
             locks.enter_context(lock_folder(folder))
         for leftover in leftovers:
             with output_errors(leftover.path):
-                shutil.rmtree(leftover.path) if leftover.path.is_dir() else leftover.path.unlink()
+                _remove_one(leftover)
     for folder in folders:
         remove_if_empty(folder)
+
+
+def _remove_one(leftover: Leftover) -> None:
+    if leftover.content == _EXAMPLE_IN_REPORT:
+        # The numbers in it stay.
+        write_json(leftover.path, {**_read_object(leftover.path), "example": None})
+    elif leftover.path.is_dir():
+        shutil.rmtree(leftover.path)
+    else:
+        leftover.path.unlink()
 
 
 def _mention_judge_cache() -> None:

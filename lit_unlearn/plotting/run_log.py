@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lit_unlearn.errors import DataError, LitUnlearnError, MissingFileError, OutputError
 from lit_unlearn.utils.io import write_json
 
-PICTURE_FILE, METRICS_FILE = "pictures.json", "metrics.csv"
+PICTURE_FILE, METRICS_FILE, REPORT_FILE = "pictures.json", "metrics.csv", "report.json"
 
 Series = tuple[list[int], list[float]]  # steps, and the values there
 _EMPTY: Series = ([], [])
@@ -202,7 +202,7 @@ def read_run(folder: Path) -> RunLog:
         MissingFileError: If there are no metrics.
         DataError: If a file is damaged.
     """
-    report, content = _read_object(folder / "report.json"), _read_object(folder / PICTURE_FILE)
+    report, content = _read_object(folder / REPORT_FILE), _read_object(folder / PICTURE_FILE)
     try:
         answers = [RecordedAnswer(**answer) for answer in content.get("answers", [])]
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from lit_unlearn import (
     cli,
     default_callbacks,
 )
-from lit_unlearn.callbacks import ExportModel, RunPicture, default_plugins
+from lit_unlearn.callbacks import ExportModel, Report, RunPicture, default_plugins
 from lit_unlearn.data.source import Source
 from lit_unlearn.evaluation.judge_client import ReplyCache
 from lit_unlearn.plotting import read_run
@@ -191,6 +192,20 @@ def test_clean_lists_and_then_removes_what_holds_examples_and_keeps_model_and_re
     check_export_target(root / "out")  # whole, and ours
     assert (start / "report.json").is_file()
     assert "nothing" in clean(root, "--yes", capsys=capsys)
+
+
+def test_clean_takes_the_example_out_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caches: Path
+) -> None:
+    example = {"tokens": [CANARY], "supervised": [True]}
+    report = Report(1, 1, {}, {}, {}, seconds=1.0, peak_memory_mib=1.0, example=example)
+    report.write(tmp_path / "report.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text(json.dumps({"example": CANARY}), encoding="utf-8")
+    assert "1 files and folders" in clean(tmp_path, "--yes", capsys=capsys)
+    assert Report.read(tmp_path / "report.json") == dataclasses.replace(report, example=None)
+    assert CANARY in (tmp_path / "other" / "report.json").read_text(encoding="utf-8")
+    assert "nothing" in clean(tmp_path, "--yes", capsys=capsys)
 
 
 def test_clean_touches_nothing_that_this_package_did_not_write(
