@@ -20,7 +20,8 @@ from lit_unlearn.errors import ConfigError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.objectives import NLL, LogitMargin, Objective
 from lit_unlearn.training import LitUnlearn, Schedule
-from lit_unlearn.utils.io import check_export_target, expand_path
+from lit_unlearn.utils.folders import check_export_target
+from lit_unlearn.utils.io import expand_path
 
 
 def unlearn(

@@ -22,7 +22,8 @@ from lit_unlearn.errors import StoppedBySignal
 from lit_unlearn.training.checkpoint_files import SHARDED_MARK, check_sharding, open_checkpoint
 from lit_unlearn.training.run_folder import find_checkpoint_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
-from lit_unlearn.utils.io import check_writable, expand_home, hold_folder, output_errors
+from lit_unlearn.utils.folders import hold_folder
+from lit_unlearn.utils.io import check_writable, expand_home, output_errors
 
 
 class ResumeCheckpoint(ModelCheckpoint):

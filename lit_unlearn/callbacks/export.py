@@ -29,16 +29,8 @@ from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import whole_state
-from lit_unlearn.utils.io import (
-    check_export_target,
-    expand_home,
-    finish_replacement,
-    hold_folder,
-    output_errors,
-    read_digests,
-    read_json,
-    replace_folder,
-)
+from lit_unlearn.utils.folders import check_export_target, finish_replacement, hold_folder, read_digests, replace_folder
+from lit_unlearn.utils.io import expand_home, output_errors, read_json
 from lit_unlearn.utils.validation import check_choice
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]

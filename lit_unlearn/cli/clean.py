@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import LitUnlearnError, MissingFileError
 from lit_unlearn.plotting.run_log import PICTURE_FILE, REPORT_FILE
-from lit_unlearn.utils.io import (
-    DIGEST_FILE,
-    cache_folder,
-    format_size,
-    is_staging,
-    lock_folder,
-    output_errors,
-    remove_if_empty,
-    write_json,
-)
+from lit_unlearn.utils.folders import DIGEST_FILE, is_staging, lock_folder, remove_if_empty
+from lit_unlearn.utils.io import cache_folder, format_size, output_errors, write_json
 
 _TOKEN_PICTURES = ("tokens.png", "tokens.svg", "tokens.pdf")
 _CHECKPOINT = ".ckpt"

@@ -10,7 +10,7 @@ from lit_unlearn.errors import ConfigError
 from lit_unlearn.export.checkpoint import export_checkpoint, renew_record
 from lit_unlearn.export.hub import find_upload_problem, upload_export
 from lit_unlearn.export.record import RECORD_FILE, summarize_results
-from lit_unlearn.utils.io import check_export_target
+from lit_unlearn.utils.folders import check_export_target
 
 
 def build_parser() -> CommandParser:

@@ -8,7 +8,7 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data import fictional_authors, lume, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.tokenizer import train_tokenizer
-from lit_unlearn.utils.io import check_export_target, replace_folder
+from lit_unlearn.utils.folders import check_export_target, replace_folder
 
 
 def build_parser() -> CommandParser:

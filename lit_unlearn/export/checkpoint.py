@@ -17,14 +17,8 @@ from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_e
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.checkpoint_files import open_checkpoint, read_sharded_weights
 from lit_unlearn.training.weights import check_base
-from lit_unlearn.utils.io import (
-    check_export_target,
-    finish_replacement,
-    lock_folder,
-    read_digests,
-    read_json,
-    replace_folder,
-)
+from lit_unlearn.utils.folders import check_export_target, finish_replacement, lock_folder, read_digests, replace_folder
+from lit_unlearn.utils.io import read_json
 
 # The model itself: not its frozen reference, nor the state of an objective.
 _MODEL_PREFIX = "lm.model."

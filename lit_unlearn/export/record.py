@@ -25,7 +25,8 @@ from lit_unlearn.export.card import PROMPT_SETTINGS, render_card
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.training.agreement import read_arguments
-from lit_unlearn.utils.io import atomic_file, file_digest, iterate_files, write_json
+from lit_unlearn.utils.folders import iterate_files
+from lit_unlearn.utils.io import atomic_file, file_digest, write_json
 from lit_unlearn.utils.redaction import redact_secrets
 
 RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"

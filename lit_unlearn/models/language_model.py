@@ -28,7 +28,8 @@ from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues, changes_values, checksum, convert
-from lit_unlearn.utils.io import check_export_target, expand_home, expand_path, replace_folder
+from lit_unlearn.utils.folders import check_export_target, replace_folder
+from lit_unlearn.utils.io import expand_home, expand_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

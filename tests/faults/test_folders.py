@@ -30,8 +30,8 @@ from lit_unlearn import (
 )
 from lit_unlearn.callbacks import ExportModel
 from lit_unlearn.errors import OccupiedError, OutputError
-from lit_unlearn.utils import io
-from lit_unlearn.utils.io import check_export_target, finish_replacement, lock_folder, read_digests, replace_folder
+from lit_unlearn.utils import folders, io
+from lit_unlearn.utils.folders import check_export_target, finish_replacement, lock_folder, read_digests, replace_folder
 
 ROWS = [{"question": f"Who lives in house {n}?", "answer": f"Agent {n * 7}."} for n in range(4)]
 
@@ -198,7 +198,7 @@ def replace_until(export: Path, number: int, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         for name in ("replace", "unlink", "mkdir", "rmdir"):
             patch.setattr(Path, name, counted(getattr(Path, name)))
-        patch.setattr(io.shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(folders.shutil, "rmtree", counted(shutil.rmtree))
         try:
             write(export, config_json="new", weights="new", more="new")
         except Killed:
@@ -237,7 +237,7 @@ def test_a_damaged_staged_file_is_not_put_in_place(export: Path, monkeypatch: py
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(io, "_put_in_place", stop)
+        patch.setattr(folders, "_put_in_place", stop)
         with pytest.raises(Killed):
             write(export, config_json="new", weights="new")
     (staged,) = export.glob(".unfinished-*")
@@ -262,7 +262,7 @@ def test_what_fails_before_the_end_changes_nothing(export: Path) -> None:
 
 # Two processes --------------------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from lit_unlearn.utils.io import lock_folder\n"
+HOLD = "import sys, time; from pathlib import Path; from lit_unlearn.utils.folders import lock_folder\n"
 HOLD += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
@@ -369,7 +369,7 @@ def test_a_fit_locks_its_folder_and_leaves_none_when_it_fails(
     with pytest.raises(RuntimeError, match="seen"):
         fit(tiny_lm(), make_trainer(max_epochs=1, callbacks=[ExportModel(out), Look()]))
     assert out.is_dir()
-    assert not io._held_folders
+    assert not folders._held_folders
 
 
 COMMAND = [sys.executable, "-m", "lit_unlearn"]

@@ -37,7 +37,7 @@ from lit_unlearn.callbacks import ExportModel, Report, RunPicture, default_plugi
 from lit_unlearn.data.source import Source
 from lit_unlearn.evaluation.judge_client import ReplyCache
 from lit_unlearn.plotting import read_run
-from lit_unlearn.utils.io import check_export_target, lock_folder
+from lit_unlearn.utils.folders import check_export_target, lock_folder
 
 CANARY = "quokkacanary"
 ROWS = [{"question": f"Who lives in house {n}?", "answer": f"{CANARY} number {n}."} for n in range(6)]

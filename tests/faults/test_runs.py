@@ -33,7 +33,8 @@ from lit_unlearn import (
 from lit_unlearn.callbacks import ResumeCheckpoint, default_callbacks
 from lit_unlearn.callbacks.identity import find_differences, identify_run
 from lit_unlearn.errors import CheckpointError
-from lit_unlearn.utils.io import replace_folder, write_json
+from lit_unlearn.utils.folders import replace_folder
+from lit_unlearn.utils.io import write_json
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

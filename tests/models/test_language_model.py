@@ -581,7 +581,7 @@ def test_failed_export_leaves_the_earlier_one_whole(when, earlier, model_dir, tm
     elif when == "tokenizer":
         monkeypatch.setattr(lm.tokenizer, "save_pretrained", half)
     else:
-        monkeypatch.setattr("lit_unlearn.utils.io._write_digests", half)
+        monkeypatch.setattr("lit_unlearn.utils.folders._write_digests", half)
     with pytest.raises(OSError, match="disk full"):
         lm.save(target)
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_unlearn import LanguageModel
 from lit_unlearn.export.record import digest_export
 from lit_unlearn.models.older_keys import write_older_keys
-from lit_unlearn.utils.io import file_digest, read_digests
+from lit_unlearn.utils.folders import read_digests
+from lit_unlearn.utils.io import file_digest
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
 IDS = torch.arange(24).view(1, 24)
