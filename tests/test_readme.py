@@ -23,6 +23,7 @@ from lit_unlearn import cli
 PAGES = (
     "README.md",
     "docs/choosing_a_method.md",
+    "docs/data.md",
     "docs/evaluation.md",
     "docs/methods.md",
     "docs/outputs.md",
@@ -66,6 +67,7 @@ def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
     (example,), (overlay,) = blocks("docs/methods.md", "python"), blocks("docs/methods.md", "yaml")
     Path("my_methods.py").write_text(example, encoding="utf-8")
     Path("my_method.yaml").write_text(overlay, encoding="utf-8")
+    shutil.copytree(ROOT / "examples/data", "examples/data")
     Path("tofu").mkdir()
     for name, rows in TOFU.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What makes a run the same run, so that a start of it resumes its own checkpoint and no other."""
+"""The identity of a run, so that a start of it resumes its own checkpoint and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many of a model's 16-bit weights an optimizer step moves, and how many it leaves where they are, by rounding."""
+"""Count the 16-bit weights that an optimizer step moves, and those that it leaves where they are, by rounding."""
 
 from __future__ import annotations
 

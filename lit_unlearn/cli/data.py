@@ -77,8 +77,8 @@ def run(arguments: list[str]) -> None:
         print(f"{file}: {len(table)} rows, format {reader.recognize(table.column_names)}, columns {table.column_names}")
         for line in _describe_rows(sets[file], tokenizer, settings, Path(file).name):
             print(f"  {line}")
-    for one, other in combinations(sets, 2):
-        print(_describe_overlap(one, other, sets))
+    for first, second in combinations(sets, 2):
+        print(_describe_overlap(first, second, sets))
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -136,12 +136,12 @@ def _describe_lengths(what: str, lengths: Sequence[int]) -> str:
     return f"{what}: {sum(lengths)} in all; {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}"
 
 
-def _describe_overlap(one: str, other: str, sets: dict[str, list[Row]]) -> str:
-    texts = {name: [row.texts for row in sets[name]] for name in (one, other)}
-    duplicates = find_duplicates(texts[one], texts[other])
+def _describe_overlap(first: str, second: str, sets: dict[str, list[Row]]) -> str:
+    texts = {name: [row.texts for row in sets[name]] for name in (first, second)}
+    duplicates = find_duplicates(texts[first], texts[second])
     if not duplicates.forget:
-        return f"{one} and {other} share no row"
+        return f"{first} and {second} share no row"
     return (
-        f"{one} and {other} share rows, up to white space and case: {len(duplicates.forget)} of {one} "
-        f"({list_rows(duplicates.forget)}), {len(duplicates.other)} of {other} ({list_rows(duplicates.other)})"
+        f"{first} and {second} share rows, up to white space and case: {len(duplicates.forget)} of {first} "
+        f"({list_rows(duplicates.forget)}), {len(duplicates.other)} of {second} ({list_rows(duplicates.other)})"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import lightning as L
@@ -265,7 +266,7 @@ class ForgetRetain(L.LightningDataModule):
         # Masks are made from lengths, so the end token may pad.
         for name, of_set in rows.items():
             self.examples[name] = self._encode(of_set, tokenizer, name, spans if name == "forget" else None)
-        if any(isinstance(row, Conversation) for of_set in rows.values() for row in of_set):
+        if any(isinstance(row, Conversation) for row in chain.from_iterable(rows.values())):
             self.prompt = describe_prompt(tokenizer, self.template, self.chat)
         if needs_alternates:
             alternates = self._alternate_rows(tables["forget"], rows["forget"])

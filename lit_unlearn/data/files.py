@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,7 +306,7 @@ def build_table(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     from datasets.table import InMemoryTable
 
     # All columns of all rows, in the order in which they come; `Dataset.from_list` takes those of the first row.
-    columns = dict.fromkeys(column for row in rows for column in row)
+    columns = dict.fromkeys(chain.from_iterable(rows))
     arrays = {}
     for column in columns:
         values = [row.get(column) for row in rows]

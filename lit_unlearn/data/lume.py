@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, ClassVar, Literal, get_args
 
 from lit_unlearn.data.base import ForgetRetain
@@ -103,7 +104,7 @@ def lume_source(
     folder = find_local_folder(source, "LUME")
     if folder is None:
         return Source(source, split=f"{name}_{fold}", **settings)
-    names = [f"{stem}{ending}" for stem in (f"{name}_{fold}", name) for ending in _FILE_ENDINGS]
+    names = [stem + ending for stem, ending in product((f"{name}_{fold}", name), _FILE_ENDINGS)]
     file = find_file((folder, folder / "data"), names)
     if file is None:
         message = f"neither the folder '{source}' nor 'data' in it has the set '{name}', as a file {', '.join(names)}"

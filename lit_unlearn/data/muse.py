@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -118,7 +119,7 @@ class MUSE(ForgetRetain):
     def _encode(
         self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
     ) -> list[Example]:
-        texts = [text for row in rows for text in row.texts]
+        texts = list(chain.from_iterable(row.texts for row in rows))
         settings: Any = {"max_length": self.max_length, "allow_special_tokens": self.allow_special_tokens}
         examples = encode_chunks(texts, tokenizer, name=name, **settings)
         return [example._replace(id=f"{name}/{i}") for i, example in enumerate(examples)]

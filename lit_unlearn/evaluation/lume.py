@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -234,7 +235,7 @@ class LUMEBenchmark(Benchmark):
             for task in self.tasks:
                 values |= _compute_means(f"{name}/{task}", [row for row in examples[name] if row["task"] == task])
 
-        parts = {f"{name}/{task}/{key}" for name in SETS for task in TASKS for key in SCORED}
+        parts = {"/".join(names) for names in product(SETS, TASKS, SCORED)}
         if lacking := sorted(parts - values.keys()):
             missing["task_aggregate"] = f"{', '.join(lacking)} could not be measured"
         else:

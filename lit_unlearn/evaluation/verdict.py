@@ -1,4 +1,4 @@
-"""What the values of a run mean, derived where it is shown: a value and the present threshold are all that is stored.
+"""The meaning of a run's values, derived where it is shown: a value and the present threshold are all that is stored.
 
 A slack or a verdict that was stored would be wrong as soon as a resumed run has another epsilon.
 """

@@ -1,4 +1,4 @@
-"""What of a record is published: `push_to_hub` uploads it, and whoever gets the model reads it.
+"""The part of a record that is published: `push_to_hub` uploads it, and whoever gets the model reads it.
 
 A list of what may be shown, not of what must be hidden: the next logger or callback would be forgotten in such a list.
 """

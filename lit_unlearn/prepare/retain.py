@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def find_neighbours(texts: Sequence[str], others: Sequence[str], count: int) -> 
         [1]
     """
     documents = [Counter(split_words(text)) for text in (*texts, *others)]
-    containing = Counter(word for document in documents for word in document)
+    containing = Counter(chain.from_iterable(documents))
     vectors = []
     for document in documents:
         vector = {word: n * math.log(1 + len(documents) / containing[word]) for word, n in document.items()}

@@ -1,4 +1,4 @@
-"""Whether the processes of a run have the same rows and the same configuration."""
+"""Check that the processes of a run have the same rows and the same configuration."""
 
 from __future__ import annotations
 
@@ -40,18 +40,20 @@ def check_processes_agree(facts: Facts) -> None:
     Raises:
         DataError: With what differs, and on which ranks. It shows no row.
     """
-    of_ranks = gather_objects(facts)
-    if all(other == of_ranks[0] for other in of_ranks):
-        return
+    facts_by_rank = gather_objects(facts)
+    names: dict[str, None] = {}
+    for facts_there in facts_by_rank:
+        names |= dict.fromkeys(facts_there)
     differences = []
-    names = dict.fromkeys(name for other in of_ranks for name in other)
     for name in names:
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, other in enumerate(of_ranks):
-            ranks_by_value.setdefault(other.get(name, "none"), []).append(rank)
+        for rank, facts_there in enumerate(facts_by_rank):
+            ranks_by_value.setdefault(facts_there.get(name, "none"), []).append(rank)
         if len(ranks_by_value) > 1:
             values = [f"{value} on {_format_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
             differences.append(f"{name}: {', '.join(values)}")
+    if not differences:
+        return
     raise DataError(
         "\n- ".join(
             [

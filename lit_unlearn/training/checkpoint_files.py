@@ -11,6 +11,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ _ALLOWED = {
     ("torch", "Size"),
     ("collections", "OrderedDict"),
     # The name of the module depends on Python's version.
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    *product(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
 }
 
 

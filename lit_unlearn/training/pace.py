@@ -1,4 +1,4 @@
-"""How far a long pass over many batches is: a line now and then."""
+"""Progress of a long pass over many batches: a line now and then."""
 
 from __future__ import annotations
 
