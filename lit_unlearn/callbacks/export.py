@@ -23,7 +23,15 @@ from lit_unlearn.callbacks.run_state import (
 )
 from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
-from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, describe_run, summarize_results, write_record
+from lit_unlearn.export.record import (
+    RECORD_FILE,
+    Record,
+    add_outcome,
+    describe_run,
+    find_chat_template,
+    summarize_results,
+    write_record,
+)
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
@@ -273,7 +281,8 @@ class ExportModel(Callback):
             record = self._add_outcome(kept, trainer, module)
             record["benchmarks"] = _read_benchmarks(run_folder, kept.step, module)
             dtype = module.evaluator.export_dtype
-            module.lm.save(str(self._folder), state, partial(write_record, record=record), dtype)
+            finish = partial(write_record, record=record)
+            module.lm.save(str(self._folder), state, finish, dtype, find_chat_template(record))
         trainer.strategy.barrier("export")
         self._exported = kept
 

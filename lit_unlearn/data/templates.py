@@ -471,16 +471,24 @@ def describe_prompt(tokenizer: PreTrainedTokenizerBase, template: str | None, ch
         chat: Settings of the chat template.
 
     Returns:
-        ``text``, one turn with ``{question}`` and ``{answer}`` in their places; ``system`` and ``args`` of the settings; and
-        ``dates``, what a template that asks for today's date is told, by format.
+        ``text``, one turn with ``{question}`` and ``{answer}`` in their places; ``system`` and ``args`` of the settings;
+        ``chat_template``, the text of the template in the settings; and ``dates``, what a template that asks for today's date is
+        told, by format.
     """
     if template is not None or (tokenizer.chat_template is None and chat is None):
-        return {"text": template or PLAIN_TEMPLATE, "system": None, "args": {}, "dates": {}}
+        text = template or PLAIN_TEMPLATE
+        return {"text": text, "system": None, "args": {}, "chat_template": None, "dates": {}}
     chat = chat or Chat()
     chat_template = _ChatTemplate(tokenizer, chat)
     turn = [Message("user", "{question}"), Message("assistant", "{answer}")]
     text = chat_template.render(chat_template.add_system(turn))
-    return {"text": text, "system": chat.system, "args": chat.args, "dates": chat_template.dates}
+    return {
+        "text": text,
+        "system": chat.system,
+        "args": chat.args,
+        "chat_template": chat.template_text,
+        "dates": chat_template.dates,
+    }
 
 
 def find_prompt_difference(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:

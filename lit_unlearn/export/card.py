@@ -368,6 +368,9 @@ def _list_prompt_options(data: Record) -> list[str]:
     options = []
     for name in ("template", *PROMPT_SETTINGS):
         value = data.get(name)
+        if name == "chat" and value is not None:
+            # The exported tokenizer has it.
+            value = {**value, "template": None}
         if value is not None:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             options.append(shlex.quote(f"--{name}={text}"))

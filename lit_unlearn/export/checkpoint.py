@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.errors import CheckpointError, ModelError
-from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, write_record
+from lit_unlearn.export.record import RECORD_FILE, Record, add_outcome, digest_export, find_chat_template, write_record
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.checkpoint_files import open_checkpoint, read_sharded_weights
 from lit_unlearn.training.weights import check_base
@@ -83,7 +83,8 @@ def export_checkpoint(
     steps = {"step": step, "kept_step": kept_step, "steps": step}
     record = add_outcome(record, after, checkpoint.get("constraints", {}), **steps)
     torch_dtype = None if dtype is None else getattr(torch, dtype)
-    lm.save(target, finish=partial(write_record, record=record), dtype=torch_dtype)
+    finish = partial(write_record, record=record)
+    lm.save(target, finish=finish, dtype=torch_dtype, chat_template=find_chat_template(record))
     return record
 
 

@@ -156,7 +156,7 @@ def _hide_folders(value: Any) -> Any:
         # A template, and a prompt, is a text of the user's, whatever it begins with; one without a brace is a file.
         hidden = {}
         for key, entry in value.items():
-            is_text = key in ("template", "text") and isinstance(entry, str) and "{" in entry
+            is_text = key in ("template", "chat_template", "text") and isinstance(entry, str) and "{" in entry
             hidden[key] = entry if is_text else _hide_folders(entry)
         return hidden
     if isinstance(value, list | tuple):

@@ -197,6 +197,14 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
     }
 
 
+def find_chat_template(record: Record) -> str | None:
+    """Return the chat template that a run was given in the place of the tokenizer's; ``None`` if it was given none."""
+    data = record.get("data") or {}
+    prompt = data.get("prompt") or {}
+    template: str | None = prompt.get("chat_template")
+    return template
+
+
 def _describe_choice(data: ForgetRetain) -> dict[str, Any]:
     """Return what a benchmark must be told to read the same rows in the same prompts."""
     choice: dict[str, Any] = {}

@@ -484,6 +484,7 @@ class LanguageModel(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         finish: Callable[[Path], None] | None = None,
         dtype: torch.dtype | None = None,
+        chat_template: str | None = None,
     ) -> Path:
         """Write a Hugging Face model directory (safetensors and tokenizer), and list its files in ``files.sha256``.
 
@@ -496,6 +497,8 @@ class LanguageModel(nn.Module):
             state_dict: The gathered state of `model`, for strategies that shard it; ``None`` to read the model.
             finish: Adds further files; called with the folder before it takes the target's place.
             dtype: Of the weights; ``None`` for that of the base model's files, or of a model that has none as it is.
+            chat_template: Goes into the tokenizer in the place of its own: whoever loads the folder is to ask in the prompt of
+                training. ``None`` leaves the tokenizer as it is.
 
         Returns:
             The target as a path.
@@ -510,7 +513,9 @@ class LanguageModel(nn.Module):
         with replace_folder(target, inputs) as folder, loading.writing_weights(target), loading.hide_progress_bars():
             self._save_weights(folder, state_dict, dtype or self.files_dtype)
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
+                tokenizer = copy.copy(self.tokenizer)
+                tokenizer.chat_template = chat_template or tokenizer.chat_template
+                tokenizer.save_pretrained(folder)
             # Before `finish`, which takes the digests of the files.
             write_older_keys(folder)
             if finish is not None:

@@ -56,6 +56,7 @@ def test_a_prompt_is_one_turn_without_any_row() -> None:
         "{answer}<|im_end|>\n",
         "system": "Be brief.",
         "args": {"x": 1},
+        "chat_template": None,
         "dates": {},
     }
     prompt = describe_prompt(TOKENIZERS["llama3"], None, None)

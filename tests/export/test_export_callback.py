@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from lit_unlearn import (
@@ -32,7 +33,9 @@ from lit_unlearn import (
     Relative,
 )
 from lit_unlearn.callbacks import ExportModel, ResumeCheckpoint, RunReport
+from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import OutputError
+from lit_unlearn.export.checkpoint import export_checkpoint
 
 
 def make(model: str, lr: float = 0.01, adapter: dict[str, Any] | None = None, **settings: Any) -> LitUnlearn:
@@ -94,6 +97,33 @@ def test_a_record_holds_what_an_auditor_can_compute_again(
     assert record["training"]["settings"]["lr"] == 0.01
     assert record["config"] is None
     assert not any("forget is" in text or "is retain" in text for text in (card, json.dumps(record)))  # no row is told
+
+
+CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+
+
+def test_an_export_has_the_chat_template_of_its_run(
+    model_dir: str, rows_dir: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """Whoever loads it then asks in the prompt of training, also where the tokenizer had another template, or none."""
+    (tmp_path / "chat.jinja").write_text(CHATML, encoding="utf-8")
+    data = rows(rows_dir, chat=Chat(system="Hi.", template=str(tmp_path / "chat.jinja")))
+    trainer = make_trainer(max_epochs=1, callbacks=[ExportModel(str(tmp_path / "out"))])
+    module = make(model_dir)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    # The file may be gone by the time that a checkpoint is exported.
+    (tmp_path / "chat.jinja").unlink()
+    export_checkpoint(tmp_path / "run.ckpt", tmp_path / "later", base_model=model_dir)
+    for folder in (tmp_path / "out", tmp_path / "later"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
+        again = rows(rows_dir, tokenizer=str(folder), chat=Chat(system="Hi."))
+        again.setup("fit")
+        assert [row.input_ids for row in again.examples["forget"]] == [row.input_ids for row in data.examples["forget"]]
+        (command,) = re.findall(r"lit-unlearn evaluate DIR --suite=qa.*", read(folder)[1])
+        assert '"template": null' in command
+    assert module.lm.tokenizer is not None
+    assert module.lm.tokenizer.chat_template is None
 
 
 def test_the_record_of_a_model_that_is_kept_knows_how_long_the_run_went_on(
