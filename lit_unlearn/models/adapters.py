@@ -325,7 +325,9 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
             )
 
 
-def _check_tied_embeddings(model: PreTrainedModel | PeftModel, owner: object = None, argument: str | None = None) -> None:
+def _check_tied_embeddings(
+    model: PreTrainedModel | PeftModel, owner: object = None, argument: str | None = None
+) -> None:
     inner = inner_model(model)
     tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
     if tied and _is_adapted_layer(inner.get_input_embeddings()):
