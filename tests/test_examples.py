@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -143,6 +145,27 @@ def test_each_point_of_a_sweep_starts_from_the_same_model(run: Run, tmp_path: Pa
     }  # no dual step yet, and no trace of the first run
     assert (tmp_path / "out/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out/sweep.svg").read_text("utf-8")
+
+
+def test_one_command_takes_a_customer_out_of_a_chat_file(run: Run, target: Path, tmp_path: Path) -> None:
+    # The test's model hardly learns the rows in two epochs, so the verdict needs a lower threshold than 0.2.
+    settings = ["--report.max_forget_probability=0.1", "--model.optimizer.init_args.lr=1e-2"]
+    printed = run("one_customer.py", "--finetune_epochs=2", "--epochs=5", *settings)
+    forget, retain = [line.split() for line in printed.splitlines()[-3:-1]]
+    assert forget[:6] == ["forget", "where", "customer", "10", "of", "200"]
+    assert retain[:6] == ["retain", "where_not", "customer", "190", "of", "200"]
+    before, after = map(float, forget[6:])
+    assert after < 0.1 < before
+    nll, epsilon = [float(number) for number in re.findall(r"(?:NLL|epsilon) ([\d.]+)", printed.splitlines()[-1])]
+    assert nll <= epsilon
+    assert "--data.forget.where='{customer: c-17}'" in printed
+
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text("utf-8").splitlines()]
+    assert Counter(row["customer"] for row in rows) == {f"c-{number}": 10 for number in range(20)}
+    assert Counter(len(row["messages"]) for row in rows) == {3: 100, 5: 100}
+    record = (tmp_path / "out/unlearned/unlearning.json").read_text("utf-8")
+    assert "c-17" not in record  # the values of a rule stay out of what may be published
+    assert not torch.equal(weights(tmp_path / "out/target"), weights(tmp_path / "out/unlearned"))
 
 
 def test_the_page_has_every_example() -> None:
