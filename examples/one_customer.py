@@ -125,15 +125,13 @@ def main() -> None:
         scheduler=Schedule("linear", warmup_epochs=1),
         gradient_clip_val=1.0,
     )
-    command = [*COMMAND, f"--trainer.max_epochs={options.epochs}", *map(shlex.quote, settings)]
-    chat = None
-    if module.lm.tokenizer.chat_template is None:
-        (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-        chat = Chat(template=str(out / "chat_template.jinja"))
-        command.append("--data.chat.template=chat_template.jinja")
+    template = CHAT_TEMPLATE if module.lm.tokenizer.chat_template is None else None
+    chat = None if template is None else Chat(template=template)
     finetune(module, out / "train.jsonl", chat, options.finetune_epochs)
-    module.lm.save(out / "target")
+    # With the template in its tokenizer, so that the command needs no setting for it.
+    module.lm.save(out / "target", chat_template=template)
 
+    command = [*COMMAND, f"--trainer.max_epochs={options.epochs}", *map(shlex.quote, settings)]
     print(f"\ncd {shlex.quote(str(out))}", " \\\n  ".join(command), "", sep="\n", flush=True)
     arguments = shlex.split(" ".join(command))[1:]
     # `python -m lit_unlearn` is `lit-unlearn` of this interpreter, also where the program is not on the path.
