@@ -115,6 +115,22 @@ def test_results_state_their_prompt_and_refuse_another(
     assert "CANARY" not in str(caught.value)
 
 
+def test_results_with_hidden_padding_ids_are_no_match_for_others(
+    tokenizer_dir: str, write_rows: Callable[..., str]
+) -> None:
+    """The tokens are the same, but not what they see: neither retain results nor half an evaluation may be taken over."""
+    files = [write_rows("f.jsonl", FORGET), write_rows("r.jsonl", RETAIN)]
+    lm = loaded(taught(tokenizer_dir, 0))
+    settings = {"max_new_tokens": 2}
+    hidden = QABenchmark(*files, mask_padding_ids=True, **settings).run(lm)
+    seen = QABenchmark(*files, **settings).run(lm)
+    assert hidden.data["forget"]["tokens"] != seen.data["forget"]["tokens"]
+    for results, hides in ((hidden, False), (seen, True)):
+        with pytest.raises(DataError, match=rf"`mask_padding_ids` differs, {not hides} then and {hides} now"):
+            QABenchmark(*files, retain_results=results, mask_padding_ids=hides, **settings).prepare(lm.tokenizer)
+        QABenchmark(*files, retain_results=results, mask_padding_ids=not hides, **settings).prepare(lm.tokenizer)
+
+
 def test_a_benchmark_of_conversations_asks_for_the_last_turn(
     write_rows: Callable[..., str], tokenizer_dir: str
 ) -> None:
