@@ -139,6 +139,32 @@ def test_entries_of_objects_and_texts_of_conversations() -> None:
         Source.from_rows(rows, where_not={"meta.client": "c-2"}).load("forget")
 
 
+def test_roles_are_no_text_of_a_conversation() -> None:
+    """Else `contains` for "user" would choose every row, and every row would be forgotten."""
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(["A user asks.", "Who?"]):
+        parts = [{"type": "text", "text": text}]
+        messages = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+        ]
+        old = [{"from": "human", "value": text}, {"from": "gpt", "value": "Yes."}]
+        rows.append({"messages": messages, "conversations": old, "question": f"{number}?"})
+    for column in ("messages", "conversations"):
+        assert numbers(Source.from_rows(rows, contains={column: "user"})) == [0]
+        for label in ("assistant", "human", "text"):
+            with pytest.raises(DataError, match="the forget set is empty"):
+                Source.from_rows(rows, contains={column: label}).load("forget")
+        with pytest.raises(DataError, match=rf"row 0 of the forget set has a list of objects in '{column}'"):
+            Source.from_rows(rows, where={column: "user"}).load("forget")
+
+
+def test_a_value_that_is_given_twice_is_no_value_without_a_row(recwarn: pytest.WarningsRecorder) -> None:
+    rows = [{"customer": number, "question": f"{number}?"} for number in range(3)]
+    assert numbers(Source.from_rows(rows, where={"customer": [1, "1", 1.0, 2]})) == [1, 2]
+    assert not recwarn.list
+
+
 def test_rules_come_before_the_limit(write_rows: Callable[..., str]) -> None:
     source = Source(write_rows("rows.jsonl", ROWS), max_rows=2, where={"customer": "c-2"})
     assert numbers(source) == [2, 6]
