@@ -319,7 +319,7 @@ def test_padding_ids_are_hidden_as_in_published_code(tokenizer_dir: str) -> None
 
 def test_training_hides_them_too(tokenizer_dir: str) -> None:
     from lit_unlearn import NLL
-    from lit_unlearn.training.forward_plan import Term, build_forward_plan
+    from lit_unlearn.training.forward_plan import Term, as_examples, build_forward_plan
 
     lm = loaded(taught(tokenizer_dir, 0))
     examples = [
@@ -332,11 +332,15 @@ def test_training_hides_them_too(tokenizer_dir: str) -> None:
     ]
     objective = NLL()
     values = []
-    for batch in (hidden, examples):
+    # A collated batch, as a loop of the user's has it, is the same: the tokens that its mask hides are no padding.
+    for batch in (hidden, examples, collate(hidden, lm.tokenizer.eos_token_id)):  # type: ignore[union-attr]
         plan = build_forward_plan({"forget": batch}, [Term("f", "forget", objective, 1.0)], lm.packs, None, "joint")
         values.append(torch.cat([value for p in plan for value in p.run(lm, [objective])]).mean().item())
     assert values[0] == pytest.approx(lm.loss(objective, hidden).item(), rel=1e-5)
     assert values[0] != pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[2], rel=1e-5)
+    assert [row[:2] for row in as_examples(collate(hidden, 0))] == [row[:2] for row in hidden]
+    assert [row.attention_mask for row in as_examples(collate(hidden, 0))] == [row.attention_mask for row in hidden]
 
 
 # The prompts of published targets -------------------------------------------------------------------------------------
