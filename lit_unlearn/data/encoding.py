@@ -431,7 +431,7 @@ def encode_document(
 
 def _adds_start(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer begins texts with the start token."""
-    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return bool(tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _cut_into_chunks(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.files import describe_kind
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 Value = None | str | int | float | bool
 Rule = Mapping[str, Value | list[Value]]
 """A value, or a list of values of which any will do, by column."""
+
+# Whatever YAML may take for a number: 017, 0x1f, 1_000, 12:30, 1e3, 1.50.
+_NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_.:+-]*")
 
 RULES = ("where", "where_not", "contains", "contains_not")
 """Names of a `Source`'s rules, in the order in which they apply."""
@@ -48,6 +54,16 @@ class _Condition:
             number = self._numbers.get(_cell_text(value), position)
             for text in _value_texts(value):
                 self._numbers.setdefault(text, number)
+        self._amounts = {
+            value for value in self.values if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+
+    def is_ambiguous(self, cell: Any) -> bool:
+        """Return whether a text of a cell is no value of the rule, but was one before YAML made a number of it."""
+        if not self._amounts or not isinstance(cell, str | list | tuple):
+            return False
+        texts = set(_iterate_texts(cell)) - self._numbers.keys()
+        return any(_read_amount(text) in self._amounts for text in texts)
 
     @property
     def numbers(self) -> set[int]:
@@ -165,7 +181,15 @@ def _read_cells(rows: Dataset, condition: _Condition, name: str, argument: str) 
         )
     if condition.compares_whole_texts:
         for number, cell in enumerate(cells):
-            _check_comparable(cell, condition, f"row {number} of the {name} set", argument)
+            place = f"row {number} of the {name} set"
+            _check_comparable(cell, condition, place, argument)
+            if condition.is_ambiguous(cell):
+                raise DataError(
+                    f"{place} has a text in '{condition.column}' that YAML reads as a number, and `{condition.rule}` has the same "
+                    "number there, written in another way, so it may mean either of two rows, as 017 and 15 are one number in YAML: "
+                    "give the text that stands in the file, in quotes.",
+                    argument=argument,
+                )
     return cells
 
 
@@ -231,6 +255,17 @@ def _cell_text(cell: Any) -> str:
 def _value_texts(value: Value) -> set[str]:
     """Return the texts that equal a value, whose type YAML may have changed: a table may have True or true."""
     return {_cell_text(value), str(value)}
+
+
+def _read_amount(text: str) -> float | None:
+    """Return the number that YAML makes of a text without quotes; ``None`` if it makes none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    with suppress(ValueError, yaml.YAMLError):
+        value = yaml.safe_load(text)
+        # The command line's YAML reads 1e3 as a number, too.
+        return value if isinstance(value, int | float) else float(text)
+    return None
 
 
 def _iterate_texts(cell: Any) -> Iterator[str]:
