@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Rows, to_source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
-from lit_unlearn.errors import OccupiedError
+from lit_unlearn.errors import ConfigError, DataError, OccupiedError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.prepare import Ask, Prepared, ask_with, make_alternates, make_paraphrases, make_retain, make_unseen
 from lit_unlearn.prepare.rows import Row
@@ -76,6 +76,9 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     given = parser.instantiate(options)
     check_chat(given.chat, check_template(options.template))
+    if options.output.suffix not in (".jsonl", ".ndjson"):
+        message = f"--output is '{options.output}', but JSON lines are written: give a name that ends in .jsonl."
+        raise ConfigError(message)
     # Somebody may have edited it.
     if options.output.exists():
         raise OccupiedError(f"'{options.output}' is there already, and may have been edited: give another --output.")
@@ -86,9 +89,16 @@ def run(arguments: list[str]) -> None:
     lm.load(getattr(torch, options.dtype))
     ask = ask_with(lm, options.max_new_tokens, options.template, given.chat)
     prepared = _prepare(options, ask, forget, training)
+    # An empty file would be in the way of the next try, and no set.
+    if not prepared.rows:
+        reasons = [f"{number} × {reason}" for reason, number in sorted(prepared.counts.items())]
+        raise DataError(
+            f"there are no {options.kind} to write: {', '.join(reasons)}. Give another model or other rows."
+        )
     with atomic_file(options.output) as file, file.open("w", encoding="utf-8") as lines:
         for row in prepared.rows:
-            lines.write(f"{json.dumps(row, ensure_ascii=False)}\n")
+            # A Parquet file may have dates, which JSON has not.
+            lines.write(f"{json.dumps(row, ensure_ascii=False, default=str)}\n")
     print(f"{options.kind}: {len(prepared.rows)} rows, {options.output}")
     for reason, number in sorted(prepared.counts.items()):
         print(f"{number:>5} × {reason}")

@@ -10,15 +10,15 @@ from torch import Tensor
 from lit_unlearn.data.encoding import Example
 from lit_unlearn.models.packing import pack_or_pad, pad
 
-# A token's entry in the attention mask, while sequences have no padding yet.
-_VISIBLE = "visible"
+VISIBLE = "visible"
+"""Key of the tokens' entries in the attention mask, while sequences have no padding yet."""
 
 
 def to_sequence(example: Example, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return an example's tensors, shape ``(T,)``: ``input_ids``, ``labels`` and, if it hides tokens, which are visible."""
     lists = {"input_ids": example.input_ids, "labels": example.labels}
     if example.attention_mask is not None:
-        lists[_VISIBLE] = example.attention_mask
+        lists[VISIBLE] = example.attention_mask
     return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
@@ -31,12 +31,12 @@ def pack_visible(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict
         sequences: From `to_sequence`, perhaps with more keys.
         packs: Whether the model separates packed sequences.
     """
-    if not any(_VISIBLE in sequence for sequence in sequences):
+    if not any(VISIBLE in sequence for sequence in sequences):
         return pack_or_pad(sequences, packs)
     rows = []
     for sequence in sequences:
-        rows.append({_VISIBLE: torch.ones_like(sequence["input_ids"]), **sequence})
+        rows.append({VISIBLE: torch.ones_like(sequence["input_ids"]), **sequence})
     batch = pad(rows)
     # Padded with zeros, as the mask is where there is no token.
-    batch["attention_mask"] = batch.pop(_VISIBLE)
+    batch["attention_mask"] = batch.pop(VISIBLE)
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,4 +55,5 @@ def list_rows(numbers: Sequence[int]) -> str:
 
 
 def _normalize(texts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(" ".join(text.split()).casefold() for text in texts)
+    # Letters with accents are one character or two, as the program that wrote the file had it.
+    return tuple(unicodedata.normalize("NFC", " ".join(text.split()).casefold()) for text in texts)

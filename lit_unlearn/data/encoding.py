@@ -394,8 +394,9 @@ def encode_document(
 ) -> list[Example]:
     """Tokenise raw text and cut it into examples, with every token of the text supervised once.
 
-    Every example begins with the start token, if the tokenizer begins texts with one; that token is not supervised. The
-    context, and tokens that an example repeats from the one before, are only read.
+    Every example begins with the start token, if the tokenizer begins texts with one; that token is not supervised. If it
+    does not, nothing predicts the first token of the text, and every other example begins with the last token of the one
+    before. The context, and tokens that an example repeats from the one before, are only read.
 
     Args:
         document: The text and its context; no template is used.
@@ -405,7 +406,13 @@ def encode_document(
 
     Returns:
         The examples, without those that have no supervised token.
+
+    Raises:
+        ConfigError: If ``max_length`` has no room for a token and the one before it.
     """
+    if settings.max_length < 2:
+        message = f"`max_length` must be at least 2 for raw text, not {settings.max_length}: each token is predicted from another."
+        raise ConfigError(message, argument="max_length")
     row_text = RowText(tokenizer, settings.allow_special_tokens)
     context, text = row_text.protect(document.context), row_text.protect(document.text)
     encoded = row_text.encode(context, text, add_special_tokens=False)
@@ -414,8 +421,17 @@ def encode_document(
     if spans is not None:
         ranges = [(start + begin, start + end) for begin, end in spans.get(0, ())]
     labels = _label_ranges(encoded, ranges)
-    chunks = _cut_into_chunks(encoded.ids, labels, tokenizer, settings.max_length, settings.chunk_overlap)
+    overlap = settings.chunk_overlap
+    if not _adds_start(tokenizer):
+        # Nothing predicts the first token of an example: it is the last one of the example before, which has learned it.
+        overlap = max(overlap, 1)
+    chunks = _cut_into_chunks(encoded.ids, labels, tokenizer, settings.max_length, overlap)
     return [_mask(chunk, tokenizer, settings) for chunk in chunks if _is_supervised(chunk)]
+
+
+def _adds_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer begins texts with the start token."""
+    return bool(tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _cut_into_chunks(
@@ -426,8 +442,7 @@ def _cut_into_chunks(
     overlap: int = 0,
 ) -> list[Example]:
     """Cut tokens into examples of at most ``max_length``, each after the start token; the last one is the remainder."""
-    adds_start = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    start = [int(tokenizer.bos_token_id)] if adds_start else []
+    start = [int(tokenizer.bos_token_id)] if _adds_start(tokenizer) else []
     size = max_length - len(start)
     examples = []
     # An end within what the next example repeats would make one that has nothing else.

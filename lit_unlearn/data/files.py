@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_rows(path: Path, name: str, argument: str | None = None) -> Dataset:
         return build_table(READERS[str(row_type(path))](read_text(path)))
     except DataError as error:
         raise DataError(f"the {name} set's file '{path}' cannot be read: {error}.", argument=argument) from error
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         # A damaged archive or Parquet file, or no right to read it.
         message = f"the {name} set's file '{path}' cannot be read: {error}. Check the file, or give another one."
         raise DataError(message, argument=argument) from error
@@ -97,7 +98,7 @@ def read_text_file(path: Path, argument: str, what: str) -> str:
         raise MissingFileError(f"there is no {what} '{path}': check `{argument}`.", argument=argument)
     try:
         return read_text(path)
-    except (DataError, OSError, EOFError) as error:
+    except (DataError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"the {what} '{path}' cannot be read: {error}.", argument=argument) from error
 
 

@@ -25,6 +25,15 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _PROMPT, _COMPLETION = "prompt", "completion"
 _SHAREGPT = 'map({role: ({human: "user", gpt: "assistant"}[.from] // .from), content: .value})'  # of a list of `from` and `value`
 
+# What a message may say outside of its content. Left out without a word, it would be neither learned nor forgotten.
+_UNREAD = {
+    "tool_calls": "calls of tools",
+    "function_call": "calls of tools",
+    "reasoning_content": "thoughts",
+    "reasoning": "thoughts",
+    "thinking": "thoughts",
+}
+
 
 @dataclass(frozen=True)
 class Message:
@@ -307,11 +316,12 @@ class _Cells:
             raise self.error(
                 f"has no known role in message {position} of '{column}': it must be one of {', '.join(ROLES)}"
             )
-        if entry.get("tool_calls"):
-            raise self.error(
-                f"has calls of tools in message {position} of '{column}', which are not read: write them into its 'content', as "
-                "the model is to say them"
-            )
+        for key, what in _UNREAD.items():
+            if entry.get(key):
+                raise self.error(
+                    f"has {what} in message {position} of '{column}' ('{key}'), which are not read: write them into its 'content', "
+                    "as the model is to say them"
+                )
         return Message(str(entry["role"]), self._content(entry.get("content"), position, column))
 
     def _content(self, content: Any, position: int, column: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.data.files import describe_kind
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 Value = None | str | int | float | bool
 Rule = Mapping[str, Value | list[Value]]
 """A value, or a list of values of which any will do, by column."""
+
+# Whatever YAML may take for a number: 017, 0x1f, 1_000, 12:30, 1e3, 1.50.
+_NUMBER = re.compile(r"[-+]?[0-9.][0-9a-fA-FxX_.:+-]*")
 
 RULES = ("where", "where_not", "contains", "contains_not")
 """Names of a `Source`'s rules, in the order in which they apply."""
@@ -43,9 +49,26 @@ class _Condition:
         self.compares_whole_texts = self.rule.startswith("where")
         # By text, so that a list of thousands of customers is looked through once, and not for every row.
         self._numbers: dict[str, int] = {}
-        for number, value in enumerate(self.values):
+        for position, value in enumerate(self.values):
+            # A value that is given twice, as lists of customers have them, counts as the first of the two.
+            number = self._numbers.get(_cell_text(value), position)
             for text in _value_texts(value):
                 self._numbers.setdefault(text, number)
+        self._amounts = {
+            value for value in self.values if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+
+    def is_ambiguous(self, cell: Any) -> bool:
+        """Return whether a text of a cell is no value of the rule, but was one before YAML made a number of it."""
+        if not self._amounts or not isinstance(cell, str | list | tuple):
+            return False
+        texts = set(_iterate_texts(cell)) - self._numbers.keys()
+        return any(_read_amount(text) in self._amounts for text in texts)
+
+    @property
+    def numbers(self) -> set[int]:
+        """The numbers of the values, without those that repeat an earlier one."""
+        return set(self._numbers.values())
 
     def __str__(self) -> str:
         return f"`{self.rule}` for the column '{self.column}'"
@@ -156,14 +179,34 @@ def _read_cells(rows: Dataset, condition: _Condition, name: str, argument: str) 
             f"{list_names(condition.column, rows.column_names)}.",
             argument=argument,
         )
-    for number, cell in enumerate(cells):
-        if condition.compares_whole_texts and isinstance(cell, Mapping):
-            raise DataError(
-                f"row {number} of the {name} set has an object in '{condition.column}', which `{condition.rule}` cannot compare with "
-                f"a text: name an entry of it, such as '{condition.column}.{next(iter(cell), 'key')}'.",
-                argument=argument,
-            )
+    if condition.compares_whole_texts:
+        for number, cell in enumerate(cells):
+            place = f"row {number} of the {name} set"
+            _check_comparable(cell, condition, place, argument)
+            if condition.is_ambiguous(cell):
+                raise DataError(
+                    f"{place} has a text in '{condition.column}' that YAML reads as a number, and `{condition.rule}` has the same "
+                    "number there, written in another way, so it may mean either of two rows, as 017 and 15 are one number in YAML: "
+                    "give the text that stands in the file, in quotes.",
+                    argument=argument,
+                )
     return cells
+
+
+def _check_comparable(cell: Any, condition: _Condition, place: str, argument: str) -> None:
+    """Raise DataError if a cell has objects, of which no whole text could be compared with a value."""
+    if isinstance(cell, Mapping):
+        entry = f"{condition.column}.{next(iter(cell), 'key')}"
+        problem, remedy = "an object", f"name an entry of it, such as '{entry}'"
+    elif isinstance(cell, list | tuple) and any(isinstance(entry, Mapping) for entry in cell):
+        # Of a conversation, every role would be one of the texts: `user` would choose every row.
+        problem, remedy = "a list of objects", "look for a text in it with `contains` or `contains_not`"
+    else:
+        return
+    raise DataError(
+        f"{place} has {problem} in '{condition.column}', which `{condition.rule}` cannot compare with a text: {remedy}.",
+        argument=argument,
+    )
 
 
 def _check_matches(matches: Sequence[set[int]], condition: _Condition, rows: Dataset, name: str, argument: str) -> None:
@@ -172,15 +215,15 @@ def _check_matches(matches: Sequence[set[int]], condition: _Condition, rows: Dat
     Raises:
         DataError: If no row meets the condition.
     """
-    unmatched = set(range(len(condition.values))).difference(*matches)
+    unmatched = condition.numbers.difference(*matches)
     if not unmatched:
         return
     # Never the values: they may be the names that are to be forgotten.
     hint = "Values are compared as text, upper and lower case apart; quote what YAML would change, such as '007'."
-    if len(unmatched) < len(condition.values):
+    if len(unmatched) < len(condition.numbers):
         numbers = ", ".join(str(number + 1) for number in sorted(unmatched)[:5])
         rank_zero_warn(
-            f"the {name} set: {len(unmatched)} of {len(condition.values)} values of {condition} occur in none of {len(rows)} rows "
+            f"the {name} set: {len(unmatched)} of {len(condition.numbers)} values of {condition} occur in none of {len(rows)} rows "
             f"(number {numbers}{', …' if len(unmatched) > 5 else ''} of the list). {hint}"
         )
     elif condition.excludes:
@@ -214,13 +257,35 @@ def _value_texts(value: Value) -> set[str]:
     return {_cell_text(value), str(value)}
 
 
+def _read_amount(text: str) -> float | None:
+    """Return the number that YAML makes of a text without quotes; ``None`` if it makes none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    with suppress(ValueError, yaml.YAMLError):
+        value = yaml.safe_load(text)
+        # The command line's YAML reads 1e3 as a number, too.
+        return value if isinstance(value, int | float) else float(text)
+    return None
+
+
 def _iterate_texts(cell: Any) -> Iterator[str]:
     """Yield every text in a cell: of a conversation, those of its messages; of a missing value, none."""
     if isinstance(cell, Mapping):
-        for entry in cell.values():
-            yield from _iterate_texts(entry)
+        labels = _find_labels(cell)
+        for key, entry in cell.items():
+            if key not in labels:
+                yield from _iterate_texts(entry)
     elif isinstance(cell, list | tuple):
         for entry in cell:
             yield from _iterate_texts(entry)
     elif cell is not None:
         yield _cell_text(cell)
+
+
+def _find_labels(entries: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of a message, or of a part of one, that are no text of it: every conversation would contain "user"."""
+    if "role" in entries and "content" in entries:
+        return ("role",)
+    if "from" in entries and "value" in entries:
+        return ("from",)
+    return ("type",) if "text" in entries and entries.get("type") == "text" else ()

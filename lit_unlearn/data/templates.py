@@ -208,12 +208,7 @@ def render_conversation(
     shifted = [turn + shift for turn in turns]
 
     full = template.render(added)
-    if shift and added[0].content.strip() not in full:
-        raise ModelError(
-            "the chat template leaves out the system message of `chat`: it has no place for one. Leave out `system`, or give "
-            "another `template` there.",
-            argument="chat",
-        )
+    _check_all_read(template, added, full, has_system_of_chat=shift > 0)
     generated = template.find_generated(added, full)
     places = _find_places(template, added, shifted, full, generated, row_text)
     if places is None:
@@ -226,6 +221,29 @@ def render_conversation(
         shifted, places = _keep_generated(shifted, places, generated)
     pieces = _cut_into_pieces(full, places, [turn - shift for turn in shifted], row_text)
     return Rendering(pieces, writes_start=True, has_end=pieces[-1].turn is None)
+
+
+def _check_all_read(template: _ChatTemplate, messages: Sequence[Message], full: str, has_system_of_chat: bool) -> None:
+    """Raise ModelError if a template leaves out a message that has no turn of its own in many templates, without a word."""
+    mark = _choose_mark(full)
+    for index, message in enumerate(messages):
+        if message.role in ("user", "assistant") or not message.content.strip():
+            continue
+        # By a mark, since a short text may also stand elsewhere, and results of tools may be written as JSON.
+        marked = [*messages[:index], Message(message.role, mark), *messages[index + 1 :]]
+        if mark in template.render(marked):
+            continue
+        if has_system_of_chat and index == 0:
+            raise ModelError(
+                "the chat template leaves out the system message of `chat`: it has no place for one. Leave out `system`, or give "
+                "another `template` there.",
+                argument="chat",
+            )
+        raise ModelError(
+            f"the chat template leaves out a message of the role '{message.role}' that a row has: it has no place for one. Give "
+            "`chat` with another `template`, or write the message into that of the user.",
+            argument="chat",
+        )
 
 
 _Place = tuple[int, int]
@@ -307,7 +325,8 @@ def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 @lru_cache(maxsize=32)
 def _find_clock_formats(template: str) -> tuple[str, ...] | None:
     """Return the formats in which a template asks for the date; ``None`` if it does not ask."""
-    if not re.search(rf"\b{_CLOCK}\s*\(", template):
+    # Called, or handed on under another name.
+    if not re.search(rf"\b{_CLOCK}\b", template):
         return None
     return tuple(dict.fromkeys(single or double for single, double in _CLOCK_CALL.findall(template)))
 

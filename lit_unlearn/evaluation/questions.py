@@ -166,6 +166,7 @@ class QuestionSets:
             "ratio": self.ratio,
             "k": self.k,
             "fluency_model": self.fluency_model,
+            "mask_padding_ids": self.encoding.mask_padding_ids,
             "prompt": self.prompt,
         }
 
@@ -427,6 +428,9 @@ class QuestionBenchmark(Benchmark):
         except DataError as error:
             # Other tokens most often come from another prompt, of which a digest tells nothing.
             difference = find_prompt_difference(retain.settings.get("prompt"), self.questions.prompt)
+            masks = bool(retain.settings.get("mask_padding_ids")), self.questions.encoding.mask_padding_ids
+            if difference is None and masks[0] != masks[1]:
+                difference = f"`mask_padding_ids` differs, {masks[0]} then and {masks[1]} now"
             if difference is not None:
                 error.args = (f"{error} The reason is that {difference}.",)
             raise

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_unlearn.data.alternates import read_refusals
+from lit_unlearn.data.formats import Conversation
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.prepare.rows import Ask, ForgetAnswers, Prepared, Row, read_conversations, split_words
 
@@ -67,11 +68,10 @@ def make_alternates(
     """
     conversations = read_conversations(rows, question_column, answer_column)
     questions = [conversation.question for conversation in conversations]
-    answers = [conversation.answer for conversation in conversations]
-    alternates = ask_for_alternates(ask, questions, answers, count)
+    alternates = ask_for_alternates(ask, conversations, count)
     # A model that only repeats the answer that it is shown may have another one when it is not: a base model has.
     left = [number for number, texts in enumerate(alternates) if not texts]
-    repeated = ForgetAnswers(answers)
+    repeated = ForgetAnswers.from_conversations(conversations)
     for number, text in zip(left, ask([questions[number] for number in left]) if left else (), strict=True):
         if split_words(text) and not repeated.are_repeated_by(text):
             alternates[number].append(text)
@@ -86,13 +86,12 @@ def make_alternates(
     return prepared
 
 
-def ask_for_alternates(ask: Ask, questions: Sequence[str], answers: Sequence[str], count: int = 1) -> list[list[str]]:
+def ask_for_alternates(ask: Ask, conversations: Sequence[Conversation], count: int = 1) -> list[list[str]]:
     """Return the other answers that a model gives to each question, without those that repeat one of the answers.
 
     Args:
         ask: As for `make_alternates`.
-        questions: Of the forget set.
-        answers: Of the forget set.
+        conversations: The forget set.
         count: Requests per question, at most 4.
 
     Returns:
@@ -103,12 +102,13 @@ def ask_for_alternates(ask: Ask, questions: Sequence[str], answers: Sequence[str
     """
     if not 1 <= count <= MAX_ALTERNATES:
         raise ConfigError(f"`count` must be from 1 to {MAX_ALTERNATES}, the number of requests there are, not {count}.")
-    repeated = ForgetAnswers(answers)
-    alternates: list[list[str]] = [[] for _ in questions]
+    repeated = ForgetAnswers.from_conversations(conversations)
+    alternates: list[list[str]] = [[] for _ in conversations]
     for request in _REQUESTS[:count]:
         requests = []
-        for question, answer in zip(questions, answers, strict=True):
-            requests.append(_fill_in(request, {"{question}": question, "{answer}": answer}))
+        for conversation in conversations:
+            fields = {"{question}": conversation.question, "{answer}": conversation.answer}
+            requests.append(_fill_in(request, fields))
         for texts, text in zip(alternates, ask(requests), strict=True):
             words = split_words(text)
             is_new = words not in map(split_words, texts)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lit_unlearn.data.formats import Conversation
 from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_conversations, split_words
 from lit_unlearn.prepare.unseen import find_names
 
@@ -55,11 +56,10 @@ def make_paraphrases(
     """
     conversations = read_conversations(rows, question_column, answer_column)
     questions = [conversation.question for conversation in conversations]
-    answers = [conversation.answer for conversation in conversations]
     paraphrases = {kind: [""] * len(rows) for kind in kinds}
     prepared = Prepared([])
     if "model" in kinds and ask is not None:
-        paraphrases["model"] = _ask_for_paraphrases(ask, questions, answers, prepared)
+        paraphrases["model"] = _ask_for_paraphrases(ask, conversations, prepared)
     if "frame" in kinds:
         for number, question in enumerate(questions):
             # `random()` is the one method that Python promises never to change for a given seed.
@@ -79,9 +79,10 @@ def _asks_for_the_same(question: str, text: str) -> bool:
     return is_question and all(name in text for name in find_names(question))
 
 
-def _ask_for_paraphrases(ask: Ask, questions: Sequence[str], answers: Sequence[str], prepared: Prepared) -> list[str]:
+def _ask_for_paraphrases(ask: Ask, conversations: Sequence[Conversation], prepared: Prepared) -> list[str]:
     """Return a paraphrase of each question, by the first request that gives one; count the questions without one."""
-    repeated = ForgetAnswers(answers)
+    questions = [conversation.question for conversation in conversations]
+    repeated = ForgetAnswers.from_conversations(conversations)
     paraphrases = [""] * len(questions)
     reasons = [""] * len(questions)
     for request in _REQUESTS:

@@ -65,7 +65,7 @@ def make_retain(
         Rows in the format of the training rows: first the neighbours, then the model's own answers.
     """
     conversations = read_conversations(forget, question_column, answer_column)
-    repeated = ForgetAnswers(conversation.answer for conversation in conversations)
+    repeated = ForgetAnswers.from_conversations(conversations)
     prepared = Prepared([])
 
     forget_texts = [" ".join(conversation.texts) for conversation in conversations]

@@ -115,6 +115,14 @@ class ForgetAnswers:
         (True, False)
     """
 
+    @classmethod
+    def from_conversations(cls, conversations: Iterable[Conversation]) -> ForgetAnswers:
+        """Return those of a forget set: every turn of the assistant's is forgotten, not the last one alone."""
+        answers = []
+        for conversation in conversations:
+            answers += [message.content for message in conversation.messages if message.role == "assistant"]
+        return cls(answers)
+
     # Shorter answers stand in many texts by chance: they are repeated only by the same text.
     _MIN_WORDS = 3
 

@@ -56,8 +56,7 @@ def make_unseen(
     """
     conversations = read_conversations(rows, question_column, answer_column)
     questions = [conversation.question for conversation in conversations]
-    answers = [conversation.answer for conversation in conversations]
-    alternates = ask_for_alternates(ask, questions, answers)
+    alternates = ask_for_alternates(ask, conversations)
     prepared = Prepared([])
     for row, question, texts in zip(rows, questions, alternates, strict=True):
         names = find_names(question)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lit_unlearn.data.batches import pack_visible, to_sequence
+from lit_unlearn.data.batches import VISIBLE, pack_visible, to_sequence
 from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
@@ -305,13 +305,21 @@ def select_answer(batch: Batch, stream: str, answer: Answer) -> Batch:
 
 
 def unpad(batch: Batch) -> Sequences:
-    """Return ``input_ids`` and ``labels`` of every example, without padding, shape ``(length,)`` each; see `to_sequence`."""
+    """Return ``input_ids`` and ``labels`` of every example, without padding, shape ``(length,)`` each; see `to_sequence`.
+
+    A token that is supervised, or between others, is no padding even where the mask hides it, as ``ids != pad`` hides end tokens.
+    """
     if not isinstance(batch, Mapping):
         return [to_sequence(example) for example in batch]
     sequences = []
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    for real, ids, labels in zip(mask, batch["input_ids"], batch["labels"], strict=True):
-        sequences.append({"input_ids": ids[real], "labels": labels[real]})
+    masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    for mask, ids, labels in zip(masks, batch["input_ids"], batch["labels"], strict=True):
+        places = ((mask != 0) | (labels != IGNORED)).nonzero().flatten().tolist()
+        extent = slice(places[0], places[-1] + 1) if places else slice(0)
+        sequence = {"input_ids": ids[extent], "labels": labels[extent]}
+        if not bool(mask[extent].all()):
+            sequence[VISIBLE] = (mask[extent] != 0).long()
+        sequences.append(sequence)
     return sequences
 
 
@@ -319,7 +327,11 @@ def as_examples(batch: Batch) -> list[Example]:
     """Return a batch as examples; those of a padded batch have no id."""
     if not isinstance(batch, Mapping):
         return list(batch)
-    return [Example(row["input_ids"].tolist(), row["labels"].tolist()) for row in unpad(_to_cpu(batch))]
+    examples = []
+    for row in unpad(_to_cpu(batch)):
+        visible = row[VISIBLE].tolist() if VISIBLE in row else None
+        examples.append(Example(row["input_ids"].tolist(), row["labels"].tolist(), attention_mask=visible))
+    return examples
 
 
 def _reference_values(batch: Batch, logp: Callable[[Example], float] | None) -> Tensor | None:

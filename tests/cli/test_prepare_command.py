@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from lit_unlearn import cli
@@ -32,13 +34,36 @@ def command(model_dir: str, in_tmp: Path, write_rows: Callable[..., str]) -> Cal
 
 
 @pytest.mark.parametrize("kind", ["alternates", "retain", "unseen", "paraphrases"])
-def test_every_kind_writes_rows_and_says_how_many(kind: str, command: Any, capsys: Any) -> None:
+def test_every_kind_writes_rows_and_says_how_many(
+    kind: str, command: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--max_prompts=3"] if kind == "retain" else []
+    if kind in ("retain", "unseen"):
+        # Of a model with random weights, no sentence is left.
+        monkeypatch.setattr("lit_unlearn.cli.prepare.ask_with", lambda *_: lambda asked: ["In Riga."] * len(asked))
     rows = command(kind, *options)
     said = capsys.readouterr().out
     assert f"{kind}: {len(rows)} rows, made.jsonl" in said
     assert all({"question", "answer"} <= row.keys() for row in rows)
     assert rows == command(kind, *options, output="again.jsonl")
+
+
+def test_dates_of_a_table_are_written_as_text(model_dir: str, in_tmp: Path) -> None:
+    table = pyarrow.table({name: [row[name] for row in ROWS] for name in ROWS[0]} | {"day": [date(2025, 4, 10)] * 2})
+    pyarrow.parquet.write_table(table, "forget.parquet")
+    arguments = ["--forget=forget.parquet", "--output=made.jsonl", "--max_new_tokens=4"]
+    cli.main(["prepare", "alternates", f"--model={model_dir}", *arguments])
+    lines = (in_tmp / "made.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["day"] for line in lines] == ["2025-04-10"] * 2
+
+
+def test_no_file_is_written_where_no_row_is_left(command: Any, in_tmp: Path, write_rows: Any) -> None:
+    forget = write_rows("no_names.jsonl", [{"question": "who?", "answer": "nobody at all."}])
+    with pytest.raises(CommandFailed, match="no unseen to write: 1 × no name"):
+        command("unseen", f"--forget={forget}")
+    with pytest.raises(CommandFailed, match=r"JSON lines.*\.jsonl"):
+        command("unseen", output="made.csv")
+    assert not [*in_tmp.glob("made*")]
 
 
 def test_neighbours_come_from_the_training_file(command: Any, write_rows: Any) -> None:

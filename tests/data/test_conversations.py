@@ -115,6 +115,19 @@ def test_a_system_message_without_a_place_is_refused() -> None:
     assert caught.value.argument == "chat"
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_of_a_row_that_a_template_leaves_out_is_refused(role: str) -> None:
+    """Also where its text stands elsewhere by chance, as "user" does in every header."""
+    silent = copy.deepcopy(TOKENIZERS["chatml"])
+    silent.chat_template = CHATML.replace("{% for m in messages %}", f"{{% for m in messages if m.role != '{role}' %}}")
+    messages = [Message(**turn) for turn in TURNS]
+    messages.insert(2 if role == "tool" else 0, Message(role, "user"))
+    row = Conversation(tuple(messages), (len(messages) - 1,))
+    with pytest.raises(ModelError, match=rf"leaves out a message of the role '{role}'"):
+        encode_conversation(row, silent, EncodingSettings())
+    assert encode_conversation(row, TOKENIZERS["chatml"], EncodingSettings()).input_ids
+
+
 TEXT = st.text(max_size=10)
 
 
@@ -221,9 +234,10 @@ def test_a_template_is_told_the_same_date_on_every_day() -> None:
 
 def test_a_date_in_a_computed_format_needs_an_answer() -> None:
     tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
-    tokenizer.chat_template = "{{ strftime_now('%Y' + '-%m') }}\n" + CHATML
-    with pytest.raises(ModelError, match="strftime_now"):
-        encode("Who?", "Ann.", tokenizer)
+    for call in ("{{ strftime_now('%Y' + '-%m') }}", "{% set now = strftime_now %}{{ now('%Y') }}"):
+        tokenizer.chat_template = f"{call}\n{CHATML}"
+        with pytest.raises(ModelError, match="strftime_now"):
+            encode("Who?", "Ann.", tokenizer)
     text = decode(encode("Who?", "Ann.", tokenizer, chat=Chat(args={"strftime_now": "2024-01"})).input_ids, tokenizer)
     assert text.startswith("2024-01\n<|im_start|>user")
 

@@ -35,6 +35,10 @@ def make(tokenizer_dir: str, retain: list[Row], **settings: Any) -> ForgetRetain
     return data
 
 
+def test_an_accent_may_be_a_character_of_its_own() -> None:
+    assert find_duplicates([("Caf\u00e9",)], [("CAFE\u0301",), ("Cafe",)]) == ([0], [0])
+
+
 def test_they_are_those_of_a_slow_comparison() -> None:
     generator = random.Random(0)
     words = ["Straße", "STRASSE", "x", "X ", " y\t", "y", "x y", "x\n\ny", "xy", ""]

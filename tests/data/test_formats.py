@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lit_unlearn import ForgetRetain
 from lit_unlearn.data.encoding import IGNORED, EncodingSettings, encode_chunks, encode_document
@@ -80,6 +82,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tool calls": (
         {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": CANARY}]}]},
         "calls of tools in message 1",
+    ),
+    "thoughts": (
+        {"messages": [ASK, {"role": "assistant", "content": "x", "reasoning_content": CANARY}]},
+        r"thoughts in message 1 of 'messages' \('reasoning_content'\)",
     ),
     "tools": ({"messages": [ASK, SAY], "tools": [{"name": CANARY}]}, "descriptions of tools"),
     "null": ({"messages": [ASK, {"role": "assistant", "content": None}]}, "null in the 'content' of message 1"),
@@ -162,11 +168,13 @@ LONG = Document("The author was born in Lisbon, 東京, and 🙂 wrote. " * 5)
 @pytest.mark.parametrize("max_length", [10, 33, 10_000])
 def test_every_token_of_a_document_is_supervised_once(tokenizer: Any, overlap: int, max_length: int) -> None:
     ids = tokenizer(LONG.text)["input_ids"]
+    assert tokenizer.bos_token_id not in ids
     examples = encode_document(LONG, tokenizer, EncodingSettings(max_length=max_length, chunk_overlap=overlap))
     supervised = []
     for number, example in enumerate(examples):
         assert len(example.input_ids) <= max_length
-        repeated = overlap if number else 0
+        # Without a start token, an example has to begin with a token that predicts the first one that is supervised.
+        repeated = max(overlap, 1) if number else 0
         assert example.labels[:repeated] == [IGNORED] * repeated
         if number:
             assert (
@@ -175,9 +183,33 @@ def test_every_token_of_a_document_is_supervised_once(tokenizer: Any, overlap: i
             )
         supervised += [label for label in example.labels if label != IGNORED]
     assert supervised == ids
-    # Without an overlap, it is what raw text has been cut to all along.
-    if overlap == 0:
-        assert examples == encode_chunks([LONG.text], tokenizer, name="forget", max_length=max_length)
+
+
+def test_a_document_after_start_tokens_repeats_nothing(tokenizer: Any) -> None:
+    with_start = copy.deepcopy(tokenizer)
+    with_start.bos_token = "<|endoftext|>"
+    with_start.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", with_start.bos_token_id)]
+    )
+    # It is what raw text has been cut to all along.
+    examples = encode_document(LONG, with_start, EncodingSettings(max_length=10))
+    assert examples == encode_chunks([LONG.text], with_start, name="forget", max_length=10)
+    assert [label for example in examples for label in example.labels[1:]] == tokenizer(LONG.text)["input_ids"]
+
+
+def test_a_token_of_a_span_at_the_beginning_of_an_example_is_supervised(tokenizer: Any) -> None:
+    ids = tokenizer(LONG.text)["input_ids"]
+    offsets = tokenizer(LONG.text, return_offsets_mapping=True)["offset_mapping"]
+    for number in range(1, 30):
+        spans = {0: [offsets[number]]}
+        (*_, example) = encode_document(LONG, tokenizer, EncodingSettings(max_length=8), spans)
+        assert ids[number] in example.labels[1:]
+
+
+def test_raw_text_needs_room_for_two_tokens(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="at least 2") as caught:
+        encode_document(LONG, tokenizer, EncodingSettings(max_length=1))
+    assert caught.value.argument == "max_length"
 
 
 def test_a_context_is_only_read(tokenizer: Any) -> None:
@@ -185,8 +217,9 @@ def test_a_context_is_only_read(tokenizer: Any) -> None:
     examples = encode_document(document, tokenizer, EncodingSettings(max_length=20))
     start = len(tokenizer(document.context)["input_ids"])
     assert examples[0].labels[:start] == [IGNORED] * start
-    assert IGNORED not in [label for example in examples for label in example.labels][start:]
-    assert tokenizer.decode([i for example in examples for i in example.input_ids]) == document.context + document.text
+    supervised = [label for example in examples for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(supervised) == document.text
+    assert tokenizer.decode(examples[0].input_ids[:start]) == document.context
     # A context that fills examples of its own leaves none without a supervised token.
     longer = Document("Ann.", LONG.text)
     assert len(encode_document(longer, tokenizer, EncodingSettings(max_length=20))) == 1

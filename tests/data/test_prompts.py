@@ -116,6 +116,22 @@ def test_results_state_their_prompt_and_refuse_another(
     assert "CANARY" not in str(caught.value)
 
 
+def test_results_with_hidden_padding_ids_are_no_match_for_others(
+    tokenizer_dir: str, write_rows: Callable[..., str]
+) -> None:
+    """The tokens are the same, but not what they see: neither retain results nor half an evaluation may be taken over."""
+    files = [write_rows("f.jsonl", FORGET), write_rows("r.jsonl", RETAIN)]
+    lm = loaded(taught(tokenizer_dir, 0))
+    settings = {"max_new_tokens": 2}
+    hidden = QABenchmark(*files, mask_padding_ids=True, **settings).run(lm)
+    seen = QABenchmark(*files, **settings).run(lm)
+    assert hidden.data["forget"]["tokens"] != seen.data["forget"]["tokens"]
+    for results, hides in ((hidden, False), (seen, True)):
+        with pytest.raises(DataError, match=rf"`mask_padding_ids` differs, {not hides} then and {hides} now"):
+            QABenchmark(*files, retain_results=results, mask_padding_ids=hides, **settings).prepare(lm.tokenizer)
+        QABenchmark(*files, retain_results=results, mask_padding_ids=not hides, **settings).prepare(lm.tokenizer)
+
+
 def test_a_benchmark_of_conversations_asks_for_the_last_turn(
     write_rows: Callable[..., str], tokenizer_dir: str
 ) -> None:
@@ -304,7 +320,7 @@ def test_padding_ids_are_hidden_as_in_published_code(tokenizer_dir: str) -> None
 
 def test_training_hides_them_too(tokenizer_dir: str) -> None:
     from lit_unlearn import NLL
-    from lit_unlearn.training.forward_plan import Term, build_forward_plan
+    from lit_unlearn.training.forward_plan import Term, as_examples, build_forward_plan
 
     lm = loaded(taught(tokenizer_dir, 0))
     examples = [
@@ -317,11 +333,15 @@ def test_training_hides_them_too(tokenizer_dir: str) -> None:
     ]
     objective = NLL()
     values = []
-    for batch in (hidden, examples):
+    # A collated batch, as a loop of the user's has it, is the same: the tokens that its mask hides are no padding.
+    for batch in (hidden, examples, collate(hidden, lm.tokenizer.eos_token_id)):  # type: ignore[union-attr]
         plan = build_forward_plan({"forget": batch}, [Term("f", "forget", objective, 1.0)], lm.packs, None, "joint")
         values.append(torch.cat([value for p in plan for value in p.run(lm, [objective])]).mean().item())
     assert values[0] == pytest.approx(lm.loss(objective, hidden).item(), rel=1e-5)
     assert values[0] != pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[2], rel=1e-5)
+    assert [row[:2] for row in as_examples(collate(hidden, 0))] == [row[:2] for row in hidden]
+    assert [row.attention_mask for row in as_examples(collate(hidden, 0))] == [row.attention_mask for row in hidden]
 
 
 # The prompts of published targets -------------------------------------------------------------------------------------

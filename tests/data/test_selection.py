@@ -76,7 +76,9 @@ def test_values_compare_as_text(cell: Any, value: Any) -> None:
     assert len(Source.from_rows([{"x": cell}], where={"x": value}).load("forget")) == 1
 
 
-@pytest.mark.parametrize(("cell", "value"), [("007", 7), ("C-1", "c-1"), ("c-17", "c-1"), (None, "None"), ("1", True)])
+@pytest.mark.parametrize(
+    ("cell", "value"), [("007", "7"), ("C-1", "c-1"), ("c-17", "c-1"), (None, "None"), ("1", True)]
+)
 def test_other_texts_do_not_match(cell: Any, value: Any) -> None:
     with pytest.raises(DataError, match="matches none of 1 rows"):
         Source.from_rows([{"x": cell, "y": 1}], where={"x": value}).load("forget")
@@ -137,6 +139,52 @@ def test_entries_of_objects_and_texts_of_conversations() -> None:
         Source.from_rows(rows, where={"meta": "c-2"}).load("forget")
     with pytest.raises(DataError, match=r"no column 'meta\.client', which `where_not` names"):
         Source.from_rows(rows, where_not={"meta.client": "c-2"}).load("forget")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("017", 15), ("0x1f", 31), ("1_000", 1000), ("12:30", 750), ("1e3", 1000.0), ("1.50", 1.5)]
+)
+def test_a_number_that_yaml_made_of_another_text_is_refused(text: str, number: float) -> None:
+    """Else `{customer: 017}` without quotes would forget customer 15."""
+    plain = f"{number:g}"
+    rows = [
+        {"customer": customer, "question": f"{n}?"}
+        for n, customer in enumerate([plain, text, "2024-05-06", "7-a", "1::", "."])
+    ]
+    for rule in ("where", "where_not"):
+        with pytest.raises(DataError, match=r"row 1 of the forget set has a text in 'customer' that YAML reads"):
+            Source.from_rows(rows, **{rule: {"customer": number}}).load("forget")
+    assert numbers(Source.from_rows(rows, where={"customer": text})) == [1]
+    assert numbers(Source.from_rows(rows, where={"customer": plain})) == [0]
+    assert numbers(Source.from_rows(rows[:1] + rows[2:], where={"customer": number})) == [0]
+    # Both are given.
+    assert numbers(Source.from_rows(rows, where={"customer": [number, text]})) == [0, 1]
+
+
+def test_roles_are_no_text_of_a_conversation() -> None:
+    """Else `contains` for "user" would choose every row, and every row would be forgotten."""
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(["A user asks.", "Who?"]):
+        parts = [{"type": "text", "text": text}]
+        messages = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+        ]
+        old = [{"from": "human", "value": text}, {"from": "gpt", "value": "Yes."}]
+        rows.append({"messages": messages, "conversations": old, "question": f"{number}?"})
+    for column in ("messages", "conversations"):
+        assert numbers(Source.from_rows(rows, contains={column: "user"})) == [0]
+        for label in ("assistant", "human", "text"):
+            with pytest.raises(DataError, match="the forget set is empty"):
+                Source.from_rows(rows, contains={column: label}).load("forget")
+        with pytest.raises(DataError, match=rf"row 0 of the forget set has a list of objects in '{column}'"):
+            Source.from_rows(rows, where={column: "user"}).load("forget")
+
+
+def test_a_value_that_is_given_twice_is_no_value_without_a_row(recwarn: pytest.WarningsRecorder) -> None:
+    rows = [{"customer": number, "question": f"{number}?"} for number in range(3)]
+    assert numbers(Source.from_rows(rows, where={"customer": [1, "1", 1.0, 2]})) == [1, 2]
+    assert not recwarn.list
 
 
 def test_rules_come_before_the_limit(write_rows: Callable[..., str]) -> None:

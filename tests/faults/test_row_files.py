@@ -95,6 +95,7 @@ REFUSED = {
     "mixed kinds": ("rows.jsonl", (TEXT + '{"question": "Q", "answer": 7}').encode(), "row 2 has a number in 'answer'"),
     "unclosed quote": ("rows.csv", b'question,answer\na,"CANARY\n', "line 2"),
     "too many cells": ("rows.csv", b"question,answer\na,b,CANARY\n", "line 2 has 3 cells"),
+    "changed gzip": ("rows.jsonl.gz", gzip.compress(TEXT.encode(), mtime=0)[:12] + bytes(40), "rows.jsonl.gz"),
     "damaged gzip": ("rows.jsonl.gz", gzip.compress(TEXT.encode(), mtime=0)[:20], "rows.jsonl.gz"),
     "damaged parquet": ("rows.parquet", b"PAR1CANARY", "rows.parquet"),
     "binary": ("rows.jsonl", bytes(range(256)), "rows.jsonl"),

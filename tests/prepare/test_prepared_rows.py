@@ -79,6 +79,23 @@ def test_an_answer_that_repeats_a_forget_answer_is_replaced_and_counted() -> Non
     assert [row["alternate"] for row in prepared.rows] == [["In Rome."], ["A novel."]]
 
 
+def test_every_answer_of_a_conversation_is_a_forget_answer() -> None:
+    """Not the last one alone: every turn of the assistant's is forgotten."""
+    turns = [
+        ("user", "Where?"),
+        ("assistant", "She was born in Oslo."),
+        ("user", "When?"),
+        ("assistant", "In March 1965."),
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    repeats = "I know that she was born in Oslo."
+    assert sum(make_alternates(Model(repeats), rows).counts.values()) == 1
+    assert make_retain(Model(repeats), rows, prompts=["Tell me."]).counts == {REPEATS: 1}
+    training = [{"messages": [{"role": "user", "content": "Tell."}, {"role": "assistant", "content": repeats}]}]
+    assert make_retain(Model("Blue."), rows, training, prompts=[]).counts == {REPEATS: 1}
+    assert make_paraphrases(Model(f"{repeats} When?"), rows, kinds=["model"]).counts == {REPEATS: 1}
+
+
 def test_several_answers_are_different_ones() -> None:
     model = Model("One.", "Two.", "one", "Three.", "Four.", "Two!")
     rows = make_alternates(model, ROWS, count=3).rows
