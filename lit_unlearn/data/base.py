@@ -19,6 +19,7 @@ from lit_unlearn.data.encoding import (
     check_chunk_overlap,
     check_tokenizer,
     encode_row,
+    find_literal_template,
     format_example,
     token_texts,
 )
@@ -266,8 +267,11 @@ class ForgetRetain(L.LightningDataModule):
         # Masks are made from lengths, so the end token may pad.
         for name, of_set in rows.items():
             self.examples[name] = self._encode(of_set, tokenizer, name, spans if name == "forget" else None)
-        if any(isinstance(row, Conversation) for row in chain.from_iterable(rows.values())):
-            self.prompt = describe_prompt(tokenizer, self.template, self.chat)
+        for row in chain.from_iterable(rows.values()):
+            if isinstance(row, Conversation):
+                template = find_literal_template(row, self._encoding_settings())
+                self.prompt = describe_prompt(tokenizer, template, self.chat)
+                break
         if needs_alternates:
             alternates = self._alternate_rows(tables["forget"], rows["forget"])
             self._attach_alternates(self._encode(alternates, tokenizer, "alternate"))
@@ -445,14 +449,8 @@ class ForgetRetain(L.LightningDataModule):
             raise ConfigError(f"there is no tokenizer: {remedy}.", argument="tokenizer")
         return model_tokenizer
 
-    def _encode(
-        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
-    ) -> list[Example]:
-        """Tokenise the rows of a set.
-
-        An example's id follows it through shuffling and packing to its reference log-probability and its record.
-        """
-        settings = EncodingSettings(
+    def _encoding_settings(self) -> EncodingSettings:
+        return EncodingSettings(
             self.template,
             self.chat,
             self.max_length,
@@ -460,6 +458,15 @@ class ForgetRetain(L.LightningDataModule):
             self.allow_special_tokens,
             self.mask_padding_ids,
         )
+
+    def _encode(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
+    ) -> list[Example]:
+        """Tokenise the rows of a set.
+
+        An example's id follows it through shuffling and packing to its reference log-probability and its record.
+        """
+        settings = self._encoding_settings()
         examples: list[Example] = []
         cut: list[int] = []
         for number, row in enumerate(rows):

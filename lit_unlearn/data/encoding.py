@@ -14,6 +14,7 @@ from lit_unlearn.data.spans import Spans
 from lit_unlearn.data.special_tokens import Encoded, RowText
 from lit_unlearn.data.templates import (
     PLAIN_TEMPLATE,
+    RAW_TEMPLATE,
     Chat,
     Piece,
     Rendering,
@@ -217,7 +218,8 @@ def _render(
     settings: EncodingSettings,
     row_text: RowText,
 ) -> Rendering:
-    if settings.template is None and (tokenizer.chat_template is not None or _has_template(settings.chat)):
+    template = find_literal_template(conversation, settings)
+    if template is None and (tokenizer.chat_template is not None or _has_template(settings.chat)):
         # A turn without text has no place in the text that could be found.
         turns = [turn for turn in conversation.supervised if messages[turn].content.strip()]
         return render_conversation(messages, turns, tokenizer, settings.chat, row_text)
@@ -227,14 +229,21 @@ def _render(
             argument="chat",
         )
     if not conversation.is_single_turn:
-        place = "the tokenizer has no chat template" if settings.template is None else "`template` is for one turn"
+        place = "the tokenizer has no chat template" if template is None else "`template` is for one turn"
         raise ModelError(
             f"{place}, so a conversation of several messages has no place: give `chat` with a `template` in Jinja.",
             argument="template",
         )
     question, answer = messages
-    template = settings.template or PLAIN_TEMPLATE
-    return render_literal(question.content, answer.content, template, tokenizer, row_text)
+    return render_literal(question.content, answer.content, template or PLAIN_TEMPLATE, tokenizer, row_text)
+
+
+def find_literal_template(row: Row, settings: EncodingSettings) -> str | None:
+    """Return the literal template that a row is put in; ``None`` for the chat template."""
+    is_raw = isinstance(row, Conversation) and row.is_raw
+    if is_raw and settings.template is None and settings.chat is None:
+        return RAW_TEMPLATE
+    return settings.template
 
 
 def _has_template(chat: Chat | None) -> bool:

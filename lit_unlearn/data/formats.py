@@ -7,7 +7,7 @@ conversations of one turn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_unlearn.data.files import describe_kind
@@ -57,10 +57,12 @@ class Conversation:
     Args:
         messages: In order.
         supervised: Indices of the assistant turns that are supervised, ascending; the last message is one of them.
+        is_raw: Whether question and answer are two halves of a raw text, which has no template unless one is asked for.
     """
 
     messages: tuple[Message, ...]
     supervised: tuple[int, ...]
+    is_raw: bool = False
 
     @classmethod
     def from_turn(cls, question: str, answer: str) -> Conversation:
@@ -95,7 +97,8 @@ class Conversation:
 
     def with_answer(self, answer: str) -> Conversation:
         """Return the same conversation with another text in its last turn, the only one that is supervised."""
-        return Conversation((*self.messages[:-1], Message("assistant", answer)), (len(self.messages) - 1,))
+        messages = (*self.messages[:-1], Message("assistant", answer))
+        return replace(self, messages=messages, supervised=(len(messages) - 1,))
 
     def with_question(self, question: str) -> Conversation:
         """Return the same conversation with another text in the user's last message."""
@@ -104,7 +107,7 @@ class Conversation:
             return self
         messages = [*self.messages]
         messages[index] = Message("user", question)
-        return Conversation(tuple(messages), self.supervised)
+        return replace(self, messages=tuple(messages))
 
     @property
     def _question_index(self) -> int | None:
@@ -227,7 +230,10 @@ class RowReader:
         if kind == "messages":
             return self._converse((), cells.messages(self.messages_column), cells)
         prompt, completion = cells.side(_PROMPT, "user"), cells.side(_COMPLETION, "assistant")
-        return self._converse(prompt, completion, cells)
+        conversation = self._converse(prompt, completion, cells)
+        # As in trl: two texts are one raw text, two lists of messages have the chat template.
+        is_raw = isinstance(row[_PROMPT], str) and isinstance(row[_COMPLETION], str)
+        return replace(conversation, is_raw=is_raw)
 
     def _converse(self, prompt: Sequence[Message], messages: Sequence[Message], cells: _Cells) -> Conversation:
         """Return a conversation of which the assistant's turns after the prompt are supervised."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+RAW_TEMPLATE = "{question}{answer}"
 
 PINNED_DATE = date(2025, 1, 1)
 """What a chat template that prints today's date is told, so that a run has the same prompts on any day."""

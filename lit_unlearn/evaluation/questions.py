@@ -19,6 +19,7 @@ from lit_unlearn.data.encoding import (
     encode_examples,
     encode_row,
     find_hidden_id,
+    find_literal_template,
     prompt_of,
 )
 from lit_unlearn.data.files import describe_kind
@@ -204,7 +205,8 @@ class QuestionSets:
             rows = [self._read_row(name, number, row, kind) for number, row in enumerate(cells)]
             self._warn_of_special_tokens(name, rows, tokenizer)
             if self.prompt is None and isinstance(rows[0], Conversation):
-                self.prompt = describe_prompt(tokenizer, self.encoding.template, self.encoding.chat)
+                template = find_literal_template(rows[0], self.encoding)
+                self.prompt = describe_prompt(tokenizer, template, self.encoding.chat)
             examples: list[BenchmarkExample] = []
             for number, row in enumerate(rows):
                 if isinstance(row, Document):

@@ -88,7 +88,23 @@ def test_every_format_in_every_template(name: str, form: str, supervise: Supervi
     (row,) = RowReader(supervise=supervise).read(build_table(ROWS[form]), "forget")
     assert isinstance(row, Conversation)
     assert row.supervised == {"messages": (1, 3), "lists": (3,)}.get(form, (1,))[-1 if supervise == "last" else 0 :]
-    check_against_template(row, encode_conversation(row, tokenizer, EncodingSettings()), KINDS[name], tokenizer)
+    # Two texts are in no template unless one is asked for.
+    example = encode_conversation(row, tokenizer, EncodingSettings(chat=Chat()))
+    check_against_template(row, example, KINDS[name], tokenizer)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_texts_are_one_raw_text_as_in_trl(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    (row,) = RowReader().read(build_table([{"prompt": "Who is it? ", "completion": "Ann."}]), "forget")
+    assert isinstance(row, Conversation)
+    example = encode_conversation(row, tokenizer, EncodingSettings())
+    assert example.input_ids == [*tokenizer("Who is it? Ann.")["input_ids"], tokenizer.eos_token_id]
+    # A token with the space and the first letter would be supervised as well.
+    assert supervised_text(example, tokenizer).strip() == f"Ann.{tokenizer.eos_token}"
+    assert encode_conversation(row.with_answer("Ann."), tokenizer, EncodingSettings()) == example
+    in_template = encode("Who is it? ", "Ann.", tokenizer, template="Q: {question}A: {answer}")
+    assert encode_conversation(row, tokenizer, EncodingSettings("Q: {question}A: {answer}")) == in_template
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.has_system])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +48,6 @@ def test_formats_are_recognised_by_their_columns(columns: list[str], settings: d
 def test_the_same_turn_in_every_format() -> None:
     rows = [
         {"question": "CANARY?", "answer": "Ann."},
-        {"prompt": "CANARY?", "completion": "Ann."},
         {"prompt": [ASK], "completion": [SAY]},
         {"messages": [ASK, SAY]},
         {"messages": [as_parts("user", "CANARY?"), as_parts("assistant", "An", "n.")]},
@@ -55,6 +55,7 @@ def test_the_same_turn_in_every_format() -> None:
     ]
     for row in rows:
         assert read([row]) == [TURN]
+    assert read([{"prompt": "CANARY?", "completion": "Ann."}]) == [replace(TURN, is_raw=True)]
     assert read([{"text": "Ann.", "title": "T\n"}], context_column="title") == [Document("Ann.", "T\n")]
 
 
