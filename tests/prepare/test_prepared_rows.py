@@ -79,6 +79,19 @@ def test_an_answer_that_repeats_a_forget_answer_is_replaced_and_counted() -> Non
     assert [row["alternate"] for row in prepared.rows] == [["In Rome."], ["A novel."]]
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "The birthplace of this author is Oslo, as far as anybody knows.",
+        "Where was Lunnian Dunmeth born? I wonder.",
+    ],
+)
+def test_a_reply_that_gives_the_answer_away_or_says_the_question_is_no_alternate(reply: str) -> None:
+    prepared = make_alternates(Model(reply), ROWS[:1])
+    assert prepared.rows[0]["alternate"][0] in read_refusals()
+    assert make_unseen(Model(reply), ROWS[:1]).rows == []
+
+
 def test_several_answers_are_different_ones() -> None:
     model = Model("One.", "Two.", "one", "Three.", "Four.", "Two!")
     rows = make_alternates(model, ROWS, count=3).rows
