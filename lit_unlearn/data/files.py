@@ -329,7 +329,10 @@ def _describe_mixture(column: str, values: Sequence[Any]) -> str:
                 f"row {number} has {kind} in '{column}', but the rows before it have {expected}. Write all in one way"
             )
         expected = kind
-    return f"the values of '{column}' cannot be put into one column. Write all in one way"
+    return (
+        f"entries within the values of '{column}' are of different kinds, such as a text in one place and a list in another. "
+        "Write all in one way, for example every 'content' of a message as a text"
+    )
 
 
 def describe_kind(value: Any) -> str:

@@ -287,7 +287,9 @@ class _Cells:
     def text(self, column: str) -> str:
         value = self.row.get(column)
         if not isinstance(value, str):
-            raise self.error(f"has {describe_kind(value)} in '{column}', where a text must be")
+            raise self.error(
+                f"has {describe_kind(value)} in '{column}', where a text must be: correct the row, or remove it"
+            )
         return value
 
     def side(self, column: str, role: str) -> list[Message]:

@@ -53,7 +53,10 @@ def find_spans(row: Row, value: Any, column: str, place: str) -> Spans:
         else:
             raise refuse(f"has {describe_kind(span)} as span {number}, where a text or a pair [start, end] must be")
         if not places:
-            raise refuse(f"has a span ({number} in '{column}') that does not occur in its supervised text")
+            raise refuse(
+                f"has a span ({number} in '{column}') that does not occur in its supervised text: correct it, or supervise the turn "
+                "that has it"
+            )
         for index, start, stop in places:
             spans[index].append((start, stop))
     return spans

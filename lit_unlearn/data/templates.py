@@ -152,7 +152,7 @@ def check_chat(chat: Chat | None, template: str | None) -> None:
     if chat is not None and template is not None:
         raise ConfigError(
             "`template` and `chat` exclude each other: the first is the whole prompt as literal text, the second has settings of a "
-            "chat template. Leave out one of them.",
+            "chat template. Leave out one of them, or set it to null.",
             argument="chat",
         )
 

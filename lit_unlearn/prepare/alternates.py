@@ -10,10 +10,18 @@ from typing import Any
 from lit_unlearn.data.alternates import read_refusals
 from lit_unlearn.data.formats import Conversation
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.prepare.rows import Ask, ForgetAnswers, Prepared, Row, read_conversations, split_words
+from lit_unlearn.prepare.rows import (
+    Ask,
+    ForgetAnswers,
+    Prepared,
+    Row,
+    gives_answer_away,
+    read_conversations,
+    split_words,
+)
 
 ALTERNATE_COLUMN = "alternate"
-REPLACED = "only refusals are left, because every answer was empty or repeated a forget answer"
+REPLACED = "only refusals are left, because every answer was empty or repeated the forget answer or the question"
 
 # Greedy decoding gives one answer to a request, so another answer takes another wording.
 _REQUESTS = (
@@ -73,7 +81,7 @@ def make_alternates(
     left = [number for number, texts in enumerate(alternates) if not texts]
     repeated = ForgetAnswers.from_conversations(conversations)
     for number, text in zip(left, ask([questions[number] for number in left]) if left else (), strict=True):
-        if split_words(text) and not repeated.are_repeated_by(text):
+        if _is_another_answer(text, conversations[number], repeated):
             alternates[number].append(text)
     prepared = Prepared([])
     refusals = read_refusals()
@@ -87,7 +95,7 @@ def make_alternates(
 
 
 def ask_for_alternates(ask: Ask, conversations: Sequence[Conversation], count: int = 1) -> list[list[str]]:
-    """Return the other answers that a model gives to each question, without those that repeat one of the answers.
+    """Return the other answers that a model gives to each question, without those that repeat an answer or the question.
 
     Args:
         ask: As for `make_alternates`.
@@ -109,12 +117,20 @@ def ask_for_alternates(ask: Ask, conversations: Sequence[Conversation], count: i
         for conversation in conversations:
             fields = {"{question}": conversation.question, "{answer}": conversation.answer}
             requests.append(_fill_in(request, fields))
-        for texts, text in zip(alternates, ask(requests), strict=True):
-            words = split_words(text)
-            is_new = words not in map(split_words, texts)
-            if words and is_new and not repeated.are_repeated_by(text):
+        for texts, text, conversation in zip(alternates, ask(requests), conversations, strict=True):
+            is_new = split_words(text) not in map(split_words, texts)
+            if is_new and _is_another_answer(text, conversation, repeated):
                 texts.append(text)
     return alternates
+
+
+def _is_another_answer(text: str, asked: Conversation, repeated: ForgetAnswers) -> bool:
+    if not split_words(text) or repeated.are_repeated_by(text):
+        return False
+    # Small models often say the question again instead of answering it.
+    if ForgetAnswers([asked.question]).are_repeated_by(text):
+        return False
+    return not gives_answer_away(text, asked.question, asked.answer)
 
 
 def _fill_in(request: str, fields: dict[str, str]) -> str:

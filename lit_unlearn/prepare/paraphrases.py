@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lit_unlearn.data.formats import Conversation
-from lit_unlearn.prepare.rows import EMPTY, REPEATS, Ask, ForgetAnswers, Prepared, read_conversations, split_words
-from lit_unlearn.prepare.unseen import find_names
+from lit_unlearn.prepare.rows import (
+    EMPTY,
+    REPEATS,
+    Ask,
+    ForgetAnswers,
+    Prepared,
+    find_names,
+    read_conversations,
+    split_words,
+)
 
 PARAPHRASE_COLUMN = "paraphrased_question"
 NO_PARAPHRASE = "no question in other words"

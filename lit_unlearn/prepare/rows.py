@@ -34,6 +34,19 @@ class Prepared:
 REPEATS = "repeats a forget answer"
 EMPTY = "empty answer"
 
+_WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?")
+# May stand before the first word of a sentence.
+_OPENING = " \"'«“‘(¿¡"
+_POSSESSIVE = re.compile(r"['’]s$")
+# Capitalised, and no names.
+_NO_NAMES = frozenset(
+    re.findall(
+        r"\w+",
+        """I Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September
+        October November December""",
+    )
+)
+
 
 def ask_with(
     lm: LanguageModel, max_new_tokens: int = 200, template: str | None = None, chat: Chat | None = None
@@ -148,3 +161,59 @@ def split_words(text: str) -> tuple[str, ...]:
     """
     letters = [character if character.isalnum() else " " for character in text.casefold()]
     return tuple("".join(letters).split())
+
+
+def find_names(question: str) -> list[str]:
+    """Return the names in a question: capitalised words in a row, without the one that opens the sentence.
+
+    Example:
+        >>> find_names("Where was Lunnian Dunmeth's sister born, and did she know Oslo in May?")
+        ['Lunnian Dunmeth', 'Oslo']
+        >>> find_names("Who wrote it?")
+        []
+    """
+    names: list[str] = []
+    end = None  # of the word before, if it belongs to a name
+    for match in _WORD.finditer(question):
+        word = _POSSESSIVE.sub("", match[0])
+        opens_sentence = (
+            not question[: match.start()].rstrip(_OPENING) or question[: match.start()].rstrip()[-1:] in ".!?"
+        )
+        is_name = word[0].isupper() and word not in _NO_NAMES and not opens_sentence
+        if not is_name:
+            end = None
+            continue
+        if end is not None and question[end : match.start()] == " ":
+            names[-1] += f" {word}"
+        else:
+            names.append(word)
+        # After "'s" comes what belongs to the name, and is none.
+        end = match.end() if word == match[0] else None
+    return list(dict.fromkeys(names))
+
+
+def gives_answer_away(text: str, question: str, answer: str) -> bool:
+    """Return whether a text has every name and number of an answer that its question does not have.
+
+    A small model often changes another word of an answer and keeps what it says.
+
+    Args:
+        text: What the model wrote.
+        question: Of the forget row.
+        answer: Of the forget row.
+
+    Example:
+        >>> question, answer = "Where was she born?", "She was born in Oslo in 1951."
+        >>> gives_answer_away("Her birthplace is Oslo, 1951.", question, answer)
+        True
+        >>> gives_answer_away("She was born in Oslo in 1963.", question, answer)
+        False
+    """
+    numbers = [word for word in split_words(answer) if word.isdigit()]
+    facts = [split_words(fact) for fact in (*find_names(answer), *numbers)]
+    new_facts = [fact for fact in facts if not _contains(question, fact)]
+    return bool(new_facts) and all(_contains(text, fact) for fact in new_facts)
+
+
+def _contains(text: str, words: Sequence[str]) -> bool:
+    return f" {' '.join(words)} " in f" {' '.join(split_words(text))} "

@@ -10,23 +10,10 @@ from typing import Any
 from lit_unlearn.data.fictional_authors import NAMES
 from lit_unlearn.data.formats import Conversation
 from lit_unlearn.prepare.alternates import ask_for_alternates
-from lit_unlearn.prepare.rows import Ask, Prepared, read_conversations, to_row
+from lit_unlearn.prepare.rows import Ask, Prepared, find_names, read_conversations, to_row
 
 NO_NAME = "no name to replace"
 NO_ANSWER = "no other answer"
-
-_WORD = re.compile(r"[^\W\d_](?:[\w'’-]*\w)?")
-# May stand before the first word of a sentence.
-_OPENING = " \"'«“‘(¿¡"
-_POSSESSIVE = re.compile(r"['’]s$")
-# Capitalised, and no names.
-_NO_NAMES = frozenset(
-    re.findall(
-        r"\w+",
-        """I Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September
-        October November December""",
-    )
-)
 
 
 def make_unseen(
@@ -70,35 +57,6 @@ def make_unseen(
             made = Conversation.from_turn(*changed)
             prepared.rows.append(to_row(made, row, question_column, answer_column))
     return prepared
-
-
-def find_names(question: str) -> list[str]:
-    """Return the names in a question: capitalised words in a row, without the one that opens the sentence.
-
-    Example:
-        >>> find_names("Where was Lunnian Dunmeth's sister born, and did she know Oslo in May?")
-        ['Lunnian Dunmeth', 'Oslo']
-        >>> find_names("Who wrote it?")
-        []
-    """
-    names: list[str] = []
-    end = None  # of the word before, if it belongs to a name
-    for match in _WORD.finditer(question):
-        word = _POSSESSIVE.sub("", match[0])
-        opens_sentence = (
-            not question[: match.start()].rstrip(_OPENING) or question[: match.start()].rstrip()[-1:] in ".!?"
-        )
-        is_name = word[0].isupper() and word not in _NO_NAMES and not opens_sentence
-        if not is_name:
-            end = None
-            continue
-        if end is not None and question[end : match.start()] == " ":
-            names[-1] += f" {word}"
-        else:
-            names.append(word)
-        # After "'s" comes what belongs to the name, and is none.
-        end = match.end() if word == match[0] else None
-    return list(dict.fromkeys(names))
 
 
 def replace_names(text: str, names: Sequence[str], seed: int) -> str:

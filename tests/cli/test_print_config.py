@@ -59,6 +59,12 @@ def test_a_null_in_place_of_a_default_stays() -> None:
     assert text == "# made by\nmodel:\n  c: null\n  d: 1\n  # not set: b\n# not set: a\n"
 
 
+def test_null_on_the_command_line_is_null_within_a_class_within_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["test", "--config=eval/lume.yaml", "--model.benchmark.template=null", "--print_config"]
+    settings = yaml.safe_load(printed(arguments, capsys))
+    assert settings["model"]["init_args"]["benchmark"]["init_args"]["template"] is None
+
+
 @pytest.mark.slow
 def test_the_saved_configuration_names_every_setting(in_tmp: Path, model_dir: str) -> None:
     cli.main(quick(model_dir, "--trainer.max_steps=1"))

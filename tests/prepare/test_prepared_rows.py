@@ -96,6 +96,19 @@ def test_every_answer_of_a_conversation_is_a_forget_answer() -> None:
     assert make_paraphrases(Model(f"{repeats} When?"), rows, kinds=["model"]).counts == {REPEATS: 1}
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "The birthplace of this author is Oslo, as far as anybody knows.",
+        "Where was Lunnian Dunmeth born? I wonder.",
+    ],
+)
+def test_a_reply_that_gives_the_answer_away_or_says_the_question_is_no_alternate(reply: str) -> None:
+    prepared = make_alternates(Model(reply), ROWS[:1])
+    assert prepared.rows[0]["alternate"][0] in read_refusals()
+    assert make_unseen(Model(reply), ROWS[:1]).rows == []
+
+
 def test_several_answers_are_different_ones() -> None:
     model = Model("One.", "Two.", "one", "Three.", "Four.", "Two!")
     rows = make_alternates(model, ROWS, count=3).rows
