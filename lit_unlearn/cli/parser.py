@@ -63,12 +63,13 @@ class ReadableErrors:
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, with the user's home folder in place of every leading ``~``: shells leave it in ``--key=~/file``."""
-        if args is not None and not self.exit_on_error:
+        if args and args[0] is not None and not self.exit_on_error:
             # jsonargparse formats the value of a class within a class as text again, which makes "None" of a null.
-            args = [re.sub(r"=None$", "=null", argument) for argument in args]
-        return _expand_homes(super().parse_args(args, *rest, **kwargs))  # type: ignore[misc]
+            arguments = [re.sub(r"=None$", "=null", argument) for argument in args[0]]
+            args = (arguments, *args[1:])
+        return _expand_homes(super().parse_args(*args, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ConfigError that says what is wrong, and where, from what jsonargparse says and what it caught."""
