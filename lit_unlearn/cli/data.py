@@ -14,13 +14,16 @@ from lit_unlearn.data.encoding import (
     IGNORED,
     EncodingSettings,
     Example,
+    check_chunk_overlap,
     check_tokenizer,
     encode_row,
     format_example,
     token_texts,
 )
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
+from lit_unlearn.data.selection import Rule
 from lit_unlearn.data.source import Source
+from lit_unlearn.data.spans import Spans, read_spans
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import LitUnlearnError, ModelError, reading
 from lit_unlearn.models.loading import check_hub
@@ -46,9 +49,17 @@ def build_parser() -> CommandParser:
     parser.add_argument("--answer_column", type=str, default="answer", help="Column with the answer.")
     parser.add_argument("--messages_column", type=str, default="messages", help="Column with a list of messages.")
     parser.add_argument("--text_column", type=str, default="text", help="Column with raw text.")
+    parser.add_argument("--context_column", type=str, help="Column with text before raw text, which is only read.")
+    parser.add_argument("--span_column", type=str, help="Column with the parts that alone are supervised.")
+    parser.add_argument(
+        "--where",
+        type=Rule,
+        help="Values by column, as of a source: each file is shown as the rows that have them, and the rest.",
+    )
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default the chat template.")
     parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
     parser.add_argument("--max_length", type=int, default=512, help="Tokens of an example.")
+    parser.add_argument("--chunk_overlap", type=int, default=0, help="Tokens that a chunk of raw text repeats.")
     return parser
 
 
@@ -59,7 +70,8 @@ def run(arguments: list[str]) -> None:
     template = check_template(options.template)
     chat = parser.instantiate(options).chat
     check_chat(chat, template)
-    settings = EncodingSettings(template, chat, options.max_length)
+    check_chunk_overlap(options.chunk_overlap, options.max_length, parser)
+    settings = EncodingSettings(template, chat, options.max_length, options.chunk_overlap)
     reader = RowReader(
         options.format,
         options.supervise,
@@ -67,18 +79,36 @@ def run(arguments: list[str]) -> None:
         options.answer_column,
         options.messages_column,
         options.text_column,
+        options.context_column,
     )
     tokenizer = None if options.tokenizer is None else _load_tokenizer(options.tokenizer)
 
     sets: dict[str, list[Row]] = {}
-    for file in dict.fromkeys(options.files):
-        table = Source(file).load(Path(file).name)
-        sets[file] = reader.read(table, Path(file).name)
-        print(f"{file}: {len(table)} rows, format {reader.recognize(table.column_names)}, columns {table.column_names}")
-        for line in _describe_rows(sets[file], tokenizer, settings, Path(file).name):
+    for title, source in _list_sources(options.files, options.where).items():
+        name = Path(title).name
+        table = source.load(name)
+        sets[title] = reader.read(table, name)
+        has_spans = options.span_column in table.column_names
+        spans = read_spans(table, sets[title], options.span_column, name) if has_spans else None
+        print(
+            f"{title}: {len(table)} rows, format {reader.recognize(table.column_names)}, columns {table.column_names}"
+        )
+        for line in _describe_rows(sets[title], spans, tokenizer, settings, name):
             print(f"  {line}")
     for first, second in combinations(sets, 2):
         print(_describe_overlap(first, second, sets))
+
+
+def _list_sources(files: Sequence[str], where: Rule | None) -> dict[str, Source]:
+    """Return by title the rows that are shown."""
+    sources = {}
+    for file in files:
+        if where is None:
+            sources[file] = Source(file)
+        else:
+            sources[f"{file} (chosen)"] = Source(file, where=where)
+            sources[f"{file} (the rest)"] = Source(file, where_not=where)
+    return sources
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -92,7 +122,11 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _describe_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, settings: EncodingSettings, name: str
+    rows: Sequence[Row],
+    spans: Sequence[Spans] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: EncodingSettings,
+    name: str,
 ) -> Iterator[str]:
     conversations = [row for row in rows if isinstance(row, Conversation)]
     if conversations:
@@ -108,7 +142,7 @@ def _describe_rows(
     num_cut = 0
     for number, row in enumerate(rows):
         try:
-            of_row = encode_row(row, tokenizer, settings, f"row {number} of {name}")
+            of_row = encode_row(row, tokenizer, settings, f"row {number} of {name}", spans[number] if spans else None)
         except LitUnlearnError as error:
             refused.append(str(error))
             continue

@@ -25,7 +25,7 @@ from lit_unlearn.data.encoding import (
 )
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
 from lit_unlearn.data.source import Rows, Source, to_source
-from lit_unlearn.data.spans import Spans, find_spans
+from lit_unlearn.data.spans import Spans, read_spans
 from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import (
@@ -263,7 +263,11 @@ class ForgetRetain(L.LightningDataModule):
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
         self._warn_of_special_tokens(rows, tokenizer)
-        spans = None if self.span_column is None else self._find_spans(tables["forget"], rows["forget"])
+        spans = (
+            None
+            if self.span_column is None
+            else read_spans(tables["forget"], rows["forget"], self.span_column, "forget")
+        )
         # Masks are made from lengths, so the end token may pad.
         for name, of_set in rows.items():
             self.examples[name] = self._encode(of_set, tokenizer, name, spans if name == "forget" else None)
@@ -369,16 +373,6 @@ class ForgetRetain(L.LightningDataModule):
         )
         self.formats[name] = reader.recognize(rows.column_names)
         return reader.read(rows, name, self._argument_of(name))
-
-    def _find_spans(self, table: Dataset, rows: list[Row]) -> list[Spans]:
-        column = str(self.span_column)
-        if column not in table.column_names:
-            message = f"the forget set has no column '{column}' with spans; its columns are {table.column_names}: set "
-            raise DataError(f"{message}`span_column`, or leave it out to supervise everything.", argument="span_column")
-        spans = []
-        for number, (row, value) in enumerate(zip(rows, table[column], strict=True)):
-            spans.append(find_spans(row, value, column, f"row {number} of the forget set"))
-        return spans
 
     def _handle_duplicates(self, rows: dict[str, list[Row]]) -> None:
         """Report forget rows that another set is to keep, or leave them out of that set, in place.

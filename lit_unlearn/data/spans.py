@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.formats import Document, Row
 from lit_unlearn.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Spans = Mapping[int, Sequence[tuple[int, int]]]
 """First and last character (exclusive) of every span, by the index of the message that it is in; 0 for a document."""
+
+
+def read_spans(table: Dataset, rows: Sequence[Row], column: str, name: str) -> list[Spans]:
+    """Find the spans of all rows of a set.
+
+    Args:
+        table: The set, with all its columns.
+        rows: The same rows, as they were read.
+        column: Column with the spans.
+        name: Name of the set, for messages.
+
+    Raises:
+        DataError: If there is no such column, or as for `find_spans`.
+    """
+    if column not in table.column_names:
+        message = f"the {name} set has no column '{column}' with spans; its columns are {table.column_names}: set "
+        raise DataError(f"{message}`span_column`, or leave it out to supervise everything.", argument="span_column")
+    spans = []
+    for number, (row, value) in enumerate(zip(rows, table[column], strict=True)):
+        spans.append(find_spans(row, value, column, f"row {number} of the {name} set"))
+    return spans
 
 
 def find_spans(row: Row, value: Any, column: str, place: str) -> Spans:

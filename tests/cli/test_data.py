@@ -57,6 +57,32 @@ def test_shared_rows_are_named(write_rows: Callable[..., str], capsys: pytest.Ca
     assert "row 0" in printed
 
 
+def test_a_rule_shows_the_chosen_rows_and_the_rest(
+    write_rows: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{n}?", "answer": "Here.", "customer": n % 3} for n in range(9)]
+    rows.append({"question": "0?", "answer": "here.", "customer": 1})
+    cli.main(["data", write_rows("train.jsonl", rows), "--where={customer: 0}"])
+    printed = capsys.readouterr().out
+    assert "train.jsonl (chosen): 3 rows" in printed
+    assert "train.jsonl (the rest): 7 rows" in printed
+    assert "row 6" in printed.splitlines()[-1]  # of the rest
+
+
+def test_spans_and_chunks_are_shown(
+    tokenizer_dir: str, write_rows: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spans = write_rows("spans.jsonl", [{"question": "Who?", "answer": "It is Ann.", "parts": ["Ann"]}])
+    cli.main(["data", spans, f"--tokenizer={tokenizer_dir}", "--span_column=parts", "--template={question}→{answer}"])
+    shown = capsys.readouterr().out.rpartition("→")[2]
+    assert shown.index("[") > shown.index("is")
+    texts = write_rows("texts.jsonl", [{"text": "one two three four " * 20, "title": "T"}])
+    cli.main(["data", texts, f"--tokenizer={tokenizer_dir}", "--max_length=20", "--chunk_overlap=5"])
+    with_overlap = capsys.readouterr().out
+    cli.main(["data", texts, f"--tokenizer={tokenizer_dir}", "--max_length=20", "--context_column=title"])
+    assert with_overlap.splitlines()[1] != capsys.readouterr().out.splitlines()[1]
+
+
 def test_what_cannot_be_read_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["data", "none.jsonl"])
