@@ -46,9 +46,25 @@ def commands(page: str) -> Iterator[str]:
                 yield command
 
 
-@pytest.fixture
-def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
+@pytest.fixture(scope="module")
+def made_world(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which the demo was run, with files under the names that the pages use."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lit-unlearn"])
+        make_world(model_dir)
+    return folder
+
+
+@pytest.fixture
+def world(made_world: Path, in_tmp: Path) -> Path:
+    """Return a copy of it, which is the working directory."""
+    shutil.copytree(made_world, in_tmp, dirs_exist_ok=True)
+    return in_tmp
+
+
+def make_world(model_dir: str) -> None:
     for name in ("target", "unlearned"):
         shutil.copytree(model_dir, f"runs/demo/{name}")
     shutil.copytree(model_dir, "runs/tofu/target")
@@ -78,7 +94,6 @@ def world(in_tmp: Path, model_dir: str, tokenizer_dir: str) -> Path:
     )
     for name in ("b", "retain_only", "target", "unlearned"):
         shutil.copy("a.json", f"{name}.json")
-    return in_tmp
 
 
 def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,11 @@ METHODS: dict[str, Result] = {  # whose objectives need the reference model, oth
     "undial": {"forget": "undial"},
     "rmu": {"forget": "rmu", "general": "activations"},
 }
+# Padded batches and passes one after the other are tried above, where they are cheaper.
 SAME_METHOD: dict[str, Result] = {
     "micro 2": {"micro_batch_size": 2},
-    "padded": {"padded": True},
     "ddp": {"strategy": "ddp"},
     "fsdp2, micro 2": {"strategy": "fsdp2", "micro_batch_size": 2},
-    "ddp, sequential": {"strategy": "ddp", "passes": "sequential"},
 }
 SAME |= {f"{m}, {name}": {**plan, **method} for m, method in METHODS.items() for name, plan in SAME_METHOD.items()}
 SAME |= {f"{m}, lora, ddp": {"strategy": "ddp", "adapter": ADAPTER, **METHODS[m]} for m in ("npo", "dpo, kl", "rmu")}

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
-STEPS = 90  # 9 epochs of 10
+STEPS = 60  # 6 epochs of 10
 SETTINGS = {
     "model": {
         "forget": {"class_path": "LogitMargin", "init_args": {"power": 2, "alignment": "next_token"}},
@@ -49,7 +49,7 @@ SETTINGS = {
         "init_args": {"num_authors": 8, "forget_authors": 4, "max_length": 200, "batch_size": 4},
     },
     "trainer": {
-        "max_epochs": 9,
+        "max_epochs": 6,
         "check_val_every_n_epoch": 3,
         "accelerator": "cpu",
         "strategy": "ddp",
