@@ -34,8 +34,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="lit-unlearn evaluate",
         description="Runs a benchmark on a model and writes a results file.",
-        epilog="Any other --key=value is an option of the benchmark, such as --max_new_tokens=100, or of the whole configuration, "
-        "such as --trainer.accelerator=cpu.",
+        epilog="Any other option is one of the benchmark, such as --max_new_tokens=100, or of the whole configuration, such as "
+        "--trainer.accelerator=cpu.",
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
     parser.add_argument(
@@ -61,10 +61,14 @@ def run(arguments: list[str]) -> None:
     # jsonargparse has no parse_known_args: what belongs to the benchmark is taken out first, and refused by it if wrong.
     own_arguments: list[str] = []
     passed_on: list[str] = []
-    for argument in arguments:
+    remaining = iter(arguments)
+    for argument in remaining:
         name, equals, _ = argument.partition("=")
-        is_option = name.startswith("--") and equals and name not in parser._option_string_actions
-        (passed_on if is_option else own_arguments).append(argument)
+        if not name.startswith("--") or name in parser._option_string_actions:
+            own_arguments.append(argument)
+        else:
+            # As with any option, the value may be a word of its own.
+            passed_on.append(argument if equals else f"{name}={next(remaining, '')}")
     options = parser.parse_args(own_arguments)
     gives_forget, gives_retain = (_gives_set(options, passed_on, name) for name in ("forget", "retain"))
     if options.suite == "qa" and not (gives_forget and gives_retain):

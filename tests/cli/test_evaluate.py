@@ -19,7 +19,7 @@ CPU = "--trainer.accelerator=cpu"
     ("short", "long"),
     [
         (
-            ["--suite=tofu", "--forget_split=forget05", "--max_rows=3", "--dtype=bfloat16", "--max_new_tokens=7"],
+            ["--suite=tofu", "--forget_split=forget05", "--max_rows=3", "--dtype=bfloat16", "--max_new_tokens", "7"],
             [
                 "--config=eval/tofu.yaml",
                 "--model.benchmark.forget_split=forget05",
