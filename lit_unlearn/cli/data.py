@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.duplicates import find_duplicates, list_rows
@@ -18,15 +18,15 @@ from lit_unlearn.data.encoding import (
     check_tokenizer,
     encode_row,
     format_example,
-    token_texts,
+    show_tokens,
 )
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
 from lit_unlearn.data.selection import Rule
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.spans import Spans, read_spans
 from lit_unlearn.data.templates import Chat, check_chat, check_template
-from lit_unlearn.errors import LitUnlearnError, ModelError, reading
-from lit_unlearn.models.loading import check_hub
+from lit_unlearn.errors import LitUnlearnError
+from lit_unlearn.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,10 @@ def run(arguments: list[str]) -> None:
         options.text_column,
         options.context_column,
     )
-    tokenizer = None if options.tokenizer is None else _load_tokenizer(options.tokenizer)
+    tokenizer = None
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+        check_tokenizer(tokenizer)
 
     sets: dict[str, list[Row]] = {}
     for title, source in _list_sources(options.files, options.where).items():
@@ -109,16 +112,6 @@ def _list_sources(files: Sequence[str], where: Rule | None) -> dict[str, Source]
             sources[f"{file} (chosen)"] = Source(file, where=where)
             sources[f"{file} (the rest)"] = Source(file, where_not=where)
     return sources
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    check_hub(name, argument="tokenizer", cached_file="tokenizer_config.json")
-    with reading("the tokenizer", name, "Check --tokenizer.", ModelError, argument="tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    check_tokenizer(tokenizer)
-    return tokenizer
 
 
 def _describe_rows(
@@ -150,7 +143,7 @@ def _describe_rows(
         examples += of_row
     if examples:
         lengths = [len(example.input_ids) for example in examples]
-        supervised = [sum(label != IGNORED for label in example.labels) for example in examples]
+        supervised = [len(example.labels) - example.labels.count(IGNORED) for example in examples]
         yield f"{len(examples)} examples; {_describe_lengths('tokens', lengths)}"
         yield _describe_lengths("supervised tokens", supervised)
     if num_cut:
@@ -158,12 +151,7 @@ def _describe_rows(
     if refused:
         yield f"{len(refused)} rows cannot be used; the first: {refused[0]}"
     if examples:
-        first = examples[0]
-        shown: dict[str, list[Any]] = {
-            "tokens": token_texts(first.input_ids, tokenizer),
-            "supervised": [label != IGNORED for label in first.labels],
-        }
-        yield f"the first example: {format_example(shown)}"
+        yield f"the first example: {format_example(show_tokens(examples[0], tokenizer))}"
 
 
 def _describe_lengths(what: str, lengths: Sequence[int]) -> str:

@@ -18,10 +18,10 @@ from lit_unlearn.data.encoding import (
     Example,
     check_chunk_overlap,
     check_tokenizer,
+    describe_first_prompt,
     encode_row,
-    find_literal_template,
     format_example,
-    token_texts,
+    show_tokens,
 )
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
 from lit_unlearn.data.source import Rows, Source, to_source
@@ -33,7 +33,6 @@ from lit_unlearn.data.templates import (
     Chat,
     check_chat,
     check_template,
-    describe_prompt,
     find_prompt_difference,
 )
 from lit_unlearn.errors import (
@@ -79,7 +78,8 @@ class ForgetRetain(L.LightningDataModule):
             objectives that read one; ``None`` for refusals.
         refusals: Text file with a refusal per line, to draw from; ``None`` for this package's 120.
         template: Text with ``{question}`` and ``{answer}``, in which a typed ``\n`` is a line break; ``None`` for the
-            tokenizer's chat template where it has one, else a plain one.
+            tokenizer's chat template where it has one, else a plain one. A prompt and a completion that are two texts then
+            have no template.
         max_length: Largest number of tokens of an example; longer ones are cut, and counted in a warning. Raw text continues
             in another example.
         batch_size: Forget examples per optimizer step.
@@ -93,7 +93,7 @@ class ForgetRetain(L.LightningDataModule):
             text like any other, and the rows are counted in a warning; those of the template are control tokens always.
         drop_duplicates: Whether rows of the retain set and of additional sets are left out if they are forget rows as well,
             whatever their white space and case. By default they are reported with their numbers.
-        format: Format of all sets: ``"question_answer"``, ``"prompt_completion"`` (as trl names the columns), ``"messages"``
+        format: Format of all sets: ``"question_answer"``, ``"prompt_completion"`` (as trl reads them), ``"messages"``
             or ``"text"``; ``"auto"`` to recognise that of every set by its columns.
         supervise: Which turns of the assistant's in a conversation are supervised, ``"all"`` or the ``"last"`` one.
         messages_column: Column with a conversation, a list of messages with ``role`` and ``content``.
@@ -187,7 +187,7 @@ class ForgetRetain(L.LightningDataModule):
         self.formats: dict[str, Format] = {}
         """The format of every set, once the sets are read."""
         self.prompt: dict[str, Any] | None = None
-        """What decides the prompts of conversations, from `describe_prompt`, once the sets are read; ``None`` without any."""
+        """What decides the prompts of conversations, from `describe_first_prompt`, once the sets are read; ``None`` without any."""
         self.shown_example: dict[str, list[Any]] | None = None
         """``tokens`` of the first forget example, as texts, and which are ``supervised``, if ``show_example`` is true."""
         self._tokenizer_name = None if tokenizer is None else expand_home(tokenizer)
@@ -263,28 +263,19 @@ class ForgetRetain(L.LightningDataModule):
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
         self._warn_of_special_tokens(rows, tokenizer)
-        spans = (
-            None
-            if self.span_column is None
-            else read_spans(tables["forget"], rows["forget"], self.span_column, "forget")
-        )
+        spans = None
+        if self.span_column is not None:
+            spans = read_spans(tables["forget"], rows["forget"], self.span_column, "forget")
         # Masks are made from lengths, so the end token may pad.
         for name, of_set in rows.items():
             self.examples[name] = self._encode(of_set, tokenizer, name, spans if name == "forget" else None)
-        for row in chain.from_iterable(rows.values()):
-            if isinstance(row, Conversation):
-                template = find_literal_template(row, self._encoding_settings())
-                self.prompt = describe_prompt(tokenizer, template, self.chat)
-                break
+        every_row = chain.from_iterable(rows.values())
+        self.prompt = describe_first_prompt(every_row, tokenizer, self._encoding_settings())
         if needs_alternates:
             alternates = self._alternate_rows(tables["forget"], rows["forget"])
             self._attach_alternates(self._encode(alternates, tokenizer, "alternate"))
         if self.show_example:
-            example = self.examples["forget"][0]
-            self.shown_example = {
-                "tokens": token_texts(example.input_ids, tokenizer),
-                "supervised": [label != IGNORED for label in example.labels],
-            }
+            self.shown_example = show_tokens(self.examples["forget"][0], tokenizer)
 
     def train_dataloader(self) -> CombinedLoader:
         """Return zipped batches that end with the forget set, or batches of one set to fine-tune a model."""

@@ -19,6 +19,7 @@ from lit_unlearn.data.templates import (
     Piece,
     Rendering,
     check_chat,
+    describe_prompt,
     render_conversation,
     render_literal,
 )
@@ -79,7 +80,7 @@ class EncodingSettings:
 
     Args:
         template: Text with ``{question}`` and ``{answer}``, the answer last; ``None`` for the tokenizer's chat template where
-            it has one, else ``PLAIN_TEMPLATE``.
+            it has one, else ``PLAIN_TEMPLATE``. A prompt and a completion that are two texts then have no template.
         chat: Settings of the chat template.
         max_length: Largest number of tokens of an example. Conversations are cut there; documents continue in another one.
         chunk_overlap: Of a document, tokens of an example that the next one begins with, to read them only.
@@ -218,7 +219,7 @@ def _render(
     settings: EncodingSettings,
     row_text: RowText,
 ) -> Rendering:
-    template = find_literal_template(conversation, settings)
+    template = _find_literal_template(conversation, settings)
     if template is None and (tokenizer.chat_template is not None or _has_template(settings.chat)):
         # A turn without text has no place in the text that could be found.
         turns = [turn for turn in conversation.supervised if messages[turn].content.strip()]
@@ -238,12 +239,21 @@ def _render(
     return render_literal(question.content, answer.content, template or PLAIN_TEMPLATE, tokenizer, row_text)
 
 
-def find_literal_template(row: Row, settings: EncodingSettings) -> str | None:
-    """Return the literal template that a row is put in; ``None`` for the chat template."""
-    is_raw = isinstance(row, Conversation) and row.is_raw
-    if is_raw and settings.template is None and settings.chat is None:
+def _find_literal_template(conversation: Conversation, settings: EncodingSettings) -> str | None:
+    """Return the literal template that a conversation is put in; ``None`` for the chat template."""
+    if conversation.is_raw and settings.template is None and settings.chat is None:
         return RAW_TEMPLATE
     return settings.template
+
+
+def describe_first_prompt(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, settings: EncodingSettings
+) -> dict[str, Any] | None:
+    """Return what decides the prompt of the first conversation, from `describe_prompt`; ``None`` if all rows are raw text."""
+    for row in rows:
+        if isinstance(row, Conversation):
+            return describe_prompt(tokenizer, _find_literal_template(row, settings), settings.chat)
+    return None
 
 
 def _has_template(chat: Chat | None) -> bool:
@@ -542,11 +552,19 @@ def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     return texts
 
 
+def show_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """Return ``tokens``, the texts of an example's tokens, and which of them are ``supervised``."""
+    return {
+        "tokens": token_texts(example.input_ids, tokenizer),
+        "supervised": [label != IGNORED for label in example.labels],
+    }
+
+
 def format_example(example: Mapping[str, Sequence[Any]]) -> str:
     """Return the text of an example with a bar between tokens and brackets around every supervised one.
 
     Args:
-        example: ``tokens``, their texts, and which of them are ``supervised``.
+        example: From `show_tokens`.
 
     Example:
         >>> format_example({"tokens": ["Who?", " Ada", "</s>"], "supervised": [False, True, True]})

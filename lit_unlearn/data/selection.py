@@ -79,8 +79,8 @@ class _Condition:
         if self.compares_whole_texts:
             return {self._numbers[text] for text in texts & self._numbers.keys()}
         matched = set()
-        for wanted, number in self._numbers.items():
-            if any(wanted in text for text in texts):
+        for value_text, number in self._numbers.items():
+            if any(value_text in text for text in texts):
                 matched.add(number)
         return matched
 

@@ -16,17 +16,17 @@ from lit_unlearn.data.encoding import (
     Example,
     check_chunk_overlap,
     check_tokenizer,
+    describe_first_prompt,
     encode_examples,
     encode_row,
     find_hidden_id,
-    find_literal_template,
     prompt_of,
 )
 from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.formats import Conversation, Document, Format, Row, RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.special_tokens import RowText
-from lit_unlearn.data.templates import Chat, check_chat, check_template, describe_prompt, find_prompt_difference
+from lit_unlearn.data.templates import Chat, check_chat, check_template, find_prompt_difference
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
@@ -158,7 +158,7 @@ class QuestionSets:
         self.fluency_model = fluency_model
         self.sets: dict[str, QuestionSet] = {}
         self.prompt: dict[str, Any] | None = None
-        """What decides the prompts, from `describe_prompt`, once the rows are read; ``None`` if all are raw text."""
+        """What decides the prompts, from `describe_first_prompt`, once the rows are read; ``None`` if all are raw text."""
 
     def settings(self) -> Values:
         """Return the settings that decide values, beside the rows."""
@@ -204,9 +204,7 @@ class QuestionSets:
             self._check_wrong_answers(name, cells)
             rows = [self._read_row(name, number, row, kind) for number, row in enumerate(cells)]
             self._warn_of_special_tokens(name, rows, tokenizer)
-            if self.prompt is None and isinstance(rows[0], Conversation):
-                template = find_literal_template(rows[0], self.encoding)
-                self.prompt = describe_prompt(tokenizer, template, self.encoding.chat)
+            self.prompt = self.prompt or describe_first_prompt(rows, tokenizer, self.encoding)
             examples: list[BenchmarkExample] = []
             for number, row in enumerate(rows):
                 if isinstance(row, Document):

@@ -150,10 +150,10 @@ def _read_chat_template(folder: Path) -> str | list[Keys] | None:
     """Return the template as transformers 4 writes it into the tokenizer's config: a text, or a list if there are several."""
     file = folder / "chat_template.jinja"
     default = file.read_text(encoding="utf-8") if file.is_file() else None
-    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if not others:
+    more_files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if not more_files:
         return default
     templates = [] if default is None else [{"name": "default", "template": default}]
-    for other in others:
-        templates.append({"name": other.stem, "template": other.read_text(encoding="utf-8")})
+    for more_file in more_files:
+        templates.append({"name": more_file.stem, "template": more_file.read_text(encoding="utf-8")})
     return templates
