@@ -139,7 +139,7 @@ def mean_upper_bound(scores: ArrayLike, confidence: float = 0.95) -> float:
 
 
 def corrected_confidence(confidence: float, questions: int, correction: Correction = "bonferroni") -> float:
-    """Compute the confidence that each question's bound needs, for all bounds to hold together.
+    """Compute the confidence that each question's own bound needs, for all of these bounds to hold together.
 
     Args:
         confidence: That all bounds hold.
@@ -167,28 +167,29 @@ def corrected_confidence(confidence: float, questions: int, correction: Correcti
     raise ConfigError(f"`correction` must be 'bonferroni' or 'sidak', not {correction!r}.", argument="correction")
 
 
-def worst_leak_bound(
-    hits: ArrayLike, samples: int, confidence: float = 0.95, correction: Correction = "bonferroni"
-) -> float:
-    """Compute an upper bound on the leak probability of *every* question, the worst one included.
+def worst_leak_bound(hits: ArrayLike, samples: int, confidence: float = 0.95) -> float:
+    """Compute an upper bound on the leak probability of the worst question, and so of every question.
+
+    The largest of the questions' bounds. It needs no correction for their number: the question with the largest probability is the
+    same whatever is drawn, its own bound holds with the confidence, and the largest bound is no smaller. Only a statement with a
+    bound of its own for each question needs ``corrected_confidence``.
 
     Args:
         hits: Number of samples that leak, of each question, shape ``(questions,)``.
         samples: Number of samples of each question.
-        confidence: That the bound holds for all questions together.
-        correction: As for ``corrected_confidence``.
+        confidence: Above 0 and below 1.
 
     Raises:
         DataError: If a number of hits is not from 0 to ``samples``.
-        ConfigError: If ``confidence`` or ``correction`` is out of range or unknown.
+        ConfigError: If ``confidence`` is out of range.
 
     Example:
         >>> round(worst_leak_bound([0, 0, 0, 0], samples=100), 4)
-        0.0429
+        0.0295
     """
     counts = _read_hits(hits, samples)
     # The bound rises with the hits, so the question with the most has the largest.
-    return leak_upper_bound(int(counts.max()), samples, corrected_confidence(confidence, len(counts), correction))
+    return leak_upper_bound(int(counts.max()), samples, confidence)
 
 
 def average_leak_bound(hits: ArrayLike, samples: int, confidence: float = 0.95) -> float:
@@ -221,26 +222,26 @@ def average_leak_bound(hits: ArrayLike, samples: int, confidence: float = 0.95) 
     return leak_upper_bound(total, draws, confidence)
 
 
-def worst_mean_bound(scores: ArrayLike, confidence: float = 0.95, correction: Correction = "bonferroni") -> float:
-    """Compute an upper bound on the expected score of *every* question, the worst one included.
+def worst_mean_bound(scores: ArrayLike, confidence: float = 0.95) -> float:
+    """Compute an upper bound on the expected score of the worst question, and so of every question.
+
+    The largest of the questions' bounds, which needs no correction, as for ``worst_leak_bound``.
 
     Args:
         scores: From 0 to 1, shape ``(questions, n)``.
-        confidence: That the bound holds for all questions together, above 0.5 and below 1.
-        correction: As for ``corrected_confidence``.
+        confidence: Above 0.5 and below 1.
 
     Raises:
         DataError: If a score is not from 0 to 1.
-        ConfigError: If ``confidence`` or ``correction`` is out of range or unknown.
+        ConfigError: If ``confidence`` is out of range.
 
     Example:
         >>> round(worst_mean_bound([[0.0] * 100, [0.0] * 100]), 4)
-        0.1358
+        0.1224
     """
     rows = np.sort(read_shares("scores", scores, ndim=2), axis=1)
     _check_confidence(confidence, MIN_MEAN_CONFIDENCE)
-    for_each = corrected_confidence(confidence, len(rows), correction)
-    return max(_dkw_bound(row, for_each) for row in rows)
+    return max(_dkw_bound(row, confidence) for row in rows)
 
 
 def average_mean_bound(scores: ArrayLike, confidence: float = 0.95) -> float:

@@ -190,7 +190,7 @@ def test_memorization_equals_the_definition(pairs):
     assert exact_memorization(predictions, labels) == sum(p == label for p, label in pairs) / len(pairs)
     assert extraction_strength(torch.tensor(predictions), labels) == extraction_strength_slowly(predictions, labels)
     wanted = extraction_strength_slowly(predictions, labels, floor=True)
-    assert extraction_strength(predictions, labels, floor=True) == wanted >= 1 / len(pairs)
+    assert extraction_strength(predictions, labels, floor=True) == wanted > 0
 
 
 @pytest.mark.parametrize(
