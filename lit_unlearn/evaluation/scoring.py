@@ -67,8 +67,8 @@ def score_examples(
 def measure_gradient_norms(lm: LanguageModel, examples: Sequence[Example]) -> list[float]:
     """Measure how strongly each example would move the model: the mean, over its weight tensors, of the gradient's L2 norm.
 
-    A membership attack: the gradient of the mean NLL is small for what a model was trained on. As open-unlearning computes it: a mean
-    of norms, not the norm of the whole gradient. arXiv 2402.17012.
+    A membership attack: the gradient of the mean NLL is small for what a model was trained on. As open-unlearning computes it, a
+    mean of norms, and not the norm of the whole gradient. arXiv 2402.17012.
 
     Args:
         lm: Loaded; it is left as it was, gradients included. One backward pass per example needs memory for the gradients of
