@@ -145,7 +145,7 @@ def test_a_reference_model_with_another_tokenizer_is_refused_before_anything_is_
     other.load(torch.float32)
     other.save(tmp_path / "other")
     suite = QABenchmark(**files, reference_model=str(tmp_path / "other"))
-    with pytest.raises(ModelError, match="`reference_model`.*another one") as error:
+    with pytest.raises(ModelError, match=r"`reference_model`.*another one") as error:
         suite.prepare(loaded(taught(tokenizer_dir, 0)).tokenizer)
     assert error.value.owner is suite
     assert error.value.argument == "reference_model"
