@@ -27,7 +27,7 @@ from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
-from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
+from lit_unlearn.utils.distributed import gather_objects, measure_shares, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
 from lit_unlearn.utils.validation import check_at_least
 
@@ -231,24 +231,21 @@ class Benchmark(ABC):
 
     def _measure_stream(self, lm: LanguageModel, name: str, stream: BenchmarkStream, bar: Any) -> list[Values]:
         """Return the values of a stream's examples, in order; each process measures its share of them."""
-        rank, world_size = rank_and_world_size()
-        examples = stream.examples[rank::world_size]
+        world_size = rank_and_world_size()[1]
 
         def advance_bar(count: int) -> None:
             # The bar is that of the first process, and its share stands for those of all.
             bar.update(count * world_size)
 
-        scored = self._score_sequences(lm, examples, advance_bar)
-        generated = self._generate_answers(lm, examples, stream, advance_bar)
-        share = []
-        for example, scores, text in zip(examples, scored, generated, strict=True):
-            share.append(self.measure(name, example, scores, text))
+        def measure_share(examples: Sequence[BenchmarkExample]) -> list[Values]:
+            scored = self._score_sequences(lm, examples, advance_bar)
+            generated = self._generate_answers(lm, examples, stream, advance_bar)
+            values = []
+            for example, scores, text in zip(examples, scored, generated, strict=True):
+                values.append(self.measure(name, example, scores, text))
+            return values
 
-        # The same stride as above puts every value back in the order of the rows.
-        values: list[Values] = [{}] * len(stream.examples)
-        for process, of_process in enumerate(gather_objects(share)):
-            values[process::world_size] = of_process
-        return values
+        return measure_shares(stream.examples, measure_share)
 
     def _score_sequences(
         self, lm: LanguageModel, examples: Sequence[BenchmarkExample], advance: Callable[[int], None]
