@@ -30,6 +30,7 @@ from lit_unlearn.metrics import ConstraintSlack as ConstraintSlack
 from lit_unlearn.metrics import ForgetUniformity as ForgetUniformity
 from lit_unlearn.models import LanguageModel as LanguageModel
 from lit_unlearn.models import SupervisedTokens as SupervisedTokens
+from lit_unlearn.models.sampling import Sampling as Sampling
 from lit_unlearn.objectives import CEU as CEU
 from lit_unlearn.objectives import DPO as DPO
 from lit_unlearn.objectives import NLL as NLL
