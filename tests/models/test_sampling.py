@@ -108,7 +108,7 @@ def test_the_last_number_finds_a_token():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(value, lm):
+def test_logits_that_are_no_numbers_are_refused(value):
     logits = torch.zeros(2, 4)
     logits[1, 2] = value
     with pytest.raises(ValueError, match="logits"):
