@@ -70,7 +70,7 @@ class LeakBenchmark(Benchmark):
 
     name: ClassVar[str] = "leak"
 
-    # A stream of its own would be lost with an interruption after hours of sampling.
+    # There is one stream: in one part, an interruption would lose hours of sampling.
     rows_per_part: ClassVar[int | None] = 20
 
     def __init__(
