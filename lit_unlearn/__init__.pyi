@@ -16,7 +16,10 @@ from lit_unlearn.dual import FixedMultiplier as FixedMultiplier
 from lit_unlearn.dual import Multiplier as Multiplier
 from lit_unlearn.dual import PIMultiplier as PIMultiplier
 from lit_unlearn.dual import Relative as Relative
+from lit_unlearn.evaluation.attacks.few_shot import FewShot as FewShot
+from lit_unlearn.evaluation.attacks.prefix import Prefix as Prefix
 from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
+from lit_unlearn.evaluation.attacks.several_turns import SeveralTurns as SeveralTurns
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
 from lit_unlearn.evaluation.leakage import LeakBenchmark as LeakBenchmark
 from lit_unlearn.evaluation.lume import LUMEBenchmark as LUMEBenchmark
