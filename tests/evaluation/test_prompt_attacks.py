@@ -140,7 +140,7 @@ def test_refused_settings():
         with pytest.raises(ValueError, match=f"`{argument}`"):
             SeveralTurns(**settings)
     for wrong in (lambda: FewShot(0), lambda: Prefix(0), lambda: FewShot(template="{answer}")):
-        with pytest.raises(ValueError, match="`(shots|words|template)`"):
+        with pytest.raises(ValueError, match=r"`(shots|words|template)`"):
             wrong()
     with pytest.raises(ValueError, match=r"`answers` .* 5 .* 4"):
         SeveralTurns().change_questions(ROWS, ANSWERS[1:])
@@ -240,5 +240,5 @@ def test_as_text_for_a_model_without_chat_template(lm, tmp_path):
 
 def test_raw_text_has_no_questions(lm, write_rows):
     rows = write_rows("rows.jsonl", [{"text": "Ada wrote the letter in May."}] * 2)
-    with pytest.raises(ValueError, match="'prefix'.*raw text"):
+    with pytest.raises(ValueError, match=r"'prefix'.*raw text"):
         QABenchmark(rows, rows).with_attack(Prefix()).prepare(lm.tokenizer)
