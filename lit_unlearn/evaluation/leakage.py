@@ -137,7 +137,7 @@ class LeakBenchmark(Benchmark):
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute leak@k and the bounds, over all forget questions."""
         rows = examples["forget"]
-        values = {}
+        values: dict[str, float] = {}
         for score in SCORES:
             for number in self.attempts:
                 leaks = [leak_at_k(row[score], number) for row in rows]

@@ -63,10 +63,6 @@ def test_shots_do_not_give_the_answer_away():
         FewShot(2).change_questions(rows)
 
 
-def test_a_row_has_the_same_shots_whatever_comes_after_it():
-    assert len({FewShot(1, seed=3).change_questions(rows)[0].texts for rows in (ROWS, list(ROWS))}) == 1
-
-
 def test_a_conversation_stays_together():
     """Shots stand after the system message and before its own earlier turns."""
     earlier = (SYSTEM, Message("user", "Hello"), Message("assistant", "Hi."))
@@ -87,7 +83,7 @@ def test_turns_as_text_are_the_rows_one_after_the_other(attack, template):
     def fill(question: str, answer: str) -> str:
         return template.replace("{answer}", answer).replace("{question}", question)
 
-    as_turns = attack().change_questions(ROWS, ANSWERS) if attack is SeveralTurns else FewShot().change_questions(ROWS)
+    as_turns = attack().change_questions(ROWS, ANSWERS)
     as_text = attack(template=template).change_questions(ROWS, ANSWERS)
     for with_turns, with_text in zip(as_turns, as_text, strict=True):
         assert with_text.is_single_turn
@@ -98,7 +94,6 @@ def test_turns_as_text_are_the_rows_one_after_the_other(attack, template):
 def test_braces_in_rows_are_text():
     rows = [Conversation.from_turn(f"{{answer}} {n}?", f"{{question}} {n}") for n in range(3)]
     asked = FewShot(2, template="Q: {question}\nA: {answer}").change_questions(rows)[2]
-    assert sorted(asked.question.split("\n\n")[:2]) != []
     assert asked.question.count("{question}") == 2
     assert asked.question.endswith("Q: {answer} 2?")
 

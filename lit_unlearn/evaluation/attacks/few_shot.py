@@ -72,7 +72,7 @@ class FewShot:
                     owner=self,
                     argument="shots",
                 )
-            # A generator for each row, so that fewer rows have the same draws.
+            # A generator for each row, so that its draws do not depend on those of the rows before it.
             drawn = random.Random(f"{self.seed}/{number}").sample(others, self.shots)
             shown = put_turns_first(conversation, drawn)
             with arguments_of(self):
