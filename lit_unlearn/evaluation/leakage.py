@@ -138,19 +138,33 @@ class LeakBenchmark(Benchmark):
         """Compute leak@k and the bounds, over all forget questions."""
         rows = examples["forget"]
         values: dict[str, float] = {}
+        missing: dict[str, str] = {}
         for score in SCORES:
-            for number in self.attempts:
-                leaks = [leak_at_k(row[score], number) for row in rows]
-                values[f"leak@{number}/{score}"] = float(np.mean(leaks))
+            scores = [row[score] for row in rows]
+            unscored = scores.count(None)
+            if unscored:
+                # A zero would read as "reveals nothing".
+                reason = f"{unscored} of {len(rows)} answers have no word that it could find"
+                missing |= dict.fromkeys(self._list_values(score), reason)
+                continue
 
-        hits = [sum(row["exact"]) for row in rows]
-        recalls = [row["rougeL_recall"] for row in rows]
-        samples = self.sampling.samples
-        values["leak_bound/rougeL_recall"] = average_mean_bound(recalls, self.confidence)
-        values["leak_bound/exact"] = average_leak_bound(hits, samples, self.confidence)
-        values["leak_bound_worst/rougeL_recall"] = worst_mean_bound(recalls, self.confidence)
-        values["leak_bound_worst/exact"] = worst_leak_bound(hits, samples, self.confidence)
-        return Aggregate(values, {})
+            for number in self.attempts:
+                leaks = [leak_at_k(of_question, number) for of_question in scores]
+                values[f"leak@{number}/{score}"] = float(np.mean(leaks))
+            if score == "exact":
+                hits = [sum(of_question) for of_question in scores]
+                average = average_leak_bound(hits, self.sampling.samples, self.confidence)
+                worst = worst_leak_bound(hits, self.sampling.samples, self.confidence)
+            else:
+                average = average_mean_bound(scores, self.confidence)
+                worst = worst_mean_bound(scores, self.confidence)
+            values[f"leak_bound/{score}"] = average
+            values[f"leak_bound_worst/{score}"] = worst
+        return Aggregate(values, missing)
+
+    def _list_values(self, score: str) -> list[str]:
+        attempts = [f"leak@{number}/{score}" for number in self.attempts]
+        return [*attempts, f"leak_bound/{score}", f"leak_bound_worst/{score}"]
 
     def _measure_share(
         self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: range, advance: Callable[[int], None]
@@ -175,11 +189,14 @@ class LeakBenchmark(Benchmark):
         return values
 
     def _score_samples(self, stream: str, example: BenchmarkExample, samples: Sequence[str]) -> Values:
-        values: Values = {score: [] for score in SCORES}
-        for sample in samples:
-            for score, value in self.measure(stream, example, {}, sample).items():
-                values[score].append(value)
-        values["exact_bound"] = leak_upper_bound(sum(values["exact"]), len(samples), self.confidence)
+        of_samples = [self.measure(stream, example, {}, sample) for sample in samples]
+        # ROUGE knows the letters a to z only: an answer that does not match itself would never be found.
+        of_answer = self.measure(stream, example, {}, example.texts["answer"])
+        values: Values = {}
+        for score in SCORES:
+            values[score] = [values_of_sample[score] for values_of_sample in of_samples] if of_answer[score] else None
+        if values["exact"] is not None:
+            values["exact_bound"] = leak_upper_bound(sum(values["exact"]), len(samples), self.confidence)
         # Under another name than a greedy answer: an LLM judge grades one text.
         return {**example.texts, **values, "samples": list(samples)} if self.texts else values
 

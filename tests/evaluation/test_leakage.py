@@ -149,6 +149,18 @@ def test_tofu_and_an_attack_by_the_prompt(lm, tmp_path):
     assert plain.data != attacked.data
 
 
+def test_a_score_that_cannot_find_an_answer_is_missing(lm, tmp_path):
+    """ROUGE knows the letters a to z only: its zero would read as "reveals nothing"."""
+    file = write(tmp_path / "rows.jsonl", [*FORGET, {"question": "Where?", "answer": "在伯尔尼"}])
+    results = LeakBenchmark(QABenchmark(file, file, max_new_tokens=2), Sampling(samples=2)).run(lm)
+    names = ("leak@1", "leak@2", "leak_bound", "leak_bound_worst")
+    assert results.missing == {
+        f"{name}/rougeL_recall": "1 of 6 answers have no word that it could find" for name in names
+    }
+    assert results.aggregate.keys() == {f"{name}/exact" for name in names}
+    assert results.examples["forget"][-1]["rougeL_recall"] is None
+
+
 @pytest.mark.parametrize(
     ("sample", "answer", "expected"),
     [
@@ -183,7 +195,7 @@ class PowerCut(Exception):
 def test_an_interrupted_evaluation_keeps_the_parts_it_has(lm, files, tmp_path, monkeypatch):
     monkeypatch.setattr(LeakBenchmark, "rows_per_part", 2)
     wanted = LeakBenchmark(inner(files), SAMPLING).run(lm).to_dict()
-    left = [5 * 3]  # samples: within the second part
+    left = [6 * 2 + 3]  # five samples and the answer itself of a row: within the second part
     own = LeakBenchmark.measure
 
     def measure(*arguments: Any) -> Any:
@@ -197,7 +209,7 @@ def test_an_interrupted_evaluation_keeps_the_parts_it_has(lm, files, tmp_path, m
     with pytest.raises(PowerCut):
         LeakBenchmark(inner(files), SAMPLING).run(lm, folder)
     assert [file.name for file in folder.iterdir()] == ["forget-0.json"]
-    left[0] = 5 * 3  # those of the other rows
+    left[0] = 6 * 3  # those of the other rows
     assert LeakBenchmark(inner(files), SAMPLING).run(lm, folder).to_dict() == wanted
     assert left == [0]
     assert sorted(file.name for file in folder.iterdir()) == ["forget-0.json", "forget-2.json", "forget-4.json"]
