@@ -27,7 +27,7 @@ from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
-from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
+from lit_unlearn.utils.distributed import gather_objects, measure_shares, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
 from lit_unlearn.utils.validation import check_at_least
 
@@ -238,22 +238,19 @@ class Benchmark(ABC):
         self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: range, bar: Any
     ) -> list[Values]:
         """Return the values of some rows of a stream, in order; each process measures its share of them."""
-        rank, world_size = rank_and_world_size()
+        world_size = rank_and_world_size()[1]
 
         def advance_bar(count: int) -> None:
             # The bar is that of the first process, and its share stands for those of all.
             bar.update(count * world_size)
 
-        share = self._measure_share(lm, name, stream, rows[rank::world_size], advance_bar)
+        def measure_share(share: Sequence[int]) -> list[Values]:
+            return self._measure_share(lm, name, stream, share, advance_bar)
 
-        # The same stride as above puts every value back in the order of the rows.
-        values: list[Values] = [{}] * len(rows)
-        for process, of_process in enumerate(gather_objects(share)):
-            values[process::world_size] = of_process
-        return values
+        return measure_shares(rows, measure_share)
 
     def _measure_share(
-        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: range, advance: Callable[[int], None]
+        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: Sequence[int], advance: Callable[[int], None]
     ) -> list[Values]:
         """Return the values of the rows that this process measures."""
         examples = [stream.examples[row] for row in rows]

@@ -45,8 +45,8 @@ class LeakBenchmark(Benchmark):
 
     Values, each for ``rougeL_recall`` and ``exact``: ``leak@k/…``, the expected best score of k samples, averaged over the
     questions; ``leak_bound/…``, the upper confidence bound on the score of a sample, averaged over the questions: "with 95 %
-    confidence at most this share of all samples reveals the answer"; ``leak_bound_worst/…``, the bound that holds for every
-    question at once, by Bonferroni's correction (arXiv 2410.03523). The bounds are on the sampled distribution: that of the
+    confidence at most this share of all samples reveals the answer"; ``leak_bound_worst/…``, the bound that holds for the worst
+    question, and so for every one (arXiv 2410.03523). The bounds are on the sampled distribution: that of the
     model as it is only with temperature 1, ``top_p`` 1 and no ``top_k``.
 
     A retain-only model reveals something as well, because answers can be guessed: measure it with the same settings.
@@ -167,7 +167,7 @@ class LeakBenchmark(Benchmark):
         return [*attempts, f"leak_bound/{score}", f"leak_bound_worst/{score}"]
 
     def _measure_share(
-        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: range, advance: Callable[[int], None]
+        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: Sequence[int], advance: Callable[[int], None]
     ) -> list[Values]:
         """Return the scores of all samples of some questions, by score."""
         examples = [stream.examples[row] for row in rows]

@@ -23,7 +23,7 @@ class QABenchmark(QuestionBenchmark):
             leaves those out.
         token_budget: As for `Benchmark`.
         retain_results: As for `Benchmark`.
-        **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k`` and ``fluency_model``.
+        **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k``, ``floor``, ``fluency_model`` and further attacks.
 
     Example:
         >>> benchmark = QABenchmark("forget.jsonl", "retain.jsonl", max_new_tokens=50)  # doctest: +SKIP

@@ -31,16 +31,21 @@ from lit_unlearn.data.templates import Chat, check_chat, check_template, describ
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
-from lit_unlearn.evaluation.scoring import Scored, score_examples
+from lit_unlearn.evaluation.scoring import Scored, measure_gradient_norms, score_examples
 from lit_unlearn.metrics import (
+    attack_score,
     auc,
     exact_memorization,
     extraction_strength,
     forget_quality,
+    is_refusal,
+    memorization_score,
     min_k,
     min_k_plus_plus,
     normalized_probability,
+    privacy_score,
     privleak,
+    repetition,
     rouge,
     truth_ratio,
     truth_ratio_score,
@@ -48,6 +53,7 @@ from lit_unlearn.metrics import (
 )
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import check_model_directory
+from lit_unlearn.utils.distributed import measure_shares
 from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice
 
@@ -57,9 +63,30 @@ if TYPE_CHECKING:
 Ratio = Literal["geometric", "arithmetic"]
 
 # Membership inference attacks, and whether members have the higher value.
-ATTACKS = {"min_k": True, "min_k_plus_plus": True, "loss": False, "zlib": False}
+ATTACKS = {
+    "min_k": True,
+    "min_k_plus_plus": True,
+    "loss": False,
+    "zlib": False,
+    "reference": False,
+    "gradient_norm": False,
+}
 
-AVERAGED = ("probability", "rougeL_recall", "rougeL_f1", "nll", "exact_memorization", "extraction_strength")
+PUBLISHED_ATTACKS = ("min_k", "min_k_plus_plus", "loss", "zlib")
+"""The attacks that published privacy scores are made of; the other ones are switched on by settings."""
+
+AVERAGED = (
+    "probability",
+    "paraphrase_probability",
+    "rougeL_recall",
+    "rougeL_f1",
+    "nll",
+    "exact_memorization",
+    "extraction_strength",
+    "extraction_strength_floored",
+    "repetition",
+    "refusal",
+)
 """Values of an example whose mean over a set is a value of the benchmark."""
 
 
@@ -107,6 +134,7 @@ class QuestionSets:
         question_column: Column with the question.
         answer_column: Column with the answer.
         wrong_column: Column with a list of wrong answers; a set without it has no truth ratio.
+        paraphrase_column: Column with the answer in other words; a set without it has no paraphrase probability.
         template: As for `ForgetRetain`.
         max_length: As for `ForgetRetain`.
         max_new_tokens: Longest generated answer.
@@ -115,6 +143,12 @@ class QuestionSets:
         k: Fraction of the least likely tokens in the Min-K attacks.
         fluency_model: Hub name or directory of a model whose NLL of the generated forget answers is measured (low:
             fluent); ``None`` leaves that out. The target model is a natural choice.
+        floor: Whether extraction strength is also given with the floor of published tables, as ``extraction_strength_floored``,
+            which ``memorization`` takes then.
+        reference_model: Hub name or directory of a model with the same tokenizer, such as the base model: a membership attack
+            compares its NLL; ``None`` leaves the attack ``auc/reference`` out.
+        gradient_norm: Whether to measure the membership attack ``auc/gradient_norm``, by a backward pass for every forget and
+            holdout row, which needs memory for the gradients of all weights.
         allow_special_tokens: As for `ForgetRetain`.
         format: As for `ForgetRetain`. Of a conversation the last turn is the answer, and what stands before it is the prompt;
             raw text is scored, chunk by chunk, and continued only where there is a context.
@@ -135,12 +169,16 @@ class QuestionSets:
         question_column: str = "question",
         answer_column: str = "answer",
         wrong_column: str = "perturbed_answer",
+        paraphrase_column: str = "paraphrased_answer",
         template: str | None = None,
         max_length: int = 512,
         max_new_tokens: int = 200,
         ratio: Ratio = "geometric",
         k: float = 0.4,
         fluency_model: str | None = None,
+        floor: bool = False,
+        reference_model: str | None = None,
+        gradient_norm: bool = False,
         allow_special_tokens: bool = False,
         format: Format = "auto",
         messages_column: str = "messages",
@@ -162,6 +200,9 @@ class QuestionSets:
         if fluency_model is not None:
             fluency_model = expand_home(fluency_model)
             check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
+        if reference_model is not None:
+            reference_model = expand_home(reference_model)
+            check_model_directory(reference_model, True, owner=owner, argument="reference_model")
 
         self.owner = owner
         self.reader = RowReader(
@@ -170,6 +211,7 @@ class QuestionSets:
         self.question_column = question_column
         self.answer_column = answer_column
         self.wrong_column = wrong_column
+        self.paraphrase_column = paraphrase_column
         self.encoding = EncodingSettings(
             template, chat, max_length, chunk_overlap, allow_special_tokens, mask_padding_ids
         )
@@ -177,6 +219,9 @@ class QuestionSets:
         self.ratio: Ratio = ratio
         self.k = k
         self.fluency_model = fluency_model
+        self.floor = floor
+        self.reference_model = reference_model
+        self.gradient_norm = gradient_norm
         self.sets: dict[str, QuestionSet] = {}
         self.attack: QuestionAttack | None = None
         self.attack_answers: Sequence[str] = ()
@@ -193,6 +238,9 @@ class QuestionSets:
             "ratio": self.ratio,
             "k": self.k,
             "fluency_model": self.fluency_model,
+            "floor": self.floor,
+            "reference_model": self.reference_model,
+            "gradient_norm": self.gradient_norm,
             "mask_padding_ids": self.encoding.mask_padding_ids,
             "prompt": self.prompt,
         }
@@ -226,8 +274,11 @@ class QuestionSets:
 
         Raises:
             DataError: If a column is missing or a row has no answer.
+            ModelError: If the reference model has another tokenizer.
         """
         check_tokenizer(tokenizer)
+        if self.reference_model is not None:
+            self._check_reference_tokenizer(tokenizer)
         streams = {}
         for name, question_set in self.sets.items():
             table = question_set.source.load(name, argument=name)
@@ -254,6 +305,17 @@ class QuestionSets:
                 hidden_id=find_hidden_id(tokenizer, self.encoding),
             )
         return streams
+
+    def _check_reference_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # NLLs of other tokens would not compare; told now, and not after all rows are measured.
+        other = LanguageModel(self.reference_model).tokenizer
+        if other is None or other.get_vocab() != tokenizer.get_vocab():
+            raise ModelError(
+                f"`reference_model` '{self.reference_model}' must have the measured model's tokenizer, but has "
+                f"{'none' if other is None else 'another one'}: give the base model, or set it to null.",
+                owner=self.owner,
+                argument="reference_model",
+            )
 
     def _ask_as_attack(self, rows: Sequence[Row], attack: QuestionAttack) -> list[Row]:
         """Return the forget rows with the questions that an attack asks."""
@@ -333,11 +395,15 @@ class QuestionSets:
         place = f"row {number} of the {name} set"
         wrong = cells.get(self.wrong_column)
 
-        # Without a paraphrase, the truth ratio compares with the answer itself.
         answers: dict[str, list[str]] = {"answer": [row.answer]}
-        if wrong is not None and question_set.truth_column != self.answer_column:
-            self._check_text(cells, question_set.truth_column, place)
-            answers["paraphrase"] = [cells[question_set.truth_column]]
+        paraphrase_column = self.paraphrase_column
+        if wrong is not None and self._compares_paraphrase(name):
+            paraphrase_column = question_set.truth_column
+            self._check_text(cells, paraphrase_column, place)
+        # Elsewhere a paraphrase may be missing, and is no part of the truth ratio.
+        paraphrase = cells.get(paraphrase_column)
+        if isinstance(paraphrase, str) and paraphrase.strip():
+            answers["paraphrase"] = [paraphrase]
         if wrong is not None:
             # A CSV file has one wrong answer, as text.
             answers["wrong"] = [wrong] if isinstance(wrong, str) else wrong
@@ -349,6 +415,10 @@ class QuestionSets:
                 sequences[kind] += encode_row(row.with_answer(text), tokenizer, self.encoding, place)
         prompt = prompt_of(sequences["answer"][0]) if question_set.generates else None
         return BenchmarkExample({"question": row.question, "answer": row.expected}, sequences, prompt)
+
+    def _compares_paraphrase(self, name: str) -> bool:
+        """Return whether a set's truth ratio takes the paraphrased answer for the right one."""
+        return self.sets[name].truth_column != self.answer_column
 
     def _encode_document(
         self, row: Document, name: str, number: int, tokenizer: PreTrainedTokenizerBase
@@ -369,12 +439,12 @@ class QuestionSets:
         self, stream: str, example: BenchmarkExample, scored: Mapping[str, Sequence[Scored]], generated: str | None
     ) -> Values:
         """Compute likelihoods, memorisation, attacks and ROUGE of one question."""
-        kind = "answer" if "answer" in scored else "text"
-        (answer,), (sequence,) = scored[kind], example.sequences[kind]
-        # The end token is not a part of the answer that could be memorised. An answer that was cut has none, nor has raw text.
-        has_end = kind == "answer" and not sequence.is_cut and len(answer.labels) > 1
-        recalled = slice(None, -1) if has_end else slice(None)
+        kind, _ = _get_measured(example)
+        (answer,) = scored[kind]
+        # The end token is not a part of the answer that could be memorised, and published Min-K does not count it either.
+        recalled = slice(None, -1) if _has_end(example) else slice(None)
         predictions, labels = answer.predictions[recalled], answer.labels[recalled]
+        logp = answer.logp[recalled]
         values: Values = {
             **example.texts,
             "nll": answer.nll,
@@ -383,18 +453,23 @@ class QuestionSets:
             "extraction_strength": extraction_strength(predictions, labels),
             # The same number again, under the name that the attack has.
             "loss": answer.nll,
-            "min_k": min_k(answer.logp, self.k),
-            "min_k_plus_plus": min_k_plus_plus(answer.logp, answer.mean, answer.std, self.k),
-            "zlib": zlib_score(float(-answer.logp.sum()), example.texts["answer"]),
+            "min_k": min_k(logp, self.k),
+            "min_k_plus_plus": min_k_plus_plus(logp, answer.mean[recalled], answer.std[recalled], self.k),
+            "zlib": zlib_score(answer.nll, example.texts["answer"]),
         }
+        if self.floor:
+            values["extraction_strength_floored"] = extraction_strength(predictions, labels, floor=True)
+        if "paraphrase" in scored:
+            values["paraphrase_probability"] = float(np.exp(-scored["paraphrase"][0].nll))
         if "wrong" in scored:
-            (truth,) = scored.get("paraphrase", scored["answer"])
+            (truth,) = scored["paraphrase" if self._compares_paraphrase(stream) else "answer"]
             wrong_losses = [score.nll for score in scored["wrong"]]
             values["truth_ratio"] = float(truth_ratio([truth.nll], [wrong_losses], self.ratio)[0])
             if self.sets[stream].is_multiple_choice:
                 values["probability"] = float(normalized_probability([answer.nll], [wrong_losses])[0])
         if generated is not None:
             values |= {"generated": generated, **rouge(generated, example.texts["answer"])}
+            values |= {"repetition": repetition(generated), "refusal": float(is_refusal(generated))}
         return values
 
     def add_fluency(self, rows: Sequence[Values], lm: LanguageModel, token_budget: int) -> None:
@@ -407,10 +482,7 @@ class QuestionSets:
         """
         if self.fluency_model is None:
             return
-        # It is loaded only now, and not kept: during generation, the memory is the measured model's.
-        judge = LanguageModel(self.fluency_model)
-        judge.load(torch.float32)
-        judge.to(next(lm.parameters()).device)
+        judge = _load_beside(self.fluency_model, lm)
         if judge.tokenizer is None:
             message = f"the fluency model '{self.fluency_model}' has no tokenizer."
             raise ModelError(message, owner=self.owner, argument="fluency_model")
@@ -429,6 +501,39 @@ class QuestionSets:
         for row, score in zip(with_text, score_examples(judge, encoded, token_budget), strict=True):
             row["fluency_nll"] = score.nll
 
+    def add_attacks(
+        self,
+        rows: Mapping[str, Sequence[Values]],
+        streams: Mapping[str, BenchmarkStream],
+        lm: LanguageModel,
+        token_budget: int,
+    ) -> None:
+        """Add the values of the attacks that settings switch on to the forget and the holdout rows; a collective call.
+
+        Args:
+            rows: By stream; they get ``reference``, the NLL minus the reference model's, and ``gradient_norm``.
+            streams: The examples of these rows.
+            lm: The measured model; it is left as it was.
+            token_budget: Largest batch, in tokens.
+        """
+        # Without rows that the model never saw there is no attack.
+        if "holdout" not in rows:
+            return
+        sets = ("forget", "holdout")
+        if self.reference_model is not None:
+            reference = _load_beside(self.reference_model, lm)
+            for name in sets:
+                examples = [_get_measured(example)[1] for example in streams[name].examples]
+                scores = measure_shares(examples, lambda share: score_examples(reference, share, token_budget))
+                for row, score in zip(rows[name], scores, strict=True):
+                    row["reference"] = row["nll"] - score.nll
+        if self.gradient_norm:
+            for name in sets:
+                examples = [_leave_out_end(example) for example in streams[name].examples]
+                norms = measure_shares(examples, lambda share: measure_gradient_norms(lm, share))
+                for row, norm in zip(rows[name], norms, strict=True):
+                    row["gradient_norm"] = norm
+
     # Values of the benchmark -----------------------------------------------------------------------------------------
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
@@ -439,6 +544,10 @@ class QuestionSets:
             for key in AVERAGED:
                 if _all_have(key, rows):
                     values[f"{name}/{key}"] = float(np.mean(get_column(rows, key)))
+            lacking = sum("paraphrase_probability" not in row for row in rows)
+            if 0 < lacking < len(rows):
+                reason = f"{lacking} of {len(rows)} rows have no text in '{self.paraphrase_column}'"
+                missing[f"{name}/paraphrase_probability"] = reason
             if _all_have("truth_ratio", rows):
                 kind: Literal["forget", "utility"] = "forget" if name == "forget" else "utility"
                 values[f"{name}/truth_ratio"] = truth_ratio_score(get_column(rows, "truth_ratio"), kind)
@@ -451,12 +560,21 @@ class QuestionSets:
                     missing[f"{name}/fluency_nll"] = "all generated answers are empty"
         if "holdout" in examples:
             for attack in ATTACKS:
-                values[f"auc/{attack}"] = _attack_auc(examples, attack)
+                if _all_have(attack, examples["forget"]):
+                    values[f"auc/{attack}"] = _attack_auc(examples, attack)
+        for attack in self._list_extra_attacks():
+            missing[f"auc/{attack}"] = "it needs a holdout set"
+        values |= _compute_memorization(examples["forget"], values)
 
         compared = compare_with_retain(examples, retain)
         values |= compared.values
         missing |= compared.missing
         return Aggregate(values, {name: reason for name, reason in missing.items() if name not in values})
+
+    def _list_extra_attacks(self) -> list[str]:
+        """Return the attacks that settings switch on."""
+        chosen = {"reference": self.reference_model is not None, "gradient_norm": self.gradient_norm}
+        return [attack for attack, is_chosen in chosen.items() if is_chosen]
 
 
 class QuestionBenchmark(Benchmark):
@@ -516,8 +634,9 @@ class QuestionBenchmark(Benchmark):
         return self.questions.measure(stream, example, scored, generated)
 
     def add_values(self, examples: Mapping[str, list[Values]], lm: LanguageModel) -> None:
-        """Add the fluency of generated forget answers."""
+        """Add the fluency of generated forget answers, and the attacks that need another model or gradients."""
         self.questions.add_fluency(examples["forget"], lm, self.token_budget)
+        self.questions.add_attacks(examples, self.prepare(lm.tokenizer), lm, self.token_budget)
 
 
 def describe_attack(attack: QuestionAttack) -> Values:
@@ -526,15 +645,16 @@ def describe_attack(attack: QuestionAttack) -> Values:
 
 
 def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
-    """Compute the scores that compare with the retain-only model: forget quality and, with a holdout set, PrivLeak.
+    """Compute the scores that compare with the retain-only model: forget quality and, with a holdout set, PrivLeak and Privacy.
 
     Args:
         examples: The values of every example, by stream, of the same rows as the retain-only model's.
         retain: Results of the retain-only model; ``None`` if there are none.
 
     Returns:
-        ``forget_quality``, if the forget rows have truth ratios, and ``privleak``, if forget and holdout rows have Min-K,
-        each among the values or, with the reason, among the missing ones.
+        ``forget_quality``, if the forget rows have truth ratios, ``privleak``, if forget and holdout rows have Min-K, and
+        ``privacy``, if they have all published attacks, each among the values or, with the reason, among the missing ones.
+        Beside ``privacy`` there is ``attack_score/…`` of every attack.
     """
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -556,7 +676,80 @@ def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Result
                 values["privleak"] = privleak(1 - _attack_auc(examples, "min_k"), retain_area)
             else:
                 missing["privleak"] = "it divides by 1 − AUC of the retain-only model, which is 0"
+
+    if all(_have_attack(attack, examples) for attack in PUBLISHED_ATTACKS):
+        if retain is None or not all(_have_attack(attack, retain.examples) for attack in PUBLISHED_ATTACKS):
+            missing["privacy"] = "it needs `retain_results` with a holdout set, measured in the same way"
+        else:
+            values |= _compute_privacy(examples, retain.examples)
+            if "privacy" not in values:
+                missing["privacy"] = "it divides by the AUCs of the retain-only model, of which one is 0"
     return Aggregate(values, missing)
+
+
+def _compute_privacy(
+    examples: Mapping[str, Sequence[Values]], retain: Mapping[str, Sequence[Values]]
+) -> dict[str, float]:
+    """Compute the score of every attack that both models have, and Privacy, where the published ones all have a score."""
+    values: dict[str, float] = {}
+    for attack in ATTACKS:
+        if _have_attack(attack, examples) and _have_attack(attack, retain):
+            retain_area = _attack_auc(retain, attack)
+            if retain_area:
+                values[f"attack_score/{attack}"] = attack_score(_attack_auc(examples, attack), retain_area)
+    names = [f"attack_score/{attack}" for attack in PUBLISHED_ATTACKS]
+    if all(name in values for name in names):
+        values["privacy"] = privacy_score([values[name] for name in names])
+    return values
+
+
+def _compute_memorization(rows: Sequence[Values], values: Mapping[str, float]) -> dict[str, float]:
+    """Compute Memorization of the forget set, if all of its parts were measured."""
+    strength = values.get("forget/extraction_strength_floored", values.get("forget/extraction_strength"))
+    exact, paraphrase = values.get("forget/exact_memorization"), values.get("forget/paraphrase_probability")
+    if strength is None or exact is None or paraphrase is None or not _all_have("truth_ratio", rows):
+        return {}
+    # Not the aggregate `forget/truth_ratio`, which rises as a model forgets.
+    truth = truth_ratio_score(get_column(rows, "truth_ratio"), "memorization")
+    return {"memorization": memorization_score(strength, exact, paraphrase, truth)}
+
+
+def _get_measured(example: BenchmarkExample) -> tuple[str, Example]:
+    """Return the kind and the tokens of what a row's own values are measured on: its answer, or a chunk of raw text."""
+    kind = "answer" if "answer" in example.sequences else "text"
+    (sequence,) = example.sequences[kind]
+    return kind, sequence
+
+
+def _has_end(example: BenchmarkExample) -> bool:
+    """Return whether the last supervised token is the end of an answer: one that was cut has none, nor has raw text."""
+    kind, sequence = _get_measured(example)
+    # Nothing predicts the first token.
+    supervised = sum(label != IGNORED for label in sequence.labels[1:])
+    return kind == "answer" and not sequence.is_cut and supervised > 1
+
+
+def _leave_out_end(example: BenchmarkExample) -> Example:
+    """Return what a row's values are measured on, with the end token unsupervised."""
+    _, sequence = _get_measured(example)
+    if not _has_end(example):
+        return sequence
+    labels = list(sequence.labels)
+    last = max(place for place, label in enumerate(labels) if label != IGNORED)
+    labels[last] = IGNORED
+    return sequence._replace(labels=labels)
+
+
+def _load_beside(name: str, lm: LanguageModel) -> LanguageModel:
+    """Load another model onto the measured one's device, as late as possible: generation needs the memory."""
+    other = LanguageModel(name)
+    other.load(torch.float32)
+    other.to(next(lm.parameters()).device)
+    return other
+
+
+def _have_attack(attack: str, examples: Mapping[str, Sequence[Values]]) -> bool:
+    return _all_have(attack, examples.get("forget")) and _all_have(attack, examples.get("holdout"))
 
 
 def _all_have(key: str, rows: Sequence[Values] | None) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_unlearn.data.batches import pack_visible, to_sequence
 from lit_unlearn.data.encoding import Example
@@ -62,6 +62,51 @@ def score_examples(
             scores |= zip(indices, _score_batch(lm, [examples[i] for i in indices]), strict=True)
             progress(len(indices))
     return [scores[i] for i in range(len(examples))]
+
+
+def measure_gradient_norms(lm: LanguageModel, examples: Sequence[Example]) -> list[float]:
+    """Measure how strongly each example would move the model: the mean, over its weight tensors, of the gradient's L2 norm.
+
+    A membership attack: the gradient of the mean NLL is small for what a model was trained on. As open-unlearning computes it, a
+    mean of norms, and not the norm of the whole gradient. arXiv 2402.17012.
+
+    Args:
+        lm: Loaded; it is left as it was, gradients included. One backward pass per example needs memory for the gradients of
+            all weights.
+        examples: Each with a supervised token.
+
+    Returns:
+        One number per example, in the order given.
+    """
+    model = cast(nn.Module, lm.model)
+    # Integers of quantised weights have no gradient.
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    trained = [parameter.requires_grad for parameter in parameters]
+    accumulates = lm.accumulate_head
+    device = parameters[0].device.type
+    norms = []
+    try:
+        # Adding to `.grad` would leave gradients behind for the optimizer. All weights count, whatever was trained.
+        lm.accumulate_head = False
+        for parameter in parameters:
+            parameter.requires_grad_()
+        # Autocast keeps casts of weights that were made without gradients, through which none would flow.
+        with (
+            evaluation_mode(lm),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            for example in examples:
+                loss = lm(build_batch(lm, [example]), lambda tokens: -lm.token_logp(tokens).mean())
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                sizes = [gradient.double().norm() for gradient in gradients if gradient is not None]
+                norms.append(float(torch.stack(sizes).mean()))
+    finally:
+        lm.accumulate_head = accumulates
+        for parameter, is_trained in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(is_trained)
+    return norms
 
 
 def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class TOFUBenchmark(QuestionBenchmark):
         holdout: Rows that the model has never seen, for attacks and PrivLeak; ``None`` leaves those out.
         token_budget: As for `Benchmark`.
         retain_results: As for `Benchmark`.
-        **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k`` and ``fluency_model``.
+        **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k``, ``floor``, ``fluency_model`` and further attacks.
 
     Raises:
         MissingFileError: If a local folder lacks the forget set.

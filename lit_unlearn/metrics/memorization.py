@@ -31,16 +31,18 @@ def exact_memorization(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float(_find_hits(predictions, labels).mean())
 
 
-def extraction_strength(predictions: ArrayLike, labels: ArrayLike) -> float:
+def extraction_strength(predictions: ArrayLike, labels: ArrayLike, floor: bool = False) -> float:
     """Compute the share of an answer that the model completes without an error, once it has the tokens before.
 
     1 − k / n, with k the first position from which on every prediction is right: greedy decoding from there reproduces
-    the rest. 0 where the last one is wrong; open-unlearning gives 1 / n there. Carlini et al., "Extracting Training
-    Data from Large Language Models", 2021 (arXiv 2012.07805).
+    the rest. 0 where the last one is wrong. Carlini et al., "Extracting Training Data from Large Language Models", 2021
+    (arXiv 2012.07805).
 
     Args:
         predictions: Most likely token at each position, teacher-forced, shape ``(n,)``.
         labels: Token there, shape ``(n,)``, ignored ones and the end of sequence removed.
+        floor: Whether the smallest value is 1 / n instead of 0, as in the tables of open-unlearning, whose search ends at the last
+            token. Say so beside the number: an answer of one token has 1 then, whatever the model predicts.
 
     Raises:
         DataError: If lengths differ, there is no token, or the numbers are no token ids.
@@ -48,11 +50,15 @@ def extraction_strength(predictions: ArrayLike, labels: ArrayLike) -> float:
     Example:
         >>> extraction_strength([5, 9, 7, 8], [5, 6, 7, 8])
         0.5
+        >>> extraction_strength([5, 6, 7, 9], [5, 6, 7, 8]), extraction_strength([5, 6, 7, 9], [5, 6, 7, 8], floor=True)
+        (0.0, 0.25)
     """
     hits = _find_hits(predictions, labels)
     # Tokens up to the last error; empty, and so 0, without an error.
-    needed = np.flatnonzero(~hits)[-1:] + 1
-    return 1 - int(needed.sum()) / len(hits)
+    needed = int((np.flatnonzero(~hits)[-1:] + 1).sum())
+    if floor:
+        needed = min(needed, len(hits) - 1)
+    return 1 - needed / len(hits)
 
 
 def rouge(prediction: str, reference: str, stemmer: bool = True) -> dict[str, float]:

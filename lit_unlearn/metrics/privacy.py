@@ -59,7 +59,8 @@ def min_k(logp: ArrayLike, k: float = 0.4) -> float:
     Shi et al., "Detecting Pretraining Data from Large Language Models", 2024 (arXiv 2310.16789).
 
     Args:
-        logp: Log-probability of each token, shape ``(n,)``, nats.
+        logp: Log-probability of each token, shape ``(n,)``, nats. Of an answer, published code leaves out the
+            end token; of raw text nothing.
         k: Fraction of the tokens, above 0 and at most 1. ``int(n * k)`` tokens count, rounded down as in the published
             code, but at least one.
 
@@ -108,31 +109,32 @@ def min_k_plus_plus(logp: ArrayLike, mean: ArrayLike, std: ArrayLike, k: float =
     return min_k((scores - centre) / np.maximum(spread, MIN_STD), k)
 
 
-def zlib_score(nll_sum: float, text: str) -> float:
-    """Compute NLL over compressed length: low for a text the model was trained on, and not just for a dull one.
+def zlib_score(nll: float, text: str) -> float:
+    """Compute mean NLL over compressed length: low for a text the model was trained on, and not just for a dull one.
 
-    Carlini et al., "Extracting Training Data from Large Language Models", 2021 (arXiv 2012.07805).
+    The *mean* NLL per token, as open-unlearning divides it, so that long texts score lower than short ones; the paper itself divides
+    the sum. Carlini et al., "Extracting Training Data from Large Language Models", 2021 (arXiv 2012.07805).
 
     Args:
-        nll_sum: NLL of the whole text, nats.
+        nll: NLL of the text, nats per token, its end token included.
         text: The text; its UTF-8 bytes are compressed with zlib.
 
     Returns:
-        Nats per compressed byte. ``auc`` wants high scores for members: give it the negative.
+        Nats per token and compressed byte. ``auc`` wants high scores for members: give it the negative.
 
     Raises:
         DataError: If the NLL is not finite, or the text is empty.
 
     Example:
-        >>> round(zlib_score(20.0, "to be or not to be"), 3)
-        0.87
+        >>> round(zlib_score(2.0, "to be or not to be"), 3)
+        0.087
     """
-    if not math.isfinite(nll_sum) or not text:
+    if not math.isfinite(nll) or not text:
         raise DataError(
-            f"the zlib score needs a finite NLL of a text that is not empty, but got {nll_sum} for {text[:60]!r}: "
-            "leave empty texts out, and look for a model that diverged."
+            f"the zlib score needs a finite `nll` and a `text` that is not empty, but got {nll} for {len(text)} characters: leave "
+            "empty texts out, and look for a model that diverged."
         )
-    return float(nll_sum) / len(zlib.compress(text.encode()))
+    return float(nll) / len(zlib.compress(text.encode()))
 
 
 def auc(members: ArrayLike, nonmembers: ArrayLike) -> float:

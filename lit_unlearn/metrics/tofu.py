@@ -56,13 +56,14 @@ def truth_ratio(right: ArrayLike, wrong: ArrayLike, form: Literal["geometric", "
     return ratio
 
 
-def truth_ratio_score(ratios: ArrayLike, kind: Literal["forget", "utility"]) -> float:
-    """Compute TOFU's mean truth ratio, from 0 to 1, where 1 is best on that set.
+def truth_ratio_score(ratios: ArrayLike, kind: Literal["forget", "utility", "memorization"]) -> float:
+    """Compute TOFU's mean truth ratio, from 0 to 1, where 1 is best on that set; or that of ``memorization_score``, 1 is worst.
 
     Args:
         ratios: Truth ratios R, shape ``(n,)``, from 0 to infinity.
         kind: ``"forget"`` gives mean min(R, 1/R): does the model prefer neither side? ``"utility"``, for the retain
             set, real authors and world facts, gives mean max(0, 1 − R): does it prefer the right answer?
+            ``"memorization"`` gives mean 1 / (1 + R), the share of the right answer: how sure is the model of it?
 
     Raises:
         DataError: If there is no ratio, or one is negative or NaN.
@@ -78,7 +79,9 @@ def truth_ratio_score(ratios: ArrayLike, kind: Literal["forget", "utility"]) -> 
             return float(np.minimum(ratio, 1 / ratio).mean())
     if kind == "utility":
         return float(np.maximum(0, 1 - ratio).mean())
-    raise ConfigError(f"`kind` must be 'forget' or 'utility', not {kind!r}.")
+    if kind == "memorization":
+        return float((1 / (1 + ratio)).mean())
+    raise ConfigError(f"`kind` must be 'forget', 'utility' or 'memorization', not {kind!r}.")
 
 
 def normalized_probability(right: ArrayLike, wrong: ArrayLike) -> Array:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
@@ -23,3 +25,19 @@ def gather_objects(value: Value) -> list[Value]:
     if world_size > 1:
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def measure_shares(items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]]) -> list[Value]:
+    """Measure every item on exactly one process, and return all values in the order of the items; a collective call.
+
+    Args:
+        items: The same ones on every process.
+        measure: Returns a value for each item of a process's share, which may be empty.
+    """
+    rank, world_size = rank_and_world_size()
+    share = list(measure(items[rank::world_size]))
+    values: list[Any] = [None] * len(items)
+    for process, of_process in enumerate(gather_objects(share)):
+        # The stride that divided the items puts their values back.
+        values[process::world_size] = of_process
+    return values

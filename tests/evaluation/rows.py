@@ -209,10 +209,12 @@ def written_out(lm: LanguageModel, row: Row, *, new: int | None, **settings: Any
         "exact_memorization": sum(right) / count,
         "extraction_strength": 1 - next(i for i in range(count + 1) if all(right[i:])) / count,
         "loss": seen.nll,
-        "min_k": lowest(seen.logp, k),
-        "min_k_plus_plus": lowest(standard, k),
-        "zlib": -math.fsum(seen.logp) / len(zlib.compress(answer.encode())),
+        "min_k": lowest(seen.logp[:count], k),
+        "min_k_plus_plus": lowest(standard[:count], k),
+        "zlib": seen.nll / len(zlib.compress(answer.encode())),
     }
+    if "paraphrased_answer" in row:
+        values["paraphrase_probability"] = math.exp(-scored(row["paraphrased_answer"])[1].nll)
     if wrong := row.get("perturbed_answer"):
         losses = [scored(one)[1].nll for one in wrong]
         loss = scored(row.get("paraphrased_answer", answer))[1].nll
@@ -228,12 +230,20 @@ def written_out(lm: LanguageModel, row: Row, *, new: int | None, **settings: Any
         values["generated"] = said
         for kind, score in scores.items():
             values |= {f"{kind}_recall": score.recall, f"{kind}_f1": score.fmeasure}
+        # None of these rows is in the first person, and so is no answer of a model that saw no other text.
+        values |= {"repetition": repeated_share(said.split()), "refusal": 0.0}
     return values
 
 
 def lowest(values: Sequence[float], k: float) -> float:
     chosen = sorted(values)[: max(1, int(len(values) * k))]
     return math.fsum(chosen) / len(chosen)
+
+
+def repeated_share(words: Sequence[str]) -> float:
+    """How many groups of four words are there for the second time."""
+    groups = [words[i : i + 4] for i in range(len(words) - 3)]
+    return sum(group in groups[:i] for i, group in enumerate(groups)) / max(1, len(groups))
 
 
 def check(found: Row, wanted: Row, rel: float = 1e-9) -> None:
@@ -251,12 +261,19 @@ def mean_of(rows: Sequence[Row], key: str) -> float:
 
 
 def means(name: str, rows: Sequence[Row]) -> Row:
-    keys = ("probability", "rougeL_recall", "rougeL_f1", "nll", "exact_memorization", "extraction_strength")
+    keys = ("probability", "paraphrase_probability", "rougeL_recall", "rougeL_f1", "nll")
+    keys += ("exact_memorization", "extraction_strength", "repetition", "refusal")
     values = {f"{name}/{key}": mean_of(rows, key) for key in keys if key in rows[0]}
     if "truth_ratio" in rows[0]:
         ratios = [row["truth_ratio"] for row in rows]
         scores = [min(r, 1 / r) if name == "forget" else max(0.0, 1 - r) for r in ratios]
         values[f"{name}/truth_ratio"] = math.fsum(scores) / len(scores)
+        if name == "forget" and "paraphrase_probability" in rows[0]:
+            parts = [1 - values[f"forget/{key}"] for key in ("extraction_strength", "exact_memorization")]
+            # Of the right answer beside the wrong ones: p / (p + p_wrong).
+            known = math.fsum(1 / (1 + r) for r in ratios) / len(ratios)
+            parts += [1 - values["forget/paraphrase_probability"], 1 - known]
+            values["memorization"] = 4 / math.fsum(1 / max(part, 1e-12) for part in parts)
     return values
 
 

@@ -75,7 +75,7 @@ def test_every_value_equals_the_row_written_out(steps, settings, tokenizer_dir, 
         for found, row in zip(results["examples"][name], rows, strict=True):
             check(found, row)
     check(results["aggregate"], slow_aggregate(wanted))
-    assert results["missing"].keys() == {"forget_quality", "privleak"}
+    assert results["missing"].keys() == {"forget_quality", "privleak", "privacy"}
 
 
 def test_what_the_table_above_is_worth(tokenizer_dir):

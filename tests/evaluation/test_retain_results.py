@@ -14,6 +14,7 @@ from lit_unlearn.errors import DataError
 from lit_unlearn.utils.io import write_json
 
 Content = dict[str, Any]
+ATTACKS = {"min_k": 1, "min_k_plus_plus": 1, "loss": -1, "zlib": -1}  # what is higher for members
 
 
 @pytest.fixture
@@ -47,10 +48,12 @@ def test_a_model_cannot_be_told_from_itself(steps, files, tokenizer_dir, tmp_pat
     again = run(lm, files, retain_results=path)
     assert again["aggregate"]["forget_quality"] == 1.0
     assert again["retain_results"] == path
-    same = {name: value for name, value in again["aggregate"].items() if name not in ("forget_quality", "privleak")}
+    compared = {"forget_quality", "privleak", "privacy", *(f"attack_score/{name}" for name in ATTACKS)}
+    same = {name: value for name, value in again["aggregate"].items() if name not in compared}
     assert same == first["aggregate"]
     if steps == 0:
         assert again["aggregate"]["privleak"] == 0.0
+        assert again["aggregate"]["privacy"] == pytest.approx(1.0)
         assert again["missing"] == {}
 
 
@@ -88,6 +91,18 @@ def test_another_model_can(files, tokenizer_dir, tmp_path):
     assert mine["aggregate"]["privleak"] == pytest.approx(wanted, rel=1e-12)
     assert 0 < p_value < 1
     assert 0 < abs(wanted) < 100
+    scores = []
+    for attack, sign in ATTACKS.items():
+        areas = [
+            area(
+                [sign * x for x in column(model, "forget", attack)],
+                [sign * x for x in column(model, "holdout", attack)],
+            )
+            for model in (mine, theirs)
+        ]
+        scores.append(max(0.0, 1 - abs(areas[0] - areas[1]) / areas[1]))
+        assert mine["aggregate"][f"attack_score/{attack}"] == pytest.approx(scores[-1], abs=1e-12)
+    assert mine["aggregate"]["privacy"] == pytest.approx(4 / sum(1 / max(score, 1e-12) for score in scores))
 
 
 def test_a_model_that_remembers_everything(files, tokenizer_dir, tmp_path):
@@ -100,13 +115,13 @@ def test_a_model_that_remembers_everything(files, tokenizer_dir, tmp_path):
 def test_without_them_both_scores_are_missing_with_the_reason(files, tokenizer_dir, tmp_path):
     lm = loaded(taught(tokenizer_dir, 20))
     results = run(lm, files)
-    assert results["missing"].keys() == {"forget_quality", "privleak"}
+    assert results["missing"].keys() == {"forget_quality", "privleak", "privacy"}
     assert all("`retain_results`" in reason for reason in results["missing"].values())
     assert not {"forget_quality", "privleak"} & results["aggregate"].keys()
     assert results["retain_results"] is None
     without = run(lm, {name: path for name, path in files.items() if name != "holdout"})
     found = run(lm, files, retain_results=save(tmp_path, without))
-    assert found["missing"].keys() == {"privleak"}
+    assert found["missing"].keys() == {"privleak", "privacy"}
     assert "holdout" in found["missing"]["privleak"]
     assert found["aggregate"]["forget_quality"] == 1.0
 

@@ -129,7 +129,7 @@ def test_forget_quality_against_itself_and_with_a_holdout_set(folder, tmp_path, 
     lm = loaded(taught(tokenizer_dir, 0))
     holdout = Source(write(tmp_path / "holdout.jsonl", HOLDOUT))
     first = suite_of(folder, holdout=holdout).run(lm).to_dict()
-    assert first["missing"].keys() == {"forget_quality", "privleak"}
+    assert first["missing"].keys() == {"forget_quality", "privleak", "privacy"}
     assert "generated" not in first["examples"]["holdout"][0]
     members, others = ([row["min_k"] for row in first["examples"][name]] for name in ("forget", "holdout"))
     assert first["aggregate"]["auc/min_k"] == pytest.approx(area(members, others))

@@ -102,12 +102,14 @@ def test_truth_ratio_score_by_hand():
     ratios = [0.0, 5e-324, 0.5, 1.0, 4.0, INF]
     assert truth_ratio_score(ratios, "forget") == (0 + 0 + 0.5 + 1 + 0.25 + 0) / 6
     assert truth_ratio_score(ratios, "utility") == (1 + 1 + 0.5 + 0 + 0 + 0) / 6
+    assert truth_ratio_score(ratios, "memorization") == pytest.approx((1 + 1 + 2 / 3 + 0.5 + 0.2 + 0) / 6, rel=1e-15)
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5))
 def test_truth_ratio_score_equals_the_definition(ratios):
     assert truth_ratio_score(ratios, "forget") == pytest.approx(mean([min(r, 1 / r) for r in ratios]), rel=1e-14)
     assert truth_ratio_score(ratios, "utility") == pytest.approx(mean([max(0, 1 - r) for r in ratios]), rel=1e-14)
+    assert truth_ratio_score(ratios, "memorization") == pytest.approx(mean([1 / (1 + r) for r in ratios]), rel=1e-14)
     assert truth_ratio_score([1 / r for r in ratios], "forget") == pytest.approx(truth_ratio_score(ratios, "forget"))
 
 
@@ -176,9 +178,10 @@ def test_model_utility_by_hand():
 # Memorisation
 
 
-def extraction_strength_slowly(predictions, labels):
+def extraction_strength_slowly(predictions, labels, floor=False):
     n = len(labels)
-    return 1 - next(k for k in range(n + 1) if predictions[k:] == labels[k:]) / n
+    k = next(k for k in range(n + 1) if predictions[k:] == labels[k:])
+    return 1 - (min(k, n - 1) if floor else k) / n
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=8))
@@ -186,6 +189,8 @@ def test_memorization_equals_the_definition(pairs):
     predictions, labels = [p for p, _ in pairs], [label for _, label in pairs]
     assert exact_memorization(predictions, labels) == sum(p == label for p, label in pairs) / len(pairs)
     assert extraction_strength(torch.tensor(predictions), labels) == extraction_strength_slowly(predictions, labels)
+    wanted = extraction_strength_slowly(predictions, labels, floor=True)
+    assert extraction_strength(predictions, labels, floor=True) == wanted > 0
 
 
 @pytest.mark.parametrize(
@@ -345,7 +350,7 @@ ERRORS = {
     ),
     "infinite": (lambda: truth_ratio(OK, [OK, [1.0, INF]]), "`wrong` must be finite, or NaN.*number 1, 1 is inf"),
     "form": (lambda: truth_ratio(OK, [OK, OK], "harmonic"), "`form` must be 'geometric' or 'arithmetic', not 'harm"),
-    "kind": (lambda: truth_ratio_score(OK, "retain"), "`kind` must be 'forget' or 'utility', not 'retain'"),
+    "kind": (lambda: truth_ratio_score(OK, "retain"), "`kind` must be 'forget', 'utility' or 'mem.*not 'retain'"),
     "ratio": (lambda: truth_ratio_score([0.5, -1.0], "forget"), "`ratios` must be at or above 0, but number 1 is -1.0"),
     "ratio nan": (lambda: truth_ratio_score([NAN], "utility"), "`ratios` must be at or above 0, but number 0 is nan"),
     "no sample": (lambda: forget_quality(OK, []), "`truth_ratio_retain` must have shape"),
@@ -369,8 +374,8 @@ ERRORS = {
     "logp": (lambda: min_k([-INF]), "`logp` must be finite, but number 0 is -inf"),
     "positions": (lambda: min_k_plus_plus(OK, OK, [1.0]), "one number for each token, but have 2, 2 and 1"),
     "deviation": (lambda: min_k_plus_plus(OK, OK, [1, -1]), "`std` must be at or above 0.*square root"),
-    "text": (lambda: zlib_score(1.0, ""), "got 1.0 for ''"),
-    "nll": (lambda: zlib_score(NAN, "a"), "got nan for 'a': leave empty texts out"),
+    "text": (lambda: zlib_score(1.0, ""), "got 1.0 for 0 characters"),
+    "nll": (lambda: zlib_score(NAN, "a"), "got nan for 1 characters: leave empty texts out"),
     "scores": (lambda: auc(OK, [NAN]), "`nonmembers` must be finite"),
     "no member": (lambda: auc([], OK), "`members` must have shape"),
     "percent": (lambda: privleak(47.7, 0.5), "but got 47.7 and 0.5: give areas, not percentages"),
