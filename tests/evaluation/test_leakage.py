@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import instantiate
-from evaluation.rows import FORGET, loaded, taught, write, write_qa, write_tofu
+from evaluation.rows import FORGET, loaded, question, taught, write, write_qa, write_tofu
 from rouge_score.rouge_scorer import RougeScorer
 
 from lit_unlearn import (
@@ -151,7 +151,7 @@ def test_tofu_and_an_attack_by_the_prompt(lm, tmp_path):
 
 def test_a_score_that_cannot_find_an_answer_is_missing(lm, tmp_path):
     """ROUGE knows the letters a to z only: its zero would read as "reveals nothing"."""
-    file = write(tmp_path / "rows.jsonl", [*FORGET, {"question": "Where?", "answer": "在伯尔尼"}])
+    file = write(tmp_path / "rows.jsonl", [*FORGET, question("Where?", "在伯尔尼", "In Oslo.")])
     results = LeakBenchmark(QABenchmark(file, file, max_new_tokens=2), Sampling(samples=2)).run(lm)
     names = ("leak@1", "leak@2", "leak_bound", "leak_bound_worst")
     assert results.missing == {
