@@ -16,8 +16,12 @@ from lit_unlearn.dual import FixedMultiplier as FixedMultiplier
 from lit_unlearn.dual import Multiplier as Multiplier
 from lit_unlearn.dual import PIMultiplier as PIMultiplier
 from lit_unlearn.dual import Relative as Relative
+from lit_unlearn.evaluation.attacks.few_shot import FewShot as FewShot
+from lit_unlearn.evaluation.attacks.prefix import Prefix as Prefix
 from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
+from lit_unlearn.evaluation.attacks.several_turns import SeveralTurns as SeveralTurns
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
+from lit_unlearn.evaluation.leakage import LeakBenchmark as LeakBenchmark
 from lit_unlearn.evaluation.lume import LUMEBenchmark as LUMEBenchmark
 from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark
 from lit_unlearn.evaluation.qa import QABenchmark as QABenchmark
@@ -30,6 +34,7 @@ from lit_unlearn.metrics import ConstraintSlack as ConstraintSlack
 from lit_unlearn.metrics import ForgetUniformity as ForgetUniformity
 from lit_unlearn.models import LanguageModel as LanguageModel
 from lit_unlearn.models import SupervisedTokens as SupervisedTokens
+from lit_unlearn.models.sampling import Sampling as Sampling
 from lit_unlearn.objectives import CEU as CEU
 from lit_unlearn.objectives import DPO as DPO
 from lit_unlearn.objectives import NLL as NLL

@@ -21,11 +21,20 @@ _SUITES = {
         *("--model=LitEvaluate", "--model.benchmark=StressBenchmark", "--model.benchmark.paraphrased=false"),
         *("--model.benchmark.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=stress"),
     ],
+    "leak": ["--config=eval/leak.yaml"],
+    "leak_qa": [
+        *("--model=LitEvaluate", "--model.benchmark=LeakBenchmark", "--model.benchmark.sampling.samples=64"),
+        *("--model.benchmark.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=leak"),
+    ],
     "qa": ["--model=LitEvaluate", "--model.benchmark=QABenchmark", "--trainer.devices=1", "--logs.name=eval"],
 }
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 _BENCHMARK_OPTIONS = ("source", "forget_split", "corpus", "retain_results")
-_STRESS_OPTIONS = ("relearn", "bits", "backend", "paraphrased")  # all others are those of the benchmark it repeats
+# Of suites that have a benchmark within: their own options. All others are those of that benchmark.
+_OUTER_OPTIONS = {
+    "stress": ("relearn", "bits", "backend", "paraphrased"),
+    "leak": ("sampling", "attempts", "confidence", "texts"),
+}
 _SECTIONS = ("ckpt_path", "logs", "model", "seed_everything", "trainer")  # of the configuration
 
 
@@ -39,13 +48,15 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
     parser.add_argument(
-        "--suite", type=Literal["tofu", "muse", "lume", "qa", "stress"], required=True, help="The benchmark."
+        "--suite", type=Literal["tofu", "muse", "lume", "qa", "stress", "leak"], required=True, help="The benchmark."
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
     parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of the benchmark's files.")
     parser.add_argument("--forget_split", type=str, help="TOFU's split, such as forget10.")
     parser.add_argument("--corpus", type=str, help="MUSE's corpus, News or Books.")
-    parser.add_argument("--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa and stress.")
+    parser.add_argument(
+        "--forget", type=str, metavar="FILE", help="Questions of the forget set, for qa, stress and leak."
+    )
     parser.add_argument("--retain", type=str, metavar="FILE", help="Questions of the retain set, likewise.")
     parser.add_argument("--retain_results", type=str, metavar="FILE", help="Results of the retain-only model.")
     parser.add_argument("--max_rows", type=int, help="Only this many rows of every set.")
@@ -84,14 +95,15 @@ def run(arguments: list[str]) -> None:
 
 def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     """Return the ``test`` command's arguments for parsed options and, ``passed_on``, ``--key=value`` for other objects."""
-    is_stress_qa = options.suite == "stress" and _gives_set(options, passed_on, "forget")
-    suite = "stress_qa" if is_stress_qa else options.suite
+    outer_options = _OUTER_OPTIONS.get(options.suite, ())
+    asks_own_files = options.suite == "qa" or bool(outer_options and _gives_set(options, passed_on, "forget"))
+    suite = f"{options.suite}_qa" if outer_options and asks_own_files else options.suite
     arguments = [*_SUITES[suite], f"--model.lm.model={options.model}", f"--model.results={options.output}"]
-    prefix = "--model.benchmark.benchmark" if options.suite == "stress" else "--model.benchmark"
+    prefix = "--model.benchmark.benchmark" if outer_options else "--model.benchmark"
     for name in _BENCHMARK_OPTIONS:
         if (value := getattr(options, name)) is not None:
             arguments.append(f"{prefix}.{name}={value}")
-    if suite in ("qa", "stress_qa"):
+    if asks_own_files:
         # Its rows are limited for each file, those of the published benchmarks for all sets together.
         for name in ("forget", "retain"):
             path = getattr(options, name)
@@ -112,7 +124,7 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
         head = key.partition("=")[0].partition(".")[0]
         if head in _SECTIONS:
             arguments.append(argument)
-        elif head in _STRESS_OPTIONS:
+        elif head in outer_options:
             arguments.append(f"--model.benchmark.{key}")
         else:
             arguments.append(f"{prefix}.{key}")

@@ -195,6 +195,11 @@ def encode_conversation(
     )
     if spans is None:
         ranges = _find_supervised_ranges(rendering.pieces, encoded)
+        if given := conversation.given_length:
+            first_words = {len(messages) - 1: ((0, given),)}
+            ((_, stop),) = _find_span_ranges(rendering.pieces, encoded, conversation, first_words, row_text)
+            # The end of the turn stays: the model has to say it as well.
+            ranges[-1] = (stop, ranges[-1][1])
     else:
         ranges = _find_span_ranges(rendering.pieces, encoded, conversation, spans, row_text)
 

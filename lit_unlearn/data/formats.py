@@ -6,6 +6,7 @@ conversations of one turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,11 +59,14 @@ class Conversation:
         messages: In order.
         supervised: Indices of the assistant turns that are supervised, ascending; the last message is one of them.
         is_raw: Whether question and answer are two halves of a raw text, which has no template unless one is asked for.
+        given_words: Number of words that the last turn starts with and that are only read, as if the model had begun to say them.
+            The last word of the turn never is.
     """
 
     messages: tuple[Message, ...]
     supervised: tuple[int, ...]
     is_raw: bool = False
+    given_words: int = 0
 
     @classmethod
     def from_turn(cls, question: str, answer: str) -> Conversation:
@@ -88,6 +92,25 @@ class Conversation:
     def answer(self) -> str:
         """The text of the last turn."""
         return self.messages[-1].content
+
+    @property
+    def given_length(self) -> int:
+        """Number of characters that the last turn starts with and that are given.
+
+        Example:
+            >>> from dataclasses import replace
+            >>> replace(Conversation.from_turn("Who?", "Ada wrote it."), given_words=2).given_length
+            9
+        """
+        words = list(re.finditer(r"\S+", self.answer))
+        given = words[:-1][: self.given_words]
+        return given[-1].end() if given else 0
+
+    @property
+    def expected(self) -> str:
+        """The text that is left to say in the last turn: all of it, unless its first words are given."""
+        given = self.given_length
+        return self.answer[given:].lstrip() if given else self.answer
 
     @property
     def question(self) -> str:

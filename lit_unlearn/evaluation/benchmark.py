@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -103,6 +103,9 @@ class Benchmark(ABC):
 
     compared_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that the retain-only results must have been measured with."""
+
+    rows_per_part: ClassVar[int | None] = None
+    """Number of rows that an interrupted evaluation keeps together; ``None`` for all rows of a stream."""
 
     def __init__(
         self, token_budget: int = 8192, retain_results: str | Path | Results | dict[str, Any] | None = None
@@ -204,13 +207,15 @@ class Benchmark(ABC):
         examples: dict[str, list[Values]] = {}
         with tqdm(total=_count_work(streams), desc=self.name, unit="row", disable=not is_first, leave=False) as bar:
             for name, stream in streams.items():
-                file = None if partial_dir is None else partial_dir / f"{name}.json"
-                values = _read_partial(file, key)
-                if values is None:
-                    values = self._measure_stream(lm, name, stream, bar)
-                    if file is not None and is_first:
-                        write_json(file, {"key": key, "examples": values})
-                examples[name] = values
+                examples[name] = []
+                for part, rows in _cut_into_parts(name, len(stream.examples), self.rows_per_part):
+                    file = None if partial_dir is None else partial_dir / f"{part}.json"
+                    values = _read_partial(file, key)
+                    if values is None:
+                        values = self._measure_rows(lm, name, stream, rows, bar)
+                        if file is not None and is_first:
+                            write_json(file, {"key": key, "examples": values})
+                    examples[name] += values
 
         self.add_values(examples, lm)
         aggregate = self.aggregate(examples, self.retain_results)
@@ -229,23 +234,32 @@ class Benchmark(ABC):
 
     # Measuring -------------------------------------------------------------------------------------------------------
 
-    def _measure_stream(self, lm: LanguageModel, name: str, stream: BenchmarkStream, bar: Any) -> list[Values]:
-        """Return the values of a stream's examples, in order; each process measures its share of them."""
+    def _measure_rows(
+        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: range, bar: Any
+    ) -> list[Values]:
+        """Return the values of some rows of a stream, in order; each process measures its share of them."""
         world_size = rank_and_world_size()[1]
 
         def advance_bar(count: int) -> None:
             # The bar is that of the first process, and its share stands for those of all.
             bar.update(count * world_size)
 
-        def measure_share(examples: Sequence[BenchmarkExample]) -> list[Values]:
-            scored = self._score_sequences(lm, examples, advance_bar)
-            generated = self._generate_answers(lm, examples, stream, advance_bar)
-            values = []
-            for example, scores, text in zip(examples, scored, generated, strict=True):
-                values.append(self.measure(name, example, scores, text))
-            return values
+        def measure_share(share: Sequence[int]) -> list[Values]:
+            return self._measure_share(lm, name, stream, share, advance_bar)
 
-        return measure_shares(stream.examples, measure_share)
+        return measure_shares(rows, measure_share)
+
+    def _measure_share(
+        self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: Sequence[int], advance: Callable[[int], None]
+    ) -> list[Values]:
+        """Return the values of the rows that this process measures."""
+        examples = [stream.examples[row] for row in rows]
+        scored = self._score_sequences(lm, examples, advance)
+        generated = self._generate_answers(lm, examples, stream, advance)
+        values = []
+        for example, scores, text in zip(examples, scored, generated, strict=True):
+            values.append(self.measure(name, example, scores, text))
+        return values
 
     def _score_sequences(
         self, lm: LanguageModel, examples: Sequence[BenchmarkExample], advance: Callable[[int], None]
@@ -326,6 +340,15 @@ class Benchmark(ABC):
                 owner=self,
                 argument="retain_results",
             )
+
+
+def _cut_into_parts(name: str, num_rows: int, rows_per_part: int | None) -> Iterator[tuple[str, range]]:
+    """Yield the parts of a stream: the name of its partial file, and its rows."""
+    if rows_per_part is None:
+        yield name, range(num_rows)
+        return
+    for start in range(0, num_rows, rows_per_part):
+        yield f"{name}-{start}", range(start, min(start + rows_per_part, num_rows))
 
 
 def _count_work(streams: Mapping[str, BenchmarkStream]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -105,6 +106,26 @@ class QuestionSet(NamedTuple):
     generates: bool = True
 
 
+class QuestionAttack(Protocol):
+    """An attack by the prompt: a frozen dataclass of settings, such as `FewShot`, that changes the questions of the forget set.
+
+    ``name`` tells attacks apart; ``needs_answers`` says whether the model's own answers have to be given.
+    """
+
+    name: ClassVar[str]
+    needs_answers: ClassVar[bool]
+
+    def change_questions(
+        self, conversations: Sequence[Conversation], answers: Sequence[str] = ()
+    ) -> list[Conversation]:
+        """Return the conversations that are asked instead, one for each, in the same order.
+
+        Args:
+            conversations: The forget set.
+            answers: What the model answers to each of them, if ``needs_answers``.
+        """
+
+
 class QuestionSets:
     """Questions with right and, perhaps, wrong answers, in named sets.
 
@@ -202,12 +223,17 @@ class QuestionSets:
         self.reference_model = reference_model
         self.gradient_norm = gradient_norm
         self.sets: dict[str, QuestionSet] = {}
+        self.attack: QuestionAttack | None = None
+        self.attack_answers: Sequence[str] = ()
         self.prompt: dict[str, Any] | None = None
         """What decides the prompts, from `describe_first_prompt`, once the rows are read; ``None`` if all are raw text."""
 
     def settings(self) -> Values:
         """Return the settings that decide values, beside the rows."""
+        # Only where there is one, so that plain results of earlier versions can be compared with.
+        attack = {} if self.attack is None else {"attack": describe_attack(self.attack)}
         return {
+            **attack,
             "max_new_tokens": self.max_new_tokens,
             "ratio": self.ratio,
             "k": self.k,
@@ -235,6 +261,12 @@ class QuestionSets:
             raise DataError(f"the forget set has no column '{column}'.")
         return changed
 
+    def with_attack(self, attack: QuestionAttack, answers: Sequence[str] = ()) -> QuestionSets:
+        """Return the sets with the forget questions that an attack asks."""
+        changed = copy.copy(self)
+        changed.attack, changed.attack_answers = attack, answers
+        return changed
+
     # Rows ------------------------------------------------------------------------------------------------------------
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
@@ -255,6 +287,8 @@ class QuestionSets:
             self._check_wrong_answers(name, cells)
             rows = [self._read_row(name, number, row, kind) for number, row in enumerate(cells)]
             self._warn_of_special_tokens(name, rows, tokenizer)
+            if name == "forget" and self.attack is not None:
+                rows = self._ask_as_attack(rows, self.attack)
             self.prompt = self.prompt or describe_first_prompt(rows, tokenizer, self.encoding)
             examples: list[BenchmarkExample] = []
             for number, row in enumerate(rows):
@@ -280,6 +314,17 @@ class QuestionSets:
                 owner=self.owner,
                 argument="reference_model",
             )
+
+    def _ask_as_attack(self, rows: Sequence[Row], attack: QuestionAttack) -> list[Row]:
+        """Return the forget rows with the questions that an attack asks."""
+        conversations = [row for row in rows if isinstance(row, Conversation)]
+        if len(conversations) < len(rows):
+            raise ConfigError(
+                f"the attack '{attack.name}' changes questions, but the forget set has raw text: leave it out.",
+                owner=self.owner,
+                argument="forget",
+            )
+        return [*attack.change_questions(conversations, self.attack_answers)]
 
     def _check_wrong_answers(self, name: str, rows: Sequence[Values]) -> None:
         """Refuse a set in which only some rows have wrong answers: a truth ratio over some rows would be that of another set."""
@@ -367,7 +412,7 @@ class QuestionSets:
             for text in texts:
                 sequences[kind] += encode_row(row.with_answer(text), tokenizer, self.encoding, place)
         prompt = prompt_of(sequences["answer"][0]) if question_set.generates else None
-        return BenchmarkExample({"question": row.question, "answer": row.answer}, sequences, prompt)
+        return BenchmarkExample({"question": row.question, "answer": row.expected}, sequences, prompt)
 
     def _compares_paraphrase(self, name: str) -> bool:
         """Return whether a set's truth ratio takes the paraphrased answer for the right one."""
@@ -561,6 +606,20 @@ class QuestionBenchmark(Benchmark):
         changed._streams = None
         return changed
 
+    def with_attack(self, attack: QuestionAttack, answers: Sequence[str] = ()) -> QuestionBenchmark:
+        """Return this benchmark with the forget questions that an attack asks.
+
+        Results of the retain-only model must be of the same questions: give them by `with_retain_results`.
+
+        Args:
+            attack: By the prompt, such as `FewShot`.
+            answers: What the model answers to each forget question, if the attack needs that.
+        """
+        changed = copy.copy(self)
+        changed.questions = self.questions.with_attack(attack, answers)
+        changed._streams = None
+        return changed
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set."""
         with arguments_of(self):
@@ -576,6 +635,11 @@ class QuestionBenchmark(Benchmark):
         """Add the fluency of generated forget answers, and the attacks that need another model or gradients."""
         self.questions.add_fluency(examples["forget"], lm, self.token_budget)
         self.questions.add_attacks(examples, self.prepare(lm.tokenizer), lm, self.token_budget)
+
+
+def describe_attack(attack: QuestionAttack) -> Values:
+    """Return the name and the settings of an attack, in plain types."""
+    return {"name": attack.name, **asdict(cast("Any", attack))}
 
 
 def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:

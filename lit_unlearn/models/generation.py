@@ -1,11 +1,11 @@
-"""Greedy generation in batches: each prompt gets the text that it would get alone, only sooner."""
+"""Generation in batches, greedy or sampled: each prompt gets the text that it would get alone, only sooner."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from itertools import product, takewhile
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,11 +13,40 @@ from torch import Tensor
 from lit_unlearn.errors import ConfigError, DataError, ModelError
 from lit_unlearn.models.adapters import inner_model
 from lit_unlearn.models.evaluation_mode import evaluation_mode
+from lit_unlearn.models.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lit_unlearn.models import LanguageModel
+
+
+@overload
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = ...,
+    hidden_id: int | None = ...,
+    token_budget: int = ...,
+    sampling: None = ...,
+    prompt_ids: Sequence[str] | None = ...,
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = ...,
+    hidden_id: int | None = ...,
+    token_budget: int = ...,
+    sampling: Sampling,
+    prompt_ids: Sequence[str] | None = ...,
+) -> list[list[str]]: ...
 
 
 def generate(
@@ -28,8 +57,10 @@ def generate(
     stop: Sequence[str] = (),
     hidden_id: int | None = None,
     token_budget: int = 8192,
-) -> list[str]:
-    """Answer prompts with the likeliest token at every step; up to rounding, no answer depends on its batch.
+    sampling: Sampling | None = None,
+    prompt_ids: Sequence[str] | None = None,
+) -> list[str] | list[list[str]]:
+    """Answer prompts with the likeliest token at every step, or sample; up to rounding, no answer depends on its batch.
 
     Of the model's ``generation_config`` only the end tokens count. Prompts share a batch, padded on the left, where a
     short trial shows that this changes nothing; elsewhere only prompts of one length do, and if need be none.
@@ -40,27 +71,42 @@ def generate(
         max_new_tokens: Longest answer, in tokens.
         stop: An answer ends before the first of these strings.
         hidden_id: Tokens of prompts with this id are hidden from all others, and have no position of their own; ``None`` for none.
-        token_budget: Largest batch, in tokens: prompts times the longest prompt and answer. One prompt may exceed it.
+        token_budget: Largest batch, in tokens: answers times the longest prompt and answer. One answer may exceed it.
+        sampling: How answers are drawn; ``None`` for the likeliest token.
+        prompt_ids: Names of the prompts, which decide their random numbers: a prompt has the same samples beside any others,
+            in any order and on any process. ``None`` for their positions, from 0.
 
     Returns:
-        The answer to each prompt, in the order given, without special tokens.
+        The answer to each prompt, in the order given, without special tokens; with ``sampling``, a list of its samples.
 
     Raises:
-        ModelError: If there is no tokenizer.
+        ModelError: If there is no tokenizer, or logits that are sampled from are not numbers.
         ConfigError: If there is no token to generate, or a stop string is empty.
         DataError: If a prompt is empty or too long.
     """
     check_prompts(lm, prompts, max_new_tokens, stop)
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
-    lengths = [len(prompt) for prompt in prompts]
-    answers = [""] * len(prompts)
+    num_samples = 1 if sampling is None else sampling.samples
+    if prompt_ids is None:
+        prompt_ids = [str(number) for number in range(len(prompts))]
+
+    # Every sample is a row of a batch; those of a prompt follow each other.
+    rows = list(product(range(len(prompts)), range(num_samples)))
+    lengths = [len(prompts[number]) for number, _ in rows]
+    answers = [""] * len(rows)
     with evaluation_mode(model), _greedy_decoding(model, tokenizer):
         for batch in _plan_batches(model, lengths, max_new_tokens, token_budget):
-            inputs = _pad_left(model, [prompts[i] for i in batch], hidden_id)
-            texts = _answer_batch(model, tokenizer, inputs, max_new_tokens, stop)
+            inputs = _pad_left(model, [prompts[rows[i][0]] for i in batch], hidden_id)
+            sampler = None
+            if sampling is not None:
+                numbers = [sampling.random_numbers(prompt_ids[rows[i][0]], rows[i][1]) for i in batch]
+                sampler = Sampler(sampling, numbers)
+            texts = _answer_batch(model, tokenizer, inputs, max_new_tokens, stop, sampler)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
-    return answers
+    if sampling is None:
+        return answers
+    return [answers[start : start + num_samples] for start in range(0, len(rows), num_samples)]
 
 
 def continue_prompt(
@@ -106,7 +152,10 @@ def check_prompts(
 
 @contextmanager
 def _greedy_decoding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Give the model a plain ``generation_config`` within the block, so that no sampling or penalty applies."""
+    """Give the model a plain ``generation_config`` within the block, so that none of its sampling or penalties applies.
+
+    It stays greedy when answers are sampled: a `Sampler` then leaves only the token that it drew.
+    """
     from transformers import GenerationConfig
 
     # A repetition penalty, for one, would also penalise the padding tokens of a shorter prompt.
@@ -192,6 +241,7 @@ def _answer_batch(
     inputs: dict[str, Tensor],
     max_new_tokens: int,
     stop: Sequence[str],
+    sampler: Sampler | None,
 ) -> list[str]:
     """Return the answers to one batch, each cut before its first end token or stop string."""
     start = inputs["input_ids"].shape[1]
@@ -204,7 +254,12 @@ def _answer_batch(
         return is_stopped.to(ids.device)
 
     # transformers' own `stop_strings` also find those that begin in the prompt, and take 1 s for 128 000 entries.
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, stopping_criteria=[has_stopped] if stop else [])
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=[has_stopped] if stop else [],
+        logits_processor=[] if sampler is None else [sampler],
+    )
     answers = []
     for ids in output[:, start:].tolist():
         answer = list(takewhile(lambda token: token not in ends, ids))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lit_unlearn.models.files import ModelFiles
 from lit_unlearn.models.older_keys import write_older_keys
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
+from lit_unlearn.models.sampling import Sampling
 from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues, changes_values, checksum, convert
 from lit_unlearn.utils.folders import check_export_target, replace_folder
@@ -533,6 +534,30 @@ class LanguageModel(nn.Module):
         if dtype is not None and (folder / "config.json").is_file():
             loading.write_dtype(folder, dtype)
 
+    @overload
+    def generate(
+        self,
+        questions: Sequence[str],
+        *,
+        template: str | None = ...,
+        chat: Chat | None = ...,
+        max_new_tokens: int = ...,
+        allow_special_tokens: bool = ...,
+        sampling: None = ...,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        questions: Sequence[str],
+        *,
+        template: str | None = ...,
+        chat: Chat | None = ...,
+        max_new_tokens: int = ...,
+        allow_special_tokens: bool = ...,
+        sampling: Sampling,
+    ) -> list[list[str]]: ...
+
     def generate(
         self,
         questions: Sequence[str],
@@ -541,8 +566,9 @@ class LanguageModel(nn.Module):
         chat: Chat | None = None,
         max_new_tokens: int = 200,
         allow_special_tokens: bool = False,
-    ) -> list[str]:
-        """Answer questions with the likeliest token at every step, in the prompt that training puts them in.
+        sampling: Sampling | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Answer questions with the likeliest token at every step, or sample, in the prompt that training puts them in.
 
         Args:
             questions: Plain text; the model must be loaded and have a tokenizer.
@@ -551,9 +577,11 @@ class LanguageModel(nn.Module):
             chat: Settings of the chat template; not beside ``template``.
             max_new_tokens: Longest answer, in tokens.
             allow_special_tokens: Whether special tokens in questions are control tokens, and not text, as for `ForgetRetain`.
+            sampling: How answers are drawn; ``None`` for the likeliest token. The samples of a question depend on the seed and
+                on its position, but not on the other questions.
 
         Returns:
-            One answer per question, without special tokens.
+            One answer per question, without special tokens; with ``sampling``, a list of its samples.
 
         Raises:
             ModelError: If there is no tokenizer, or one that cannot end an answer.
@@ -564,6 +592,8 @@ class LanguageModel(nn.Module):
             >>> lm.load()  # doctest: +SKIP
             >>> lm.generate(["Where was the author born?"])  # doctest: +SKIP
             ['The author was born in Lisbon.']
+            >>> lm.generate(["Where was the author born?"], sampling=Sampling(samples=2, seed=1))  # doctest: +SKIP
+            [['The author was born in Lisbon.', 'In Porto.']]
         """
         generation.check_prompts(self, [], max_new_tokens)
         tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
@@ -583,7 +613,9 @@ class LanguageModel(nn.Module):
                 example = encode(question, answer, tokenizer, **settings)
                 candidates.append(prompt_of(example))
             prompts.append(min(candidates, key=len))
-        return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
+        if sampling is None:
+            return generation.generate(self, prompts, max_new_tokens=max_new_tokens)
+        return generation.generate(self, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def loss(self, objective: Any, batch: Batch) -> Tensor:
         """Return the mean of an objective over a batch, for a training loop of your own.

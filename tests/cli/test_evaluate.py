@@ -45,6 +45,17 @@ CPU = "--trainer.accelerator=cpu"
             ["--suite=stress", "--k=0.3", "--bits=[4]"],
             ["--config=eval/stress.yaml", "--model.benchmark.benchmark.k=0.3", "--model.benchmark.bits=[4]"],
         ),
+        (
+            ["--suite=leak", "--max_rows=3", "--k=0.3", "--sampling.samples=9", "--attempts=[1,9]", "--texts=true"],
+            [
+                "--config=eval/leak.yaml",
+                "--model.benchmark.benchmark.max_rows=3",
+                "--model.benchmark.benchmark.k=0.3",
+                "--model.benchmark.sampling.samples=9",
+                "--model.benchmark.attempts=[1,9]",
+                "--model.benchmark.texts=true",
+            ],
+        ),
     ],
 )
 def test_the_same_objects(
@@ -64,6 +75,27 @@ def test_a_results_file(in_tmp: Path, model_dir: str, write_rows: Callable[..., 
     assert results.data["forget"]["rows"] == 2
     cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--retain_results=new/a.json", "--output=b.json", CPU])
     assert Results.read("b.json").aggregate["forget_quality"] == 1
+
+
+def test_sampled_leakage_of_own_files(in_tmp: Path, model_dir: str, write_rows: Callable[..., str]) -> None:
+    forget, retain = (write_rows(f"{name}.jsonl", [ROWS] * 3) for name in ("forget", "retain"))
+    sets = [f"--forget={forget}", "--retain", retain, "--max_rows=2", "--max_new_tokens=2"]
+    cli.main(
+        [
+            "evaluate",
+            model_dir,
+            "--suite=leak",
+            *sets,
+            "--sampling.samples=3",
+            "--sampling.top_k=5",
+            "--output=a.json",
+            CPU,
+        ]
+    )
+    results = Results.read("a.json")
+    assert results.data["forget"]["rows"] == 2
+    assert results.settings["leak"]["top_k"] == 5
+    assert {"leak@1/exact", "leak@2/exact", "leak@3/exact"} <= results.aggregate.keys()
 
 
 @pytest.mark.parametrize(
