@@ -1,5 +1,6 @@
 """torchmetrics objects with exact sums at any precision, and the benchmarks' scores as functions of plain arrays."""
 
+from lit_unlearn.metrics.depth import mean_unlearning_depth, unlearning_depth
 from lit_unlearn.metrics.exact import ExactMetric
 from lit_unlearn.metrics.likelihood import AnswerLikelihood
 from lit_unlearn.metrics.memorization import exact_memorization, extraction_strength, rouge
@@ -17,6 +18,7 @@ __all__ = [
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
+    "mean_unlearning_depth",
     "min_k",
     "min_k_plus_plus",
     "model_utility",
@@ -25,5 +27,6 @@ __all__ = [
     "rouge",
     "truth_ratio",
     "truth_ratio_score",
+    "unlearning_depth",
     "zlib_score",
 ]
