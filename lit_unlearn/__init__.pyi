@@ -18,6 +18,7 @@ from lit_unlearn.dual import PIMultiplier as PIMultiplier
 from lit_unlearn.dual import Relative as Relative
 from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
+from lit_unlearn.evaluation.depth import UnlearningDepth as UnlearningDepth
 from lit_unlearn.evaluation.lume import LUMEBenchmark as LUMEBenchmark
 from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark
 from lit_unlearn.evaluation.qa import QABenchmark as QABenchmark
