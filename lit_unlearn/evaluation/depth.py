@@ -129,8 +129,8 @@ class UnlearningDepth:
         traces: dict[str, _Trace] = {}
         for role in ("retain_only", "unlearned"):
             with _loaded(roles[role], dtype):
-                traces[role] = _trace_model(roles[role], examples, groups)
                 _check_same_architecture(role, roles[role], traces)
+                traces[role] = _trace_model(roles[role], examples, groups)
         with _loaded(target, dtype):
             _check_same_architecture("target", target, traces)
             measured = _measure_drops(target, examples, groups, traces)

@@ -220,7 +220,7 @@ def test_spans_may_be_places_and_lists(models: Models) -> None:
 
 def test_conversations_and_documents(models: Models) -> None:
     """A document of several chunks is several examples of one row."""
-    text = "Ada wrote the letter in May. It was read in Paris."
+    text = "We know that Ada wrote the letter in May, and that it was read in Paris."
     row = {"text": text, "spans": ["Ada", "Paris"]}
     settings = {"span_column": "spans", "encoding": EncodingSettings(max_length=16)}
     values = measure(models, [row, row], **settings).examples["forget"]
@@ -269,7 +269,10 @@ def test_other_families(config: dict[str, Any], tokenizer_dir: str) -> None:
     [
         ({"num_hidden_layers": 3}, "`{role}` is a LlamaForCausalLM of 3 blocks of width 32, but `"),
         ({"hidden_size": 64}, "`{role}` is a LlamaForCausalLM of 2 blocks of width 64, but `"),
-        ({"model_type": "mistral"}, "`{role}` is a MistralForCausalLM of 2 blocks of width 32, but `"),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 2},
+            "`{role}` is a MistralForCausalLM of 2 blocks of width 32, but `",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

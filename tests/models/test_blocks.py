@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.test_families import build, every_family, family_named, padded_batch
+from test_families import build, every_family, family_named, padded_batch
 from torch import Tensor, nn
 
 from lit_unlearn import LanguageModel
@@ -43,7 +43,7 @@ def test_recorded_outputs_are_those_that_a_block_hands_on(family):
     for block, output in zip(blocks, outputs, strict=True):
         with replace_output(block, positions, output):
             assert torch.equal(logits_of(lm), logits)
-        with replace_output(block, positions, output + 1):
+        with replace_output(block, positions, output.flip(-1)):
             assert not torch.equal(logits_of(lm), logits)
     assert torch.equal(logits_of(lm), logits)
     assert not any(module._forward_hooks for block in blocks for module in block.modules())
@@ -59,7 +59,7 @@ def test_what_follows_the_last_block_works_on_each_position_by_itself(family):
         logits = logits_of(lm)
     with replace_output(blocks[-1], target, outputs[-1]):
         changed = logits_of(lm)
-    torch.testing.assert_close(changed[target], logits[source], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(changed[target], logits[source], rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
@@ -73,7 +73,7 @@ def test_blocks_that_do_not_run_as_modules_are_refused():
     """A compiled trunk runs without them."""
     lm = build(family_named("llama"), tied=False)
     blocks = [*find_blocks(lm.causal_lm), nn.Identity()]
-    with pytest.raises(ModelError, match=r"2 outputs of the model's 3 transformer blocks .*`compile`"):
-        with record_outputs(blocks, torch.tensor([0])):
-            logits_of(lm)
+    expected = r"2 outputs of the model's 3 transformer blocks .*`compile`"
+    with pytest.raises(ModelError, match=expected), record_outputs(blocks, torch.tensor([0])):
+        logits_of(lm)
     assert not blocks[0]._forward_hooks
