@@ -17,7 +17,9 @@ def logits_of(lm: LanguageModel) -> Tensor:
     batch = padded_batch()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        return lm.causal_lm.eval()(**inputs, use_cache=False).logits.flatten(0, 1)
+        logits = lm.causal_lm.eval()(**inputs, use_cache=False).logits
+    # Padding beyond a sliding window sees no token, and what it computes is not meaningful.
+    return logits.masked_fill(batch["attention_mask"][..., None] == 0, 0.0).flatten(0, 1)
 
 
 @every_family
