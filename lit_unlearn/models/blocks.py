@@ -22,7 +22,7 @@ def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """
     count = int(model.config.get_text_config().num_hidden_layers)
     # Families give the list different names (`layers`, `h`, …); a list of experts within a block comes after it.
-    for module in cast(nn.Module, model.base_model).modules():
+    for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise ModelError(
