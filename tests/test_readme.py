@@ -65,7 +65,7 @@ def world(made_world: Path, in_tmp: Path) -> Path:
 
 
 def make_world(model_dir: str) -> None:
-    for name in ("target", "unlearned"):
+    for name in ("target", "retain_only", "unlearned"):
         shutil.copytree(model_dir, f"runs/demo/{name}")
     shutil.copytree(model_dir, "runs/tofu/target")
     cli.main(quick(model_dir))

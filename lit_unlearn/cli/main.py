@@ -37,6 +37,7 @@ train:
 evaluate:
   evaluate    run a benchmark on a model: the short form of `test --config eval/tofu.yaml …`
   compare     show results of benchmarks side by side, and draw them
+  depth       score how deep unlearning went, layer by layer, between target and retain-only model
   judge       let a language model grade the answers in a results file
   inspect     ask models the same questions; show answers and token probabilities side by side
   plot        draw a run: retention and its bound, the multiplier, forgetting, tokens before and after
@@ -60,7 +61,20 @@ file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("clean", "compare", "completion", "data", "evaluate", "export", "inspect", "judge", "methods", "plot", "prepare"),
+    *(
+        "clean",
+        "compare",
+        "completion",
+        "data",
+        "depth",
+        "evaluate",
+        "export",
+        "inspect",
+        "judge",
+        "methods",
+        "plot",
+        "prepare",
+    ),
     "tokenizer",
 )
 

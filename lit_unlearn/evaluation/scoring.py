@@ -58,7 +58,7 @@ def score_examples(
     """
     scores: dict[int, Scored] = {}
     with evaluation_mode(lm):
-        for indices in _group_by_length(examples, token_budget):
+        for indices in group_by_length(examples, token_budget):
             scores |= zip(indices, _score_batch(lm, [examples[i] for i in indices]), strict=True)
             progress(len(indices))
     return [scores[i] for i in range(len(examples))]
@@ -123,7 +123,7 @@ def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Ten
     return pack_visible(sequences, lm.packs)
 
 
-def _group_by_length(examples: Sequence[Example], token_budget: int) -> Iterator[list[int]]:
+def group_by_length(examples: Sequence[Example], token_budget: int) -> Iterator[list[int]]:
     """Yield indices, the longest first, so that a lack of memory shows at once."""
     group: list[int] = []
     longest = 0
