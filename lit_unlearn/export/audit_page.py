@@ -47,6 +47,7 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .6rem; border-radius: .3re
 .small { color: #444; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { min-width: 8rem; font-weight: 600; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #ddd; }
 svg { width: 100%; max-width: 30rem; height: auto; display: block; margin: .4rem 0; }
 @media print {
@@ -174,7 +175,7 @@ def _render_finding(finding: Finding, confidence: float) -> str:
         basis = f", {finding.sample.basis}" if finding.sample and finding.sample.basis else ""
         rows = f" on {finding.sample.rows} rows" if finding.sample else ""
         lines.append(
-            f"<p>Measured: <strong>{_number(finding.value)}</strong>{rows}{escape(basis)}; with {confidence:.0%} confidence between "
+            f"<p>Measured: <strong>{_number(finding.value)}</strong>{rows}{escape(basis)}; with {_percent(confidence)} confidence between "
             f"{_number(finding.low)} and {_number(finding.high)}. Allowed: {escape(requirement.describe_threshold())}.</p>"
         )
         lines.append(_draw_interval(finding))
@@ -242,10 +243,10 @@ def _render_gaps(findings: Sequence[Finding]) -> str:
 def _render_reading(policy: Policy) -> str:
     return (
         "<p>A value that is measured on some rows would differ a little on other rows of the same kind. The interval says by how "
-        f"much: it holds the value for rows like these with {policy.confidence:.0%} confidence. A requirement passes if the whole "
+        f"much: it holds the value for rows like these with {_percent(policy.confidence)} confidence. A requirement passes if the whole "
         "interval is allowed and fails if none of it is; in between it is not decidable, and more rows would narrow it. On fewer than "
         f"{policy.min_rows} rows nothing is decided.</p><p>The audit passes if every required measure passes. That it passes although "
-        f"some required value is not allowed has a probability of at most {(1 - policy.confidence) / 2:.2%}, however many measures "
+        f"some required value is not allowed has a probability of at most {_percent((1 - policy.confidence) / 2)}, however many measures "
         "there are, as far as the intervals keep their confidence.</p>"
     )
 
@@ -282,3 +283,7 @@ def _code(text: str | None) -> str:
 
 def _number(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
