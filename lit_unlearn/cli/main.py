@@ -38,6 +38,9 @@ evaluate:
   evaluate    run a benchmark on a model: the short form of `test --config eval/tofu.yaml …`
   compare     show results of benchmarks side by side, and draw them
   judge       let a language model grade the answers in a results file
+  audit       measure a model against a policy of thresholds: pass, fail or not decidable, and a page that says why
+  verify      compute again what an export or an audit claims
+  ledger      show the deletion requests in a ledger, and which model comes from which
   inspect     ask models the same questions; show answers and token probabilities side by side
   plot        draw a run: retention and its bound, the multiplier, forgetting, tokens before and after
 
@@ -54,14 +57,14 @@ prepare:
 
 `lit-unlearn COMMAND --help` lists the options. A --config that is no local file is looked up among the packaged ones.
 exit codes: 0 success; 1 the run failed, or missed what `report` requires; 2 nothing was started, because a setting, a
-file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and SIGUSR1.
+file or a model cannot be used; 3 an audit is not decidable; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and SIGUSR1.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
-    *("clean", "compare", "completion", "data", "evaluate", "export", "inspect", "judge", "methods", "plot", "prepare"),
-    "tokenizer",
+    *("audit", "clean", "compare", "completion", "data", "evaluate", "export", "inspect", "judge", "ledger", "methods"),
+    *("plot", "prepare", "tokenizer", "verify"),
 )
 
 

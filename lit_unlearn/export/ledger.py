@@ -1,11 +1,13 @@
 """The ledger of deletion requests: a file of JSON lines that is only ever appended to.
 
-Every line holds the sha256 of the line before it, so that a line that was changed, removed or put in between shows. Models are
+Every line holds the sha256 of the line before it, so that a line that was changed, removed or put in between shows; lines that
+were cut off at the end do not, except to those who know the digest of the last one. Models are
 known by the sha256 of their weight files: a model whose files an earlier entry wrote is that entry's child.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -57,7 +59,9 @@ def append_entry(file: Path, entry: Entry) -> Entry:
             written = {"previous": _digest_line(last), **entry}
             line = json.dumps(written, ensure_ascii=False).encode()
             # One write: a reader sees all of the line or nothing of it.
-            os.write(descriptor, (b"\n" if is_torn else b"") + line + b"\n")
+            appended = (b"\n" if is_torn else b"") + line + b"\n"
+            if os.write(descriptor, appended) < len(appended):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
     return written
 
@@ -154,7 +158,8 @@ def read_ledger(file: Path) -> list[Entry]:
     """
     if not file.is_file():
         raise MissingFileError(f"there is no ledger '{file}': `--export.ledger=FILE` of a fit makes one.")
-    *lines, unfinished = file.read_bytes().split(b"\n")
+    # What follows the last line break is a part of a line, or nothing.
+    lines = file.read_bytes().split(b"\n")[:-1]
     entries = []
     previous: bytes = b""
     for number, line in enumerate(lines, 1):
