@@ -231,7 +231,8 @@ def list_packaged_configs() -> list[str]:
     names: set[str] = set()
     for folder in CONFIGS:
         names.update(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml"))
-    return sorted(names)
+    # A policy is for `--policy` and `--audit.policy`.
+    return sorted(name for name in names if not name.startswith("policy/"))
 
 
 def check_config(value: str) -> None:
