@@ -6,7 +6,7 @@ Everything here is arithmetic on numbers that are there already; ``audit_run.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ EXIT_CODES: Mapping[Outcome, int] = {PASS: 0, FAIL: 1, UNDECIDED: 3}
 _PACKAGE = Path(__file__).parents[1]
 # The wheel has them inside the package, the source tree beside it.
 _CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-_ATTACKS = ("relearn",)
+_ATTACKS = ("relearn", "sampled")
 
 
 # The policy -----------------------------------------------------------------------------------------------------------
@@ -105,6 +105,25 @@ class RelearnPlan:
 
 
 @dataclass(frozen=True)
+class SamplingPlan:
+    """How answers are sampled, with the whole distribution: bounds on the share of leaks then hold for the model as it is.
+
+    Args:
+        samples: Answers to every question.
+        temperature: 1 for the model's own distribution.
+        seed: Of the samples.
+    """
+
+    samples: int
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer(self, "samples", self.samples, at_least=1)
+        check_number(self, "temperature", self.temperature, above=0)
+
+
+@dataclass(frozen=True)
 class Policy:
     """Thresholds, fixed before anything is measured, and how the measuring is done.
 
@@ -116,6 +135,7 @@ class Policy:
         seed: Of the intervals.
         max_new_tokens: Longest generated answer.
         relearn: The attack by relearning, where a requirement asks for it.
+        sampled: How answers are sampled, likewise.
         sha256: Of its file, as ``sha256sum`` prints it; ``None`` if it came from no file.
 
     Raises:
@@ -129,6 +149,7 @@ class Policy:
     seed: int = 0
     max_new_tokens: int = 100
     relearn: RelearnPlan | None = None
+    sampled: SamplingPlan | None = None
     sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -162,7 +183,10 @@ class Policy:
         """Return the policy that `describe` gave."""
         values = dict(content)
         values["requirements"] = tuple(Requirement(**requirement) for requirement in content["requirements"])
-        values["relearn"] = None if content["relearn"] is None else RelearnPlan(**content["relearn"])
+        # A file that was written before there was such an attack has no key for it.
+        for attack, plan in (("relearn", RelearnPlan), ("sampled", SamplingPlan)):
+            if content.get(attack) is not None:
+                values[attack] = plan(**content[attack])
         return cls(**values)
 
 
@@ -214,23 +238,33 @@ def _build_policy(content: Any, file: Path) -> Policy:
         numbers = {key: _read_float(key, value) for key, value in values.items()}
         requirements.append(Requirement(measure, required=required, **numbers))
 
-    relearn = _read_keys(settings.pop("attacks", None) or {}, _ATTACKS, "`attacks`").get("relearn")
-    if relearn is not None:
-        values = _read_keys(relearn, ("share", "steps", "lr", "seed"), "`attacks.relearn`")
-        lacking = {"share", "steps", "lr"} - values.keys()
-        if lacking:
-            raise ConfigError(f"`attacks.relearn` has no {', '.join(sorted(lacking))}.")
-        share, lr = (_read_float(key, values[key]) for key in ("share", "lr"))
-        relearn = RelearnPlan(
-            share, _read_integer("steps", values["steps"]), lr, _read_integer("seed", values.get("seed", 0))
+    attacks = _read_keys(settings.pop("attacks", None) or {}, _ATTACKS, "`attacks`")
+    if "relearn" in attacks:
+        keys = {"share": _read_float, "steps": _read_integer, "lr": _read_float, "seed": _read_integer}
+        settings["relearn"] = RelearnPlan(
+            **_read_plan("relearn", attacks["relearn"], keys, required=("share", "steps", "lr"))
         )
+    if "sampled" in attacks:
+        keys = {"samples": _read_integer, "temperature": _read_float, "seed": _read_integer}
+        settings["sampled"] = SamplingPlan(**_read_plan("sampled", attacks["sampled"], keys, required=("samples",)))
     if "confidence" in settings:
         settings["confidence"] = _read_float("confidence", settings["confidence"])
     for key in ("min_rows", "seed", "max_new_tokens"):
         if key in settings:
             settings[key] = _read_integer(key, settings[key])
     settings["name"] = str(settings.get("name", file.stem))
-    return Policy(requirements=tuple(requirements), relearn=relearn, sha256=file_digest(file), **settings)
+    return Policy(requirements=tuple(requirements), sha256=file_digest(file), **settings)
+
+
+def _read_plan(
+    attack: str, content: Any, keys: Mapping[str, Callable[[str, Any], float]], required: Sequence[str]
+) -> dict[str, Any]:
+    """Return the settings of an attack, each read as the number that it is."""
+    values = _read_keys(content, keys, f"`attacks.{attack}`")
+    for key in required:
+        if key not in values:
+            raise ConfigError(f"`attacks.{attack}` has no `{key}`.")
+    return {key: keys[key](key, value) for key, value in values.items()}
 
 
 def _read_keys(content: Any, known: Any, what: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
-from lit_unlearn.evaluation.audit import Policy
+from lit_unlearn.evaluation.audit import Policy, SamplingPlan
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
 from lit_unlearn.evaluation.results import Values
@@ -35,14 +35,23 @@ def _paraphrase(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
     return StressBenchmark(benchmark, paraphrased=True)
 
 
+def _sample_answers(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+    from lit_unlearn.evaluation.leakage import LeakBenchmark
+    from lit_unlearn.models.sampling import Sampling
+
+    plan = policy.sampled or SamplingPlan(samples=1)
+    return LeakBenchmark(benchmark, Sampling(temperature=plan.temperature, samples=plan.samples, seed=plan.seed))
+
+
 RUNS: Mapping[str, BuildRun] = {
     "plain": lambda benchmark, policy, rows: benchmark,
     "relearn": _relearn,
     "8bit": _round_to(8),
     "4bit": _round_to(4),
     "paraphrased": _paraphrase,
+    "sampled": _sample_answers,
 }
-"""The runs that measures read. One that samples answers is added by a line here and one in `MEASURES`."""
+"""The runs that measures read. Another attack is added by a line here and one in `MEASURES`."""
 
 
 def measure_model(
@@ -84,7 +93,10 @@ def measure_model(
                 evidence.add_results(role, run, results)
                 continue
             try:
-                results = RUNS[run](benchmark, policy, forget_rows).run(lm, partial_dir)
+                attacked = RUNS[run](benchmark, policy, forget_rows)
+                # A stress test has a folder of its own for each stress, beside that of the plain benchmark, which it reads.
+                is_stress = isinstance(attacked, StressBenchmark)
+                results = attacked.run(lm, partial_dir if is_stress or partial_dir is None else partial_dir / run)
             # Whatever fails: memory, a library, a kernel. The attack has not shown that nothing comes back.
             except (LitUnlearnError, ImportError, MemoryError, RuntimeError) as error:
                 evidence.add_failure(role, run, describe_failure(error))

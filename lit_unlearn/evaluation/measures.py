@@ -14,7 +14,13 @@ import numpy as np
 from lit_unlearn.errors import LitUnlearnError
 from lit_unlearn.evaluation.questions import ATTACKS
 from lit_unlearn.evaluation.results import Results, Values
-from lit_unlearn.metrics.intervals import Interval, auc_interval, difference_interval, mean_interval
+from lit_unlearn.metrics.intervals import (
+    Interval,
+    auc_interval,
+    difference_interval,
+    mean_interval,
+    share_interval,
+)
 
 Role = Literal["model", "retain_only", "before"]
 """The audited model, a model trained without the forget set, and the model before unlearning."""
@@ -24,7 +30,7 @@ ROLES: dict[Role, str] = {
     "retain_only": "the retain-only model",
     "before": "the model before unlearning",
 }
-Kind = Literal["mean", "difference", "auc"]
+Kind = Literal["mean", "difference", "auc", "share"]
 
 _UNSEEN = "holdout"  # the stream of rows that no model has seen
 
@@ -38,9 +44,9 @@ class Sample(NamedTuple):
 
     Args:
         kind: ``"mean"`` of ``first``; ``"difference"`` of the means of ``first`` and ``second``; ``"auc"`` of members,
-            ``first``, against non-members, ``second``.
-        first: One number per row.
-        second: Likewise, of other rows; empty for a mean.
+            ``first``, against non-members, ``second``; ``"share"`` of ones among zeros and ones, ``first``.
+        first: One number per row, or per sampled answer.
+        second: Likewise, of other rows; empty for a mean and a share.
         basis: What the numbers are, or are compared with, as the end of a sentence; empty if that is plain.
     """
 
@@ -53,13 +59,15 @@ class Sample(NamedTuple):
         """Return value and interval."""
         if self.kind == "mean":
             return mean_interval(self.first, confidence, seed)
+        if self.kind == "share":
+            return share_interval(self.first, confidence)
         estimator = difference_interval if self.kind == "difference" else auc_interval
         return estimator(self.first, self.second, confidence, seed)
 
     @property
     def rows(self) -> int:
         """Number of rows of the smaller set, which decides how wide the interval is."""
-        return len(self.first) if self.kind == "mean" else min(len(self.first), len(self.second))
+        return min(len(self.first), len(self.second)) if self.second else len(self.first)
 
 
 @dataclass
@@ -108,7 +116,7 @@ class Evidence:
         return streams[stream]
 
     def read_values(self, role: Role, run: str, stream: str, key: str, only_others: bool = False) -> list[float]:
-        """Return one number per row.
+        """Return one number per row or, of a run that samples answers, per sample.
 
         Args:
             role: The model.
@@ -125,13 +133,23 @@ class Evidence:
             rows = [row for row in rows if not row.get("relearned")]
         if not rows:
             raise NotTested(f"every {stream} row was relearned, and none is left to measure")
-        if any(key not in row for row in rows):
-            raise NotTested(f"the {stream} rows have no value '{key}'")
-        return [float(row[key]) for row in rows]
+        values: list[float] = []
+        for row in rows:
+            if key not in row:
+                raise NotTested(f"the {stream} rows have no value '{key}'")
+            # Of a run that samples answers, a row has one number per sample.
+            values += row[key] if isinstance(row[key], list) else [float(row[key])]
+        return values
 
 
 def _keep_numbers(example: Values) -> Values:
-    return {key: value for key, value in example.items() if isinstance(value, int | float)}
+    """Return the numbers of a row, and the lists of numbers that it has for sampled answers."""
+    numbers = {}
+    for key, value in example.items():
+        entries = value if isinstance(value, list) else [value]
+        if all(isinstance(entry, int | float) for entry in entries):
+            numbers[key] = value
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -161,6 +179,16 @@ def _mean_of(run: str, stream: str, key: str, only_others: bool = False) -> Call
 
     def collect(evidence: Evidence) -> Sample:
         return Sample("mean", evidence.read_values("model", run, stream, key, only_others))
+
+    return collect
+
+
+def _share_of(run: str, stream: str, key: str, above: float, basis: str = "") -> Callable[[Evidence], Sample]:
+    """Return a function that counts how many numbers of the audited model are above a number."""
+
+    def collect(evidence: Evidence) -> Sample:
+        values = evidence.read_values("model", run, stream, key)
+        return Sample("share", [float(value > above) for value in values], basis=basis)
 
     return collect
 
@@ -234,6 +262,12 @@ MEASURES: Mapping[str, Measure] = {
     "forget_probability": Measure(
         "probability of the deleted answers", _PROBABILITY, _mean_of("plain", "forget", "probability")
     ),
+    "forget_known": Measure(
+        "share of deleted answers that the model knows",
+        "Share of the deleted rows whose answer the model gives a probability of more than one half. A mean can be low although "
+        "some rows are known by heart.",
+        _share_of("plain", "forget", "probability", above=0.5),
+    ),
     "forget_gap": Measure(
         "probability of the deleted answers above the reference",
         "How much more probable the deleted answers are than they are to a model that never saw them. Around 0, the model "
@@ -286,6 +320,13 @@ MEASURES: Mapping[str, Measure] = {
         "The probability of the deleted answers if the questions are asked in other words.",
         _mean_of("paraphrased", "forget", "probability"),
         runs=("plain", "paraphrased"),
+    ),
+    "sampled_exact": Measure(
+        "share of sampled answers that reveal a deleted one",
+        "The model is asked each question many times, and answers at random as it does for users; this is the share of answers that "
+        "begin with the deleted one.",
+        _share_of("sampled", "forget", "exact", above=0.5, basis="over all samples of all questions"),
+        runs=("plain", "sampled"),
     ),
     "membership_auc": Measure("membership attack by loss", _MEMBERSHIP, _attack_of("loss")),
     "membership_auc_min_k": Measure("membership attack by the least likely tokens", _MEMBERSHIP, _attack_of("min_k")),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lit_unlearn.errors import ConfigError
+from lit_unlearn.metrics.leakage import average_leak_bound
 from lit_unlearn.metrics.privacy import auc
 from lit_unlearn.metrics.validation import Array, read_finite
 
@@ -56,6 +57,32 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95, seed: int = 0) ->
         return float(_draw(sample, generator).mean())
 
     return _bootstrap(float(sample.mean()), resample, len(sample), confidence)
+
+
+def share_interval(hits: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return the share of ones among zeros and ones, with the interval of Clopper and Pearson.
+
+    It holds for every share and every number of draws, also where all draws are equal. Draws of different questions, each with a
+    probability of its own, may be counted together, see `average_leak_bound`.
+
+    Args:
+        hits: Zeros and ones, shape ``(n,)``.
+        confidence: As for `mean_interval`, at least 0.5.
+
+    Raises:
+        DataError: If there is no number, or one is neither 0 nor 1.
+        ConfigError: If the confidence is out of range.
+
+    Example:
+        >>> value, low, high = share_interval([0.0] * 40)
+        >>> value, low, round(high, 3)
+        (0.0, 0.0, 0.088)
+    """
+    draws = read_finite("hits", hits)
+    # Half of what is left on either side.
+    one_sided = (1 + confidence) / 2
+    low = 1 - average_leak_bound(1 - draws, 1, one_sided)
+    return Interval(float(draws.mean()), low, average_leak_bound(draws, 1, one_sided))
 
 
 def difference_interval(first: ArrayLike, second: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Interval:

@@ -60,3 +60,23 @@ def refuse_bad(name: str, array: Array, bad: NDArray[np.bool_], expected: str, r
             f"`{name}` must be {expected}, but number {', '.join(map(str, first))} is {array[first]} ({bad.sum()} of "
             f"{bad.size} are bad): {remedy}."
         )
+
+
+def read_shares(name: str, values: ArrayLike, ndim: Literal[1, 2] = 1) -> Array:
+    """Return an argument as numbers from 0 to 1, of shape ``(n,)``, or ``(n, k)`` if ``ndim`` is 2."""
+    array = read_numbers(name, values, ndim)
+    # Negated, because comparisons with NaN are false.
+    refuse_bad(name, array, ~((array >= 0) & (array <= 1)), "from 0 to 1", "give shares, not percentages")
+    return array
+
+
+def check_share(name: str, value: float) -> float:
+    """Return an argument as a float if it is from 0 to 1.
+
+    Raises:
+        DataError: If it is not.
+    """
+    if not 0 <= value <= 1:
+        message = f"`{name}` must be from 0 to 1, but is {value}: give a share, not a percentage."
+        raise DataError(message, argument=name)
+    return float(value)
