@@ -153,7 +153,7 @@ class Policy:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        check_number(self, "confidence", self.confidence, above=0, below=1)
+        check_number(self, "confidence", self.confidence, at_least=0.5, below=1)
         check_integer(self, "min_rows", self.min_rows, at_least=2)
         check_integer(self, "max_new_tokens", self.max_new_tokens, at_least=1)
         if not any(requirement.required for requirement in self.requirements):
