@@ -53,7 +53,7 @@ def write_sets(folder: Path) -> dict[str, str]:
 
 
 def benchmark(**settings: Any) -> QABenchmark:
-    return QABenchmark(**SETS, **{"max_new_tokens": 4, **settings})
+    return QABenchmark(**{**SETS, "max_new_tokens": 4, **settings})
 
 
 @cache

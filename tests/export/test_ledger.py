@@ -65,7 +65,7 @@ def test_a_changed_ledger_is_refused(change: Any, tmp_path: Path) -> None:
     for name in "abc":
         append_entry(file, entry(name))
     file.write_text("\n".join(change(file.read_text("utf-8").splitlines())) + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line [123]"):
+    with pytest.raises(DataError, match=r"line [123]"):
         read_ledger(file)
 
 
