@@ -109,13 +109,12 @@ def run(arguments: list[str]) -> None:
     sources = _find_sets(options, record)
 
     def make_benchmark() -> QABenchmark:
-        return QABenchmark(
-            **sources, token_budget=options.token_budget, max_new_tokens=policy.max_new_tokens, **settings
-        )
+        arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
+        return QABenchmark(token_budget=options.token_budget, **arguments)
 
     partial_dir = options.output.with_name(f"{options.output.name}.partial")
     evidence = Evidence()
-    described: dict[Role, Values] = {}
+    described: dict[str, Values] = {}
     data: dict[str, Values] = {}
     for role, name in models.items():
         if name is not None:

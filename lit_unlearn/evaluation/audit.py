@@ -184,9 +184,10 @@ class Policy:
         values = dict(content)
         values["requirements"] = tuple(Requirement(**requirement) for requirement in content["requirements"])
         # A file that was written before there was such an attack has no key for it.
-        for attack, plan in (("relearn", RelearnPlan), ("sampled", SamplingPlan)):
-            if content.get(attack) is not None:
-                values[attack] = plan(**content[attack])
+        if content.get("relearn") is not None:
+            values["relearn"] = RelearnPlan(**content["relearn"])
+        if content.get("sampled") is not None:
+            values["sampled"] = SamplingPlan(**content["sampled"])
         return cls(**values)
 
 

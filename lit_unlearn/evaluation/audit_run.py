@@ -21,7 +21,8 @@ BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
 
 def _relearn(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
     # The policy has settings for it: it is refused otherwise.
-    return StressBenchmark(benchmark, relearn=policy.relearn and policy.relearn.plan_attack(rows))
+    attack = None if policy.relearn is None else policy.relearn.plan_attack(rows)
+    return StressBenchmark(benchmark, relearn=attack)
 
 
 def _round_to(bits: int) -> BuildRun:

@@ -11,6 +11,7 @@ from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
 from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, Policy, judge_sample
+from lit_unlearn.evaluation.measures import Sample
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.export.audit_files import (
     AUDIT_FILE,
@@ -153,7 +154,7 @@ def _check_audit(folder: Path, model: str | None, sets: Mapping[str, str]) -> It
     yield _compare("requirements of the audit", requirements == policy.requirements, "they are not those of its policy")
     for finding in findings:
         if finding.sample is not None:
-            yield _check_finding(finding, policy)
+            yield _check_finding(finding, finding.sample, policy)
         elif finding.outcome != NOT_TESTED:
             yield Check(
                 f"outcome of {finding.requirement.measure}", False, "it has no numbers, and is not 'not tested'"
@@ -162,7 +163,7 @@ def _check_audit(folder: Path, model: str | None, sets: Mapping[str, str]) -> It
     yield _compare("verdict of the audit", verdict == audit["verdict"], f"the outcomes give '{verdict}'")
     if (folder / PAGE_FILE).is_file():
         page = (folder / PAGE_FILE).read_text(encoding="utf-8")
-        yield _compare(f"{PAGE_FILE}", page == render_page(audit), f"it is not the page of {AUDIT_FILE}")
+        yield _compare(PAGE_FILE, page == render_page(audit), f"it is not the page of {AUDIT_FILE}")
 
     if model is not None:
         yield from _check_model(audit, model)
@@ -176,10 +177,9 @@ def _check_audit(folder: Path, model: str | None, sets: Mapping[str, str]) -> It
         yield from _check_texts(audit, model, sets)
 
 
-def _check_finding(finding: Finding, policy: Policy) -> Check:
+def _check_finding(finding: Finding, sample: Sample, policy: Policy) -> Check:
     """Compute interval and outcome again from the numbers of the rows."""
-    assert finding.sample is not None
-    again = judge_sample(finding.requirement, finding.sample, policy)
+    again = judge_sample(finding.requirement, sample, policy)
     pairs = ((again.value, finding.value), (again.low, finding.low), (again.high, finding.high))
     # Another version of numpy may add up in another order.
     are_close = all(_are_close(computed, claimed) for computed, claimed in pairs)
@@ -214,12 +214,11 @@ def _check_model(audit: Mapping[str, Any], model: str) -> Iterator[Check]:
 
 def _check_texts(audit: Mapping[str, Any], model: str, sets: Mapping[str, str]) -> Iterator[Check]:
     """Read the rows as the audit did, and compare the digests of texts and tokens."""
-    known = {name: path for name, path in sets.items() if name in ("forget", "retain", "holdout", "general")}
-    settings = dict(audit["settings"])
+    settings: dict[str, Any] = {**audit["settings"], **sets}
     if settings.get("chat") is not None:
         settings |= read_question_settings({"data": {"chat": settings["chat"]}})
     try:
-        benchmark = QABenchmark(**known, **settings, max_new_tokens=audit["policy"]["max_new_tokens"])
+        benchmark = QABenchmark(**settings, max_new_tokens=audit["policy"]["max_new_tokens"])
         described = benchmark.describe_data(load_tokenizer(model))
     except LitUnlearnError as error:
         yield Check("rows of the audit", None, f"they cannot be read in the way of the audit ({type(error).__name__})")
