@@ -11,6 +11,7 @@ from lit_unlearn.export.ledger import (
     find_latest_audit,
     format_ledger,
     list_ancestors,
+    list_unaudited_requests,
     read_ledger,
     shorten_weights,
 )
@@ -50,4 +51,9 @@ def _describe_chain(entries: list[Entry], newest: Entry) -> str:
     origin = shorten_weights(chain[-1]["parent"])
     if origin is not None:
         lines.append(f"  {origin}  the model that all began with, or one that is in no ledger")
+    if unaudited := list_unaudited_requests(entries, newest):
+        lines.append(
+            f"not audited on the newest model: {', '.join(unaudited)}. For each: lit-unlearn audit MODEL --policy FILE --forget FILE "
+            "--retain FILE --request ID --ledger FILE"
+        )
     return "\n".join(lines)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
 from lit_unlearn.evaluation.audit import Policy, SamplingPlan
-from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.stress import StressBenchmark
@@ -82,7 +83,14 @@ def measure_model(
         LitUnlearnError: If the plain benchmark cannot run.
     """
     lm.eval()
-    forget_rows = len(benchmark.prepare(lm.tokenizer)["forget"].examples)
+    forget = benchmark.prepare(lm.tokenizer)["forget"].examples
+    forget_rows = len(forget)
+    longest = max(map(_count_answer_tokens, forget))
+    if role == "model" and longest > policy.max_new_tokens:
+        # An answer that cannot be given whole would pass as one that is not given.
+        evidence.cut_answers = (
+            f"the policy generates {policy.max_new_tokens} tokens, and the longest deleted answer has {longest}"
+        )
     data: dict[str, Values] = {}
     for run in policy.list_runs(role):
         with torch.no_grad():
@@ -104,6 +112,14 @@ def measure_model(
             else:
                 evidence.add_results(role, run, results)
     return data
+
+
+def _count_answer_tokens(example: BenchmarkExample) -> int:
+    """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
+    tokens = 0
+    for sequence in example.sequences.get("answer", []):
+        tokens += len(sequence.labels) - sequence.labels.count(IGNORED)
+    return max(tokens - 1, 0)
 
 
 def describe_failure(error: Exception) -> str:

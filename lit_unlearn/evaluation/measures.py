@@ -33,6 +33,8 @@ ROLES: dict[Role, str] = {
 Kind = Literal["mean", "difference", "auc", "share"]
 
 _UNSEEN = "holdout"  # the stream of rows that no model has seen
+# Numbers of generated answers, which say nothing of a deleted answer that is longer than what is generated.
+_OF_GENERATED = ("rougeL_recall", "exact")
 
 
 class NotTested(LitUnlearnError):
@@ -75,10 +77,16 @@ class Evidence:
     """The numbers of every row in every run of every model, and the reasons why runs are missing.
 
     No text of a row is in it.
+
+    Args:
+        rows: By model, run and stream.
+        failures: By model and run.
+        cut_answers: Why generated answers cannot be compared with the deleted ones: they are cut too early; ``None`` if they are not.
     """
 
     rows: dict[Role, dict[str, dict[str, list[Values]]]] = field(default_factory=dict)
     failures: dict[Role, dict[str, str]] = field(default_factory=dict)
+    cut_answers: str | None = None
 
     def add_results(self, role: Role, run: str, results: Results) -> None:
         """Take over the numbers of a run.
@@ -129,6 +137,8 @@ class Evidence:
             NotTested: If there are none, with the reason.
         """
         rows = self.read_rows(role, run, stream)
+        if key in _OF_GENERATED and self.cut_answers is not None:
+            raise NotTested(self.cut_answers)
         if only_others:
             rows = [row for row in rows if not row.get("relearned")]
         if not rows:

@@ -217,6 +217,23 @@ def find_latest_audit(entries: Sequence[Entry], export: Entry) -> Entry | None:
     return audits[-1] if audits else None
 
 
+def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:
+    """Return the requests whose deletion was not audited on the newest model: what was forgotten for them may have come back.
+
+    Args:
+        entries: Of the ledger.
+        newest: The export of the newest model.
+    """
+    requests: dict[str, None] = {}
+    for entry in (newest, *list_ancestors(entries, newest)):
+        if entry["request"] is not None:
+            requests.setdefault(entry["request"])
+    for entry in entries:
+        if entry["kind"] == "audit" and entry["model"] == newest["model"]:
+            requests.pop(entry["request"], None)
+    return list(reversed(requests))
+
+
 def format_ledger(entries: Sequence[Entry], style: TableStyle = "text") -> str:
     """Format a ledger as a table, one line per entry, each model by the first digits of its weights' digest."""
     headers = ["no.", "kind", "created", "request", "rows", "method", "bounds", "verdict", "model", "made from"]

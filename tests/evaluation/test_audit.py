@@ -262,6 +262,22 @@ def test_an_attack_that_cannot_run_is_not_tested_and_never_a_pass(
     assert result.verdict == UNDECIDED
 
 
+def test_an_answer_that_is_cut_does_not_pass_as_one_that_is_not_given(tokenizer_dir: str) -> None:
+    lm = LanguageModel(trained(tokenizer_dir))
+    lm.load(torch.float32)
+    outcomes = []
+    for max_new_tokens in (3, 200):
+        policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2, max_new_tokens=max_new_tokens)
+        rows = [
+            {"question": "Who?", "answer": "Ann wrote it in May and in June."},
+            {"question": "Where?", "answer": "In."},
+        ]
+        evidence = Evidence()
+        measure_model(evidence, "model", lm, QABenchmark(rows, rows, max_new_tokens=max_new_tokens), policy)
+        outcomes.append(judge(policy, evidence).findings[0].outcome)
+    assert outcomes == [NOT_TESTED, PASS]
+
+
 def test_paraphrases_that_are_not_there_are_not_tested(tokenizer_dir: str) -> None:
     policy = Policy("p", (Requirement("paraphrased_probability", at_most=1.0),), min_rows=2)
     rows = [{"question": "Who?", "answer": "Ann."}, {"question": "Where?", "answer": "There."}]

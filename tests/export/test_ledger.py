@@ -16,6 +16,7 @@ from lit_unlearn.export.ledger import (
     find_latest_audit,
     format_ledger,
     list_ancestors,
+    list_unaudited_requests,
     read_ledger,
 )
 
@@ -97,6 +98,20 @@ def test_a_model_comes_from_the_entry_that_wrote_its_files() -> None:
     assert latest is not None
     assert latest["verdict"] == "pass"
     assert find_latest_audit(entries, entries[0]) is None
+
+
+def test_earlier_requests_are_to_be_audited_on_the_newest_model() -> None:
+    entries = [
+        entry("1", "0", request="ann"),
+        entry("1", kind="audit", request="ann"),
+        entry("2", "1", request="bob"),
+        entry("3", "2", request="carl"),
+        entry("elsewhere", "0", request="dora"),
+    ]
+    # What was forgotten for Ann was so of an earlier model.
+    assert list_unaudited_requests(entries, entries[3]) == ["ann", "bob", "carl"]
+    entries += [entry("3", kind="audit", request=name) for name in ("carl", "ann")]
+    assert list_unaudited_requests(entries, entries[3]) == ["bob"]
 
 
 def test_a_run_that_changed_nothing_is_not_its_own_ancestor() -> None:
