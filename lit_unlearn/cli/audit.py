@@ -37,6 +37,8 @@ from lit_unlearn.export.audit_files import (
     write_audit,
 )
 from lit_unlearn.export.ledger import append_entry, describe_audit
+from lit_unlearn.export.record import RECORD_FILE
+from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.folders import check_export_target
@@ -72,6 +74,10 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, default=Path("audit"), metavar="DIR", help="Folder to write.")
     parser.add_argument("--request", type=str, metavar="ID", help="Who asked for the deletion, for page and ledger.")
     parser.add_argument("--ledger", type=Path, metavar="FILE", help="Ledger to append the verdict to.")
+    # Not the key itself: it would show in the list of processes.
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help=f"Private Ed25519 key in PEM to sign with; by default ${KEY_VARIABLE}."
+    )
     parser.add_argument("--question_column", type=str, help="Column with the question.")
     parser.add_argument("--answer_column", type=str, help="Column with the answer.")
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}.")
@@ -95,7 +101,7 @@ def run(arguments: list[str]) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     # Everything that can be refused is refused before a model is loaded.
-    policy = read_policy(options.policy)
+    policy, key = read_policy(options.policy), load_signing_key(options.key)
     models: dict[Role, str | None] = {
         "model": options.model,
         "retain_only": options.retain_only,
@@ -139,13 +145,15 @@ def run(arguments: list[str]) -> None:
         settings={name: asdict(value) if isinstance(value, Chat) else value for name, value in settings.items()},
         request=options.request,
     )
-    write_audit(options.output, audit)
+    write_audit(options.output, audit, key, Path(options.model) / RECORD_FILE)
     # It has the rows' texts, and was kept only so that an interrupted audit could resume.
     shutil.rmtree(partial_dir, ignore_errors=True)
     if options.ledger is not None:
         append_entry(options.ledger, describe_audit(audit))
 
     print(audit_table(result))
+    if key is not None:
+        print(f"signed with the key whose public half is {key.public_key().public_bytes_raw().hex()}")
     print(f"audit: {options.output / PAGE_FILE} and {AUDIT_FILE} ({time.monotonic() - started:.0f} s)")
     _end_with_verdict(result)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import RequirementNotMet
+from lit_unlearn.export.signature import read_public_key
 from lit_unlearn.export.verification import verify_folder
 
 _SETS = ("forget", "retain", "holdout", "general")
@@ -21,6 +22,9 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="Folder of an export, or of an audit.")
     parser.add_argument("--model", type=str, metavar="DIR", help="Of an audit: the model that was audited.")
+    parser.add_argument(
+        "--public_key", type=str, metavar="KEY", help="Of an audit: who must have signed it, a PEM file or 64 digits."
+    )
     for name in _SETS:
         parser.add_argument(f"--{name}", type=str, metavar="FILE", help=f"File of the {name} rows.")
     return parser
@@ -34,7 +38,8 @@ def run(arguments: list[str]) -> None:
     """
     options = build_parser().parse_args(arguments)
     sets = {name: getattr(options, name) for name in _SETS if getattr(options, name) is not None}
-    checks = verify_folder(options.folder, options.model, sets)
+    public_key = None if options.public_key is None else read_public_key(options.public_key)
+    checks = verify_folder(options.folder, options.model, sets, public_key)
     for check in checks:
         word = {True: "matches", False: "DIFFERS", None: "not checked"}[check.matches]
         print(f"{word:<12} {check.subject}{f': {check.detail}' if check.detail else ''}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.evaluation.audit import AuditResult
@@ -13,8 +13,12 @@ from lit_unlearn.evaluation.results import Values, package_versions
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.card import PROMPT_SETTINGS
 from lit_unlearn.export.record import RECORD_FILE, Record, digest_export
+from lit_unlearn.export.signature import SIGNATURE_SUFFIX, write_signature
 from lit_unlearn.utils.folders import replace_folder
 from lit_unlearn.utils.io import atomic_file, file_digest, read_json, write_json
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 AUDIT_FILE, PAGE_FILE = "audit.json", "audit.html"
 FORMAT = 1
@@ -140,8 +144,16 @@ def build_audit(
     }
 
 
-def write_audit(folder: Path, audit: dict[str, Any]) -> None:
+def write_audit(
+    folder: Path, audit: dict[str, Any], key: Ed25519PrivateKey | None = None, record_file: Path | None = None
+) -> None:
     """Write ``audit.json`` and ``audit.html``, and list their digests; an earlier audit there is replaced.
+
+    Args:
+        folder: The folder.
+        audit: From `build_audit`.
+        key: Signs the audit, and the record; ``None`` for no signature.
+        record_file: The record of the audited model. Its signature stands in this folder too: the model's own stays as it is.
 
     Raises:
         OccupiedError: If the folder holds something that is not ours.
@@ -152,3 +164,7 @@ def write_audit(folder: Path, audit: dict[str, Any]) -> None:
         # As it will be read again: a page can then be compared with its audit.
         with atomic_file(staging / PAGE_FILE) as file:
             file.write_text(render_page(read_json(staging / AUDIT_FILE)), encoding="utf-8")
+        if key is not None:
+            write_signature(staging / AUDIT_FILE, key)
+            if record_file is not None and record_file.is_file():
+                write_signature(record_file, key, staging / f"{RECORD_FILE}{SIGNATURE_SUFFIX}")

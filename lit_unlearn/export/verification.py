@@ -21,6 +21,7 @@ from lit_unlearn.export.audit_files import (
 )
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.record import RECORD_FILE, digest_examples, digest_export
+from lit_unlearn.export.signature import SIGNATURE_SUFFIX, find_signature_problem
 from lit_unlearn.models.loading import load_tokenizer
 from lit_unlearn.utils.folders import DIGEST_FILE, iterate_files, read_digests
 from lit_unlearn.utils.io import file_digest, read_json
@@ -40,13 +41,19 @@ class Check(NamedTuple):
     detail: str = ""
 
 
-def verify_folder(folder: Path, model: str | None = None, sets: Mapping[str, str] | None = None) -> list[Check]:
+def verify_folder(
+    folder: Path,
+    model: str | None = None,
+    sets: Mapping[str, str] | None = None,
+    public_key: str | None = None,
+) -> list[Check]:
     """Compute again what a folder claims.
 
     Args:
         folder: An export, an audit, or any folder with a ``files.sha256`` of this package.
         model: Of an audit: the directory of the model that was audited, to compare its files.
         sets: Files of rows by stream, ``forget`` and ``retain`` for example, to compare their digests.
+        public_key: Of an audit: who must have signed it, from `read_public_key`.
 
     Raises:
         MissingFileError: If there is no such folder.
@@ -60,6 +67,7 @@ def verify_folder(folder: Path, model: str | None = None, sets: Mapping[str, str
         checks += _check_record(folder, sets)
     if (folder / AUDIT_FILE).is_file():
         checks += _check_audit(folder, model, sets)
+        checks += _check_signatures(folder, model, public_key)
     if not checks:
         raise ConfigError(
             f"'{folder}' holds nothing to verify: expected {DIGEST_FILE}, {RECORD_FILE} or {AUDIT_FILE}, which exports and "
@@ -210,6 +218,22 @@ def _check_model(audit: Mapping[str, Any], model: str) -> Iterator[Check]:
     if named is not None:
         is_same = named["policy_sha256"] == audit["policy"]["sha256"]
         yield _compare("policy that the record names", is_same, "the audit has another policy")
+
+
+def _check_signatures(folder: Path, model: str | None, public_key: str | None) -> Iterator[Check]:
+    signed = {AUDIT_FILE: folder / AUDIT_FILE}
+    if model is not None:
+        signed[RECORD_FILE] = Path(model) / RECORD_FILE
+    for name, file in signed.items():
+        signature = folder / f"{name}{SIGNATURE_SUFFIX}"
+        if signature.is_file() and file.is_file():
+            problem = find_signature_problem(file, signature, public_key)
+            yield _compare(f"signature of {name}", problem is None, problem or "")
+            if problem is None and public_key is None:
+                signer = read_json(signature)["public_key"]
+                yield Check(f"signer of {name}", None, f"it is {signer}: give --public_key to say who it must be")
+        elif public_key is not None and name == AUDIT_FILE:
+            yield Check(f"signature of {name}", False, "it is not signed")
 
 
 def _check_texts(audit: Mapping[str, Any], model: str, sets: Mapping[str, str]) -> Iterator[Check]:
