@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from conftest import TINY
@@ -78,3 +79,18 @@ def trained(tokenizer_dir: str, *sets: str, steps: int = 80) -> str:
             optimizer.step()
             optimizer.zero_grad()
     return str(lm.save(Path(tokenizer_dir).parent / "-".join(["trained", *sets, str(steps)])))
+
+
+def make_key(file: Path) -> str:
+    """Write a private key and, beside it, the public one; return the digits of the latter."""
+    ed25519 = pytest.importorskip(
+        "cryptography.hazmat.primitives.asymmetric.ed25519", reason="signatures need the extra `sign`"
+    )
+    from cryptography.hazmat.primitives import serialization
+
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem, encoding = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
+    file.write_bytes(key.private_bytes(encoding, pem, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    file.with_suffix(".pub").write_bytes(public)
+    return str(key.public_key().public_bytes_raw().hex())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from audit_models import SETS, benchmark, trained, write_policy, write_sets
+from audit_models import SETS, benchmark, make_key, trained, write_policy, write_sets
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.data.source import Source
@@ -20,6 +20,7 @@ from lit_unlearn.evaluation.audit_run import measure_model
 from lit_unlearn.evaluation.measures import Evidence
 from lit_unlearn.export.audit_files import build_audit, describe_model, was_fixed_before, write_audit
 from lit_unlearn.export.audit_page import render_page
+from lit_unlearn.export.signature import load_signing_key
 from lit_unlearn.export.verification import verify_folder
 from lit_unlearn.models.loading import fingerprint
 
@@ -196,6 +197,20 @@ def test_other_rows_and_another_model_are_found(
     found = failures(verify_folder(folder, trained(tokenizer_dir), sets))
     assert {"files of the audited model", "rows of the forget set", "texts of the forget set"} <= set(found)
     assert "texts of the retain set" not in found
+
+
+def test_a_signed_audit_is_of_its_signer(folder: Path, measured: dict[str, Any], tmp_path: Path) -> None:
+    digits = make_key(tmp_path / "key.pem")
+    assert failures(verify_folder(folder, public_key=digits)) == ["signature of audit.json"]  # it has none
+    audit = json.loads((folder / "audit.json").read_text("utf-8"))
+    write_audit(folder, audit, load_signing_key(tmp_path / "key.pem"))
+    assert failures(verify_folder(folder, public_key=digits)) == []
+    assert failures(verify_folder(folder, public_key="0" * 64)) == ["signature of audit.json"]
+    signature = (folder / "audit.json.sig").read_text("utf-8")
+    audit["request"] = "case 18"
+    write_audit(folder, audit)
+    (folder / "audit.json.sig").write_text(signature, encoding="utf-8")
+    assert "signature of audit.json" in failures(verify_folder(folder, public_key=digits))
 
 
 def test_a_folder_with_nothing_to_verify_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from audit_models import make_key
 
 from lit_unlearn.errors import ConfigError, MissingFileError
 from lit_unlearn.export.signature import (
@@ -14,21 +15,6 @@ from lit_unlearn.export.signature import (
     read_public_key,
     write_signature,
 )
-
-
-def make_key(file: Path) -> str:
-    """Write a private key and, beside it, the public one; return the digits of the latter."""
-    ed25519 = pytest.importorskip(
-        "cryptography.hazmat.primitives.asymmetric.ed25519", reason="signatures need the extra `sign`"
-    )
-    from cryptography.hazmat.primitives import serialization
-
-    key = ed25519.Ed25519PrivateKey.generate()
-    pem, encoding = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
-    file.write_bytes(key.private_bytes(encoding, pem, serialization.NoEncryption()))
-    public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
-    file.with_suffix(".pub").write_bytes(public)
-    return str(key.public_key().public_bytes_raw().hex())
 
 
 def test_a_signature_is_of_these_bytes_and_by_this_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
