@@ -1,7 +1,7 @@
 """Errors that a user can act on. Each knows the exit code of the command that it ends.
 
 Exit code 2: nothing was started, because a setting, a file or a model cannot be used. Exit code 1: a run failed, or missed what
-it was required to reach. A signal's exit code is 128 and its number. Every other exception is a bug, and keeps its traceback.
+it was required to reach. Exit code 3: an audit is not decidable. A signal's exit code is 128 and its number. Every other exception is a bug, and keeps its traceback.
 
 Messages name the Python argument, as in "`max_length` must be at least 1, not 0". The command line adds the YAML key that led
 there, which it finds by ``owner`` and ``argument``.
@@ -83,6 +83,12 @@ class DivergedError(LitUnlearnError, ValueError):
 
 class RequirementNotMet(LitUnlearnError, RuntimeError):
     """The run has ended, and missed what it was required to reach."""
+
+
+class NotDecidable(LitUnlearnError, RuntimeError):
+    """An audit has ended, and neither passes nor fails: something could not be decided, or not be tested."""
+
+    exit_code = 3
 
 
 class OutputError(LitUnlearnError, OSError):

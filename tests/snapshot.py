@@ -89,7 +89,8 @@ def config_keys(file: Path) -> list[str]:
 
 def config_files() -> list[Path]:
     """List every packaged configuration of ``fit`` and ``test``."""
-    return sorted(file for file in (ROOT / "configs").rglob("*.yaml") if "tokenizer" not in file.stem)
+    files = (ROOT / "configs").rglob("*.yaml")
+    return sorted(file for file in files if "tokenizer" not in file.stem and file.parent.name != "policy")
 
 
 def run(arguments: list[str]) -> str:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lit_unlearn.callbacks.audit import describe_plan
 from lit_unlearn.callbacks.run_state import (
     check_on_first_process,
     find_threshold,
@@ -23,6 +24,7 @@ from lit_unlearn.callbacks.run_state import (
 )
 from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
+from lit_unlearn.export.ledger import append_entry, describe_export
 from lit_unlearn.export.record import (
     RECORD_FILE,
     Record,
@@ -62,6 +64,8 @@ class ExportModel(Callback):
         dtype: Of the weights; ``None`` for that of the base model's files. What a run measures are the weights rounded to it.
         name_sources: Whether card and record name the files of the rows, without their folders, and data sets on the hub. By
             default they have digests and numbers of rows alone.
+        ledger: File of JSON lines to which a run that unlearned appends what it did, when it has finished; ``None`` for none.
+        request: Who asked for the deletion, as the user calls it, for the ledger.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class ExportModel(Callback):
         private: bool = True,
         dtype: ExportDtype | None = None,
         name_sources: bool = False,
+        ledger: str | None = None,
+        request: str | None = None,
     ) -> None:
         if dtype is not None:
             check_choice(get_args(ExportDtype), self, dtype=dtype)
@@ -79,6 +85,8 @@ class ExportModel(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
         self.name_sources = name_sources
+        self.ledger = None if ledger is None else expand_home(ledger)
+        self.request = request
         self.earlier_folder: str | None = None
         """Folder that the first part of a resumed run exported to."""
         self._folder: str | None = None
@@ -157,6 +165,10 @@ class ExportModel(Callback):
                 dtype = pl_module.evaluator.export_dtype or pl_module.lm.files_dtype
                 self._record["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
                 self._record["name_sources"] = self.name_sources
+                # Of a resumed run it is what the first part had: later, thresholds could be chosen by what is known.
+                plan = describe_plan(trainer) if earlier_record is None else earlier_record.get("audit")
+                if plan is not None:
+                    self._record["audit"] = plan
                 self._record["max_forget_probability"] = find_threshold(trainer)
 
         trainer.strategy.barrier("export")
@@ -234,8 +246,11 @@ class ExportModel(Callback):
             record = self._add_outcome(kept, trainer, pl_module)
             folder = Path(str(self._folder))
             exported = read_json(folder / RECORD_FILE)
+            record |= {"benchmarks": exported["benchmarks"], "files": exported["files"]}
             with replace_folder(folder, keeps_others=True) as staging:
-                write_record(staging, {**record, "benchmarks": exported["benchmarks"], "files": exported["files"]})
+                write_record(staging, record)
+            if self.ledger is not None and record["kind"] == "unlearned":
+                append_entry(Path(self.ledger), describe_export(record, self.request))
 
         check_on_first_process(trainer, renew_record)
         rank_zero_info(f"model: {self._folder}")

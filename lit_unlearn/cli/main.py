@@ -39,6 +39,9 @@ evaluate:
   compare     show results of benchmarks side by side, and draw them
   depth       score how deep unlearning went, layer by layer, between target and retain-only model
   judge       let a language model grade the answers in a results file
+  audit       measure a model against a policy of thresholds: pass, fail or not decidable, and a page that says why
+  verify      compute again what an export or an audit claims
+  ledger      show the deletion requests in a ledger, and which model comes from which
   inspect     ask models the same questions; show answers and token probabilities side by side
   plot        draw a run: retention and its bound, the multiplier, forgetting, tokens before and after
 
@@ -55,13 +58,14 @@ prepare:
 
 `lit-unlearn COMMAND --help` lists the options. A --config that is no local file is looked up among the packaged ones.
 exit codes: 0 success; 1 the run failed, or missed what `report` requires; 2 nothing was started, because a setting, a
-file or a model cannot be used; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and SIGUSR1.
+file or a model cannot be used; 3 an audit is not decidable; 130, 143 and 138 stopped by Ctrl-C, SIGTERM and SIGUSR1.
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
     *(
+        "audit",
         "clean",
         "compare",
         "completion",
@@ -71,11 +75,10 @@ COMMANDS = (
         "export",
         "inspect",
         "judge",
+        "ledger",
         "methods",
-        "plot",
-        "prepare",
     ),
-    "tokenizer",
+    *("plot", "prepare", "tokenizer", "verify"),
 )
 
 
@@ -242,7 +245,8 @@ def list_packaged_configs() -> list[str]:
     names: set[str] = set()
     for folder in CONFIGS:
         names.update(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml"))
-    return sorted(names)
+    # A policy is for `--policy` and `--audit.policy`.
+    return sorted(name for name in names if not name.startswith("policy/"))
 
 
 def check_config(value: str) -> None:

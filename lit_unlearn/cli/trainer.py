@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_unlearn import training  # noqa: F401
 from lit_unlearn.callbacks import ExportModel, RunPicture, RunReport, default_callbacks, default_plugins
+from lit_unlearn.callbacks.audit import AuditPlan
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
 from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
@@ -106,6 +107,7 @@ class UnlearnCLI(LightningCLI):
         parser.add_class_arguments(RunReport, "report")
         parser.add_class_arguments(RunPicture, "picture")
         parser.add_class_arguments(ExportModel, "export")
+        parser.add_class_arguments(AuditPlan, "audit")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_unlearn.training.LitUnlearn"},
@@ -164,6 +166,8 @@ class UnlearnCLI(LightningCLI):
         if config.trainer.logger is None:
             kwargs["logger"] = config.logs.build_loggers()
         callbacks = _as_list(config.trainer.callbacks)
+        if config.audit.policy is not None:
+            callbacks.append(config.audit)
         callbacks += default_callbacks(
             config.report,
             config.picture,

@@ -183,6 +183,10 @@ class Benchmark(ABC):
             self._streams = streams
         return self._streams
 
+    def describe_data(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Values]:
+        """Return source, number of rows and digests of texts and tokens of every stream, as results have them."""
+        return {name: _describe_stream(stream) for name, stream in self.prepare(tokenizer).items()}
+
     def run(self, lm: LanguageModel, partial_dir: Path | None = None) -> Results:
         """Measure a model; a collective call.
 
@@ -194,7 +198,7 @@ class Benchmark(ABC):
         streams = self.prepare(lm.tokenizer)
         # The weights, not the name: they may have been trained, or loaded from a checkpoint, since.
         weights = fingerprint(cast(nn.Module, lm.model))
-        data = {name: _describe_stream(stream) for name, stream in streams.items()}
+        data = self.describe_data(lm.tokenizer)
         # Partial files count only where everything that decides their values is the same.
         key = content_digest([self.name, self.settings(), weights, data, package_versions(), _describe_precision(lm)])
 

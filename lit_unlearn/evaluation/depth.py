@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.encoding import EncodingSettings, Example, check_tokenizer, encode_row, find_literal_template
-from lit_unlearn.data.formats import Conversation, Document, Row, RowReader
+from lit_unlearn.data.encoding import EncodingSettings, Example, check_tokenizer, describe_first_prompt, encode_row
+from lit_unlearn.data.formats import Document, Row, RowReader
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.spans import find_spans
-from lit_unlearn.data.templates import describe_prompt
 from lit_unlearn.errors import DataError, ModelError, arguments_of
 from lit_unlearn.evaluation.results import Results, Values, content_digest, global_seed, package_versions
 from lit_unlearn.evaluation.scoring import build_batch, group_by_length
@@ -139,18 +138,13 @@ class UnlearningDepth:
 
         values = self._compute_values(examples, row_numbers, measured, traces)
         aggregate, missing = self._aggregate(values)
-        first_row = rows_of_forget[0][0]
-        prompt = None
-        if isinstance(first_row, Conversation):
-            template = find_literal_template(first_row, self.encoding)
-            prompt = describe_prompt(tokenizer, template, self.encoding.chat)
         return Results(
             benchmark=self.name,
             settings={
                 "token_budget": self.token_budget,
                 "threshold": self.threshold,
                 "span_column": self.span_column,
-                "prompt": prompt,
+                "prompt": describe_first_prompt((row for row, _ in rows_of_forget), tokenizer, self.encoding),
                 "target": models["target"],
                 "retain_only": models["retain_only"],
             },

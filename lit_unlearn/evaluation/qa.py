@@ -21,6 +21,8 @@ class QABenchmark(QuestionBenchmark):
         retain: Rows to be kept, likewise.
         holdout: Rows like the forget rows that the model has never seen, likewise, for attacks and PrivLeak; ``None``
             leaves those out.
+        general: Rows that have nothing to do with the forget set, likewise, which are scored and not answered; ``None``
+            leaves them out.
         token_budget: As for `Benchmark`.
         retain_results: As for `Benchmark`.
         **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k``, ``floor``, ``fluency_model`` and further attacks.
@@ -40,18 +42,20 @@ class QABenchmark(QuestionBenchmark):
         holdout: Rows | None = None,
         token_budget: int = 8192,
         retain_results: str | Path | Results | dict[str, Any] | None = None,
+        general: Rows | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(token_budget, retain_results)
         self.questions = QuestionSets(self, **settings)
-        for name, source in {"forget": forget, "retain": retain, "holdout": holdout}.items():
+        sets = {"forget": forget, "retain": retain, "holdout": holdout, "general": general}
+        for name, source in sets.items():
             if source is not None:
                 with arguments_of(self):
                     rows = to_source(source, name)
                 self.questions.sets[name] = QuestionSet(
                     rows,
                     truth_column=self.questions.answer_column,
-                    generates=name != "holdout",
+                    generates=name in ("forget", "retain"),
                 )
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:

@@ -289,6 +289,12 @@ def _render_benchmarks(record: Record) -> str:
 def _render_checks(record: Record) -> str:
     files = [(_format_code(name), _format_code(digest)) for name, digest in record["files"].items()]
     parts = ["The files of this directory, with `sha256sum`:", _format_facts(["file", "sha256"], files)]
+    if record.get("audit"):
+        plan = record["audit"]
+        parts.append(
+            f"Before the first step, the run named the policy of its audit, {_format_code(plan['policy']['name'])}, with the sha256 "
+            f"{_format_code(plan['policy_sha256'])}. `unlearning.json` has its thresholds."
+        )
     if record.get("data"):
         parts.append(f"The data files likewise. {_RECIPE}")
     if record.get("config"):

@@ -1,0 +1,247 @@
+"""Run ``lit-unlearn audit``: measure a model against a policy, and end with pass, fail or not decidable."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from lit_unlearn.cli.main import print_warning
+from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.data.fictional_authors import FictionalAuthors
+from lit_unlearn.data.source import Source
+from lit_unlearn.data.templates import Chat, check_chat, check_template
+from lit_unlearn.errors import ConfigError, NotDecidable, RequirementNotMet
+from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, judge, read_policy
+from lit_unlearn.evaluation.audit_run import check_roles, measure_model
+from lit_unlearn.evaluation.measures import Evidence, Role
+from lit_unlearn.evaluation.qa import QABenchmark
+from lit_unlearn.evaluation.results import Values
+from lit_unlearn.evaluation.tables import format_table
+from lit_unlearn.export.audit_files import (
+    AUDIT_FILE,
+    PAGE_FILE,
+    build_audit,
+    describe_model,
+    describe_record,
+    read_question_settings,
+    read_record,
+    was_fixed_before,
+    write_audit,
+)
+from lit_unlearn.export.ledger import append_entry, describe_audit
+from lit_unlearn.export.record import RECORD_FILE
+from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.loading import fingerprint
+from lit_unlearn.utils.folders import check_export_target
+
+_SETS = {
+    "forget": "Rows that were to be deleted",
+    "retain": "Rows that were to be kept",
+    "holdout": "Rows like the forget rows that the model has never seen",
+    "general": "Rows that have nothing to do with the deletion",
+}
+_EMBEDDED = FictionalAuthors.__name__
+
+
+def build_parser() -> CommandParser:
+    """Return the command's parser."""
+    parser = CommandParser(
+        prog="lit-unlearn audit",
+        description="Measures a model against a policy, a file of thresholds that were fixed beforehand: writes audit.json and, for "
+        "people, audit.html, and ends with exit code 0 (pass), 1 (fail) or 3 (not decidable). Neither file shows a row.",
+        epilog="Questions are put as the record in MODEL says, unless options say otherwise. Of a model that was trained on the "
+        "embedded authors, the sets need not be given.",
+    )
+    parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
+    parser.add_argument(
+        "--policy", type=str, required=True, metavar="FILE", help="A YAML file, or a packaged one: policy/default.yaml."
+    )
+    for name, content in _SETS.items():
+        parser.add_argument(f"--{name}", type=str, metavar="FILE", help=f"{content}: a file, or a data set on the hub.")
+    parser.add_argument(
+        "--retain_only", type=str, metavar="MODEL", help="A model trained without the forget rows, to compare with."
+    )
+    parser.add_argument("--before", type=str, metavar="MODEL", help="The model before unlearning, to compare with.")
+    parser.add_argument("--output", type=Path, default=Path("audit"), metavar="DIR", help="Folder to write.")
+    parser.add_argument("--request", type=str, metavar="ID", help="Who asked for the deletion, for page and ledger.")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="Ledger to append the verdict to.")
+    # Not the key itself: it would show in the list of processes.
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help=f"Private Ed25519 key in PEM to sign with; by default ${KEY_VARIABLE}."
+    )
+    parser.add_argument("--question_column", type=str, help="Column with the question.")
+    parser.add_argument("--answer_column", type=str, help="Column with the answer.")
+    parser.add_argument("--template", type=str, help="Text with {question} and {answer}.")
+    parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
+    parser.add_argument("--max_length", type=int, help="Tokens of an example.")
+    parser.add_argument("--token_budget", type=int, default=8192, help="Largest batch, in tokens.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="Of the weights; by default as a run has them."
+    )
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Audit one model.
+
+    Raises:
+        RequirementNotMet: If the verdict is "fail".
+        NotDecidable: If it is "not decidable".
+    """
+    started = time.monotonic()
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    # Everything that can be refused is refused before a model is loaded.
+    policy, key = read_policy(options.policy), load_signing_key(options.key)
+    models: dict[Role, str | None] = {
+        "model": options.model,
+        "retain_only": options.retain_only,
+        "before": options.before,
+    }
+    for warning in check_roles(policy, models):
+        print_warning(warning)
+    check_export_target(options.output, models.values(), argument="output")
+    record = read_record(options.model)
+    settings = {**read_question_settings(record), **_read_settings(parser, options)}
+    sources = _find_sets(options, record)
+
+    def make_benchmark() -> QABenchmark:
+        arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
+        return QABenchmark(token_budget=options.token_budget, **arguments)
+
+    partial_dir = options.output.with_name(f"{options.output.name}.partial")
+    evidence = Evidence()
+    described: dict[str, Values] = {}
+    data: dict[str, Values] = {}
+    for role, name in models.items():
+        if name is not None:
+            print(f"measuring {name}: {', '.join(policy.list_runs(role))}")
+            described[role], of_role = _measure(
+                evidence, role, name, make_benchmark, policy, options.dtype, partial_dir
+            )
+            data = data or of_role
+    result = judge(policy, evidence)
+
+    for stream, source in sources.items():
+        # The digest of a file of which a rule chooses some rows would be that of others as well.
+        if (digest := source.digest()) is not None:
+            data[stream]["sha256"] = digest
+    audit = build_audit(
+        result,
+        model=described.pop("model"),
+        data=data,
+        record=describe_record(options.model, sources["forget"].digest()),
+        policy_fixed_before=was_fixed_before(record, policy.sha256),
+        compared_with=described,
+        settings={name: asdict(value) if isinstance(value, Chat) else value for name, value in settings.items()},
+        request=options.request,
+    )
+    write_audit(options.output, audit, key, Path(options.model) / RECORD_FILE)
+    # It has the rows' texts, and was kept only so that an interrupted audit could resume.
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    if options.ledger is not None:
+        append_entry(options.ledger, describe_audit(audit))
+
+    print(audit_table(result))
+    if key is not None:
+        print(f"signed with the key whose public half is {key.public_key().public_bytes_raw().hex()}")
+    print(f"audit: {options.output / PAGE_FILE} and {AUDIT_FILE} ({time.monotonic() - started:.0f} s)")
+    _end_with_verdict(result)
+
+
+def _read_settings(parser: CommandParser, options: Namespace) -> dict[str, Any]:
+    """Return the settings of the questions that are given as options."""
+    settings = {}
+    for name in ("question_column", "answer_column", "template", "max_length"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    chat = parser.instantiate(options).chat
+    check_chat(chat, check_template(options.template))
+    if chat is not None:
+        settings["chat"] = chat
+    return settings
+
+
+def _find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, Source]:
+    """Return the sources of the sets: files that are given, or the embedded authors that the record names.
+
+    Raises:
+        ConfigError: If the forget or the retain set is not known.
+    """
+    given = {name: Source(getattr(options, name)) for name in _SETS if getattr(options, name) is not None}
+    if not given and ((record or {}).get("data") or {}).get("class") == _EMBEDDED:
+        config = (record or {}).get("config") or {}
+        arguments = (config.get("data") or {}).get("init_args") or {}
+        counts = {name: arguments[name] for name in ("num_authors", "forget_authors") if name in arguments}
+        # As many unseen authors as were forgotten: the two sets are compared.
+        unseen = counts.get("forget_authors", 1)
+        sources = FictionalAuthors(**counts, unseen_authors=unseen).sources
+        return {"forget": sources["forget"], "retain": sources["retain"], "holdout": sources["unseen"]}
+    for name in ("forget", "retain"):
+        if name not in given:
+            raise ConfigError(f"an audit needs --forget FILE and --retain FILE: --{name} is missing.", argument=name)
+    return given
+
+
+def _measure(
+    evidence: Evidence,
+    role: Role,
+    name: str,
+    make_benchmark: Callable[[], QABenchmark],
+    policy: Policy,
+    dtype: str | None,
+    partial_dir: Path,
+) -> tuple[Values, dict[str, Values]]:
+    """Measure one model; return its description, and that of the rows."""
+    # A benchmark of its own: the tokens are this model's.
+    benchmark = make_benchmark()
+    lm = LanguageModel(name)
+    benchmark.prepare(lm.tokenizer)
+    lm.load(None if dtype is None else getattr(torch, dtype))
+    data = measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
+    described = describe_model(name, fingerprint(cast(nn.Module, lm.model)))
+    # The next one is not to be in memory beside it.
+    lm.model = None
+    return described, data
+
+
+def audit_table(result: AuditResult) -> str:
+    """Format the outcome of every requirement as a table, the verdict below it."""
+    rows = []
+    for finding in result.findings:
+        requirement = finding.requirement
+        interval = None
+        if finding.low is not None and finding.high is not None:
+            interval = f"{finding.low:.3g} to {finding.high:.3g}"
+        kind = "required" if requirement.required else "advisory"
+        rows.append(
+            [requirement.measure, kind, requirement.describe_threshold(), finding.value, interval, finding.outcome]
+        )
+    headers = ["measure", "", "threshold", "value", f"{100 * result.policy.confidence:.4g} % interval", "outcome"]
+    lines = [format_table(rows, headers, "ruled")]
+    for finding in result.findings:
+        if finding.outcome != PASS:
+            lines.append(f"{finding.requirement.measure}: {finding.outcome}, {finding.reason}")
+    lines.append(f"verdict: {result.verdict}")
+    return "\n".join(lines)
+
+
+def _end_with_verdict(result: AuditResult) -> None:
+    if result.verdict == PASS:
+        return
+    undone = []
+    for finding in result.findings:
+        if finding.requirement.required and finding.outcome != PASS:
+            undone.append(f"{finding.requirement.measure} ({finding.outcome})")
+    if result.verdict == FAIL:
+        raise RequirementNotMet(f"the audit fails: {', '.join(undone)}.")
+    raise NotDecidable(f"the audit decides nothing, and is no pass: {', '.join(undone)}.")

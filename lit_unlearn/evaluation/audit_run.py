@@ -1,0 +1,147 @@
+"""Measure what a policy asks for: the benchmark and, each on a copy of the model, the attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
+from lit_unlearn.evaluation.audit import Policy, SamplingPlan
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample
+from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
+from lit_unlearn.evaluation.results import Values
+from lit_unlearn.evaluation.stress import StressBenchmark
+from lit_unlearn.models import LanguageModel
+
+BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
+"""Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
+
+
+def _relearn(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+    # The policy has settings for it: it is refused otherwise.
+    attack = None if policy.relearn is None else policy.relearn.plan_attack(rows)
+    return StressBenchmark(benchmark, relearn=attack)
+
+
+def _round_to(bits: int) -> BuildRun:
+    def build(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+        return StressBenchmark(benchmark, bits=[bits])
+
+    return build
+
+
+def _paraphrase(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+    return StressBenchmark(benchmark, paraphrased=True)
+
+
+def _sample_answers(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+    from lit_unlearn.evaluation.leakage import LeakBenchmark
+    from lit_unlearn.models.sampling import Sampling
+
+    plan = policy.sampled or SamplingPlan(samples=1)
+    return LeakBenchmark(benchmark, Sampling(temperature=plan.temperature, samples=plan.samples, seed=plan.seed))
+
+
+RUNS: Mapping[str, BuildRun] = {
+    "plain": lambda benchmark, policy, rows: benchmark,
+    "relearn": _relearn,
+    "8bit": _round_to(8),
+    "4bit": _round_to(4),
+    "paraphrased": _paraphrase,
+    "sampled": _sample_answers,
+}
+"""The runs that measures read. Another attack is added by a line here and one in `MEASURES`."""
+
+
+def measure_model(
+    evidence: Evidence,
+    role: Role,
+    lm: LanguageModel,
+    benchmark: Benchmark,
+    policy: Policy,
+    partial_dir: Path | None = None,
+) -> dict[str, Values]:
+    """Run on one model what the policy needs of it, and add the numbers to the evidence.
+
+    An attack that cannot run is noted there with the reason; the others go on. The plain benchmark must run.
+
+    Args:
+        evidence: Is changed.
+        role: Of the model.
+        lm: Loaded; it is left as it was.
+        benchmark: Has read no rows yet: the tokens are this model's.
+        policy: Says which runs are needed.
+        partial_dir: Folder for what is measured, so that an interrupted audit resumes there.
+
+    Returns:
+        The description of every stream: number of rows, digests of texts and tokens.
+
+    Raises:
+        LitUnlearnError: If the plain benchmark cannot run.
+    """
+    lm.eval()
+    forget = benchmark.prepare(lm.tokenizer)["forget"].examples
+    forget_rows = len(forget)
+    longest = max(map(_count_answer_tokens, forget))
+    if role == "model" and longest > policy.max_new_tokens:
+        # An answer that cannot be given whole would pass as one that is not given.
+        evidence.cut_answers = (
+            f"the policy generates {policy.max_new_tokens} tokens, and the longest deleted answer has {longest}"
+        )
+    data: dict[str, Values] = {}
+    for run in policy.list_runs(role):
+        with torch.no_grad():
+            if run == "plain":
+                # A stress test runs the plain benchmark first, and then finds its results in the same folder.
+                folder = partial_dir and partial_dir / "plain"
+                results = benchmark.run(lm, folder)
+                data = {stream: dict(values) for stream, values in results.data.items()}
+                evidence.add_results(role, run, results)
+                continue
+            try:
+                attacked = RUNS[run](benchmark, policy, forget_rows)
+                # A stress test has a folder of its own for each stress, beside that of the plain benchmark, which it reads.
+                is_stress = isinstance(attacked, StressBenchmark)
+                results = attacked.run(lm, partial_dir if is_stress or partial_dir is None else partial_dir / run)
+            # Whatever fails: memory, a library, a kernel. The attack has not shown that nothing comes back.
+            except (LitUnlearnError, ImportError, MemoryError, RuntimeError) as error:
+                evidence.add_failure(role, run, describe_failure(error))
+            else:
+                evidence.add_results(role, run, results)
+    return data
+
+
+def _count_answer_tokens(example: BenchmarkExample) -> int:
+    """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
+    tokens = 0
+    for sequence in example.sequences.get("answer", []):
+        tokens += len(sequence.labels) - sequence.labels.count(IGNORED)
+    return max(tokens - 1, 0)
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the reason why an attack could not run, without the text of a row."""
+    # A message about rows may quote one.
+    if isinstance(error, DataError):
+        return "it cannot use the rows"
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{lines[0].rstrip('.')} ({type(error).__name__})"
+
+
+def check_roles(policy: Policy, given: Mapping[Role, object]) -> list[str]:
+    """Return a warning for every model that the policy compares with and that is not given.
+
+    Raises:
+        ConfigError: If a model is given that no requirement compares with: it would be measured for nothing.
+    """
+    warnings = []
+    for role, name in ROLES.items():
+        is_given = given.get(role) is not None
+        if is_given and not policy.list_runs(role):
+            raise ConfigError(f"no requirement of the policy compares with {name}: leave out `{role}`.", argument=role)
+        if not is_given and policy.list_runs(role):
+            warnings.append(f"{name} is not given (--{role}): measures that need it are not tested.")
+    return warnings

@@ -1,0 +1,289 @@
+"""The page of an audit for people who are no engineers: one file, without scripts and without anything from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from lit_unlearn.evaluation.audit import FAIL, NOT_TESTED, PASS, UNDECIDED, Finding, Policy
+from lit_unlearn.evaluation.measures import MEASURES
+from lit_unlearn.evaluation.tables import MISSING
+
+Audit = Mapping[str, Any]
+
+# A sign beside each word: neither colour nor word alone says how it ended.
+_SIGNS = {PASS: "✓", FAIL: "✗", UNDECIDED: "?", NOT_TESTED: "–"}
+_CLASSES = {PASS: "pass", FAIL: "fail", UNDECIDED: "open", NOT_TESTED: "open"}
+_SENTENCES = {
+    PASS: "Every requirement of the policy is met, with its whole confidence interval.",
+    FAIL: "At least one requirement of the policy is missed, with its whole confidence interval.",
+    UNDECIDED: "No requirement is shown to be missed, but at least one could not be decided or not be tested. This is not a pass.",
+}
+_LIMITS = (
+    "An audit says what the attacks that it ran brought back. It does not prove that no attack can. What was not tested is "
+    "listed below; other attacks, or the same ones with more effort, may succeed where these fail."
+)
+
+# System fonts only: the page asks nothing of any server. Every width is relative, and wide content scrolls in its own box.
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 50rem; padding: 1rem; color: #1a1a1a; background: #fff; line-height: 1.5;
+  font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #bbb; padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 0; }
+p { margin: .5rem 0; }
+code { font-family: ui-monospace, Consolas, Menlo, monospace; font-size: .85em; }
+pre { overflow-x: auto; background: #f4f4f4; padding: .6rem; border-radius: .3rem; }
+.verdict { padding: .8rem 1rem; border-left: .5rem solid; border-radius: .3rem; background: #f6f6f6; }
+.verdict strong { font-size: 1.3rem; }
+.pass { border-color: #0072B2; } .fail { border-color: #D55E00; } .open { border-color: #777; }
+.finding { border: 1px solid #ccc; border-left: .4rem solid; border-radius: .3rem; padding: .7rem .9rem; margin: .8rem 0; }
+.finding.pass { border-left-color: #0072B2; } .finding.fail { border-left-color: #D55E00; }
+.finding.open { border-left-color: #777; }
+.outcome { font-weight: 700; }
+.small { color: #444; font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th { min-width: 8rem; font-weight: 600; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #ddd; }
+svg { width: 100%; max-width: 30rem; height: auto; display: block; margin: .4rem 0; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .finding, .verdict, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  pre { white-space: pre-wrap; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+"""
+
+
+def render_page(audit: Audit) -> str:
+    """Render the page of an audit.
+
+    Args:
+        audit: The content of ``audit.json``.
+
+    Returns:
+        HTML that can be opened, sent and printed alone. It shows counts and digests of rows, never their text.
+    """
+    policy = Policy.from_dict(audit["policy"])
+    findings = [Finding.from_dict(content) for content in audit["findings"]]
+    sections = {
+        "What was to be deleted": _render_request(audit),
+        "What was done": _render_deletion(audit),
+        "Requirements": _render_findings(findings, required=True, confidence=policy.confidence),
+        "Advisory measures": _render_findings(findings, required=False, confidence=policy.confidence),
+        "What was not tested": _render_gaps(findings),
+        "How to read the intervals": _render_reading(policy),
+        "How to verify this page": _render_checks(audit, policy),
+    }
+    body = [_render_opening(audit, findings)]
+    for title, content in sections.items():
+        if content:
+            body.append(f"<h2>{title}</h2>\n{content}")
+    # The policy of the browser, too, is told to load nothing.
+    security = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{security}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Audit of a deletion: {escape(audit['verdict'])}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _render_opening(audit: Audit, findings: Sequence[Finding]) -> str:
+    verdict = audit["verdict"]
+    counts = []
+    for outcome in (PASS, FAIL, UNDECIDED, NOT_TESTED):
+        number = sum(finding.outcome == outcome and finding.requirement.required for finding in findings)
+        if number:
+            counts.append(f"{number} {outcome}")
+    model = escape(str(audit["model"]["name"]))
+    return (
+        f"<h1>Audit of a deletion from the language model {model}</h1>\n"
+        f'<div class="verdict {_CLASSES[verdict]}"><strong>{_SIGNS[verdict]} {escape(verdict)}</strong>\n'
+        f"<p>{_SENTENCES[verdict]} Required measures: {', '.join(counts)}.</p></div>\n"
+        f'<p class="small">Written by lit-unlearn {escape(audit["versions"]["lit_unlearn"])} at {escape(audit["created"])}. '
+        "<code>audit.json</code>, beside this page, is the same for programs.</p>"
+        f"\n<p>{_LIMITS}</p>"
+    )
+
+
+def _render_request(audit: Audit) -> str:
+    facts = []
+    if audit.get("request"):
+        facts.append(("request", escape(audit["request"])))
+    forget = audit["data"]["forget"]
+    facts.append(("rows to be deleted", str(forget["rows"])))
+    if forget.get("sha256"):
+        facts.append(("sha256 of their file", _code(forget["sha256"])))
+    facts.append(("digest of their texts", _code(forget["texts"])))
+    for stream, values in audit["data"].items():
+        if stream != "forget":
+            facts.append(
+                (f"{escape(stream)} rows, to compare with", f"{values['rows']}, texts {_code(values['texts'])}")
+            )
+    text = "<p>The rows are named by digests: a number that anyone who has the rows can compute, and that tells nothing to others.</p>"
+    matches = audit["record"].get("same_rows") if audit.get("record") else None
+    if matches is not None:
+        says = "the very file" if matches else "<strong>another file than the one</strong>"
+        text += f"<p>The forget rows of this audit are {says} that the record of the deletion names.</p>"
+    return text + _table(facts)
+
+
+def _render_deletion(audit: Audit) -> str:
+    record = audit.get("record")
+    if record is None:
+        return "<p>There is no record of a deletion beside the model. This audit measures the model only.</p>"
+    method = record.get("method")
+    facts = [("kind", escape(record["kind"]))]
+    if method:
+        facts.append(("method", _code(method["objective"])))
+        facts.append(("paper", escape(method["paper"])))
+    for name, bound in (record.get("constraints") or {}).items():
+        shown = f"{_number(bound['value'])}, allowed up to {_number(bound['epsilon'])}"
+        facts.append((f"bound on the retained data, {escape(name)}", shown))
+    facts.append(("model it comes from", escape(str(record["parent"]["name"]))))
+    for file, digest in record["parent"]["weights"].items():
+        facts.append((f"sha256 of its {escape(file)}", _code(digest)))
+    facts.append(("sha256 of the record", _code(record["sha256"])))
+    return _table(facts)
+
+
+def _render_findings(findings: Sequence[Finding], required: bool, confidence: float) -> str:
+    parts = []
+    for finding in findings:
+        if finding.requirement.required == required:
+            parts.append(_render_finding(finding, confidence))
+    if parts and not required:
+        parts.insert(0, "<p>These are reported, and do not decide.</p>")
+    return "\n".join(parts)
+
+
+def _render_finding(finding: Finding, confidence: float) -> str:
+    requirement, measure = finding.requirement, MEASURES[finding.requirement.measure]
+    lines = [
+        f'<div class="finding {_CLASSES[finding.outcome]}"><h3>{escape(measure.title)}</h3>',
+        f'<p><span class="outcome">{_SIGNS[finding.outcome]} {escape(finding.outcome)}</span>: {escape(finding.reason)}</p>',
+    ]
+    if finding.value is not None and finding.low is not None and finding.high is not None:
+        basis = f", {finding.sample.basis}" if finding.sample and finding.sample.basis else ""
+        rows = f" on {finding.sample.rows} rows" if finding.sample else ""
+        lines.append(
+            f"<p>Measured: <strong>{_number(finding.value)}</strong>{rows}{escape(basis)}; with {_percent(confidence)} confidence between "
+            f"{_number(finding.low)} and {_number(finding.high)}. Allowed: {escape(requirement.describe_threshold())}.</p>"
+        )
+        lines.append(_draw_interval(finding))
+    else:
+        lines.append(f"<p>Allowed: {escape(requirement.describe_threshold())}.</p>")
+    lines.append(f'<p class="small">{escape(measure.meaning)} (<code>{escape(requirement.measure)}</code>)</p></div>')
+    return "\n".join(lines)
+
+
+class _Axis(NamedTuple):
+    """A horizontal axis from ``start`` to ``end``, drawn from x = 10 to x = 290."""
+
+    start: float
+    end: float
+
+    def place(self, value: float) -> float:
+        inside = min(max(value, self.start), self.end)
+        return 10 + 280 * (inside - self.start) / (self.end - self.start)
+
+
+def _draw_interval(finding: Finding) -> str:
+    """Draw an interval above the values that are allowed, as a picture within the page."""
+    requirement = finding.requirement
+    value, low, high = float(finding.value or 0), float(finding.low or 0), float(finding.high or 0)
+    shown = [0.0, low, high]
+    shown += [bound for bound in (requirement.at_least, requirement.at_most) if bound is not None]
+    # Probabilities, shares and areas, which are most measures, then all have the same axis.
+    start, end = min(shown), max(shown)
+    axis = _Axis(0.0, 1.0) if start >= 0 and end <= 1 else _Axis(start - 0.1 * (end - start), end + 0.1 * (end - start))
+    if axis.start == axis.end:
+        axis = _Axis(axis.start - 1, axis.end + 1)
+
+    left = axis.place(axis.start if requirement.at_least is None else requirement.at_least)
+    right = axis.place(axis.end if requirement.at_most is None else requirement.at_most)
+    low_x, high_x, value_x = axis.place(low), axis.place(high), axis.place(value)
+    label = f"interval from {_number(low)} to {_number(high)}; {requirement.describe_threshold()} is allowed"
+    shapes = [
+        f'<rect x="{left:.1f}" y="8" width="{right - left:.1f}" height="16" fill="#cfe3f1"/>',
+        '<line x1="10" y1="24" x2="290" y2="24" stroke="#555"/>',
+        f'<line x1="{low_x:.1f}" y1="16" x2="{high_x:.1f}" y2="16" stroke="#000" stroke-width="2"/>',
+        f'<line x1="{low_x:.1f}" y1="12" x2="{low_x:.1f}" y2="20" stroke="#000" stroke-width="2"/>',
+        f'<line x1="{high_x:.1f}" y1="12" x2="{high_x:.1f}" y2="20" stroke="#000" stroke-width="2"/>',
+        f'<circle cx="{value_x:.1f}" cy="16" r="3.5" fill="#000"/>',
+        f'<text x="10" y="36" font-size="9">{_number(axis.start)}</text>',
+        f'<text x="290" y="36" font-size="9" text-anchor="end">{_number(axis.end)}</text>',
+        '<text x="150" y="36" font-size="9" text-anchor="middle">blue: allowed</text>',
+    ]
+    return f'<svg viewBox="0 0 300 40" role="img" aria-label="{escape(label)}">{"".join(shapes)}</svg>'
+
+
+def _render_gaps(findings: Sequence[Finding]) -> str:
+    lines = []
+    for finding in findings:
+        if finding.outcome == NOT_TESTED:
+            title = MEASURES[finding.requirement.measure].title
+            lines.append(f"<li>{escape(title)}: {escape(finding.reason)}</li>")
+    asked = {finding.requirement.measure for finding in findings}
+    for name, measure in MEASURES.items():
+        if name not in asked:
+            lines.append(f"<li>{escape(measure.title)}: the policy does not ask for it.</li>")
+    lines.append("<li>Any attack that is not on this page.</li>")
+    return f"<ul>\n{chr(10).join(lines)}\n</ul>"
+
+
+def _render_reading(policy: Policy) -> str:
+    return (
+        "<p>A value that is measured on some rows would differ a little on other rows of the same kind. The interval says by how "
+        f"much: it holds the value for rows like these with {_percent(policy.confidence)} confidence. A requirement passes if the whole "
+        "interval is allowed and fails if none of it is; in between it is not decidable, and more rows would narrow it. On fewer than "
+        f"{policy.min_rows} rows nothing is decided.</p><p>The audit passes if every required measure passes. That it passes although "
+        f"some required value is not allowed has a probability of at most {_percent((1 - policy.confidence) / 2)}, however many measures "
+        "there are, as far as the intervals keep their confidence.</p>"
+    )
+
+
+def _render_checks(audit: Audit, policy: Policy) -> str:
+    fixed = audit["policy_fixed_before"]
+    if fixed:
+        text = "The policy was named in the record before the first step of the deletion: its thresholds were not chosen afterwards."
+    elif fixed is None:
+        text = "No record names a policy: <strong>nothing shows that the thresholds were fixed before the deletion.</strong>"
+    else:
+        text = "<strong>The record of the deletion names another policy than this one.</strong>"
+    facts = [("policy", escape(policy.name)), ("sha256 of the policy", _code(policy.sha256))]
+    facts.append(("weights that were measured", _code(audit["model"]["weights"])))
+    for file, digest in audit["model"]["files"].items():
+        facts.append((f"sha256 of {escape(file)}", _code(digest)))
+    command = "lit-unlearn verify AUDIT --model MODEL --forget FORGET --retain RETAIN"
+    return (
+        f"<p>{text}</p>{_table(facts)}\n<p>With the folder of this page as <code>AUDIT</code>, this computes digests, intervals and "
+        "verdict again, and with the rows at hand their digests:</p>"
+        f"<pre><code>{escape(command)}</code></pre>"
+    )
+
+
+def _table(facts: Iterable[tuple[str, str]]) -> str:
+    """Return a table of two columns; the second one is HTML already."""
+    rows = [f"<tr><th>{name}</th><td>{content}</td></tr>" for name, content in facts]
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def _code(text: str | None) -> str:
+    return f"<code>{escape(text)}</code>" if text else MISSING
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"

@@ -1,0 +1,266 @@
+"""The ledger of deletion requests: a file of JSON lines that is only ever appended to.
+
+Every line holds the sha256 of the line before it, so that a line that was changed, removed or put in between shows; lines that
+were cut off at the end do not, except to those who know the digest of the last one. Models are
+known by the sha256 of their weight files: a model whose files an earlier entry wrote is that entry's child.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.evaluation.tables import TableStyle, format_table
+from lit_unlearn.utils.io import output_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows, where there are no locks then
+    fcntl = None  # type: ignore[assignment]
+
+Entry = dict[str, Any]
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_SHORT = 8  # digits of a digest in the table
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def append_entry(file: Path, entry: Entry) -> Entry:
+    """Append an entry to a ledger, whole or not at all; several processes may do so at the same time.
+
+    Args:
+        file: The ledger; it is created with its folder.
+        entry: Plain types. ``previous``, the digest of the line before, is added.
+
+    Returns:
+        The entry as it was written.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    with output_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _lock_file(file) as descriptor:
+            content = file.read_bytes()
+            lines = content.split(b"\n")
+            # A machine that crashed may have left a part of a line, which stays: it is never written over.
+            is_torn = lines[-1] != b""
+            last = lines[-1] if is_torn else (lines[-2] if len(lines) > 1 else b"")
+            written = {"previous": _digest_line(last), **entry}
+            line = json.dumps(written, ensure_ascii=False).encode()
+            # One write: a reader sees all of the line or nothing of it.
+            appended = (b"\n" if is_torn else b"") + line + b"\n"
+            if os.write(descriptor, appended) < len(appended):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+    return written
+
+
+@contextmanager
+def _lock_file(file: Path) -> Iterator[int]:
+    """Open a file for appending, and wait until no other process appends to it."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        # Closing unlocks it.
+        os.close(descriptor)
+
+
+def _digest_line(line: bytes) -> str | None:
+    return hashlib.sha256(line).hexdigest() if line else None
+
+
+def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
+    """Return the entry of an export.
+
+    Args:
+        record: The content of its ``unlearning.json``.
+        request: Who asked for the deletion, as the user calls it.
+
+    Returns:
+        Counts and digests of the deleted rows, method, bounds, verdict, the model and the one that it comes from. No text of
+        a row, and no path.
+    """
+    forget = ((record.get("data") or {}).get("sets") or {}).get("forget") or {}
+    method = record.get("method") or {}
+    bounds = {}
+    for name, values in (record.get("constraints") or {}).items():
+        bounds[name] = {"value": values["value"], "epsilon": values["epsilon"]}
+    files = record.get("files") or {}
+    return {
+        "kind": "export",
+        "created": _now(),
+        "request": request,
+        "forget": {
+            "rows": forget.get("rows"),
+            "tokens_sha256": forget.get("sha256"),
+            "file_sha256": (forget.get("source") or {}).get("sha256"),
+        },
+        "method": method.get("objective"),
+        "bounds": bounds,
+        "verdict": record.get("verdict"),
+        "policy_sha256": (record.get("audit") or {}).get("policy_sha256"),
+        "model": _select_weights(files),
+        "parent": _select_weights(record["model"].get("weights") or {}),
+    }
+
+
+def describe_audit(audit: Mapping[str, Any]) -> Entry:
+    """Return the entry of an audit, from the content of its ``audit.json``."""
+    forget = audit["data"]["forget"]
+    return {
+        "kind": "audit",
+        "created": _now(),
+        "request": audit["request"],
+        "forget": {"rows": forget["rows"], "texts": forget["texts"], "file_sha256": forget.get("sha256")},
+        "verdict": audit["verdict"],
+        "policy_sha256": audit["policy"]["sha256"],
+        "model": _select_weights(audit["model"]["files"]),
+        "parent": {},
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _select_weights(files: Mapping[str, str]) -> dict[str, str]:
+    """Return the weight files in a model's folder; those of an adapter, in a folder below, only where there are no others."""
+    weights = {name: digest for name, digest in files.items() if name.endswith(_WEIGHTS)}
+    whole = {name: digest for name, digest in weights.items() if "/" not in name}
+    return whole or weights
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_ledger(file: Path) -> list[Entry]:
+    """Read all entries, and check that no line was changed, removed or put in between.
+
+    A part of a line that a crash left is skipped.
+
+    Raises:
+        MissingFileError: If there is no such file.
+        DataError: If a line is not that which the next one knows.
+    """
+    if not file.is_file():
+        raise MissingFileError(f"there is no ledger '{file}': `--export.ledger=FILE` of a fit makes one.")
+    # What follows the last line break is a part of a line, or nothing.
+    lines = file.read_bytes().split(b"\n")[:-1]
+    entries = []
+    previous: bytes = b""
+    for number, line in enumerate(lines, 1):
+        entry = _parse_line(line)
+        # A torn line is known to the one that follows it by its digest, too.
+        if entry is not None:
+            if entry.get("previous") != _digest_line(previous):
+                raise DataError(
+                    f"line {number} of the ledger '{file}' does not follow the line before it: a line was changed, removed or added "
+                    "since it was written."
+                )
+            entries.append(entry)
+        previous = line
+    return entries
+
+
+def _parse_line(line: bytes) -> Entry | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def list_ancestors(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """Return the exports that a model comes from, the nearest one first.
+
+    A model comes from an earlier export if that wrote the very weight files that it was made of.
+    """
+    ancestors: list[Entry] = []
+    exports = [candidate for candidate in entries if candidate["kind"] == "export" and candidate["model"]]
+    current = entry
+    while current["parent"]:
+        position = _find_position(entries, current)
+        # Only what was written before: two exports with equal files do not make a circle.
+        matches = [
+            candidate
+            for candidate in exports
+            if candidate["model"] == current["parent"] and _find_position(entries, candidate) < position
+        ]
+        if not matches:
+            break
+        current = matches[-1]
+        ancestors.append(current)
+    return ancestors
+
+
+def _find_position(entries: Sequence[Entry], entry: Entry) -> int:
+    return next(number for number, candidate in enumerate(entries) if candidate is entry)
+
+
+def find_latest_audit(entries: Sequence[Entry], export: Entry) -> Entry | None:
+    """Return the newest audit of the model that an export wrote; ``None`` if there is none."""
+    audits = [entry for entry in entries if entry["kind"] == "audit" and entry["model"] == export["model"]]
+    return audits[-1] if audits else None
+
+
+def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:
+    """Return the requests whose deletion was not audited on the newest model: what was forgotten for them may have come back.
+
+    Args:
+        entries: Of the ledger.
+        newest: The export of the newest model.
+    """
+    requests: dict[str, None] = {}
+    for entry in (newest, *list_ancestors(entries, newest)):
+        if entry["request"] is not None:
+            requests.setdefault(entry["request"])
+    for entry in entries:
+        if entry["kind"] == "audit" and entry["model"] == newest["model"]:
+            requests.pop(entry["request"], None)
+    return list(reversed(requests))
+
+
+def format_ledger(entries: Sequence[Entry], style: TableStyle = "text") -> str:
+    """Format a ledger as a table, one line per entry, each model by the first digits of its weights' digest."""
+    headers = ["no.", "kind", "created", "request", "rows", "method", "bounds", "verdict", "model", "made from"]
+    rows = []
+    for number, entry in enumerate(entries, 1):
+        bounds = []
+        for name, values in (entry.get("bounds") or {}).items():
+            bounds.append(f"{name} {_shorten_number(values['value'])} ≤ {_shorten_number(values['epsilon'])}")
+        rows.append(
+            [
+                *(number, entry["kind"], entry["created"], entry["request"], entry["forget"]["rows"]),
+                *(entry.get("method"), "; ".join(bounds) or None, entry["verdict"]),
+                *(shorten_weights(entry["model"]), shorten_weights(entry["parent"])),
+            ]
+        )
+    return format_table(rows, headers, style)
+
+
+def _shorten_number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4g}"
+
+
+def shorten_weights(weights: Mapping[str, str]) -> str | None:
+    """Return the first digits that stand for a model's weight files; ``None`` if none are known."""
+    if not weights:
+        return None
+    if len(weights) == 1:
+        return next(iter(weights.values()))[:_SHORT]
+    # Of several files, a digest of their digests.
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:_SHORT]

@@ -1,0 +1,127 @@
+"""`lit-unlearn audit`, `verify` and `ledger` as a user types them, and the policy that a fit names beforehand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audit_models import trained, write_policy, write_sets
+from command_line import quick
+
+from lit_unlearn import cli
+from lit_unlearn.utils.io import file_digest
+
+
+def end_of(arguments: list[str]) -> int:
+    """Run a command and return its exit code."""
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def read(file: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(file).read_text("utf-8"))
+    return content
+
+
+@pytest.fixture
+def options(in_tmp: Path) -> list[str]:
+    sets = write_sets(in_tmp)
+    return [f"--policy={write_policy(in_tmp)}", *(f"--{name}={file}" for name, file in sets.items())]
+
+
+def test_fail_pass_and_not_decidable(
+    options: list[str], tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, retain_only = trained(tokenizer_dir, "forget", "retain"), trained(tokenizer_dir, "retain")
+    more = ["--request=c-17", "--ledger=ledger.jsonl"]
+    assert end_of(["audit", target, *options, "--output=failed", *more]) == 1
+    assert "forget_gap (fail)" in capsys.readouterr().err
+    assert end_of(["audit", retain_only, *options, "--output=passed", *more]) == 0
+    assert "verdict: pass" in capsys.readouterr().out
+    without_unseen = [option for option in options if not option.startswith("--holdout")]
+    assert end_of(["audit", retain_only, *without_unseen, "--output=open"]) == 3
+    assert "relearned_gap: not tested" in capsys.readouterr().out
+
+    verdicts = [read(f"{name}/audit.json")["verdict"] for name in ("failed", "passed", "open")]
+    assert verdicts == ["fail", "pass", "not decidable"]
+    # What had texts of rows is gone.
+    assert not list(Path().glob("*.partial"))
+    assert end_of(["verify", "passed", f"--model={retain_only}", *options[1:3]]) == 0
+    assert end_of(["verify", "passed", f"--model={target}"]) == 1
+    capsys.readouterr()
+    cli.main(["ledger", "ledger.jsonl", "--format=csv"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[7] for line in lines[1:]] == ["fail", "pass"]
+
+
+def test_a_retain_only_model_is_compared_on_the_same_rows(options: list[str], tokenizer_dir: str) -> None:
+    target, retain_only = trained(tokenizer_dir, "forget", "retain"), trained(tokenizer_dir, "retain")
+    assert end_of(["audit", target, *options, f"--retain_only={retain_only}", "--output=paired"]) == 1
+    audit = read("paired/audit.json")
+    finding = audit["findings"][0]
+    assert "same rows" in finding["sample"]["basis"]
+    assert audit["compared_with"]["retain_only"]["name"] == Path(retain_only).name
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--policy=nowhere.yaml"], "policy"),
+        (["--retain="], "retain"),
+        (["--before=somewhere"], "before"),
+        (["--output=."], "working directory"),
+        (["--tempalte=x"], "template"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_before_anything_is_loaded(
+    change: list[str], word: str, options: list[str], model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if change == ["--retain="]:
+        options, change = [option for option in options if not option.startswith("--retain")], []
+    assert end_of(["audit", model_dir, *options, *change]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_fit_fixes_the_policy_and_the_audit_of_its_model_says_so(
+    in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded authors need no files: the record says which ones they were."""
+    policy = write_policy(in_tmp)
+    cli.main(quick(model_dir, f"--audit.policy={policy}", "--export.ledger=ledger.jsonl", "--export.request=c-17"))
+    record = read("out/unlearning.json")
+    assert record["audit"]["policy_sha256"] == file_digest(Path(policy))
+    assert record["audit"]["policy"]["requirements"][0]["at_most"] == 0.35
+    assert record["audit"]["policy_sha256"] in Path("out/README.md").read_text("utf-8")
+    assert end_of(["verify", "out"]) == 0
+
+    end_of(["audit", "out", f"--policy={policy}", "--ledger=ledger.jsonl"])
+    audit = read("audit/audit.json")
+    assert audit["policy_fixed_before"] is True
+    assert audit["record"]["method"]["objective"] == "LogitMargin"
+    assert {name: values["rows"] for name, values in audit["data"].items()} == {
+        "forget": 10,
+        "retain": 20,
+        "holdout": 10,
+    }
+    end_of(["audit", "out", f"--policy={write_policy(in_tmp, name='later')}", "--output=later"])
+    assert read("later/audit.json")["policy_fixed_before"] is False
+    assert "names another policy" in Path("later/audit.html").read_text("utf-8")
+
+    capsys.readouterr()
+    cli.main(["ledger", "ledger.jsonl"])
+    printed = capsys.readouterr().out
+    assert "c-17" in printed
+    assert f"audit: {audit['verdict']}" in printed  # of the very files that the fit exported
+
+
+def test_a_policy_that_does_not_exist_stops_a_fit_before_it_begins(
+    in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of(quick(model_dir, "--audit.policy=nowhere.yaml")) == 2
+    assert "`audit.policy`" in capsys.readouterr().err
+    assert not Path("out").exists()

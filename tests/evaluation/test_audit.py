@@ -1,0 +1,313 @@
+"""The audit: its policy, its verdict, and that it fails a model that knows the rows and passes one that never saw them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from audit_models import POLICY, SETS, benchmark, trained, write_policy
+
+from lit_unlearn import LanguageModel, QABenchmark
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError
+from lit_unlearn.evaluation import audit_run
+from lit_unlearn.evaluation.audit import (
+    FAIL,
+    NOT_TESTED,
+    PASS,
+    UNDECIDED,
+    AuditResult,
+    Finding,
+    Policy,
+    Requirement,
+    SamplingPlan,
+    decide_requirement,
+    judge,
+    read_policy,
+)
+from lit_unlearn.evaluation.audit_run import RUNS, check_roles, describe_failure, measure_model
+from lit_unlearn.evaluation.measures import MEASURES, Evidence
+from lit_unlearn.evaluation.results import Results
+
+AT_MOST = Requirement("forget_probability", at_most=0.2)
+BETWEEN = Requirement("membership_auc", at_least=0.3, at_most=0.7)
+
+
+def evidence_of(**streams: list[dict[str, Any]]) -> Evidence:
+    return Evidence(rows={"model": {"plain": streams}})
+
+
+def probabilities(*values: float) -> list[dict[str, Any]]:
+    return [{"probability": value} for value in values]
+
+
+# The policy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["default", "short"])
+def test_packaged_policies_are_read_and_every_number_has_a_comment(name: str) -> None:
+    policy = read_policy(f"policy/{name}.yaml")
+    assert policy.name == name
+    assert Policy.from_dict(json.loads(json.dumps(policy.describe()))) == policy
+    file = Path(__file__).parents[2] / "configs" / "policy" / f"{name}.yaml"
+    above = ""
+    for line in file.read_text("utf-8").splitlines():
+        if any(character.isdigit() for character in line.partition("#")[0]):
+            assert above.startswith("#"), line
+        above = line.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": 1}, ["threshold", "name"]),
+        ({"requirements": {"forget_probabilty": {"at_most": 1}}}, ["forget_probability"]),
+        ({"requirements": {"forget_probability": {"at_most": 0.1, "required": False}}}, ["required"]),
+        ({"requirements": {"forget_probability": {"at_most": "low"}}}, ["at_most", "low"]),
+        ({"requirements": {"forget_probability": {}}}, ["at_most"]),
+        ({"requirements": {"forget_probability": {"at_least": 0.5, "at_most": 0.1}}}, ["at_least=0.5"]),
+        ({"requirements": {"forget_probability": {"at_most": 0.1, "required": "yes please"}}}, ["required"]),
+        ({"requirements": None}, ["requirements"]),
+        ({"attacks": None}, ["relearn"]),
+        ({"attacks": {"relearn": {"share": 0.5, "steps": 3}}}, ["lr"]),
+        ({"attacks": {"relearn": {"share": 1.5, "steps": 3, "lr": 1e-3}}}, ["share"]),
+        ({"attacks": {"relearn": {"share": 0.5, "steps": 2.5, "lr": 1e-3}}}, ["steps"]),
+        ({"confidence": 1}, ["confidence"]),
+        ({"min_rows": 1}, ["min_rows"]),
+    ],
+)
+def test_a_policy_that_cannot_be_used_is_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_policy(write_policy(tmp_path, **change))
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_numbers_without_a_point_and_a_missing_file(tmp_path: Path) -> None:
+    file = Path(write_policy(tmp_path))
+    file.write_text(file.read_text("utf-8").replace("0.001", "1e-3"), encoding="utf-8")
+    policy = read_policy(file)
+    assert policy.relearn is not None
+    assert policy.relearn.lr == 1e-3  # which YAML reads as text
+    with pytest.raises(MissingFileError, match="policy/default"):
+        read_policy(tmp_path / "nowhere.yaml")
+
+
+def test_a_policy_says_which_runs_it_needs_of_which_model() -> None:
+    requirements = (AT_MOST, Requirement("relearned_gap", at_most=0.1), Requirement("retain_nll_increase", at_most=0.1))
+    policy = Policy("p", requirements, relearn=read_policy("policy/short.yaml").relearn)
+    assert policy.list_runs("model") == ["plain", "relearn"]
+    assert policy.list_runs("retain_only") == ["plain", "relearn"]
+    assert policy.list_runs("before") == ["plain"]
+    assert len(check_roles(policy, {"model": "m"})) == 2
+    with pytest.raises(ConfigError, match="before"):
+        check_roles(Policy("p", (AT_MOST,)), {"model": "m", "before": "b"})
+
+
+def test_every_measure_has_its_runs() -> None:
+    assert {run for measure in MEASURES.values() for run in measure.runs} == RUNS.keys()
+    assert all(measure.runs[0] == "plain" for measure in MEASURES.values())
+
+
+# The verdict ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requirement", "low", "high", "outcome"),
+    [
+        (AT_MOST, 0.0, 0.2, PASS),
+        (AT_MOST, 0.1, 0.21, UNDECIDED),
+        (AT_MOST, 0.21, 0.3, FAIL),
+        (BETWEEN, 0.4, 0.6, PASS),
+        (BETWEEN, 0.2, 0.6, UNDECIDED),
+        (BETWEEN, 0.2, 0.8, UNDECIDED),
+        (BETWEEN, 0.1, 0.29, FAIL),
+        (BETWEEN, 0.71, 0.9, FAIL),
+    ],
+)
+def test_an_interval_decides_and_not_the_value(requirement: Requirement, low: float, high: float, outcome: str) -> None:
+    assert decide_requirement(requirement, low, high)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    ("required", "advisory", "verdict", "code"),
+    [
+        ([PASS, PASS], [FAIL], PASS, 0),
+        ([PASS, FAIL, NOT_TESTED], [], FAIL, 1),
+        ([PASS, UNDECIDED], [PASS], UNDECIDED, 3),
+        ([PASS, NOT_TESTED], [PASS], UNDECIDED, 3),
+        ([], [PASS], UNDECIDED, 3),
+    ],
+)
+def test_the_verdict_of_the_whole(required: list[Any], advisory: list[Any], verdict: str, code: int) -> None:
+    findings = [Finding(AT_MOST, outcome, "") for outcome in required]
+    findings += [Finding(Requirement("forget_rouge", at_most=1, required=False), outcome, "") for outcome in advisory]
+    result = AuditResult(Policy("p", (AT_MOST,)), tuple(findings))
+    assert (result.verdict, result.exit_code) == (verdict, code)
+
+
+def test_too_few_rows_and_values_that_are_not_finite_decide_nothing() -> None:
+    policy = Policy("p", (AT_MOST,), min_rows=3)
+    assert judge(policy, evidence_of(forget=probabilities(0.0, 0.01, 0.0))).verdict == PASS
+    few = judge(policy, evidence_of(forget=probabilities(0.9, 0.95)))
+    assert few.findings[0].outcome == UNDECIDED
+    assert few.findings[0].value == pytest.approx(0.925)  # it is shown all the same
+    assert judge(policy, evidence_of(forget=probabilities(0.0, 0.0, math.nan))).findings[0].outcome == UNDECIDED
+
+
+def test_what_is_missing_is_not_tested_with_the_reason() -> None:
+    requirements = tuple(Requirement(name, at_most=1e9) for name in MEASURES)
+    policy = Policy(
+        "p", requirements, relearn=read_policy("policy/short.yaml").relearn, sampled=SamplingPlan(1), min_rows=2
+    )
+    result = judge(policy, Evidence(rows={"model": {"plain": {}}}, failures={"model": {"4bit": "no kernel"}}))
+    assert {finding.outcome for finding in result.findings} == {NOT_TESTED}
+    assert result.verdict == UNDECIDED
+    reasons = {finding.requirement.measure: finding.reason for finding in result.findings}
+    assert "no kernel" in reasons["rounded_4bit_probability"]
+    assert "forget" in reasons["forget_probability"]
+
+
+def test_a_gap_is_taken_from_the_retain_only_model_or_else_from_unseen_rows() -> None:
+    policy = Policy("p", (Requirement("forget_gap", at_most=0.1),), min_rows=2)
+    evidence = evidence_of(forget=probabilities(0.5, 0.9), holdout=probabilities(0.2, 0.2, 0.2))
+    (unseen,) = judge(policy, evidence).findings
+    assert unseen.value == pytest.approx(0.5)
+    assert unseen.outcome == FAIL
+    evidence.rows["retain_only"] = {"plain": {"forget": probabilities(0.45, 0.85)}}
+    (paired,) = judge(policy, evidence).findings
+    # The same rows: their differences do not spread, though the rows do.
+    assert (paired.low, paired.high) == pytest.approx((0.05, 0.05))
+    assert paired.outcome == PASS
+    evidence.rows["retain_only"] = {"plain": {"forget": probabilities(0.45)}}
+    assert judge(policy, evidence).findings[0].outcome == NOT_TESTED  # other rows
+    (nothing,) = judge(policy, evidence_of(forget=probabilities(0.5, 0.9))).findings
+    assert nothing.outcome == NOT_TESTED
+    assert "retain-only" in nothing.reason
+    assert "holdout" in nothing.reason
+
+
+def test_relearned_rows_are_left_out_and_samples_are_counted() -> None:
+    rows = [{"probability": 1.0, "relearned": True}, {"probability": 0.1, "relearned": False}]
+    sampled = [{"exact": [0, 1, 0, 0]}, {"exact": [0, 0, 0, 0]}]
+    evidence = Evidence(rows={"model": {"relearn": {"forget": rows}, "sampled": {"forget": sampled}}})
+    assert MEASURES["relearned_probability"].collect(evidence).first == [0.1]
+    sample = MEASURES["sampled_exact"].collect(evidence)
+    value, low, high = sample.estimate(0.95, 0)
+    assert (sample.rows, value, low) == (8, 0.125, 0)
+    assert 0.4 < high < 0.6
+
+
+def test_no_text_gets_into_the_evidence() -> None:
+    rows = [
+        {"question": "Who?", "generated": "Ann", "samples": ["Ann"], "nll": 0.5, "exact": [0, 1], "fluency_nll": None}
+    ]
+    evidence = Evidence()
+    evidence.add_results("model", "plain", Results("qa", data={}, aggregate={}, examples={"forget": rows}))
+    assert evidence.rows["model"]["plain"]["forget"] == [{"nll": 0.5, "exact": [0, 1]}]
+
+
+def test_reasons_of_failures_quote_no_row() -> None:
+    assert "secret" not in describe_failure(DataError("row 3 has the text 'secret'"))
+    assert describe_failure(RuntimeError("out of memory\nTraceback")) == "out of memory (RuntimeError)"
+    assert describe_failure(MemoryError()) == "no reason given (MemoryError)"
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def audit(folder: str, policy: Policy, partial_dir: Path | None = None, **others: str) -> AuditResult:
+    evidence = Evidence()
+    for role, name in {"model": folder, **others}.items():
+        lm = LanguageModel(name)
+        lm.load(torch.float32)
+        measure_model(evidence, role, lm, benchmark(), policy, partial_dir and partial_dir / role)  # type: ignore[arg-type]
+    return judge(policy, evidence)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return read_policy(write_policy(tmp_path_factory.mktemp("policy")))
+
+
+def test_a_model_that_knows_the_rows_fails(tokenizer_dir: str, policy: Policy, tmp_path: Path) -> None:
+    result = audit(trained(tokenizer_dir, "forget", "retain"), policy, tmp_path)
+    assert result.verdict == FAIL
+    outcomes = {finding.requirement.measure: finding.outcome for finding in result.findings}
+    assert outcomes["forget_gap"] == outcomes["relearned_gap"] == FAIL
+
+
+@pytest.mark.parametrize("sets", [(), ("retain",)], ids=["random", "retain-only"])
+def test_a_model_that_was_never_trained_on_the_rows_passes(
+    sets: tuple[str, ...], tokenizer_dir: str, policy: Policy, tmp_path: Path
+) -> None:
+    result = audit(trained(tokenizer_dir, *sets), policy, tmp_path)
+    assert result.verdict == PASS, [finding.reason for finding in result.findings]
+
+
+def test_an_attack_that_cannot_run_is_not_tested_and_never_a_pass(
+    tokenizer_dir: str, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(audit_run.RUNS, "relearn", fail)  # type: ignore[arg-type]
+    result = audit(trained(tokenizer_dir, "retain"), policy, tmp_path)
+    outcomes = {finding.requirement.measure: finding for finding in result.findings}
+    assert outcomes["relearned_gap"].outcome == NOT_TESTED
+    assert "allocate memory" in outcomes["relearned_gap"].reason
+    assert outcomes["rounded_8bit_probability"].outcome == PASS  # the others go on
+    assert result.verdict == UNDECIDED
+
+
+def test_an_answer_that_is_cut_does_not_pass_as_one_that_is_not_given(tokenizer_dir: str) -> None:
+    lm = LanguageModel(trained(tokenizer_dir))
+    lm.load(torch.float32)
+    outcomes = []
+    for max_new_tokens in (3, 200):
+        policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2, max_new_tokens=max_new_tokens)
+        rows = [
+            {"question": "Who?", "answer": "Ann wrote it in May and in June."},
+            {"question": "Where?", "answer": "In."},
+        ]
+        evidence = Evidence()
+        measure_model(evidence, "model", lm, QABenchmark(rows, rows, max_new_tokens=max_new_tokens), policy)
+        outcomes.append(judge(policy, evidence).findings[0].outcome)
+    assert outcomes == [NOT_TESTED, PASS]
+
+
+def test_paraphrases_that_are_not_there_are_not_tested(tokenizer_dir: str) -> None:
+    policy = Policy("p", (Requirement("paraphrased_probability", at_most=1.0),), min_rows=2)
+    rows = [{"question": "Who?", "answer": "Ann."}, {"question": "Where?", "answer": "There."}]
+    lm = LanguageModel(trained(tokenizer_dir))
+    lm.load(torch.float32)
+    evidence = Evidence()
+    measure_model(evidence, "model", lm, QABenchmark(rows, rows, max_new_tokens=2), policy)
+    (finding,) = judge(policy, evidence).findings
+    assert finding.outcome == NOT_TESTED
+    assert "paraphrased_question" in finding.reason
+
+
+def test_the_plain_benchmark_runs_once_for_all_attacks_and_again_not_at_all(
+    tokenizer_dir: str, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    measure = QABenchmark.measure
+
+    def count(self: QABenchmark, stream: str, *arguments: Any) -> Any:
+        measured.append(stream)
+        return measure(self, stream, *arguments)
+
+    monkeypatch.setattr(QABenchmark, "measure", count)
+    model = trained(tokenizer_dir, "retain")
+    first = audit(model, policy, tmp_path)
+    rows = sum(len(rows) for rows in SETS.values())
+    assert len(measured) == rows * len(policy.list_runs("model"))
+    assert audit(model, policy, tmp_path) == first  # as after an interruption
+    assert len(measured) == rows * len(policy.list_runs("model"))
+
+
+def test_the_policy_of_these_tests_has_a_measure_of_every_attack() -> None:
+    assert {"relearned_gap", "rounded_8bit_probability"} <= POLICY["requirements"].keys()

@@ -1,0 +1,142 @@
+"""The ledger: whole lines from many writers, changes that show, and the chain of models."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.export.ledger import (
+    append_entry,
+    describe_export,
+    find_latest_audit,
+    format_ledger,
+    list_ancestors,
+    list_unaudited_requests,
+    read_ledger,
+)
+
+
+def entry(model: str, parent: str | None = None, kind: str = "export", **more: Any) -> dict[str, Any]:
+    weights = {"model.safetensors": model}
+    parents = {} if parent is None else {"model.safetensors": parent}
+    content = {"kind": kind, "created": "now", "request": model, "forget": {"rows": 3}, "verdict": "forgotten"}
+    return {**content, "model": weights, "parent": parents, **more}
+
+
+def test_lines_are_appended_and_chained(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "ledger.jsonl"
+    for name in "abc":
+        append_entry(file, entry(name))
+    lines = file.read_text("utf-8").splitlines()
+    entries = read_ledger(file)
+    assert [json.loads(line) for line in lines] == entries
+    assert entries[0]["previous"] is None
+    assert len({written["previous"] for written in entries}) == 3
+    # Nothing that is there is ever written again.
+    before = file.read_bytes()
+    append_entry(file, entry("d"))
+    assert file.read_bytes().startswith(before)
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    names = [str(number) for number in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: append_entry(file, entry(name)), names))
+    assert sorted(written["request"] for written in read_ledger(file)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [lines[0].replace("forgotten", "not forgotten"), *lines[1:]],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [lines[0], lines[0], *lines[1:]],
+    ],
+    ids=["changed", "removed", "exchanged", "added"],
+)
+def test_a_changed_ledger_is_refused(change: Any, tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    for name in "abc":
+        append_entry(file, entry(name))
+    file.write_text("\n".join(change(file.read_text("utf-8").splitlines())) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line [123]"):
+        read_ledger(file)
+
+
+def test_a_torn_line_stays_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    append_entry(file, entry("a"))
+    with file.open("a", encoding="utf-8") as torn:
+        torn.write('{"previous": "')
+    assert [written["request"] for written in read_ledger(file)] == ["a"]
+    append_entry(file, entry("b"))
+    assert [written["request"] for written in read_ledger(file)] == ["a", "b"]
+    assert len(file.read_text("utf-8").splitlines()) == 3
+    with pytest.raises(MissingFileError):
+        read_ledger(tmp_path / "nowhere")
+
+
+def test_a_model_comes_from_the_entry_that_wrote_its_files() -> None:
+    entries = [
+        entry("first", "target"),
+        entry("elsewhere", "unknown"),
+        entry("second", "first"),
+        entry("second", kind="audit", verdict="fail"),
+        entry("second", kind="audit", verdict="pass"),
+        entry("third", "second"),
+    ]
+    assert [ancestor["request"] for ancestor in list_ancestors(entries, entries[-1])] == ["second", "first"]
+    assert list_ancestors(entries, entries[1]) == []
+    latest = find_latest_audit(entries, entries[2])
+    assert latest is not None
+    assert latest["verdict"] == "pass"
+    assert find_latest_audit(entries, entries[0]) is None
+
+
+def test_earlier_requests_are_to_be_audited_on_the_newest_model() -> None:
+    entries = [
+        entry("1", "0", request="ann"),
+        entry("1", kind="audit", request="ann"),
+        entry("2", "1", request="bob"),
+        entry("3", "2", request="carl"),
+        entry("elsewhere", "0", request="dora"),
+    ]
+    # What was forgotten for Ann was so of an earlier model.
+    assert list_unaudited_requests(entries, entries[3]) == ["ann", "bob", "carl"]
+    entries += [entry("3", kind="audit", request=name) for name in ("carl", "ann")]
+    assert list_unaudited_requests(entries, entries[3]) == ["bob"]
+
+
+def test_a_run_that_changed_nothing_is_not_its_own_ancestor() -> None:
+    entries = [entry("same", "same"), entry("same", "same")]
+    assert list_ancestors(entries, entries[0]) == []
+    assert list_ancestors(entries, entries[1]) == [entries[0]]
+
+
+def test_an_entry_has_counts_digests_and_numbers_alone() -> None:
+    record = {
+        "kind": "unlearned",
+        "model": {"name": "/home/ann/model", "weights": {"model.safetensors": "p"}},
+        "files": {"model.safetensors": "m", "adapter/adapter_model.safetensors": "a", "config.json": "c"},
+        "data": {"sets": {"forget": {"rows": 7, "sha256": "t", "source": {"path": "ann.jsonl", "sha256": "f"}}}},
+        "method": {"objective": "LogitMargin"},
+        "constraints": {"nll": {"value": 0.1, "epsilon": 0.2, "slack": 0.1}},
+        "verdict": "forgotten",
+        "audit": {"policy_sha256": "s"},
+    }
+    written = describe_export(record, "c-17")
+    assert written["forget"] == {"rows": 7, "tokens_sha256": "t", "file_sha256": "f"}
+    assert written["model"] == {"model.safetensors": "m"}
+    assert written["parent"] == {"model.safetensors": "p"}
+    assert (written["request"], written["policy_sha256"]) == ("c-17", "s")
+    assert "ann" not in json.dumps(written)
+    table = format_ledger([written])
+    assert "nll 0.1 ≤ 0.2" in table
+    assert "c-17" in table
