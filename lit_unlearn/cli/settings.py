@@ -138,7 +138,12 @@ def _collapse_unset(settings: dict[str, Any], changed: Any) -> dict[str, Any]:
         if value is None and key not in changed:
             unset.append(key)
         elif isinstance(value, dict):
-            shown[key] = _collapse_unset(value, changed.get(key))
+            section = _collapse_unset(value, changed.get(key))
+            if list(section) == [_NOT_SET]:
+                # A section that has nothing but a comment would be read as null.
+                unset += [f"{key}.{name}" for name in section[_NOT_SET].split(", ")]
+            else:
+                shown[key] = section
         else:
             shown[key] = value
     if unset:
