@@ -125,6 +125,7 @@ def test_every_config_parses_and_instantiates(
     families = {
         "hardware": "demo/unlearn.yaml",
         "method": "demo/unlearn.yaml",
+        "matched": "demo/unlearn.yaml",
         "paper": f"{config.stem.split('_')[0]}.yaml",
     }
     base = bases.get(config.name) or families.get(config.parent.name)
