@@ -276,7 +276,9 @@ def _find_hints(report: Report, module: LitUnlearn, are_steps_lost: bool) -> lis
 
     if module.excess(report.after) > 0:
         if report.damage is not None:
-            hints.append("the last model violates a constraint: the run ends at its limit of damage, whatever that costs.")
+            hints.append(
+                "the last model violates a constraint: the run ends at its limit of damage, whatever that costs."
+            )
         elif module.keep == "last":
             hints.append(
                 "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."

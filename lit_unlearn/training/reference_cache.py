@@ -42,7 +42,9 @@ class ReferenceCache:
         self.folder = cache_folder() / "reference_logp" if folder is None else folder
         self.values: dict[str, float] = {}  # of this run's examples, by digest
         self.is_measured = False
-        self.keeps_model = False  # whether the model is kept although no objective needs it: something else compares with it
+        self.keeps_model = (
+            False  # whether the model is kept although no objective needs it: something else compares with it
+        )
         self._by_id: dict[str, float] = {}
         self._module = module
         self._name: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from transformers import AutoModelForCausalLM
 
 from lit_unlearn import (
@@ -22,12 +22,15 @@ from lit_unlearn import (
     FixedMultiplier,
     GradAscent,
     LanguageModel,
+    LitEvaluate,
     LitUnlearn,
     Objective,
+    QABenchmark,
     Relative,
 )
 from lit_unlearn.callbacks import ExportModel, Report, RunReport, StopAtDamage
 from lit_unlearn.errors import ConfigError
+from lit_unlearn.evaluation.results import Results
 from lit_unlearn.export.checkpoint import export_checkpoint
 
 ROWS = 6
@@ -41,7 +44,12 @@ class Runs:
     """Fits of one tiny model in one folder."""
 
     def __init__(self, model: str, folder: Path, make_trainer: Callable[..., L.Trainer]) -> None:
-        self.model, self.out, self.report, self._make_trainer = model, folder / "out", folder / "report.json", make_trainer
+        self.model, self.out, self.report, self._make_trainer = (
+            model,
+            folder / "out",
+            folder / "report.json",
+            make_trainer,
+        )
 
     def make_module(
         self, forget: Objective | None = None, constraint: Constraint | None = None, lr: float = 0.01, **settings: Any
@@ -98,13 +106,16 @@ def runs(model_dir: str, tmp_path: Path, make_trainer: Callable[..., L.Trainer])
 def test_a_method_without_a_constraint_ends_just_below_the_limit(runs: Runs, every: int) -> None:
     trainer = runs.fit(StopAtDamage("kl", 0.01, rows=ROWS, every_n_steps=every), runs.make_module(), epochs=20)
     damage = runs.read_damage()
-    assert damage["reached"] and damage["limit"] == 0.01
+    assert damage["reached"]
+    assert damage["limit"] == 0.01
     assert 0.0095 <= damage["value"] <= 0.01
     assert damage["value"] == pytest.approx(runs.measure("kl", ROWS), rel=1e-3)
     assert damage["step"] == trainer.global_step < 40
     record = json.loads((runs.out / "unlearning.json").read_text())
     assert record["step"] == record["steps"] == damage["step"]
-    assert f"damage: KL to the reference model {damage['value']:.4g} (limit 0.01" in (runs.out / "README.md").read_text()
+    assert (
+        f"damage: KL to the reference model {damage['value']:.4g} (limit 0.01" in (runs.out / "README.md").read_text()
+    )
 
 
 def test_a_constrained_method_ends_at_epsilon_of_all_rows(runs: Runs) -> None:
@@ -126,6 +137,22 @@ def test_a_step_that_is_far_too_long_is_shortened(runs: Runs) -> None:
     assert 0.0095 <= damage["value"] <= 0.01
 
 
+def test_results_of_the_export_have_its_damage(
+    runs: Runs, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    runs.fit(StopAtDamage("kl", rows=ROWS), runs.make_module(lr=1.0), epochs=1)
+    forget, retain = ([{"question": f"{name}?", "answer": "Yes."}] for name in ("forget", "retain"))
+    benchmark = QABenchmark(forget, retain, max_new_tokens=1)
+    for is_changed in (False, True):
+        if is_changed:
+            # The record is of other weights then.
+            weights = runs.out / "model.safetensors"
+            weights.write_bytes((Path(runs.model) / weights.name).read_bytes())
+        file = tmp_path / f"{is_changed}.json"
+        make_trainer().test(LitEvaluate(LanguageModel(str(runs.out)), benchmark, str(file)), verbose=False)
+        assert Results.read(file).model.get("damage") == (None if is_changed else runs.read_damage())
+
+
 def test_a_run_that_ends_earlier_says_so(runs: Runs) -> None:
     with pytest.warns(UserWarning, match="before its damage reached the limit"):
         runs.fit(StopAtDamage("kl", 5.0, rows=ROWS, every_n_steps=100), runs.make_module(), epochs=-1, max_steps=3)
@@ -135,19 +162,18 @@ def test_a_run_that_ends_earlier_says_so(runs: Runs) -> None:
 
 
 def test_an_interrupted_run_ends_where_it_would_have(runs: Runs, tmp_path: Path) -> None:
-    stop = StopAtDamage("kl", 0.01, rows=ROWS)
-    trainer = runs.fit(stop, runs.make_module(lr=0.003), epochs=20)
+    halfway = ModelCheckpoint(tmp_path, "halfway", every_n_train_steps=2, save_top_k=1, monitor="grad_norm")
+    stop, module = StopAtDamage("kl", rows=ROWS), runs.make_module(lr=0.003)
+    trainer = runs.fit(stop, module, 20, callbacks=[halfway], enable_checkpointing=True)
     expected = runs.read_damage()
+    assert expected["reached"]
     assert expected["step"] > 2
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    halfway = runs.fit(StopAtDamage("kl", 0.01, rows=ROWS), runs.make_module(lr=0.003), epochs=-1, max_steps=2)
-    halfway.save_checkpoint(tmp_path / "halfway.ckpt")
-    assert not runs.read_damage()["reached"]
-    runs.fit(StopAtDamage("kl", 0.01, rows=ROWS), runs.make_module(lr=0.003), 20, tmp_path / "halfway.ckpt")
+    runs.fit(StopAtDamage("kl", rows=ROWS), runs.make_module(lr=0.003), 20, tmp_path / "halfway.ckpt")
     assert runs.read_damage() == expected
 
     # Of a run that has reached its limit, nothing is left to do, and its checkpoint is the model.
-    again = runs.fit(StopAtDamage("kl", 0.01, rows=ROWS), runs.make_module(lr=0.003), 20, tmp_path / "end.ckpt")
+    again = runs.fit(StopAtDamage("kl", rows=ROWS), runs.make_module(lr=0.003), 20, tmp_path / "end.ckpt")
     assert again.global_step == expected["step"]
     assert runs.read_damage() == expected
     record = export_checkpoint(tmp_path / "end.ckpt", tmp_path / "later", base_model=runs.model)
