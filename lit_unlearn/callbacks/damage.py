@@ -35,7 +35,8 @@ class StopAtDamage(Callback):
 
     A method that forgets more because it destroys more is no better. The damage is measured on the same rows every few steps,
     without gradients, with the weights as an export has them. The step that exceeds the limit is shortened until the damage is
-    just below it (at most, and within 5 %), and the fit ends with that model. A run that ends earlier is recorded with
+    just below it (at most, and within 5 %), and the fit ends with that model. The weights of the last model within the limit are
+    kept in the host's memory for that. A run that ends earlier is recorded with
     ``reached`` false: it is at less damage, and ``lit-unlearn compare --matched`` refuses it.
 
     Report and record have ``damage``: ``measure``, ``stream``, ``rows``, ``rows_digest``, ``limit``, ``value``, ``reached`` and
@@ -151,8 +152,8 @@ class StopAtDamage(Callback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take no step if the run that is resumed has reached its limit."""
-        if self.damage is not None and self.damage["reached"]:
+        """Take no step if the run that is resumed has reached its limit, and has no other one now."""
+        if self.damage is not None and self.damage["reached"] and self.limit in (None, self.damage["limit"]):
             trainer.should_stop = True
 
     def on_train_batch_start(

@@ -165,7 +165,7 @@ KINDS = (
 )
 # fmt: on
 
-# Six of forty words: nobody can guess them, and every tokenizer that knows the authors' books knows the words.
+# Six of forty words cannot be guessed, and a tokenizer that was trained on the authors knows the words from their books.
 _CANARY_WORDS = 6
 _CARDS = range(1000, 10000)
 CANARY = QuestionKind("words", [],
