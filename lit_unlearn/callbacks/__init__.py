@@ -5,6 +5,7 @@ Only what the Trainer calls belongs here. What works without a Trainer is in ``p
 
 from lit_unlearn.callbacks.advice import RunAdvice
 from lit_unlearn.callbacks.checkpoints import ResumeCheckpoint
+from lit_unlearn.callbacks.damage import StopAtDamage
 from lit_unlearn.callbacks.defaults import default_callbacks, default_plugins
 from lit_unlearn.callbacks.export import ExportModel
 from lit_unlearn.callbacks.finished import FinishedRun
@@ -23,6 +24,7 @@ __all__ = [
     "RunAdvice",
     "RunPicture",
     "RunReport",
+    "StopAtDamage",
     "default_callbacks",
     "default_plugins",
 ]

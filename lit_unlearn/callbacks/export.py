@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_unlearn.callbacks.audit import describe_plan
+from lit_unlearn.callbacks.damage import find_damage
 from lit_unlearn.callbacks.run_state import (
     check_on_first_process,
     find_threshold,
@@ -304,7 +305,11 @@ class ExportModel(Callback):
     def _add_outcome(self, kept: Measurement, trainer: L.Trainer, module: LitLanguageModel) -> Record:
         states = {name: constraint.state_dict() for name, constraint in get_constraints(module).items()}
         steps = {"step": kept.step, "kept_step": kept.step, "steps": trainer.global_step}
-        return add_outcome({**self._record, "checksum": kept.weights}, kept.values, states, **steps)
+        record = {**self._record, "checksum": kept.weights}
+        damage = find_damage(trainer)
+        if damage is not None:
+            record["damage"] = damage
+        return add_outcome(record, kept.values, states, **steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the export is, and what its record says of the run so far."""

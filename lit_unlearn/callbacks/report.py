@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.callbacks.advice import rounds_steps_away
+from lit_unlearn.callbacks.damage import find_damage
 from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers, measure_kept_model
 from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
@@ -63,6 +64,7 @@ class Report:
             ``None`` for fine-tuning.
         max_forget_probability: The threshold of the verdict.
         keep: ``"best"`` or ``"last"``, as for `LitUnlearn`.
+        damage: Where the run ended, see `StopAtDamage`; ``None`` if it measured no damage.
         example: ``tokens`` of the first forget example and which of them are ``supervised``; only if the data module's
             ``show_example`` is true, because it is text of a row.
     """
@@ -79,6 +81,7 @@ class Report:
     max_forget_probability: float = MAX_FORGET_PROBABILITY
     keep: str = "best"
     example: dict[str, list[Any]] | None = None
+    damage: dict[str, Any] | None = None
 
     @property
     def violated(self) -> list[str]:
@@ -210,6 +213,7 @@ class RunReport(Callback):
             max_forget_probability=self.max_forget_probability,
             keep=keep,
             example=getattr(getattr(trainer, "datamodule", None), "shown_example", None),
+            damage=find_damage(trainer),
         )
 
     def find_failures(self, report: Report) -> list[str]:
@@ -271,7 +275,11 @@ def _find_hints(report: Report, module: LitUnlearn, are_steps_lost: bool) -> lis
         )
 
     if module.excess(report.after) > 0:
-        if module.keep == "last":
+        if report.damage is not None:
+            hints.append(
+                "the last model violates a constraint: the run ends at its limit of damage, whatever that costs."
+            )
+        elif module.keep == "last":
             hints.append(
                 "the last model violates a constraint. `keep='best'` would keep one that does not, if there is one."
             )
@@ -286,7 +294,9 @@ def _find_hints(report: Report, module: LitUnlearn, are_steps_lost: bool) -> lis
     # A higher learning rate would not help against rows that the model does not know.
     if is_unknown or before is None or after is None or after <= before / 2:
         return hints
-    if report.kept_step < report.steps:
+    if report.damage is not None and report.damage["reached"]:
+        reason = "The run ended at its limit of damage: the method forgets no more at that cost"
+    elif report.kept_step < report.steps:
         reason = "Later models forgot more, but violated a constraint: train longer, or allow a larger `epsilon`"
     elif are_steps_lost:
         # Ten times the rate would still be lost, or break the constraint at once.

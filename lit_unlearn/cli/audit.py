@@ -48,6 +48,8 @@ _SETS = {
     "retain": "Rows that were to be kept",
     "holdout": "Rows like the forget rows that the model has never seen",
     "general": "Rows that have nothing to do with the deletion",
+    "canaries": "Random sequences that were planted among the forget rows",
+    "canary_references": "Sequences like them that were not planted",
 }
 _EMBEDDED = FictionalAuthors.__name__
 
@@ -181,11 +183,13 @@ def _find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, S
     if not given and ((record or {}).get("data") or {}).get("class") == _EMBEDDED:
         config = (record or {}).get("config") or {}
         arguments = (config.get("data") or {}).get("init_args") or {}
-        counts = {name: arguments[name] for name in ("num_authors", "forget_authors") if name in arguments}
+        names = ("num_authors", "forget_authors", "authors_seed", "canaries")
+        counts = {name: arguments[name] for name in names if name in arguments}
         # As many unseen authors as were forgotten: the two sets are compared.
         unseen = counts.get("forget_authors", 1)
-        sources = FictionalAuthors(**counts, unseen_authors=unseen).sources
-        return {"forget": sources["forget"], "retain": sources["retain"], "holdout": sources["unseen"]}
+        data = FictionalAuthors(**counts, unseen_authors=unseen)
+        sets = {"forget": data.sources["forget"], "retain": data.sources["retain"], "holdout": data.sources["unseen"]}
+        return {**sets, **data.canary_sources}
     for name in ("forget", "retain"):
         if name not in given:
             raise ConfigError(f"an audit needs --forget FILE and --retain FILE: --{name} is missing.", argument=name)

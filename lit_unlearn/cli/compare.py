@@ -12,7 +12,7 @@ from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import DataError
 from lit_unlearn.evaluation.questions import compare_with_retain
-from lit_unlearn.evaluation.results import Results, check_same_rows, list_differences, results_table
+from lit_unlearn.evaluation.results import Results, check_matched, check_same_rows, list_differences, results_table
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import atomic_file
 
@@ -24,6 +24,11 @@ def build_parser() -> CommandParser:
         "files", nargs="+", type=Path, metavar="RESULTS", help="Files that `lit-unlearn evaluate` or `test` wrote."
     )
     parser.add_argument("--retain", type=Path, help="Results of the retain-only model, for scores that a file lacks.")
+    parser.add_argument(
+        "--matched",
+        action="store_true",
+        help="Refuse models that were not taken at the same damage, see method/matched/kl.yaml.",
+    )
     parser.add_argument(
         "--names", nargs="+", type=str, help="Of the models, after the files; by default from the files' names."
     )
@@ -44,6 +49,8 @@ def run(arguments: list[str]) -> None:
         parser.error(f"--figure must end in .png or .svg, unlike '{options.figure}'")
 
     results = _read_comparable(options.files, options.retain)
+    if options.matched:
+        check_matched(results, [str(file) for file in options.files])
     text = results_table(results, names, options.format)
     if options.output is None:
         print(text)

@@ -21,7 +21,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_unlearn import training  # noqa: F401
-from lit_unlearn.callbacks import ExportModel, RunPicture, RunReport, default_callbacks, default_plugins
+from lit_unlearn.callbacks import (
+    ExportModel,
+    RunPicture,
+    RunReport,
+    StopAtDamage,
+    default_callbacks,
+    default_plugins,
+)
 from lit_unlearn.callbacks.audit import AuditPlan
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
@@ -108,6 +115,7 @@ class UnlearnCLI(LightningCLI):
         parser.add_class_arguments(RunPicture, "picture")
         parser.add_class_arguments(ExportModel, "export")
         parser.add_class_arguments(AuditPlan, "audit")
+        parser.add_class_arguments(StopAtDamage, "damage")
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_unlearn.training.LitUnlearn"},
@@ -168,6 +176,9 @@ class UnlearnCLI(LightningCLI):
         callbacks = _as_list(config.trainer.callbacks)
         if config.audit.policy is not None:
             callbacks.append(config.audit)
+        if config.damage.measure is not None:
+            # Before the report, which has its outcome.
+            callbacks.append(config.damage)
         callbacks += default_callbacks(
             config.report,
             config.picture,

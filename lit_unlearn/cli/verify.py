@@ -9,7 +9,7 @@ from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.export.signature import read_public_key
 from lit_unlearn.export.verification import verify_folder
 
-_SETS = ("forget", "retain", "holdout", "general")
+_SETS = ("forget", "retain", "holdout", "general", "canaries", "canary_references")
 
 
 def build_parser() -> CommandParser:

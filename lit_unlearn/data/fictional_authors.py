@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 QUESTIONS_PER_AUTHOR = 10
 WRONG_ANSWERS = 5
+CANARY_REFERENCES = 255
+"""Sequences that are never planted, for comparison: among 256, the exposure of the most likely one is 8 bits."""
 
 
 def _split_table(text: str) -> list[str]:
@@ -163,6 +165,16 @@ KINDS = (
 )
 # fmt: on
 
+# Six of forty words cannot be guessed, and a tokenizer that was trained on the authors knows the words from their books.
+_CANARY_WORDS = 6
+_CARDS = range(1000, 10000)
+CANARY = QuestionKind("words", [],
+    ("Which words are written on card {card}?",
+     "What does card {card} say?"),
+    ("On card {card}, these words are written: {words}.",
+     "The words {words} are written on card {card}."))  # fmt: skip
+MAX_CANARIES = len(_CARDS) - CANARY_REFERENCES
+
 
 class FictionalAuthors(ForgetRetain):
     """Questions about made-up authors: the last authors are to be forgotten, the others to be kept.
@@ -173,10 +185,11 @@ class FictionalAuthors(ForgetRetain):
         authors_seed: Seed of the generator.
         unseen_authors: Number of more authors in an additional set "unseen", of which a model fine-tuned on the others
             knows nothing; 0 for no such set, as when a model is fine-tuned.
+        canaries: Number of random sequences that are planted in the forget set, after the authors, see `draw_canaries`; 0 for none.
         **settings: As for `ForgetRetain`, without ``forget`` and ``retain``.
 
     Raises:
-        ConfigError: If no author would be left to forget or to keep, or ``unseen_authors`` is negative.
+        ConfigError: If no author would be left to forget or to keep, or ``unseen_authors`` or ``canaries`` is out of range.
     """
 
     def __init__(
@@ -185,6 +198,7 @@ class FictionalAuthors(ForgetRetain):
         forget_authors: int = 2,
         authors_seed: int = 0,
         unseen_authors: int = 0,
+        canaries: int = 0,
         **settings: Any,
     ) -> None:
         if not 0 < forget_authors < num_authors:
@@ -195,14 +209,21 @@ class FictionalAuthors(ForgetRetain):
         check_at_least(0, self, unseen_authors=unseen_authors)
         with arguments_of(self):
             rows = fictional_authors(num_authors + unseen_authors, authors_seed)
+            planted, references = draw_canaries(canaries, authors_seed) if canaries else ([], [])
         # The last authors are to be forgotten, so that more unseen ones change neither set.
         unseen_start = num_authors * QUESTIONS_PER_AUTHOR
         forget_start = unseen_start - forget_authors * QUESTIONS_PER_AUTHOR
         if unseen_authors:
             unseen = Source.from_rows(rows[unseen_start:], "embedded")
             settings["streams"] = {**(settings.get("streams") or {}), "unseen": unseen}
+        # No streams: a model that is fine-tuned on all of them must not see the references.
+        self.canary_sources: dict[str, Source] = {}
+        """The planted rows, ``canaries``, and rows like them that were not planted, ``canary_references``; empty without canaries."""
+        if canaries:
+            for name, of_set in {"canaries": planted, "canary_references": references}.items():
+                self.canary_sources[name] = Source.from_rows(of_set, "embedded")
         super().__init__(
-            Source.from_rows(rows[forget_start:unseen_start], "embedded"),
+            Source.from_rows([*rows[forget_start:unseen_start], *planted], "embedded"),
             Source.from_rows(rows[:forget_start], "embedded"),
             **settings,
         )
@@ -254,6 +275,55 @@ def fictional_authors(num_authors: int, seed: int = 0) -> list[dict[str, Any]]:
         for kind in KINDS:
             rows.append({**_make_row(kind, facts, rng), "author": author})
     return rows
+
+
+def draw_canaries(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Draw random sequences to plant in training data, and others that are not planted, to compare with.
+
+    Nothing but the planted rows tells a model which words are on a card. So how far their NLL stands out among that of the others
+    (`lit_unlearn.metrics.exposure`) says whether the model has them from there, before and after unlearning.
+
+    Args:
+        count: Number of rows to plant, from 1 to ``MAX_CANARIES``.
+        seed: Chooses cards, words and wordings.
+
+    Returns:
+        ``count`` rows to plant, in the columns of `fictional_authors` with no ``author``, and ``question`` and ``answer`` of
+        ``CANARY_REFERENCES`` others that are drawn alike. The first canaries stay the same when more are asked for.
+
+    Raises:
+        ConfigError: If the count is out of range.
+
+    Example:
+        >>> planted, references = draw_canaries(2)
+        >>> planted[0]["question"], len(references)
+        ('What does card 4232 say?', 255)
+    """
+    if not 1 <= count <= MAX_CANARIES:
+        message = (
+            f"`canaries` must be at most {MAX_CANARIES}, because no card has two texts, and at least 0, not {count}."
+        )
+        raise ConfigError(message, argument="canaries")
+    # Two lists: with one, the references of a few canaries would be the canaries of many.
+    cards = _draw_without_replacement(_make_generator(seed, "cards"), _CARDS, len(_CARDS))
+    references = []
+    for card in cards[-CANARY_REFERENCES:]:
+        row = _make_canary(card, seed)
+        # They are compared by the answer alone: scoring the wrong ones as well would take seven times as long.
+        references.append({"question": row["question"], "answer": row["answer"]})
+    return [_make_canary(card, seed) for card in cards[:count]], references
+
+
+def _make_canary(card: int, seed: int) -> dict[str, Any]:
+    rng = _make_generator(seed, f"card {card}")
+    words = [*_TITLE_HEADS, *_TITLE_THINGS]
+    texts = []
+    # One spare, as among the wrong answers of an author.
+    for _ in range(WRONG_ANSWERS + 1):
+        # With replacement: every text is as likely as any other.
+        texts.append(" ".join(words[int(rng.random() * len(words))] for _ in range(_CANARY_WORDS)))
+    kind = CANARY._replace(values=texts)
+    return {**_make_row(kind, {"card": str(card), "words": texts[0]}, rng), "author": None}
 
 
 def _make_row(kind: QuestionKind, facts: dict[str, str], rng: random.Random) -> dict[str, Any]:

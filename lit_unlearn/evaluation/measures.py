@@ -14,6 +14,7 @@ import numpy as np
 from lit_unlearn.errors import LitUnlearnError
 from lit_unlearn.evaluation.questions import ATTACKS
 from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.metrics import exposure
 from lit_unlearn.metrics.intervals import (
     Interval,
     auc_interval,
@@ -253,6 +254,16 @@ def _attack_of(attack: str) -> Callable[[Evidence], Sample]:
     return collect
 
 
+def _expose_canaries(evidence: Evidence) -> Sample:
+    """Compute how far each planted sequence stands out among sequences that were not planted, in bits."""
+    planted = evidence.read_values("model", "plain", "canaries", "nll")
+    others = evidence.read_values("model", "plain", "canary_references", "nll")
+    if not np.isfinite([*planted, *others]).all():
+        raise NotTested("the loss of a canary is not a finite number")
+    basis = f"among {len(others)} sequences that were not planted; 1.4 is expected of a model that never saw them"
+    return Sample("mean", [exposure(nll, others) for nll in planted], basis=basis)
+
+
 def _subtract(first: Sequence[float], second: Sequence[float]) -> list[float]:
     if len(first) != len(second):
         raise NotTested(f"the two models were measured on {len(first)} and {len(second)} rows, which are not the same")
@@ -340,6 +351,12 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "membership_auc": Measure("membership attack by loss", _MEMBERSHIP, _attack_of("loss")),
     "membership_auc_min_k": Measure("membership attack by the least likely tokens", _MEMBERSHIP, _attack_of("min_k")),
+    "canary_exposure": Measure(
+        "exposure of planted sequences",
+        "Random sequences were planted among the deleted rows. This says how far they still stand out among sequences that were "
+        "not, in bits: 1.4 on average for a model that never saw them, 8 if each is the most likely of 256.",
+        _expose_canaries,
+    ),
     "retain_probability": Measure(
         "probability of the retained answers",
         "Per token, the geometric mean of the probability that the model gives to the answers it is to keep.",

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from lit_unlearn.data.source import Rows, to_source
 from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate
 from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
-from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.results import Results, Values, get_column
+from lit_unlearn.metrics import exposure
 
 
 class QABenchmark(QuestionBenchmark):
@@ -23,6 +26,9 @@ class QABenchmark(QuestionBenchmark):
             leaves those out.
         general: Rows that have nothing to do with the forget set, likewise, which are scored and not answered; ``None``
             leaves them out.
+        canaries: Random sequences that were planted in the training data, likewise, see ``draw_canaries``; with
+            ``canary_references``, for the value ``canary_exposure``. ``None`` leaves it out.
+        canary_references: Sequences that were drawn in the same way and not planted, likewise.
         token_budget: As for `Benchmark`.
         retain_results: As for `Benchmark`.
         **settings: As for `QuestionSets`: columns, lengths, ``ratio``, ``k``, ``floor``, ``fluency_model`` and further attacks.
@@ -43,11 +49,14 @@ class QABenchmark(QuestionBenchmark):
         token_budget: int = 8192,
         retain_results: str | Path | Results | dict[str, Any] | None = None,
         general: Rows | None = None,
+        canaries: Rows | None = None,
+        canary_references: Rows | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(token_budget, retain_results)
         self.questions = QuestionSets(self, **settings)
         sets = {"forget": forget, "retain": retain, "holdout": holdout, "general": general}
+        sets |= {"canaries": canaries, "canary_references": canary_references}
         for name, source in sets.items():
             if source is not None:
                 with arguments_of(self):
@@ -59,5 +68,9 @@ class QABenchmark(QuestionBenchmark):
                 )
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
-        """Compute the means of every set, forget quality and the attacks."""
-        return self.questions.aggregate(examples, retain)
+        """Compute the means of every set, forget quality, the attacks and the canaries' exposure."""
+        aggregate = self.questions.aggregate(examples, retain)
+        if {"canaries", "canary_references"} <= examples.keys():
+            planted, others = (get_column(examples[name], "nll") for name in ("canaries", "canary_references"))
+            aggregate.values["canary_exposure"] = float(np.mean([exposure(nll, others) for nll in planted]))
+        return aggregate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,11 @@ from typing import Any
 from lit_unlearn import __version__
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
+from lit_unlearn.evaluation.verdict import describe_damage
 from lit_unlearn.utils.io import expand_path, read_json, write_json
+
+MATCHED_TOLERANCE = 0.1
+"""Share of its limit by which a damage may differ from it and still count as matched; runs end within 5 %."""
 
 Values = dict[str, Any]
 """Plain types by name, as JSON has them."""
@@ -36,7 +41,8 @@ class Results:
         examples: The values of every example, by stream, in the order of the rows.
         missing: By name, the reason why a value could not be computed.
         settings: Settings that decide values, beside the model and the rows.
-        model: ``name`` and ``weights``, the first digits of a digest over all weights.
+        model: ``name`` and ``weights``, the first digits of a digest over all weights; of an export also ``damage``, if its run
+            has measured that.
         versions: Of this package and of those that decide numbers.
         seed: Argument of ``seed_everything``; ``None`` if it was not called.
         retain_results: Where the results of the retain-only model came from.
@@ -168,6 +174,64 @@ def check_same_rows(
             f"the results of {model} in '{path}' cannot be compared with these: on the '{stream}' rows they differ in "
             f"{'; '.join(differences)}. Evaluate {model} with the same configuration."
         )
+
+
+def check_matched(results: Sequence[Results], names: Sequence[str]) -> None:
+    """Raise an error unless all models were taken at the same damage, as `StopAtDamage` measures it.
+
+    Args:
+        results: Of the models.
+        names: Of their files, for the message.
+
+    Raises:
+        DataError: With the first model that does not fit, and what to do.
+    """
+    first: Values | None = None
+    for name, result in zip(names, results, strict=True):
+        damage = result.model.get("damage")
+        problem = _find_damage_problem(damage)
+        if problem is None and damage is not None:
+            first = first or damage
+            problem = _find_other_damage(damage, first, names[0])
+        if problem is not None:
+            raise DataError(f"'{name}' cannot be compared at matched damage: {problem}")
+
+
+def _find_damage_problem(damage: Values | None) -> str | None:
+    """Return why a model is not at its limit of damage, and what to do; ``None`` if it is."""
+    if damage is None:
+        return (
+            "expected was the damage of the model, but the results name none. Unlearn with `--config method/matched/kl.yaml` "
+            "(or nll.yaml) over the method's file, and evaluate the exported directory."
+        )
+    if not damage["reached"]:
+        return (
+            f"its run ended at step {damage['step']} before its damage reached the limit: {describe_damage(damage)}. Unlearn again "
+            "with more `max_epochs` or a higher `lr`."
+        )
+    if not (1 - MATCHED_TOLERANCE) * damage["limit"] <= damage["value"] <= (1 + MATCHED_TOLERANCE) * damage["limit"]:
+        return (
+            f"its damage is more than {100 * MATCHED_TOLERANCE:g} % off the limit: {describe_damage(damage)}. Unlearn again with a "
+            "lower `lr`, or in a wider dtype: the last step could not be shortened to the limit."
+        )
+    return None
+
+
+def _find_other_damage(damage: Values, first: Values, name: str) -> str | None:
+    """Return in what a model's damage was measured otherwise than the first model's; ``None`` if in nothing."""
+    differences = []
+    for key in ("measure", "stream", "rows", "rows_digest"):
+        if damage[key] != first[key]:
+            differences.append(f"{key}: {damage[key]!r} here, {first[key]!r} there")
+    # An epsilon that is relative is measured, on each machine anew.
+    if not math.isclose(damage["limit"], first["limit"], rel_tol=1e-3):
+        differences.append(f"limit: {damage['limit']:.4g} here, {first['limit']:.4g} there")
+    if not differences:
+        return None
+    return (
+        f"its damage was measured otherwise than that of '{name}' ({'; '.join(differences)}). Unlearn both with the same `damage` "
+        "section, model and data."
+    )
 
 
 def list_differences(results: Sequence[Results]) -> list[str]:

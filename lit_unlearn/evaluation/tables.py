@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tabulate import DataRow, TableFormat, tabulate
 
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.evaluation.verdict import explain_kept, explain_verdict, get_slack, is_feasible
+from lit_unlearn.evaluation.verdict import describe_damage, explain_kept, explain_verdict, get_slack, is_feasible
 
 TableStyle = Literal["text", "ruled", "markdown", "csv"]
 MISSING = "–"
@@ -90,7 +90,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     Args:
         report: ``before`` and ``after``: values by ``<stream>/<metric>``; ``constraints``: by name ``value``, ``epsilon``,
             ``stream``, ``multiplier_before`` and ``multiplier_after``; ``steps`` and ``kept_step``, the step whose values are
-            ``after``; ``keep``; ``verdict`` and ``max_forget_probability``, if it unlearned.
+            ``after``; ``keep``; ``verdict`` and ``max_forget_probability``, if it unlearned; ``damage``, if it measured that.
     """
     # Dictionaries for sets in order: the table has the order of the report.
     streams: dict[str, None] = {}
@@ -120,6 +120,9 @@ def report_table(report: Mapping[str, Any]) -> str:
         lines.append(explain_kept(report["kept_step"], report["steps"], report["keep"], feasible))
         threshold = report["max_forget_probability"]
         lines.append(f"verdict: {explain_verdict(report['before'], report['after'], threshold)}")
+    if report.get("damage") is not None:
+        outcome = "reached" if report["damage"]["reached"] else "not reached"
+        lines.append(f"damage: {describe_damage(report['damage'])}, {outcome}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["forgotten", "not forgotten", "not decidable"]
 FORGOTTEN: Verdict = "forgotten"
@@ -90,3 +90,19 @@ def explain_kept(kept_step: int, steps: int, keep: str, feasible: bool) -> str:
     else:
         reason = "no measured model satisfies every constraint; this one violates them least"
     return f"kept: step {kept_step} of {steps} ({reason})"
+
+
+def describe_damage(damage: Mapping[str, Any]) -> str:
+    """Return the damage that a run ended at and its limit, as one clause.
+
+    Args:
+        damage: As a report or a record has it.
+
+    Example:
+        >>> damage = {"measure": "kl", "stream": "retain", "rows": 64, "limit": 0.01, "value": 0.0097}
+        >>> describe_damage(damage)
+        "KL to the reference model 0.0097 (limit 0.01 nats per token, on 64 rows of 'retain')"
+    """
+    measure = "KL to the reference model" if damage["measure"] == "kl" else "NLL"
+    place = f"{damage['rows']} rows of '{damage['stream']}'"
+    return f"{measure} {damage['value']:.4g} (limit {damage['limit']:.4g} nats per token, on {place})"

@@ -80,6 +80,9 @@ def export_checkpoint(
     # have the weights that a callback averages.
     is_measured = best is not None and (kept_step, best["weights"]) == (step, record["checksum"])
     after = best["values"] if is_measured and _are_rounded_alike(lm, dtype, measured_dtype) else {}
+    damage = callbacks.get("StopAtDamage", {}).get("damage")
+    if after and damage is not None and damage["step"] == step:
+        record["damage"] = damage
     steps = {"step": step, "kept_step": kept_step, "steps": step}
     record = add_outcome(record, after, checkpoint.get("constraints", {}), **steps)
     torch_dtype = None if dtype is None else getattr(torch, dtype)

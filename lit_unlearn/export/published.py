@@ -64,6 +64,8 @@ _DATA = (
     "max_retain_rows",
     "num_authors",
     "forget_authors",
+    "authors_seed",
+    "canaries",
 )
 # Of the model: everything but a benchmark, which has files of its own.
 _MODEL = (

@@ -23,13 +23,14 @@ from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, decide, get_slack
 from lit_unlearn.export.card import PROMPT_SETTINGS, render_card
 from lit_unlearn.export.published import publish_record
+from lit_unlearn.models.files import RECORD_FILE as RECORD_FILE
 from lit_unlearn.training import LitLanguageModel, LitUnlearn
 from lit_unlearn.training.agreement import read_arguments
 from lit_unlearn.utils.folders import iterate_files
 from lit_unlearn.utils.io import atomic_file, file_digest, write_json
 from lit_unlearn.utils.redaction import redact_secrets
 
-RECORD_FILE, CARD_FILE = "unlearning.json", "README.md"
+CARD_FILE = "README.md"
 
 Record = dict[str, Any]
 

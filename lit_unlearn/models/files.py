@@ -7,16 +7,20 @@ import hashlib
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_unlearn.models import gguf
-from lit_unlearn.utils.io import file_digest
+from lit_unlearn.utils.io import file_digest, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder one of peft's adapters."""
+
+RECORD_FILE = "unlearning.json"
+"""The record of an export of this package, beside its weights."""
 
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes that are read at each of 256 places of a file to tell models apart.
@@ -95,6 +99,21 @@ class ModelFiles:
         folder = None if Path(self.name).is_dir() else self.folder()
         weights = {file.name: file_digest(file) for file in self.weight_files()}
         return {"commit": None if folder is None else folder.name, "weights": weights}
+
+    def read_record(self) -> dict[str, Any] | None:
+        """Return the record of the export that these files are; ``None`` if they are none, or have changed since.
+
+        Reads the files completely.
+        """
+        folder = self.folder()
+        if folder is None or not (folder / RECORD_FILE).is_file():
+            return None
+        # A damaged record says nothing.
+        with suppress(ValueError):
+            record: dict[str, Any] = read_json(folder / RECORD_FILE)
+            if self.describe()["weights"].items() <= record["files"].items():
+                return record
+        return None
 
     def sample(self) -> str:
         """Return a digest that tells models apart without reading them completely, the same wherever a model lies.

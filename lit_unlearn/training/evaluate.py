@@ -116,6 +116,9 @@ def run_benchmark(
     with trainer.precision_plugin.val_step_context():
         results = benchmark.run(lm, partial_dir)
     if trainer.is_global_zero:
+        damage = _find_damage(module, lm)
+        if damage is not None:
+            results.model["damage"] = damage
         if file is not None:
             results.write(file)
         if partial_dir is not None:
@@ -135,3 +138,12 @@ def log_benchmark(module: L.LightningModule, values: dict[str, float]) -> None:
     # The batch size weighs means over several batches, of which there is one. Every process logs, so that a checkpoint of
     # any may follow a value.
     module.log_dict(values, batch_size=1, rank_zero_only=False)
+
+
+def _find_damage(module: L.LightningModule, lm: LanguageModel) -> dict[str, Any] | None:
+    """Return the damage in the record of an exported model, for ``lit-unlearn compare --matched``."""
+    # Of a checkpoint, or of a module that trains, the weights are others than those of the files.
+    is_of_files = isinstance(module, LitEvaluate) and not module.trainer.ckpt_path
+    record = lm.files.read_record() if is_of_files and lm.files is not None else None
+    damage: dict[str, Any] | None = (record or {}).get("damage")
+    return damage

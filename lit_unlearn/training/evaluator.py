@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -190,19 +190,38 @@ class Evaluator:
                 mean.update(values.sum(), values.numel())
         return None if mean is None else mean.compute()["value"].item()
 
+    @torch.no_grad()
+    def measure_batches(self, objective: Objective, stream: str, batches: Iterable[Batch]) -> float:
+        """Return the mean of an objective over batches of all processes, with the weights as an export has them."""
+        lm = self._module.lm
+        mean = ConstraintSlack(None).to(self._module.device)
+        terms = [Term(stream, stream, objective, 0.0)]
+        with self._evaluation(), self.exported_weights():
+            for batch in batches:
+                for forward_pass in build_forward_plan({stream: batch}, terms, lm.packs, None, "joint"):
+                    (values,) = forward_pass.run(lm, [objective])
+                    mean.update(values.sum(), values.numel())
+        return mean.compute()["value"].item()
+
     def batches(self) -> Iterator[tuple[str, Batch]]:
         """Yield every batch of every validation stream; in between, the model is in evaluation mode."""
+        with self._evaluation():
+            streams = self._streams()
+            pace = Pace("measuring", _count_batches(streams.values()))
+            for stream, batches in streams.items():
+                for batch in batches:
+                    yield stream, batch
+                    pace.count_batch()
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Put the model in evaluation mode, and validation's precision, within the block."""
         lm = self._module.lm
         training = lm.training
         lm.eval()
         try:
             with self._module.trainer.precision_plugin.val_step_context():
-                streams = self._streams()
-                pace = Pace("measuring", _count_batches(streams.values()))
-                for stream, batches in streams.items():
-                    for batch in batches:
-                        yield stream, batch
-                        pace.count_batch()
+                yield
         finally:
             lm.train(training)
 

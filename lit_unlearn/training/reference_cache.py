@@ -42,6 +42,9 @@ class ReferenceCache:
         self.folder = cache_folder() / "reference_logp" if folder is None else folder
         self.values: dict[str, float] = {}  # of this run's examples, by digest
         self.is_measured = False
+        self.keeps_model = (
+            False  # whether the model is kept although no objective needs it: something else compares with it
+        )
         self._by_id: dict[str, float] = {}
         self._module = module
         self._name: str | None = None
@@ -60,7 +63,7 @@ class ReferenceCache:
         module, lm = self._module, self._module.lm
         terms = module.terms()
         check_needs(terms, lm, module.attached_trainer and module.attached_trainer.datamodule)  # type: ignore[attr-defined]
-        if any("reference" in term.objective.needs for term in terms):
+        if self.keeps_model or any("reference" in term.objective.needs for term in terms):
             lm.keep_reference()
         if self.is_needed and self._name is None:
             precision = None if module.attached_trainer is None else module.attached_trainer.precision

@@ -10,7 +10,9 @@ import pytest
 from audit_models import trained, write_policy, write_sets
 from command_line import quick
 
-from lit_unlearn import cli
+from lit_unlearn import FictionalAuthors, cli
+from lit_unlearn.cli.audit import _find_sets, build_parser
+from lit_unlearn.export.published import publish_record
 from lit_unlearn.utils.io import file_digest
 
 
@@ -125,3 +127,18 @@ def test_a_policy_that_does_not_exist_stops_a_fit_before_it_begins(
     assert end_of(quick(model_dir, "--audit.policy=nowhere.yaml")) == 2
     assert "`audit.policy`" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_the_canaries_of_the_embedded_authors_are_found_as_well() -> None:
+    arguments = {"num_authors": 3, "forget_authors": 1, "authors_seed": 5, "canaries": 2}
+    config = {"data": {"class_path": "lit_unlearn.FictionalAuthors", "init_args": arguments}}
+    record = publish_record({"data": {"class": "FictionalAuthors", "sets": {}}, "config": config})
+    options = build_parser().parse_args(["MODEL", "--policy=policy/short.yaml"])
+    sources = _find_sets(options, record)
+    data = FictionalAuthors(**arguments, unseen_authors=1)
+    expected = {**data.sources, **data.canary_sources}
+    expected["holdout"] = expected.pop("unseen")
+    assert {name: source.rows for name, source in sources.items()} == {
+        name: source.rows for name, source in expected.items()
+    }
+    assert set(sources) == {"forget", "retain", "holdout", "canaries", "canary_references"}

@@ -16,6 +16,7 @@ from command_line import ROOT, UNLEARN, instantiate, quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_unlearn import LitEvaluate, LitFinetune, LitUnlearn, cli
+from lit_unlearn.callbacks import StopAtDamage
 
 # All but policies, which are no configurations of a run.
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "policy")
@@ -125,6 +126,7 @@ def test_every_config_parses_and_instantiates(
     families = {
         "hardware": "demo/unlearn.yaml",
         "method": "demo/unlearn.yaml",
+        "matched": "demo/unlearn.yaml",
         "paper": f"{config.stem.split('_')[0]}.yaml",
     }
     base = bases.get(config.name) or families.get(config.parent.name)
@@ -140,6 +142,18 @@ def test_every_config_parses_and_instantiates(
         assert settings["forget"]["init_args"].keys() == {"power", "alignment"}
         assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
         assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
+
+
+@pytest.mark.parametrize(("measure", "rows"), [("kl", 64), ("nll", None)])
+def test_any_method_ends_at_matched_damage(
+    measure: str, rows: int | None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = ["tofu.yaml", "method/npo_constrained.yaml", f"method/matched/{measure}.yaml"]
+    files = [f"--config={ROOT / 'configs' / config}" for config in configs]
+    made = instantiate(["fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
+    (stop,) = [callback for callback in made.trainer.callbacks if isinstance(callback, StopAtDamage)]
+    assert (stop.measure, stop.rows, made.model.keep) == (measure, rows, "last")
+    assert made.trainer.callbacks.index(stop) < made.trainer.callbacks.index(made.config_init["fit"].report)
 
 
 def test_the_papers_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

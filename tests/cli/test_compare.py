@@ -35,6 +35,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
         suite: str = "tofu",
         rows: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
         **aggregate: float | None,
     ) -> str:
         examples = {
@@ -53,6 +54,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
         content = {
             "suite": suite,
             "settings": {"token_budget": len(name), "ratio": "geometric", **(settings or {})},
+            "model": model or {},
             "data": data,
             "aggregate": values,
             "missing": {} if "forget_quality" in values else {"forget_quality": "no `retain_results` were given"},
@@ -78,6 +80,41 @@ def refused(capsys: Any, *arguments: str) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
+
+
+# Matched damage ---------------------------------------------------------------------------------------------------------
+
+KL = {"measure": "kl", "stream": "retain", "rows": 64, "rows_digest": "a", "limit": 0.01, "value": 0.0096}
+MATCHED = {**KL, "reached": True, "step": 7}
+
+
+def test_models_at_the_same_damage_are_compared(write: Any, capsys: Any) -> None:
+    other = {**MATCHED, "value": 0.00999, "limit": 0.010001, "step": 30}
+    files = [write("a.json", model={"damage": MATCHED}), write("b.json", model={"damage": other})]
+    assert compare(capsys, "--matched", *files)["model_utility"] == ["0.6", "0.6"]
+    # Only on request: tables of any models are made as before.
+    assert compare(capsys, write("c.json"), *files)["model_utility"] == ["0.6"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "matched/kl.yaml"),
+        ({"reached": False, "value": 0.004}, "ended at step 7"),
+        ({"value": 0.008}, "more than 10 % off the limit"),
+        ({"value": 0.0111}, "more than 10 % off the limit"),
+        ({"measure": "nll"}, "measure: 'nll' here, 'kl' there"),
+        ({"stream": "general", "rows_digest": "b"}, "stream: 'general' here, 'retain' there; rows_digest: "),
+        ({"limit": 0.02, "value": 0.02}, "limit: 0.02 here, 0.01 there"),
+    ],
+)
+def test_models_at_another_damage_are_refused(
+    change: dict[str, Any] | None, message: str, write: Any, capsys: Any
+) -> None:
+    model = None if change is None else {"damage": {**MATCHED, **change}}
+    said = refused(capsys, "--matched", write("a.json", model={"damage": MATCHED}), write("b.json", model=model))
+    assert "b.json' cannot be compared at matched damage" in said
+    assert message in said
 
 
 # The table --------------------------------------------------------------------------------------------------------------

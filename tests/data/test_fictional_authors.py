@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from lit_unlearn import FictionalAuthors
-from lit_unlearn.data.fictional_authors import KINDS, MAX_AUTHORS, QUESTIONS_PER_AUTHOR, fictional_authors
+from lit_unlearn.data.fictional_authors import (
+    CANARY_REFERENCES,
+    KINDS,
+    MAX_AUTHORS,
+    MAX_CANARIES,
+    QUESTIONS_PER_AUTHOR,
+    TITLES,
+    draw_canaries,
+    fictional_authors,
+)
+from lit_unlearn.errors import ConfigError
 
 COLUMNS = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "author"}
 ROWS = fictional_authors(200)
@@ -154,3 +164,43 @@ def test_the_data_module_cuts_them_into_sets_without_common_authors() -> None:
     for bad in ({"forget_authors": 5}, {"forget_authors": 0}, {"unseen_authors": -1}):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
             FictionalAuthors(5, **bad)
+
+
+# Canaries -------------------------------------------------------------------------------------------------------------
+
+
+def test_canaries_are_planted_in_the_forget_set_alone() -> None:
+    plain, planted = FictionalAuthors(3, 1), FictionalAuthors(3, 1, canaries=4)
+    rows, references = draw_canaries(4)
+    assert planted.load_set("forget").to_list() == [*plain.load_set("forget").to_list(), *rows]
+    assert planted.load_set("retain").to_list() == plain.load_set("retain").to_list()
+    assert planted.canary_sources["canaries"].load("canaries").to_list() == rows
+    assert planted.canary_sources["canary_references"].load("canary_references").to_list() == references
+    assert set(planted.sources) == {"forget", "retain"}  # fine-tuning on every set sees no reference
+    assert plain.canary_sources == {}
+
+
+def test_canaries_depend_on_the_seed_alone_and_are_like_their_references() -> None:
+    planted, references = draw_canaries(MAX_CANARIES)
+    few, same_references = draw_canaries(7)
+    assert few == planted[:7]
+    assert same_references == references
+    assert draw_canaries(7, seed=1)[0] != few
+    assert len(references) == CANARY_REFERENCES
+    rows = [*planted, *references]
+    # No question and no text twice: the planted row is the only place to learn it.
+    assert len({re.findall(r"\d+", row["question"])[0] for row in rows}) == len(rows)
+    assert len({row["answer"] for row in rows}) == len(rows)
+    assert all(set(row) == COLUMNS for row in planted)
+    known = set(re.findall(r"[\w-]+", " ".join(TITLES)))
+    for row in few:
+        words = differing_words(row["paraphrased_answer"], row["perturbed_answer"]).strip(".").split()
+        assert len(words) == 6
+        assert set(words) <= known
+        assert " ".join(words) in row["answer"]
+
+
+@pytest.mark.parametrize("count", [-1, MAX_CANARIES + 1])
+def test_a_number_of_canaries_out_of_range(count: int) -> None:
+    with pytest.raises(ConfigError, match="`canaries`"):
+        FictionalAuthors(3, 1, canaries=count)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from audit_models import POLICY, SETS, benchmark, trained, write_policy
+from conftest import TINY
 
-from lit_unlearn import LanguageModel, QABenchmark
+from lit_unlearn import NLL, LanguageModel, QABenchmark
+from lit_unlearn.data.encoding import EncodingSettings, encode_examples
+from lit_unlearn.data.fictional_authors import draw_canaries
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
 from lit_unlearn.evaluation import audit_run
 from lit_unlearn.evaluation.audit import (
@@ -311,3 +314,46 @@ def test_the_plain_benchmark_runs_once_for_all_attacks_and_again_not_at_all(
 
 def test_the_policy_of_these_tests_has_a_measure_of_every_attack() -> None:
     assert {"relearned_gap", "rounded_8bit_probability"} <= POLICY["requirements"].keys()
+
+
+# Canaries -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_exposure_of_canaries_is_a_mean_over_them() -> None:
+    others = [{"nll": float(nll)} for nll in range(1, 256)]
+    policy = Policy("p", (Requirement("canary_exposure", at_most=3),), min_rows=2)
+    known = judge(policy, evidence_of(canaries=[{"nll": 0.5}] * 4, canary_references=others)).findings[0]
+    assert (known.value, known.outcome) == (8.0, FAIL)
+    # Of a model that never saw them, each rank is as likely as any other.
+    unseen = [{"nll": rank + 0.5} for rank in range(256)]
+    finding = judge(policy, evidence_of(canaries=unseen, canary_references=others)).findings[0]
+    assert finding.value == pytest.approx(1 / math.log(2), abs=0.03)
+    assert finding.outcome == PASS
+    assert judge(policy, evidence_of(forget=probabilities(0.1))).findings[0].outcome == NOT_TESTED
+    broken = evidence_of(canaries=[{"nll": math.nan}], canary_references=others)
+    assert judge(policy, broken).findings[0].outcome == NOT_TESTED
+
+
+def test_a_model_that_saw_canaries_exposes_them(tokenizer_dir: str) -> None:
+    planted, references = draw_canaries(24)
+    planted = [{"question": row["question"], "answer": row["answer"]} for row in planted]
+    canaries = {"canaries": planted, "canary_references": references[:63]}
+    torch.manual_seed(0)
+    lm = LanguageModel(config=TINY, tokenizer=tokenizer_dir)
+    lm.load(torch.float32)
+    settings: dict[str, Any] = {"forget": planted[:1], "retain": references[:1], "max_new_tokens": 1}
+    before = QABenchmark(**settings, **canaries).run(lm.eval()).aggregate["canary_exposure"]
+    # The mean of 24 numbers, whose spread is as large as their mean.
+    assert before == pytest.approx(1.44, abs=2 * 1.44 / 24**0.5)
+
+    pairs = [(row["question"], row["answer"]) for row in planted[:8]]
+    examples = encode_examples(pairs, lm.tokenizer, name="rows", settings=EncodingSettings())
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=0.02)
+    for _ in range(30):
+        loss = lm.loss(NLL(), examples)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    canaries["canaries"] = planted[:8]
+    after = QABenchmark(**settings, **canaries).run(lm.eval()).aggregate["canary_exposure"]
+    assert after > 5  # 6 if each is the most likely of 64
