@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -164,6 +164,10 @@ def _iterate_points(
     elif isinstance(attack, OtherQuestions):
         yield _average(attack.change_benchmark(forget).run(lm), attack.effort)
     else:
+        prompt = forget.questions.prompt or {}
+        if isinstance(attack, FewShot | SeveralTurns) and attack.template is None and not prompt.get("chat_template"):
+            # Without a chat template, the turns stand in the question as the training rows were written.
+            attack = replace(attack, template=prompt.get("text"))
         answers = [str(row.get("generated", "")) for row in plain.examples["forget"]]
         yield _average(forget.with_attack(attack, answers).run(lm), attack.effort)
 
@@ -223,13 +227,13 @@ def attack_table(report: Values, value: Value = "rougeL_recall", style: TableSty
         style: As for `format_table`.
     """
     rows: list[list[object]] = []
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for label, entry in report["attacks"].items():
         points: dict[int, dict[str, float | None]] = {}
         for role, role_name in ROLES.items():
             outcome = entry.get(role, {})
             if "not_tested" in outcome:
-                reasons.append(f"{label}: not tested on the {role_name}: {outcome['not_tested']}")
+                reasons.setdefault(f"{label}: not tested: {outcome['not_tested']}", []).append(role_name)
             for point in outcome.get("points", []):
                 points.setdefault(point["effort"], {})[role] = point[value]
         if "not_tested" in entry["model"]:
@@ -238,6 +242,11 @@ def attack_table(report: Values, value: Value = "rougeL_recall", style: TableSty
         for effort, of_roles in points.items():
             leaked, reference = of_roles.get("model"), of_roles.get("retain_only")
             difference = None if leaked is None or reference is None else leaked - reference
-            rows.append([label, f"{effort} {entry['unit']}".strip(), leaked, reference, difference])
+            shown = None if entry["attack"] is None else f"{effort} {entry['unit']}"
+            rows.append([label, shown, leaked, reference, difference])
     headers = ["attack", "effort", *ROLES.values(), "difference"]
-    return "\n".join([format_table(rows, headers, style), f"leakage: {VALUES[value]}", *reasons])
+    lines = [format_table(rows, headers, style), f"leakage: {VALUES[value]}"]
+    for reason, roles in reasons.items():
+        # The table shows that the model was not tested, and not whether the other one was.
+        lines.append(reason if "model" in roles else f"{reason} ({', '.join(roles)})")
+    return "\n".join(lines)
