@@ -169,7 +169,18 @@ def _iterate_points(
             # Without a chat template, the turns stand in the question as the training rows were written.
             attack = replace(attack, template=prompt.get("text"))
         answers = [str(row.get("generated", "")) for row in plain.examples["forget"]]
-        yield _average(forget.with_attack(attack, answers).run(lm), attack.effort)
+        attacked = forget.with_attack(attack, answers)
+        if _count_cut(attacked, lm) > _count_cut(forget, lm):
+            # The rest of an answer would be measured as if it were all of it.
+            message = "`max_length` leaves no place for the answer after this attack's longer prompt: raise it."
+            raise ConfigError(message, argument="max_length")
+        yield _average(attacked.run(lm), attack.effort)
+
+
+def _count_cut(benchmark: QuestionBenchmark, lm: LanguageModel) -> int:
+    """Count the forget rows whose answer is cut."""
+    rows = benchmark.read_sequences("forget", lm.tokenizer)
+    return sum(row[0].is_cut for row in rows)
 
 
 def _average(results: Results, effort: int, known: Sequence[int] = ()) -> Values:

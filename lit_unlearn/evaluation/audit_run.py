@@ -127,7 +127,7 @@ def describe_failure(error: Exception) -> str:
     """Return the reason why an attack could not run, without the text of a row."""
     # A message about rows may quote one.
     if isinstance(error, DataError):
-        return "it cannot use the rows"
+        return f"it cannot use the rows (`{error.argument}`)" if error.argument else "it cannot use the rows"
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{lines[0].rstrip('.')} ({type(error).__name__})"
 

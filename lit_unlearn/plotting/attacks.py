@@ -65,6 +65,7 @@ def _draw_curves(axes: Axes, unit: str, entries: Mapping[str, Any], value: str) 
             efforts, leaked = [point["effort"] for point in points], [point[value] for point in points]
             name = label if role == "model" else None
             axes.plot(efforts, leaked, color=colour, label=name, markersize=4, clip_on=False, **look)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(unit)
     axes.set_ylabel(_LABELS[value])
     axes.set_ylim(0, 1)
@@ -82,7 +83,7 @@ def _draw_singles(axes: Axes, entries: Mapping[str, Any], value: str) -> None:
                 if point[value] is not None:
                     axes.plot(point[value], height, color=BOUND, **{**look, "linestyle": "none"})
             if role == "model" and "not_tested" in outcome:
-                axes.text(0.02, height, "not tested", va="center", fontsize="small", color="0.4")
+                axes.text(0.98, height, "not tested", ha="right", va="center", fontsize="small", color="0.4")
     axes.set_yticks(range(len(entries)), list(entries))
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xlim(0, 1)
