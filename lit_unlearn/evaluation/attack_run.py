@@ -159,7 +159,7 @@ def _iterate_points(
         leak = attack.change_benchmark(forget)
         results = leak.run(lm)
         for number in leak.attempts:
-            leaked = {value: results.aggregate.get(f"leak@{number}/{value}") for value in VALUES}
+            leaked: Values = {value: results.aggregate.get(f"leak@{number}/{value}") for value in VALUES}
             yield {"effort": number, "rows": len(results.examples["forget"]), **leaked}
     elif isinstance(attack, OtherQuestions):
         yield _average(attack.change_benchmark(forget).run(lm), attack.effort)

@@ -58,6 +58,8 @@ def draw_attacks(report: Mapping[str, Any], value: str, *targets: Path) -> None:
 
 
 def _draw_curves(axes: Axes, unit: str, entries: Mapping[str, Any], value: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, (label, entry) in enumerate(entries.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         for role, look in _LOOKS.items():
@@ -65,7 +67,7 @@ def _draw_curves(axes: Axes, unit: str, entries: Mapping[str, Any], value: str) 
             efforts, leaked = [point["effort"] for point in points], [point[value] for point in points]
             name = label if role == "model" else None
             axes.plot(efforts, leaked, color=colour, label=name, markersize=4, clip_on=False, **look)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(unit)
     axes.set_ylabel(_LABELS[value])
     axes.set_ylim(0, 1)

@@ -86,7 +86,7 @@ class Relearn:
         """Draw the numbers of the rows, ascending: the same wherever they are drawn from ``total``.
 
         Raises:
-            ConfigError: If there are not so many.
+            ConfigError: If there are fewer.
 
         Example:
             >>> Relearn(rows=3, steps=1, lr=1e-5, seed=7).choose(10)
