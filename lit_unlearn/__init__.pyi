@@ -17,8 +17,11 @@ from lit_unlearn.dual import Multiplier as Multiplier
 from lit_unlearn.dual import PIMultiplier as PIMultiplier
 from lit_unlearn.dual import Relative as Relative
 from lit_unlearn.evaluation.attacks.few_shot import FewShot as FewShot
+from lit_unlearn.evaluation.attacks.other_questions import OtherQuestions as OtherQuestions
 from lit_unlearn.evaluation.attacks.prefix import Prefix as Prefix
 from lit_unlearn.evaluation.attacks.relearning import Relearn as Relearn
+from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling as RepeatedSampling
+from lit_unlearn.evaluation.attacks.rounding import Rounding as Rounding
 from lit_unlearn.evaluation.attacks.several_turns import SeveralTurns as SeveralTurns
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
 from lit_unlearn.evaluation.depth import UnlearningDepth as UnlearningDepth

@@ -90,7 +90,9 @@ def config_keys(file: Path) -> list[str]:
 def config_files() -> list[Path]:
     """List every packaged configuration of ``fit`` and ``test``."""
     files = (ROOT / "configs").rglob("*.yaml")
-    return sorted(file for file in files if "tokenizer" not in file.stem and file.parent.name != "policy")
+    return sorted(
+        file for file in files if "tokenizer" not in file.stem and file.parent.name not in ("policy", "attack")
+    )
 
 
 def run(arguments: list[str]) -> str:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data.fictional_authors import FictionalAuthors
-from lit_unlearn.data.source import Source
-from lit_unlearn.data.templates import Chat, check_chat, check_template
-from lit_unlearn.errors import ConfigError, NotDecidable, RequirementNotMet
+from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.data.templates import Chat
+from lit_unlearn.errors import NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, judge, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, measure_model
 from lit_unlearn.evaluation.measures import Evidence, Role
@@ -43,16 +41,6 @@ from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.folders import check_export_target
 
-_SETS = {
-    "forget": "Rows that were to be deleted",
-    "retain": "Rows that were to be kept",
-    "holdout": "Rows like the forget rows that the model has never seen",
-    "general": "Rows that have nothing to do with the deletion",
-    "canaries": "Random sequences that were planted among the forget rows",
-    "canary_references": "Sequences like them that were not planted",
-}
-_EMBEDDED = FictionalAuthors.__name__
-
 
 def build_parser() -> CommandParser:
     """Return the command's parser."""
@@ -67,8 +55,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--policy", type=str, required=True, metavar="FILE", help="A YAML file, or a packaged one: policy/default.yaml."
     )
-    for name, content in _SETS.items():
-        parser.add_argument(f"--{name}", type=str, metavar="FILE", help=f"{content}: a file, or a data set on the hub.")
+    add_set_options(parser)
     parser.add_argument(
         "--retain_only", type=str, metavar="MODEL", help="A model trained without the forget rows, to compare with."
     )
@@ -80,15 +67,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help=f"Private Ed25519 key in PEM to sign with; by default ${KEY_VARIABLE}."
     )
-    parser.add_argument("--question_column", type=str, help="Column with the question.")
-    parser.add_argument("--answer_column", type=str, help="Column with the answer.")
-    parser.add_argument("--template", type=str, help="Text with {question} and {answer}.")
-    parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
-    parser.add_argument("--max_length", type=int, help="Tokens of an example.")
-    parser.add_argument("--token_budget", type=int, default=8192, help="Largest batch, in tokens.")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="Of the weights; by default as a run has them."
-    )
+    add_question_options(parser)
     return parser
 
 
@@ -113,8 +92,8 @@ def run(arguments: list[str]) -> None:
         print_warning(warning)
     check_export_target(options.output, models.values(), argument="output")
     record = read_record(options.model)
-    settings = {**read_question_settings(record), **_read_settings(parser, options)}
-    sources = _find_sets(options, record)
+    settings = {**read_question_settings(record), **read_settings(parser, options)}
+    sources = find_sets(options, record)
 
     def make_benchmark() -> QABenchmark:
         arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
@@ -158,42 +137,6 @@ def run(arguments: list[str]) -> None:
         print(f"signed with the key whose public half is {key.public_key().public_bytes_raw().hex()}")
     print(f"audit: {options.output / PAGE_FILE} and {AUDIT_FILE} ({time.monotonic() - started:.0f} s)")
     _end_with_verdict(result)
-
-
-def _read_settings(parser: CommandParser, options: Namespace) -> dict[str, Any]:
-    """Return the settings of the questions that are given as options."""
-    settings = {}
-    for name in ("question_column", "answer_column", "template", "max_length"):
-        if getattr(options, name) is not None:
-            settings[name] = getattr(options, name)
-    chat = parser.instantiate(options).chat
-    check_chat(chat, check_template(options.template))
-    if chat is not None:
-        settings["chat"] = chat
-    return settings
-
-
-def _find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, Source]:
-    """Return the sources of the sets: files that are given, or the embedded authors that the record names.
-
-    Raises:
-        ConfigError: If the forget or the retain set is not known.
-    """
-    given = {name: Source(getattr(options, name)) for name in _SETS if getattr(options, name) is not None}
-    if not given and ((record or {}).get("data") or {}).get("class") == _EMBEDDED:
-        config = (record or {}).get("config") or {}
-        arguments = (config.get("data") or {}).get("init_args") or {}
-        names = ("num_authors", "forget_authors", "authors_seed", "canaries")
-        counts = {name: arguments[name] for name in names if name in arguments}
-        # As many unseen authors as were forgotten: the two sets are compared.
-        unseen = counts.get("forget_authors", 1)
-        data = FictionalAuthors(**counts, unseen_authors=unseen)
-        sets = {"forget": data.sources["forget"], "retain": data.sources["retain"], "holdout": data.sources["unseen"]}
-        return {**sets, **data.canary_sources}
-    for name in ("forget", "retain"):
-        if name not in given:
-            raise ConfigError(f"an audit needs --forget FILE and --retain FILE: --{name} is missing.", argument=name)
-    return given
 
 
 def _measure(

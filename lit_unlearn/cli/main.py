@@ -39,6 +39,7 @@ evaluate:
   compare     show results of benchmarks side by side, and draw them
   depth       score how deep unlearning went, layer by layer, between target and retain-only model
   judge       let a language model grade the answers in a results file
+  attack      try to bring the forget set back: relearning, rounding, other prompts; a table and a picture
   audit       measure a model against a policy of thresholds: pass, fail or not decidable, and a page that says why
   verify      compute again what an export or an audit claims
   ledger      show the deletion requests in a ledger, and which model comes from which
@@ -65,6 +66,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test")
 COMMANDS = (
     *TRAINER_COMMANDS,
     *(
+        "attack",
         "audit",
         "clean",
         "compare",

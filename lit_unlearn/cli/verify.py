@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.cli.questions import SETS, add_set_options
 from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.export.signature import read_public_key
 from lit_unlearn.export.verification import verify_folder
-
-_SETS = ("forget", "retain", "holdout", "general", "canaries", "canary_references")
 
 
 def build_parser() -> CommandParser:
@@ -25,8 +24,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--public_key", type=str, metavar="KEY", help="Of an audit: who must have signed it, a PEM file or 64 digits."
     )
-    for name in _SETS:
-        parser.add_argument(f"--{name}", type=str, metavar="FILE", help=f"File of the {name} rows.")
+    add_set_options(parser)
     return parser
 
 
@@ -37,7 +35,7 @@ def run(arguments: list[str]) -> None:
         RequirementNotMet: If something differs.
     """
     options = build_parser().parse_args(arguments)
-    sets = {name: getattr(options, name) for name in _SETS if getattr(options, name) is not None}
+    sets = {name: getattr(options, name) for name in SETS if getattr(options, name) is not None}
     public_key = None if options.public_key is None else read_public_key(options.public_key)
     checks = verify_folder(options.folder, options.model, sets, public_key)
     for check in checks:

@@ -9,6 +9,7 @@ import torch
 
 from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
+from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit import Policy, SamplingPlan
 from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
@@ -18,6 +19,10 @@ from lit_unlearn.models import LanguageModel
 
 BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
 """Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
+
+
+FAILURES = (LitUnlearnError, ImportError, MemoryError, RuntimeError)
+"""Whatever an attack may fail of: memory, a library, a kernel. It has not shown then that nothing comes back."""
 
 
 def _relearn(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
@@ -38,11 +43,8 @@ def _paraphrase(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
 
 
 def _sample_answers(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
-    from lit_unlearn.evaluation.leakage import LeakBenchmark
-    from lit_unlearn.models.sampling import Sampling
-
     plan = policy.sampled or SamplingPlan(samples=1)
-    return LeakBenchmark(benchmark, Sampling(temperature=plan.temperature, samples=plan.samples, seed=plan.seed))
+    return RepeatedSampling(plan.samples, plan.temperature, seed=plan.seed).change_benchmark(benchmark)
 
 
 RUNS: Mapping[str, BuildRun] = {
@@ -85,7 +87,7 @@ def measure_model(
     lm.eval()
     forget = benchmark.prepare(lm.tokenizer)["forget"].examples
     forget_rows = len(forget)
-    longest = max(map(_count_answer_tokens, forget))
+    longest = max(map(count_answer_tokens, forget))
     if role == "model" and longest > policy.max_new_tokens:
         # An answer that cannot be given whole would pass as one that is not given.
         evidence.cut_answers = (
@@ -106,15 +108,14 @@ def measure_model(
                 # A stress test has a folder of its own for each stress, beside that of the plain benchmark, which it reads.
                 is_stress = isinstance(attacked, StressBenchmark)
                 results = attacked.run(lm, partial_dir if is_stress or partial_dir is None else partial_dir / run)
-            # Whatever fails: memory, a library, a kernel. The attack has not shown that nothing comes back.
-            except (LitUnlearnError, ImportError, MemoryError, RuntimeError) as error:
+            except FAILURES as error:
                 evidence.add_failure(role, run, describe_failure(error))
             else:
                 evidence.add_results(role, run, results)
     return data
 
 
-def _count_answer_tokens(example: BenchmarkExample) -> int:
+def count_answer_tokens(example: BenchmarkExample) -> int:
     """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
     tokens = 0
     for sequence in example.sequences.get("answer", []):
@@ -126,7 +127,7 @@ def describe_failure(error: Exception) -> str:
     """Return the reason why an attack could not run, without the text of a row."""
     # A message about rows may quote one.
     if isinstance(error, DataError):
-        return "it cannot use the rows"
+        return f"it cannot use the rows (`{error.argument}`)" if error.argument else "it cannot use the rows"
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{lines[0].rstrip('.')} ({type(error).__name__})"
 

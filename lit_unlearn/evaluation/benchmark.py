@@ -29,7 +29,7 @@ from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, measure_shares, rank_and_world_size
 from lit_unlearn.utils.io import read_json, write_json
-from lit_unlearn.utils.validation import check_at_least
+from lit_unlearn.utils.validation import check_at_least, list_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +158,12 @@ class Benchmark(ABC):
         changed.retain_results = results
         return changed
 
-    def with_questions(self, column: str) -> Benchmark:
+    def with_questions(self, column: str, answer_column: str | None = None) -> Benchmark:
         """Return this benchmark with questions from another column, on the sets that have it.
+
+        Args:
+            column: Column with the questions.
+            answer_column: Column with the answers to them; ``None`` for the answers as they are.
 
         Raises:
             ConfigError: If the benchmark has no questions.
@@ -183,6 +187,29 @@ class Benchmark(ABC):
             self._streams = streams
         return self._streams
 
+    def read_sequences(self, source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Example]]:
+        """Return what a model can be fine-tuned on: for each row of a set, its answer after its prompt, or the chunks of its text.
+
+        Args:
+            source: Name of a set.
+            tokenizer: The model's.
+
+        Raises:
+            ConfigError: If there is no such set, or it has nothing to be learned.
+        """
+        streams = self.prepare(tokenizer)
+        if source not in streams:
+            message = f"{type(self).__name__} has no set '{source}': {list_names(source, streams)}."
+            raise ConfigError(message, argument="source")
+        rows = []
+        for example in streams[source].examples:
+            sequences = example.sequences.get("answer", example.sequences.get("text"))
+            if sequences is None:
+                message = f"{type(self).__name__} has no answers to relearn in its {source} set."
+                raise ConfigError(message, argument="source")
+            rows.append(sequences)
+        return rows
+
     def describe_data(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Values]:
         """Return source, number of rows and digests of texts and tokens of every stream, as results have them."""
         return {name: _describe_stream(stream) for name, stream in self.prepare(tokenizer).items()}
@@ -200,7 +227,7 @@ class Benchmark(ABC):
         weights = fingerprint(cast(nn.Module, lm.model))
         data = self.describe_data(lm.tokenizer)
         # Partial files count only where everything that decides their values is the same.
-        key = content_digest([self.name, self.settings(), weights, data, package_versions(), _describe_precision(lm)])
+        key = content_digest([self.name, self.settings(), weights, data, package_versions(), describe_precision(lm)])
 
         # A prompt that is too long is reported now, not after minutes of scoring.
         for stream in streams.values():
@@ -214,11 +241,10 @@ class Benchmark(ABC):
                 examples[name] = []
                 for part, rows in _cut_into_parts(name, len(stream.examples), self.rows_per_part):
                     file = None if partial_dir is None else partial_dir / f"{part}.json"
-                    values = _read_partial(file, key)
+                    values = read_partial(file, key)
                     if values is None:
                         values = self._measure_rows(lm, name, stream, rows, bar)
-                        if file is not None and is_first:
-                            write_json(file, {"key": key, "examples": values})
+                        write_partial(file, key, values)
                     examples[name] += values
 
         self.add_values(examples, lm)
@@ -364,8 +390,13 @@ def _count_work(streams: Mapping[str, BenchmarkStream]) -> int:
     return total
 
 
-def _read_partial(file: Path | None, key: str) -> list[Values] | None:
-    """Return what an interrupted evaluation of the same model on the same rows left."""
+def read_partial(file: Path | None, key: str) -> list[Values] | None:
+    """Return what an interrupted evaluation of the same model on the same rows left; a collective call.
+
+    Args:
+        file: From `write_partial`; ``None`` if there is none.
+        key: Digest of everything that decides the values.
+    """
     content: Any = None
     if file is not None and file.is_file():
         # A crash of the machine may leave half a file.
@@ -376,7 +407,13 @@ def _read_partial(file: Path | None, key: str) -> list[Values] | None:
     return gather_objects(content["examples"] if is_same else None)[0]
 
 
-def _describe_precision(lm: LanguageModel) -> list[str]:
+def write_partial(file: Path | None, key: str, values: list[Values]) -> None:
+    """Keep values until all are measured, for `read_partial`; the first process writes."""
+    if file is not None and rank_and_world_size()[0] == 0:
+        write_json(file, {"key": key, "examples": values})
+
+
+def describe_precision(lm: LanguageModel) -> list[str]:
     """Return the dtypes of the weights and of autocast: a model rounded otherwise has other values."""
     first = next(lm.parameters())
     autocast = torch.is_autocast_enabled(first.device.type)

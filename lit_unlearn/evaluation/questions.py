@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
@@ -245,20 +245,37 @@ class QuestionSets:
             "prompt": self.prompt,
         }
 
-    def with_column(self, column: str) -> QuestionSets:
-        """Return the sets that have another column with questions, and read them from there.
+    def with_columns(self, question_column: str, answer_column: str | None = None) -> QuestionSets:
+        """Return the sets that have other columns with questions and answers, and read them from there.
+
+        Args:
+            question_column: Column with the questions.
+            answer_column: Column with the answers; ``None`` for the answers as they are.
 
         Raises:
             DataError: If the forget set has no such column.
         """
         changed = copy.copy(self)
-        changed.question_column = column
+        changed.question_column = question_column
+        columns = [question_column]
+        if answer_column is not None:
+            changed.answer_column = answer_column
+            columns.append(answer_column)
+            # They are in the words of the other answers, and nothing is compared with them.
+            changed.wrong_column = changed.paraphrase_column = ""
         changed.sets = {}
         for name, question_set in self.sets.items():
-            if column in question_set.source.load(name, argument=name).column_names:
+            lacking = set(columns) - set(question_set.source.load(name, argument=name).column_names)
+            if not lacking:
                 changed.sets[name] = question_set
-        if "forget" not in changed.sets:
-            raise DataError(f"the forget set has no column '{column}'.")
+            elif name == "forget":
+                raise DataError(f"the forget set has no column '{sorted(lacking)[0]}'.")
+        return changed
+
+    def with_sets(self, names: Sequence[str]) -> QuestionSets:
+        """Return some of the sets only."""
+        changed = copy.copy(self)
+        changed.sets = {name: self.sets[name] for name in names}
         return changed
 
     def with_attack(self, attack: QuestionAttack, answers: Sequence[str] = ()) -> QuestionSets:
@@ -303,6 +320,28 @@ class QuestionSets:
                 hidden_id=find_hidden_id(tokenizer, self.encoding),
             )
         return streams
+
+    def read_file(self, path: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+        """Return the tokens of every row of a file, put as the sets' rows are.
+
+        Args:
+            path: A file of questions, conversations or texts, or a hub name.
+            tokenizer: The model's.
+
+        Raises:
+            MissingFileError: If there is no such file.
+            DataError: If its rows cannot be read.
+        """
+        name = "source"
+        table = Source(path).load(name, argument=name)
+        reader = self.reader
+        if reader.question_column not in table.column_names:
+            # Not a file like those of the sets, of which columns and format may be set.
+            reader = replace(reader, format="auto", question_column="question", answer_column="answer")
+        encoded = []
+        for number, row in enumerate(reader.read(table, name, argument=name)):
+            encoded.append(encode_row(row, tokenizer, self.encoding, f"row {number} of the {name} set"))
+        return encoded
 
     def _check_reference_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         # NLLs of other tokens would not compare; told now, and not after all rows are measured.
@@ -374,7 +413,12 @@ class QuestionSets:
             return Conversation.from_turn(row[self.question_column], row[self.answer_column])
         with arguments_of(self.owner):
             read = self.reader.read_row(row, kind, place, argument=name)
-        return read.with_question(row[self.question_column]) if is_changed and isinstance(read, Conversation) else read
+        if isinstance(read, Conversation) and is_changed:
+            read = read.with_question(row[self.question_column])
+        if isinstance(read, Conversation) and self.answer_column != self.reader.answer_column:
+            self._check_text(row, self.answer_column, place)
+            read = read.with_answer(row[self.answer_column])
+        return read
 
     def _check_text(self, row: Values, column: str, place: str) -> None:
         if not isinstance(row.get(column), str):
@@ -598,11 +642,19 @@ class QuestionBenchmark(Benchmark):
                 error.args = (f"{error} The reason is that {difference}.",)
             raise
 
-    def with_questions(self, column: str) -> QuestionBenchmark:
-        """Return this benchmark with questions from another column."""
-        changed = copy.copy(self)
-        changed.questions = self.questions.with_column(column)
+    def with_questions(self, column: str, answer_column: str | None = None) -> QuestionBenchmark:
+        """Return this benchmark with questions, and perhaps answers, from other columns."""
         # What was read has the questions of the other column.
+        return self._with(self.questions.with_columns(column, answer_column))
+
+    def with_sets(self, *names: str) -> QuestionBenchmark:
+        """Return this benchmark with some of its sets only."""
+        return self._with(self.questions.with_sets(names))
+
+    def _with(self, questions: QuestionSets) -> QuestionBenchmark:
+        """Return this benchmark with other sets, which are not read yet."""
+        changed = copy.copy(self)
+        changed.questions = questions
         changed._streams = None
         return changed
 
@@ -615,10 +667,14 @@ class QuestionBenchmark(Benchmark):
             attack: By the prompt, such as `FewShot`.
             answers: What the model answers to each forget question, if the attack needs that.
         """
-        changed = copy.copy(self)
-        changed.questions = self.questions.with_attack(attack, answers)
-        changed._streams = None
-        return changed
+        return self._with(self.questions.with_attack(attack, answers))
+
+    def read_sequences(self, source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Example]]:
+        """Return what a model can be fine-tuned on, of a set or of a file of questions or texts."""
+        if source in self.questions.sets or tokenizer is None:
+            return super().read_sequences(source, tokenizer)
+        with arguments_of(self):
+            return self.questions.read_file(source, tokenizer)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkStream]:
         """Read and tokenise every set."""

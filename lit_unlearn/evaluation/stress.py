@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
 from lit_unlearn.data.encoding import Example
-from lit_unlearn.errors import ConfigError, ModelError
-from lit_unlearn.evaluation.attacks.relearning import Relearn, copy_model, relearn
-from lit_unlearn.evaluation.attacks.rounding import load_quantized, round_weights
+from lit_unlearn.errors import ConfigError, ModelError, arguments_of
+from lit_unlearn.evaluation.attacks.copies import check_changeable
+from lit_unlearn.evaluation.attacks.other_questions import OtherQuestions
+from lit_unlearn.evaluation.attacks.relearning import Relearn
+from lit_unlearn.evaluation.attacks.rounding import Backend, Rounding, check_package, check_widths
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.models.adapters import inner_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
-
-PARAPHRASED_COLUMN = "paraphrased_question"
-WIDTHS = {"round": range(2, 9), "bitsandbytes": (4, 8)}
 
 
 class StressBenchmark(Benchmark):
@@ -44,14 +41,13 @@ class StressBenchmark(Benchmark):
 
     Args:
         benchmark: Runs on the model, and under every stress.
-        relearn: The attack by fine-tuning; ``None`` for none. The forget examples need an ``answer`` to be fine-tuned on.
+        relearn: The attack by fine-tuning, measured after its last step; ``None`` for none.
         bits: Widths to which the weights of every linear layer but the head are rounded, one stress each.
         paraphrased: Whether to ask in other words.
-        backend: The rounding. ``"round"``: to the nearest value, symmetric, with a scale for each output row, 2 to 8 bits.
-            ``"bitsandbytes"``: as models are deployed, 8 bits (LLM.int8) or 4 (NF4), through a temporary copy on disk.
+        backend: As for `Rounding`.
 
     Raises:
-        ConfigError: If ``bits`` or ``backend`` are unknown, or bitsandbytes is not installed.
+        ConfigError: If ``bits`` or ``backend`` are unknown, or the backend's package is not installed.
     """
 
     name: ClassVar[str] = "stress"
@@ -62,32 +58,30 @@ class StressBenchmark(Benchmark):
         relearn: Relearn | None = None,
         bits: Sequence[int] = (),
         paraphrased: bool = False,
-        backend: Literal["round", "bitsandbytes"] = "round",
+        backend: Backend = "round",
     ) -> None:
         # Without retain-only results of its own: those of `benchmark` are split by stress in `load`.
         super().__init__(benchmark.token_budget)
-        if backend not in WIDTHS or not set(bits) <= set(WIDTHS[backend]):
-            raise ConfigError(
-                f"`backend` 'round' rounds to `bits` from 2 to 8, and 'bitsandbytes' to 4 or 8; got {backend!r} and "
-                f"{list(bits)}.",
-                owner=self,
-                argument="bits",
-            )
-        if bits and backend == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
-            message = "`backend` 'bitsandbytes' needs `pip install bitsandbytes`; or choose 'round'."
-            raise ConfigError(message, owner=self, argument="backend")
+        with arguments_of(self):
+            check_widths(backend, bits)
+            if bits:
+                check_package(backend)
 
         self.benchmark = benchmark
         self.relearn = relearn
-        self.backend = backend
+        self._changes: dict[str, Relearn | Rounding] = {}
+        self._paraphrase = OtherQuestions() if paraphrased else None
         self.stresses: dict[str, Values] = {}
         if relearn is not None:
-            self.stresses["relearn"] = asdict(relearn)
+            self._changes["relearn"] = relearn
+            self.stresses["relearn"] = _describe_relearn(relearn)
         for width in bits:
+            self._changes[f"{width}bit"] = Rounding(width, backend)
             self.stresses[f"{width}bit"] = {"bits": width, "backend": backend}
-        if paraphrased:
-            self.stresses["paraphrased"] = {"question_column": PARAPHRASED_COLUMN}
+        if self._paraphrase is not None:
+            self.stresses["paraphrased"] = {"question_column": self._paraphrase.question_column}
         self._stressed: dict[str, Benchmark] = {}
+        self._relearned: tuple[list[Example], list[int]] = ([], [])
 
     def settings(self) -> Values:
         """Return the settings of the benchmark and, under ``stress``, those of every stress."""
@@ -103,23 +97,17 @@ class StressBenchmark(Benchmark):
         """
         streams = dict(self.benchmark.prepare(tokenizer))
         if self.relearn is not None:
-            forget = streams["forget"].examples
-            if not all("answer" in example.sequences for example in forget):
-                message = f"{type(self.benchmark).__name__} has no answers to relearn."
-                raise ConfigError(message, owner=self, argument="relearn")
-            if self.relearn.rows > len(forget):
-                message = f"`relearn.rows` is {self.relearn.rows}, but there are {len(forget)} forget rows."
-                raise ConfigError(message, owner=self, argument="relearn")
+            self._relearned = self.relearn.find_examples(self.benchmark, tokenizer)
 
         # Every stress has a benchmark of its own, with the part of the retain-only results that was under the same stress.
         retain = self.benchmark.retain_results
         self._stressed = {}
         for stress, settings in self.stresses.items():
             stressed = self.benchmark
-            if stress == "paraphrased":
+            if stress == "paraphrased" and self._paraphrase is not None:
                 try:
-                    stressed = stressed.with_questions(PARAPHRASED_COLUMN)
-                except ValueError as error:
+                    stressed = self._paraphrase.change_benchmark(stressed)
+                except ConfigError as error:
                     message = f"{error} Set `paraphrased` to false."
                     raise ConfigError(message, owner=self, argument="paraphrased") from error
             self._stressed[stress] = stressed.with_retain_results(_results_under(stress, settings, retain))
@@ -153,12 +141,11 @@ class StressBenchmark(Benchmark):
             DivergedError: If relearning diverged.
         """
         self.prepare(lm.tokenizer)
-        if getattr(inner_model(lm.model), "is_quantized", False) and self.stresses.keys() - {"paraphrased"}:
-            raise ModelError(
-                "the model is quantised, and its integers can be neither trained nor rounded: load it without "
-                "quantisation, or set `relearn` to null and `bits` to [].",
-                owner=self,
-            )
+        if self._changes:
+            try:
+                check_changeable(lm)
+            except ModelError as error:
+                raise ModelError(f"{error} Or set `relearn` to null and `bits` to [].", owner=self) from error
         # The benchmark's own name stays in the results, so that plain results can be compared with these.
         results = self.benchmark.run(lm, partial_dir and partial_dir / "plain")
         results.settings = self.settings()
@@ -176,31 +163,22 @@ class StressBenchmark(Benchmark):
         if stress == "paraphrased":
             return benchmark.run(lm, partial_dir)
 
-        forget = self.prepare(lm.tokenizer)["forget"].examples
-        chosen = [] if self.relearn is None else self.relearn.choose(len(forget))
-        sequences = []
-        for number in chosen:
-            sequences += forget[number].sequences["answer"]
-        results = benchmark.run(self._change_model(stress, lm, sequences), partial_dir)
+        examples, relearned = self._relearned
+        *_, (_, changed) = self._changes[stress].change_model(lm, examples, self.token_budget)
+        results = benchmark.run(changed, partial_dir)
         # The cache of autocast would keep the copy's weights alive, as casts.
         torch.clear_autocast_cache()
         if stress == "relearn":
-            results.aggregate |= _split_forget(benchmark, results.examples["forget"], chosen)
+            results.aggregate |= _split_forget(benchmark, results.examples["forget"], relearned)
         return results
 
-    def _change_model(self, stress: str, lm: LanguageModel, sequences: Sequence[Example]) -> LanguageModel:
-        """Return a changed copy of the model, computed without autocast even if the evaluation uses it."""
-        device = next(lm.parameters()).device.type
-        # Tensors of inference mode cannot be trained; autocast keeps casts of weights, and would not see these change.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-            if stress != "relearn" and self.backend == "bitsandbytes":
-                return load_quantized(lm, self.stresses[stress]["bits"])
-            changed = copy_model(lm)
-            if stress == "relearn" and self.relearn is not None:
-                relearn(changed, sequences, self.relearn, self.token_budget)
-            else:
-                round_weights(changed.model, self.stresses[stress]["bits"])
-            return changed
+
+def _describe_relearn(attack: Relearn) -> Values:
+    """Return the settings that decide the values after the last step, the later ones only where they are not the default."""
+    values = asdict(attack)
+    # In the way, they would make results of earlier versions those of another attack.
+    later = {"source": Relearn.source, "lora_rank": Relearn.lora_rank}
+    return {name: value for name, value in values.items() if name != "curve" and value != later.get(name, ...)}
 
 
 def _add_prefix(stress: str, values: Mapping[str, Value]) -> dict[str, Value]:

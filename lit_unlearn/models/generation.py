@@ -146,7 +146,8 @@ def check_prompts(
         if positions is not None and len(prompt) + max_new_tokens > positions:
             raise DataError(
                 f"prompt {number} has {len(prompt)} tokens, which with `max_new_tokens` {max_new_tokens} exceed the model's "
-                f"{positions} positions (`max_position_embeddings`): shorten the prompt, or lower `max_new_tokens`."
+                f"{positions} positions (`max_position_embeddings`): shorten the prompt, or lower `max_new_tokens`.",
+                argument="max_new_tokens",
             )
 
 

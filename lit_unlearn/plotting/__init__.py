@@ -3,6 +3,7 @@
 Nothing here trains or measures; what a fit records for its pictures is in ``callbacks/picture.py``.
 """
 
+from lit_unlearn.plotting.attacks import draw_attacks
 from lit_unlearn.plotting.run import draw_dual, draw_finetuning, draw_run, draw_trajectory
 from lit_unlearn.plotting.run_log import NothingToDraw, RecordedAnswer, RunLog, read_run, write_picture_data
 from lit_unlearn.plotting.tokens import draw_tokens
@@ -12,6 +13,7 @@ __all__ = [
     "NothingToDraw",
     "RecordedAnswer",
     "RunLog",
+    "draw_attacks",
     "draw_dual",
     "draw_finetuning",
     "draw_run",

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_unlearn import LitEvaluate, LitFinetune, LitUnlearn, cli
 from lit_unlearn.callbacks import StopAtDamage
 
-# All but policies, which are no configurations of a run.
-CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "policy")
+# All but policies and lists of attacks, which are no configurations of a run.
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name not in ("policy", "attack"))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["-h"], []])

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lit_unlearn import LanguageModel, Relearn
 from lit_unlearn.data.encoding import encode
-from lit_unlearn.evaluation.attacks.relearning import copy_model, relearn
+from lit_unlearn.evaluation.attacks.copies import copy_model
+from lit_unlearn.evaluation.attacks.relearning import relearn
 from lit_unlearn.evaluation.attacks.rounding import load_quantized, round_to_nearest, round_weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -152,7 +153,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(dtype, adapter, tmp_path):
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused():
-    with pytest.raises(ValueError, match=r"adapter cannot be merged .*`relearn`.*`bits`"):
+    with pytest.raises(ValueError, match=r"adapter cannot be merged "):
         copy_model(build(adapter={"peft_type": "LILY"}))
 
 
@@ -181,7 +182,7 @@ def test_relearning_takes_the_steps_of_the_slow_form(token_budget, tokenizer_dir
     lm = loaded(taught(tokenizer_dir, 20), torch.float64)
     plain, attack = copy.deepcopy(lm.model), Relearn(rows=5, steps=4, lr=1e-3)
     before = copy.deepcopy(lm.model)
-    relearn(lm, encoded(lm), attack, token_budget)
+    list(relearn(lm, encoded(lm), attack, token_budget))
     slow_relearn(plain, encoded(lm), attack)
     for found, wanted, old in zip(lm.parameters(), plain.parameters(), before.parameters(), strict=True):
         moved = (wanted - old).norm()
@@ -196,9 +197,9 @@ def test_half_precision_is_trained_in_float32(dtype, tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, 20), dtype)
     wide, before = copy.deepcopy(lm.model).float(), copy.deepcopy(lm.model)
     attack = Relearn(rows=5, steps=20, lr=1e-5)
-    relearn(lm, encoded(lm), attack, 8192)
+    list(relearn(lm, encoded(lm), attack, 8192))
     other = LanguageModel.wrap(wide, lm.tokenizer)
-    relearn(other, encoded(lm), attack, 8192)
+    list(relearn(other, encoded(lm), attack, 8192))
     moved = 0
     for found, wanted, old in zip(lm.parameters(), other.parameters(), before.parameters(), strict=True):
         assert found.dtype == dtype
@@ -214,7 +215,7 @@ def test_dropout_and_random_numbers_are_left_alone(tokenizer_dir):
         torch.manual_seed(0)
         lm.load(torch.float32)
         random = torch.random.get_rng_state()
-        relearn(lm, encoded(lm), Relearn(5, 2, 1e-3), 8192)
+        list(relearn(lm, encoded(lm), Relearn(5, 2, 1e-3), 8192))
         assert torch.equal(torch.random.get_rng_state(), random)
         states.append(lm.state_dict())
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
@@ -223,7 +224,7 @@ def test_dropout_and_random_numbers_are_left_alone(tokenizer_dir):
 def test_divergence_is_an_error(tokenizer_dir):
     lm = loaded(taught(tokenizer_dir, 0), torch.float32)
     with pytest.raises(ValueError, match=r"NLL is nan at step \d+; lower `lr` \(1e\+30"):
-        relearn(lm, encoded(lm), Relearn(5, 5, 1e30), 8192)
+        list(relearn(lm, encoded(lm), Relearn(5, 5, 1e30), 8192))
 
 
 def test_rows_are_drawn_by_the_seed():

@@ -31,7 +31,8 @@ from lit_unlearn import (
     StressBenchmark,
     TOFUBenchmark,
 )
-from lit_unlearn.evaluation.attacks.relearning import copy_model, relearn
+from lit_unlearn.evaluation.attacks.copies import copy_model
+from lit_unlearn.evaluation.attacks.relearning import relearn
 from lit_unlearn.evaluation.attacks.rounding import load_quantized, round_weights
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
@@ -88,9 +89,8 @@ def by_hand(stress: str, lm: LanguageModel, suite: QABenchmark) -> LanguageModel
     other = copy_model(lm)
     if stress == "relearn":
         streams = suite.prepare(lm.tokenizer)
-        relearn(
-            other, [streams["forget"].examples[i].sequences["answer"][0] for i in CHOSEN], ATTACK, suite.token_budget
-        )
+        rows = [streams["forget"].examples[i].sequences["answer"][0] for i in CHOSEN]
+        list(relearn(other, rows, ATTACK, suite.token_budget))
     elif stress.endswith("bit"):
         round_weights(other.model, int(stress[0]))
     return other
@@ -332,7 +332,7 @@ def test_bitsandbytes_is_asked_for(files, monkeypatch):
 
 
 def test_refused_before_anything_is_measured(lm, files, tmp_path):
-    with pytest.raises(ValueError, match=r"`relearn.rows`.* 6.* 5 "):
+    with pytest.raises(ValueError, match=r"`rows`.* 6.* 5 "):
         StressBenchmark(inner(files), Relearn(6, 1, 1.0)).prepare(lm.tokenizer)
     plain = write(tmp_path / "plain.jsonl", FORGET)
     with pytest.raises(ValueError, match=r"'paraphrased_question'.*`paraphrased`"):
@@ -393,9 +393,8 @@ def measured(model: str, files: dict[str, str], folder: Path) -> Results:
             for parameter in drifting.parameters():
                 parameter *= 1 + 1e-6
     apart = gather_objects(fingerprint(drifting.model))
-    relearn(
-        drifting, [suite.benchmark.prepare(lm.tokenizer)["forget"].examples[0].sequences["answer"][0]], ATTACK, 8192
-    )
+    row = suite.benchmark.prepare(lm.tokenizer)["forget"].examples[0].sequences["answer"][0]
+    list(relearn(drifting, [row], ATTACK, 8192))
     return {"results": results, "keys": keys, "apart": apart, "together": gather_objects(fingerprint(drifting.model))}
 
 

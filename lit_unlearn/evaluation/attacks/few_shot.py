@@ -35,12 +35,18 @@ class FewShot:
     seed: int = 0
 
     name: ClassVar[str] = "few_shot"
+    unit: ClassVar[str] = "shots"
     needs_answers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_at_least(1, self, shots=self.shots)
         with arguments_of(self):
             object.__setattr__(self, "template", check_template(self.template))
+
+    @property
+    def effort(self) -> int:
+        """Number of examples."""
+        return self.shots
 
     def change_questions(
         self, conversations: Sequence[Conversation], answers: Sequence[str] = ()

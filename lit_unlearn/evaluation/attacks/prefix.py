@@ -27,10 +27,16 @@ class Prefix:
     words: int = 3
 
     name: ClassVar[str] = "prefix"
+    unit: ClassVar[str] = "words"
     needs_answers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_at_least(1, self, words=self.words)
+
+    @property
+    def effort(self) -> int:
+        """Number of words."""
+        return self.words
 
     def change_questions(
         self, conversations: Sequence[Conversation], answers: Sequence[str] = ()

@@ -35,6 +35,7 @@ class SeveralTurns:
     template: str | None = None
 
     name: ClassVar[str] = "several_turns"
+    unit: ClassVar[str] = "turns"
     needs_answers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -47,6 +48,11 @@ class SeveralTurns:
             raise ConfigError(message, owner=self, argument="related")
         with arguments_of(self):
             object.__setattr__(self, "template", check_template(self.template))
+
+    @property
+    def effort(self) -> int:
+        """Number of turns beside the question."""
+        return self.related + (self.follow_up is not None)
 
     def change_questions(
         self, conversations: Sequence[Conversation], answers: Sequence[str] = ()

@@ -1,0 +1,82 @@
+"""Options of commands that ask questions of models: the sets of rows, and how their questions are put."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from lit_unlearn.cli.parser import CommandParser
+from lit_unlearn.data.fictional_authors import FictionalAuthors
+from lit_unlearn.data.source import Source
+from lit_unlearn.data.templates import Chat, check_chat, check_template
+from lit_unlearn.errors import ConfigError
+
+SETS = {
+    "forget": "Rows that were to be deleted",
+    "retain": "Rows that were to be kept",
+    "holdout": "Rows like the forget rows that the model has never seen",
+    "general": "Rows that have nothing to do with the deletion",
+    "canaries": "Random sequences that were planted among the forget rows",
+    "canary_references": "Sequences like them that were not planted",
+}
+_EMBEDDED = FictionalAuthors.__name__
+
+
+def add_set_options(parser: CommandParser, names: Iterable[str] = SETS) -> None:
+    """Add an option for the file of each of these sets."""
+    for name in names:
+        help_text = f"{SETS[name]}: a file, or a data set on the hub."
+        parser.add_argument(f"--{name}", type=str, metavar="FILE", help=help_text)
+
+
+def add_question_options(parser: CommandParser) -> None:
+    """Add the options of columns, prompt and lengths, and of the model's arithmetic."""
+    parser.add_argument("--question_column", type=str, help="Column with the question.")
+    parser.add_argument("--answer_column", type=str, help="Column with the answer.")
+    parser.add_argument("--template", type=str, help="Text with {question} and {answer}.")
+    parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
+    parser.add_argument("--max_length", type=int, help="Tokens of an example.")
+    parser.add_argument("--token_budget", type=int, default=8192, help="Largest batch, in tokens.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="Of the weights; by default as a run has them."
+    )
+
+
+def read_settings(parser: CommandParser, options: Namespace) -> dict[str, Any]:
+    """Return the settings of the questions that are given as options."""
+    settings = {}
+    for name in ("question_column", "answer_column", "template", "max_length"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    chat = parser.instantiate(options).chat
+    check_chat(chat, check_template(options.template))
+    if chat is not None:
+        settings["chat"] = chat
+    return settings
+
+
+def find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, Source]:
+    """Return the sources of the sets: files that are given, or the embedded authors that the record names.
+
+    Raises:
+        ConfigError: If the forget or the retain set is not known.
+    """
+    files = {name: getattr(options, name, None) for name in SETS}
+    given = {name: Source(file) for name, file in files.items() if file is not None}
+    if not given and ((record or {}).get("data") or {}).get("class") == _EMBEDDED:
+        config = (record or {}).get("config") or {}
+        arguments = (config.get("data") or {}).get("init_args") or {}
+        names = ("num_authors", "forget_authors", "authors_seed", "canaries")
+        counts = {name: arguments[name] for name in names if name in arguments}
+        # As many unseen authors as were forgotten: the two sets are compared.
+        unseen = counts.get("forget_authors", 1)
+        data = FictionalAuthors(**counts, unseen_authors=unseen)
+        sets = {"forget": data.sources["forget"], "retain": data.sources["retain"], "holdout": data.sources["unseen"]}
+        return {**sets, **data.canary_sources}
+    for name in ("forget", "retain"):
+        if name not in given:
+            raise ConfigError(
+                f"this command needs --forget FILE and --retain FILE: --{name} is missing.", argument=name
+            )
+    return given
