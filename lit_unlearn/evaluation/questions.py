@@ -199,7 +199,7 @@ class QuestionSets:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
         if fluency_model is not None:
             fluency_model = expand_home(fluency_model)
-            check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
+            check_model_directory(fluency_model, True, owner=owner, argument="fluency_model")
         if reference_model is not None:
             reference_model = expand_home(reference_model)
             check_model_directory(reference_model, True, owner=owner, argument="reference_model")
@@ -244,6 +244,12 @@ class QuestionSets:
             "mask_padding_ids": self.encoding.mask_padding_ids,
             "prompt": self.prompt,
         }
+
+    def with_sets(self, names: Sequence[str]) -> QuestionSets:
+        """Return these of the sets, without the others."""
+        changed = copy.copy(self)
+        changed.sets = {name: question_set for name, question_set in self.sets.items() if name in names}
+        return changed
 
     def with_column(self, column: str) -> QuestionSets:
         """Return the sets that have another column with questions, and read them from there.
@@ -597,6 +603,13 @@ class QuestionBenchmark(Benchmark):
             if difference is not None:
                 error.args = (f"{error} The reason is that {difference}.",)
             raise
+
+    def with_sets(self, names: Sequence[str]) -> QuestionBenchmark:
+        """Return this benchmark on some of its sets; names of sets that it does not have are passed over."""
+        changed = copy.copy(self)
+        changed.questions = self.questions.with_sets(names)
+        changed._streams = None
+        return changed
 
     def with_questions(self, column: str) -> QuestionBenchmark:
         """Return this benchmark with questions from another column."""
