@@ -107,6 +107,8 @@ def test_the_page_says_how_it_ended_and_what_was_not_tested(folder: Path) -> Non
     assert "probability after relearning" in gaps.partition("does not ask for")[2]
     assert text.count("<svg") == 2  # one interval for each measure that has one
     assert "nothing shows that the thresholds were fixed before" in text
+    audit = json.loads((folder / "audit.json").read_text("utf-8"))
+    assert "names another policy" in render_page({**audit, "policy_fixed_before": False})
 
 
 def test_neither_file_has_text_of_a_row_or_a_path(folder: Path, measured: dict[str, Any]) -> None:
