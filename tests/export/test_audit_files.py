@@ -16,8 +16,9 @@ import torch
 from audit_models import SETS, benchmark, make_key, trained, write_policy, write_sets
 
 from lit_unlearn import LanguageModel
+from lit_unlearn.cli import verify
 from lit_unlearn.data.source import Source
-from lit_unlearn.errors import ConfigError, MissingFileError
+from lit_unlearn.errors import ConfigError, MissingFileError, RequirementNotMet
 from lit_unlearn.evaluation.audit import Policy, Requirement, judge, read_policy
 from lit_unlearn.evaluation.audit_run import measure_model
 from lit_unlearn.evaluation.measures import Evidence
@@ -216,6 +217,23 @@ def test_a_signed_audit_is_of_its_signer(folder: Path, measured: dict[str, Any],
     write_audit(folder, audit)
     (folder / "audit.json.sig").write_text(signature, encoding="utf-8")
     assert "signature of audit.json" in failures(verify_folder(folder, public_key=digits))
+
+
+def test_one_byte_of_a_signed_audit_is_found_by_the_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_key(tmp_path / "key.pem")
+    write_audit(folder, json.loads((folder / "audit.json").read_text("utf-8")), load_signing_key(tmp_path / "key.pem"))
+    arguments = [str(folder), f"--public_key={tmp_path / 'key.pub'}"]
+    verify.run(arguments)
+    assert "DIFFERS" not in capsys.readouterr().out
+    content = (folder / "audit.json").read_bytes()
+    # A digit of a number, a letter of a key, and a byte that is no text.
+    for place, byte in ((b'"high": 0.', b"0"), (b'"verdi', b"k"), (b'"creat', b"\xff")):
+        start = content.index(place) + len(place)
+        (folder / "audit.json").write_bytes(content[:start] + byte + content[start + 1 :])
+        with pytest.raises(RequirementNotMet, match=r"file audit\.json.*signature of audit\.json"):
+            verify.run(arguments)
 
 
 def test_a_folder_with_nothing_to_verify_is_refused(tmp_path: Path) -> None:
