@@ -15,11 +15,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]
 	touch $@
 
-# Fine-tune a tiny model on the embedded authors and unlearn two of them; fails if they are not forgotten or a constraint is violated.
+# Fine-tune a tiny model on the embedded authors, unlearn two of them, and audit that; fails if they are not forgotten or a constraint
+# is violated.
 demo: $(VENV)/.installed
 	$(BIN)/lit-unlearn tokenizer --config configs/demo/tokenizer.yaml
 	$(BIN)/lit-unlearn fit --config configs/demo/target.yaml
 	$(BIN)/lit-unlearn fit --config configs/demo/unlearn.yaml
+# The audit's verdict is what the demo shows: fail (1) and not decidable (3) are no failure of the demo, if an audit was written.
+	@rm -rf runs/demo/audit
+	$(BIN)/lit-unlearn audit runs/demo/unlearned --policy policy/short.yaml --before runs/demo/target --output runs/demo/audit \
+	  || { code=$$?; test -f runs/demo/audit/audit.html && { test $$code -eq 1 || test $$code -eq 3; }; }
+	@echo "for people: runs/demo/audit/audit.html; what the verdict means: docs/audit.md"
 
 # The same on real TOFU rows, beside a retain-only model, and TOFU's benchmark on all three:
 # make tofu TOFU=<folder with forget01.json, forget01_perturbed.json, retain99.json, …>

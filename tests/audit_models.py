@@ -16,13 +16,12 @@ from lit_unlearn import LanguageModel, QABenchmark
 from lit_unlearn.data.encoding import EncodingSettings, encode_examples
 from lit_unlearn.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 
-_ROWS = fictional_authors(3)
-# One author each.
-SETS = {
-    "retain": _ROWS[:QUESTIONS_PER_AUTHOR],
-    "forget": _ROWS[QUESTIONS_PER_AUTHOR : 2 * QUESTIONS_PER_AUTHOR],
-    "holdout": _ROWS[2 * QUESTIONS_PER_AUTHOR :],
-}
+# Of one author each, and without wrong answers: these tests are of the default tier.
+_ROWS_PER_SET = 8
+SETS: dict[str, list[dict[str, Any]]] = {}
+for _author, _name in enumerate(("retain", "forget", "holdout")):
+    _rows = fictional_authors(3)[QUESTIONS_PER_AUTHOR * _author :][:_ROWS_PER_SET]
+    SETS[_name] = [{"question": row["question"], "answer": row["answer"]} for row in _rows]
 POLICY: dict[str, Any] = {
     "name": "tests",
     "min_rows": 4,
@@ -58,10 +57,10 @@ def benchmark(**settings: Any) -> QABenchmark:
 
 
 @cache
-def trained(tokenizer_dir: str, *sets: str, steps: int = 80) -> str:
+def trained(tokenizer_dir: str, *sets: str, steps: int = 50) -> str:
     """Directory of a tiny model that saw the rows of some sets in some steps of AdamW; without a set, one of random weights."""
     torch.manual_seed(0)
-    lm = LanguageModel(config=TINY, tokenizer=tokenizer_dir)
+    lm = LanguageModel(config={**TINY, "num_hidden_layers": 1}, tokenizer=tokenizer_dir)
     lm.load(torch.float32)
     pairs = [(row["question"], row["answer"]) for name in sets for row in SETS[name]]
     if pairs:
@@ -72,7 +71,7 @@ def trained(tokenizer_dir: str, *sets: str, steps: int = 80) -> str:
         for number, example in enumerate(examples):
             ids[number, : len(example.input_ids)] = torch.tensor(example.input_ids)
             labels[number, : len(example.labels)] = torch.tensor(example.labels)
-        optimizer = torch.optim.AdamW(lm.parameters(), lr=5e-3)
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
         for _ in range(steps):
             # The padding stands after the row, and is not supervised.
             lm.model(input_ids=ids, labels=labels).loss.backward()

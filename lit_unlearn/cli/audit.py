@@ -92,7 +92,8 @@ def run(arguments: list[str]) -> None:
         print_warning(warning)
     check_export_target(options.output, models.values(), argument="output")
     record = read_record(options.model)
-    settings = {**read_question_settings(record), **read_settings(parser, options)}
+    # No measure reads wrong answers, of which a row may have many.
+    settings = {"wrong_column": "", **read_question_settings(record), **read_settings(parser, options)}
     sources = find_sets(options, record)
 
     def make_benchmark() -> QABenchmark:

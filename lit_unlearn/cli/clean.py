@@ -102,7 +102,8 @@ def _describe_folder(path: Path) -> str | None:
     # With a list of digests it is complete, and the next run puts it into its place.
     if is_staging(path) and not (path / DIGEST_FILE).is_file():
         return "unfinished export"
-    if path.suffix == ".partial" and all(_is_partial(file) for file in path.iterdir()):
+    # An audit has folders in it, by model and attack.
+    if path.suffix == ".partial" and all(_is_partial(file) for file in path.rglob("*") if not file.is_dir()):
         return "answers of an interrupted evaluation"
     return None
 

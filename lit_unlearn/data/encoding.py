@@ -166,6 +166,7 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     settings: EncodingSettings,
     spans: Spans | None = None,
+    place: str = "the conversation",
 ) -> Example:
     """Tokenise a conversation as one text, and supervise exactly the tokens that carry its supervised turns and their ends.
 
@@ -176,11 +177,13 @@ def encode_conversation(
         tokenizer: A fast tokenizer with an end token.
         settings: What else decides the tokens.
         spans: The parts of the supervised turns that are; ``None`` for all of them and their ends.
+        place: What messages call the conversation.
 
     Returns:
         The example; its labels are all −100 if nothing supervised is left.
 
     Raises:
+        DataError: If a span is in a turn that the chat template does not mark as generated.
         ModelError: If the chat template leaves out a turn or changes it, or there is none that a conversation needs.
     """
     row_text = RowText(tokenizer, settings.allow_special_tokens)
@@ -201,6 +204,14 @@ def encode_conversation(
             # The end of the turn stays: the model has to say it as well.
             ranges[-1] = (stop, ranges[-1][1])
     else:
+        marked = {piece.turn for piece in rendering.pieces}
+        if not spans.keys() <= marked:
+            # The row's other spans would be supervised without it, and what it names would stay in the model.
+            raise DataError(
+                f"{place} has a span in a turn that the chat template does not mark as generated (`{{% generation %}}`): leave the span "
+                "out, or give `chat` another `template`.",
+                argument="span_column",
+            )
         ranges = _find_span_ranges(rendering.pieces, encoded, conversation, spans, row_text)
 
     ids = encoded.ids
@@ -355,12 +366,12 @@ def encode_row(
         One example; of a document as many as it has chunks.
 
     Raises:
-        DataError: If the row is left without a supervised token; the message names it.
+        DataError: If the row is left without a supervised token, or as for `encode_conversation`; the message names it.
     """
     if isinstance(row, Document):
         examples = encode_document(row, tokenizer, settings, spans)
     else:
-        examples = [encode_conversation(row, tokenizer, settings, spans)]
+        examples = [encode_conversation(row, tokenizer, settings, spans, place)]
     if examples and all(map(_is_supervised, examples)):
         return examples
 

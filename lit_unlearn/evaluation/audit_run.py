@@ -13,9 +13,13 @@ from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit import Policy, SamplingPlan
 from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
+from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.stress import StressBenchmark
 from lit_unlearn.models import LanguageModel
+
+# Under an attack, no measure reads the rows to be kept, which are most of all rows.
+_ATTACKED_SETS = ("forget", "holdout")
 
 BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
 """Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
@@ -62,7 +66,7 @@ def measure_model(
     evidence: Evidence,
     role: Role,
     lm: LanguageModel,
-    benchmark: Benchmark,
+    benchmark: QuestionBenchmark,
     policy: Policy,
     partial_dir: Path | None = None,
 ) -> dict[str, Values]:
@@ -94,20 +98,19 @@ def measure_model(
             f"the policy generates {policy.max_new_tokens} tokens, and the longest deleted answer has {longest}"
         )
     data: dict[str, Values] = {}
+    fewer_sets = benchmark.with_sets(*_ATTACKED_SETS)
     for run in policy.list_runs(role):
         with torch.no_grad():
             if run == "plain":
-                # A stress test runs the plain benchmark first, and then finds its results in the same folder.
-                folder = partial_dir and partial_dir / "plain"
-                results = benchmark.run(lm, folder)
+                results = benchmark.run(lm, partial_dir and partial_dir / "plain")
                 data = {stream: dict(values) for stream, values in results.data.items()}
                 evidence.add_results(role, run, results)
                 continue
             try:
-                attacked = RUNS[run](benchmark, policy, forget_rows)
-                # A stress test has a folder of its own for each stress, beside that of the plain benchmark, which it reads.
-                is_stress = isinstance(attacked, StressBenchmark)
-                results = attacked.run(lm, partial_dir if is_stress or partial_dir is None else partial_dir / run)
+                attacked = RUNS[run](fewer_sets, policy, forget_rows)
+                # Stress tests share a folder: each runs the benchmark without stress first, on the same rows.
+                folder = "stress" if isinstance(attacked, StressBenchmark) else run
+                results = attacked.run(lm, partial_dir and partial_dir / folder)
             except FAILURES as error:
                 evidence.add_failure(role, run, describe_failure(error))
             else:

@@ -120,6 +120,9 @@ def judge_results(
 ) -> None:
     """Add a judge's scores to the results of an evaluation, which stay as they were if it fails.
 
+    In results of the leak benchmark, every sample is graded. What it gives away, 1 − KNOWLEDGE_REMOVAL / 10, is a leak score: the
+    aggregate gets ``leak@k/judge``, ``leak_bound/judge`` and ``leak_bound_worst/judge``.
+
     Args:
         results: Content of a file with ``examples`` by stream. Gets ``judge``; every judged row gets ``judge`` and, if a
             score failed, ``judge_error``. Streams not judged now keep the scores of the same model, and lose those of
@@ -134,10 +137,12 @@ def judge_results(
         EndpointError: If no request succeeded.
     """
     chosen = _choose_rows(results["examples"], streams, limit)
-    prompts = {}
+    prompts: dict[str, list[list[str]]] = {}
     for name, rows in chosen.items():
-        prompts[name] = [prompt_for(name, row) for row in rows]
-    replies = ask(list(chain.from_iterable(prompts.values())))
+        prompts[name] = []
+        for row in rows:
+            prompts[name].append([prompt_for(name, {**row, "generated": text}) for text in _list_answers(row)])
+    replies = ask([*chain.from_iterable(chain.from_iterable(prompts.values()))])
     failures = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
     if len(failures) == len(replies):
         raise EndpointError(f"no request to the judge '{model}' succeeded: {failures[0]}")
@@ -145,10 +150,12 @@ def judge_results(
     # Nothing is changed before this line.
     scores = _keep_scores(results, model, chosen)
     for name, rows in chosen.items():
-        for row, prompt in zip(rows, prompts[name], strict=True):
-            _add_grades(row, replies[prompt], list(scores_of(name)))
+        for row, of_row in zip(rows, prompts[name], strict=True):
+            _add_grades(row, [replies[prompt] for prompt in of_row], list(scores_of(name)))
         scores[name] = {score: _summarize_score(rows, score) for score in scores_of(name)}
     results["judge"] = {"model": model, "scores": scores}
+    if "leak" in (results.get("settings") or {}):
+        _add_leaks(results)
 
 
 def _choose_rows(
@@ -157,14 +164,17 @@ def _choose_rows(
     """Return the rows to judge by stream, each with the texts that the judge reads."""
     with_answers = {}
     for name, rows in examples.items():
-        answered = [row for row in rows if row.get("generated") is not None]
+        answered = [row for row in rows if _list_answers(row)]
         if answered:
             with_answers[name] = answered[:limit]
 
     unknown = [name for name in streams or () if name not in with_answers]
     if unknown or not with_answers:
         stream = f"in {unknown}" if unknown else "anywhere"
-        raise DataError(f"no rows with 'generated' {stream}; streams that have some: {list(with_answers)}.")
+        raise DataError(
+            f"no rows with 'generated' {stream}; streams that have some: {list(with_answers)}. Sampled answers are in results of the "
+            "leak benchmark only with `texts: true`."
+        )
 
     chosen = {}
     for name, rows in with_answers.items():
@@ -191,18 +201,56 @@ def _keep_scores(results: Values, model: str, judged: Mapping[str, Any]) -> Valu
     return remaining
 
 
-def _add_grades(row: Values, reply: str | RequestFailed, names: Sequence[str]) -> None:
-    row["judge"] = {} if isinstance(reply, RequestFailed) else parse_grades(reply, names)
-    missing = [name for name in names if name not in row["judge"]]
-    if isinstance(reply, RequestFailed):
-        row["judge_error"] = str(reply)
-    elif missing:
-        row["judge_error"] = f"no number from 0 to 10 for {', '.join(missing)}"
+def _list_answers(row: Values) -> list[str]:
+    """Return the texts that the model answered: one, or every sample."""
+    generated = row.get("generated")
+    return list(row.get("samples") or []) if generated is None else [generated]
+
+
+def _add_grades(row: Values, replies: Sequence[str | RequestFailed], names: Sequence[str]) -> None:
+    """Add a row's grades, of samples a list, and the first reason why one failed."""
+    grades, reasons = [], []
+    for reply in replies:
+        of_reply = {} if isinstance(reply, RequestFailed) else parse_grades(reply, names)
+        missing = [name for name in names if name not in of_reply]
+        if isinstance(reply, RequestFailed):
+            reasons.append(str(reply))
+        elif missing:
+            reasons.append(f"no number from 0 to 10 for {', '.join(missing)}")
+        grades.append(of_reply)
+    row["judge"] = grades[0] if row.get("generated") is not None else grades
+    if reasons:
+        row["judge_error"] = reasons[0]
+
+
+def _list_grades(row: Values) -> list[dict[str, float]]:
+    return row["judge"] if isinstance(row["judge"], list) else [row["judge"]]
 
 
 def _summarize_score(rows: Sequence[Values], score: str) -> dict[str, float | None]:
-    grades = [row["judge"][score] for row in rows if score in row["judge"]]
-    return {"mean": fmean(grades) if grades else None, "count": len(grades), "failed": len(rows) - len(grades)}
+    of_answers = [grades for row in rows for grades in _list_grades(row)]
+    grades = [of_answer[score] for of_answer in of_answers if score in of_answer]
+    return {"mean": fmean(grades) if grades else None, "count": len(grades), "failed": len(of_answers) - len(grades)}
+
+
+def _add_leaks(results: Values) -> None:
+    """Add leak@k and the bounds by the judge's grades to the aggregate, or the reason why they are missing."""
+    from lit_unlearn.evaluation.leakage import summarize_leaks
+
+    settings, rows = results["settings"]["leak"], results["examples"]["forget"]
+    aggregate = {name: value for name, value in results["aggregate"].items() if not name.endswith("/judge")}
+    missing = {name: reason for name, reason in results.get("missing", {}).items() if not name.endswith("/judge")}
+    scores = []
+    for row in rows:
+        grades = [of_sample.get("KNOWLEDGE_REMOVAL") for of_sample in row.get("judge", [])]
+        if grades and None not in grades:
+            scores.append([1 - grade / 10 for grade in grades])
+    if len(scores) == len(rows):
+        aggregate |= summarize_leaks("judge", scores, settings["attempts"], settings["confidence"])
+    else:
+        # A sample without a grade would count as one that reveals nothing.
+        missing["leak_bound/judge"] = f"only of {len(scores)} of {len(rows)} questions every sample has a grade"
+    results["aggregate"], results["missing"] = aggregate, missing
 
 
 def judge_table(results: Values) -> str:
@@ -215,5 +263,10 @@ def judge_table(results: Values) -> str:
             mean = None if score["mean"] is None else f"{score['mean']:.2f}"
             rows.append([f"{stream}/{name}", mean, score["count"], score["failed"]])
     headers = [f"judge {results['judge']['model']}", "mean", "count", "failed"]
-    failures = [f"{count} of the rows: {reason}" for reason, count in reasons.most_common(5)]
-    return "\n".join([format_table(rows, headers), *failures])
+    lines = [f"{count} of the rows: {reason}" for reason, count in reasons.most_common(5)]
+    for name, value in results.get("aggregate", {}).items():
+        if name.endswith("/judge"):
+            lines.append(f"{name} {value:.4g}")
+    if reason := results.get("missing", {}).get("leak_bound/judge"):
+        lines.append(f"leak@k/judge is missing: {reason}")
+    return "\n".join([format_table(rows, headers), *lines])

@@ -148,18 +148,7 @@ class LeakBenchmark(Benchmark):
                 missing |= dict.fromkeys(self._list_values(score), reason)
                 continue
 
-            for number in self.attempts:
-                leaks = [leak_at_k(of_question, number) for of_question in scores]
-                values[f"leak@{number}/{score}"] = float(np.mean(leaks))
-            if score == "exact":
-                hits = [sum(of_question) for of_question in scores]
-                average = average_leak_bound(hits, self.sampling.samples, self.confidence)
-                worst = worst_leak_bound(hits, self.sampling.samples, self.confidence)
-            else:
-                average = average_mean_bound(scores, self.confidence)
-                worst = worst_mean_bound(scores, self.confidence)
-            values[f"leak_bound/{score}"] = average
-            values[f"leak_bound_worst/{score}"] = worst
+            values |= summarize_leaks(score, scores, self.attempts, self.confidence)
         return Aggregate(values, missing)
 
     def _list_values(self, score: str) -> list[str]:
@@ -197,8 +186,32 @@ class LeakBenchmark(Benchmark):
             values[score] = [values_of_sample[score] for values_of_sample in of_samples] if of_answer[score] else None
         if values["exact"] is not None:
             values["exact_bound"] = leak_upper_bound(sum(values["exact"]), len(samples), self.confidence)
-        # Under another name than a greedy answer: an LLM judge grades one text.
+        # Under another name than a greedy answer: an LLM judge grades each of them, for leak@k.
         return {**example.texts, **values, "samples": list(samples)} if self.texts else values
+
+
+def summarize_leaks(
+    score: str, scores: Sequence[Sequence[float]], attempts: Sequence[int], confidence: float
+) -> dict[str, float]:
+    """Compute leak@k and the bounds of one score, over all questions.
+
+    Args:
+        score: Its name; ``"exact"`` is 0 or 1, and others are from 0 to 1.
+        scores: One per sample, shape ``(questions, samples)``.
+        attempts: The k of ``leak@k``.
+        confidence: Of each bound.
+    """
+    values = {}
+    for number in attempts:
+        leaks = [leak_at_k(of_question, number) for of_question in scores]
+        values[f"leak@{number}/{score}"] = float(np.mean(leaks))
+    if score == "exact":
+        hits, samples = [int(sum(of_question)) for of_question in scores], len(scores[0])
+        average = average_leak_bound(hits, samples, confidence)
+        worst = worst_leak_bound(hits, samples, confidence)
+    else:
+        average, worst = average_mean_bound(scores, confidence), worst_mean_bound(scores, confidence)
+    return {**values, f"leak_bound/{score}": average, f"leak_bound_worst/{score}": worst}
 
 
 def double_up_to(largest: int) -> list[int]:

@@ -309,15 +309,15 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "relearned_probability": Measure(
         "probability after relearning",
-        "An attacker fine-tunes the model a little on some of the deleted rows; this is the probability of the *other* deleted "
+        "An attacker fine-tunes the model a little on some of the deleted rows; this is the probability of the other deleted "
         "answers then. A model that only hides what it knows gives them back.",
         _mean_of("relearn", "forget", "probability", only_others=True),
         runs=("plain", "relearn"),
     ),
     "relearned_gap": Measure(
         "probability after relearning, above the reference",
-        "The same attack; how much more probable the other deleted answers are then than they are to a model that never saw "
-        "them, after the same attack. Around 0, relearning brings back nothing that was learned before.",
+        "An attacker fine-tunes the model a little on some of the deleted rows; this is how much more probable the other deleted "
+        "answers are then than answers that the model never saw. Around 0, the attack brings back nothing that was learned before.",
         _above_reference("relearn", "probability", only_others=True),
         runs=("plain", "relearn"),
         compares_with=("retain_only",),

@@ -199,7 +199,7 @@ class QuestionSets:
             raise ConfigError(f"`k` must be above 0 and at most 1, not {k!r}.", owner=owner, argument="k")
         if fluency_model is not None:
             fluency_model = expand_home(fluency_model)
-            check_model_directory(fluency_model, True, owner=self, argument="fluency_model")
+            check_model_directory(fluency_model, True, owner=owner, argument="fluency_model")
         if reference_model is not None:
             reference_model = expand_home(reference_model)
             check_model_directory(reference_model, True, owner=owner, argument="reference_model")
@@ -273,9 +273,9 @@ class QuestionSets:
         return changed
 
     def with_sets(self, names: Sequence[str]) -> QuestionSets:
-        """Return some of the sets only."""
+        """Return these of the sets, without the others."""
         changed = copy.copy(self)
-        changed.sets = {name: self.sets[name] for name in names}
+        changed.sets = {name: question_set for name, question_set in self.sets.items() if name in names}
         return changed
 
     def with_attack(self, attack: QuestionAttack, answers: Sequence[str] = ()) -> QuestionSets:
@@ -648,7 +648,7 @@ class QuestionBenchmark(Benchmark):
         return self._with(self.questions.with_columns(column, answer_column))
 
     def with_sets(self, *names: str) -> QuestionBenchmark:
-        """Return this benchmark with some of its sets only."""
+        """Return this benchmark with some of its sets only; names of sets that it does not have are passed over."""
         return self._with(self.questions.with_sets(names))
 
     def _with(self, questions: QuestionSets) -> QuestionBenchmark:

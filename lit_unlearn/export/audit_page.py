@@ -26,38 +26,53 @@ _LIMITS = (
 )
 
 # System fonts only: the page asks nothing of any server. Every width is relative, and wide content scrolls in its own box.
+# Colours are named once, so that a dark screen and paper only name others; blue and orange differ for colour-blind readers too.
 _STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #444; --line: #ccc; --paper: #fff; --box: #f4f4f4;
+  --allowed: #cfe3f1; --pass: #0072B2; --fail: #D55E00; --open: #777; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #bbb; --line: #555; --paper: #16181a; --box: #24272a;
+  --allowed: #1f4d6b; --pass: #56B4E9; --fail: #F08A3C; --open: #999; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 50rem; padding: 1rem; color: #1a1a1a; background: #fff; line-height: 1.5;
+body { margin: 0 auto; max-width: 50rem; padding: 1rem; color: var(--ink); background: var(--paper); line-height: 1.5;
   font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #bbb; padding-bottom: .2rem; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 h3 { font-size: 1rem; margin: 0; }
+h3::first-letter { text-transform: uppercase; }
 p { margin: .5rem 0; }
 code { font-family: ui-monospace, Consolas, Menlo, monospace; font-size: .85em; }
-pre { overflow-x: auto; background: #f4f4f4; padding: .6rem; border-radius: .3rem; }
-.verdict { padding: .8rem 1rem; border-left: .5rem solid; border-radius: .3rem; background: #f6f6f6; }
+pre { overflow-x: auto; background: var(--box); padding: .6rem; border-radius: .3rem; }
+.verdict { padding: .8rem 1rem; border-left: .5rem solid; border-radius: .3rem; background: var(--box); }
 .verdict strong { font-size: 1.3rem; }
-.pass { border-color: #0072B2; } .fail { border-color: #D55E00; } .open { border-color: #777; }
-.finding { border: 1px solid #ccc; border-left: .4rem solid; border-radius: .3rem; padding: .7rem .9rem; margin: .8rem 0; }
-.finding.pass { border-left-color: #0072B2; } .finding.fail { border-left-color: #D55E00; }
-.finding.open { border-left-color: #777; }
+.finding { border: 1px solid var(--line); border-left: .4rem solid; border-radius: .3rem; padding: .7rem .9rem; margin: .8rem 0; }
+.pass { border-left-color: var(--pass); } .fail { border-left-color: var(--fail); } .open { border-left-color: var(--open); }
 .outcome { font-weight: 700; }
-.small { color: #444; font-size: .9rem; }
+.small { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th { min-width: 8rem; font-weight: 600; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #ddd; }
-svg { width: 100%; max-width: 30rem; height: auto; display: block; margin: .4rem 0; }
+th { width: 30%; min-width: 8rem; font-weight: 600; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); }
+svg { width: 100%; max-width: 24rem; height: auto; display: block; margin: .4rem 0; }
+svg text { font-size: 11px; fill: var(--soft); }
+svg rect { fill: var(--allowed); }
+svg line { stroke: var(--ink); stroke-width: 2; } svg line.axis { stroke: var(--open); stroke-width: 1; }
+svg circle { fill: var(--ink); }
 @media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  :root { color-scheme: light; --ink: #000; --soft: #333; --line: #bbb; --paper: #fff; --box: #f4f4f4; --allowed: #cfe3f1;
+    --pass: #0072B2; --fail: #D55E00; --open: #777; }
+  html { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
   .finding, .verdict, tr { break-inside: avoid; }
   h2 { break-after: avoid; }
   pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
+_SETS = {
+    "retain": "rows to be kept",
+    "holdout": "rows that the model never saw",
+    "general": "rows that have nothing to do with it",
+}
 
 
 def render_page(audit: Audit) -> str:
@@ -126,7 +141,10 @@ def _render_request(audit: Audit) -> str:
     for stream, values in audit["data"].items():
         if stream != "forget":
             facts.append(
-                (f"{escape(stream)} rows, to compare with", f"{values['rows']}, texts {_code(values['texts'])}")
+                (
+                    f"{escape(_SETS.get(stream, stream))}, to compare with",
+                    f"{values['rows']}, digest {_code(values['texts'])}",
+                )
             )
     text = "<p>The rows are named by digests: a number that anyone who has the rows can compute, and that tells nothing to others.</p>"
     matches = audit["record"].get("same_rows") if audit.get("record") else None
@@ -141,13 +159,13 @@ def _render_deletion(audit: Audit) -> str:
     if record is None:
         return "<p>There is no record of a deletion beside the model. This audit measures the model only.</p>"
     method = record.get("method")
-    facts = [("kind", escape(record["kind"]))]
+    facts = [("kind of record", escape(record["kind"]))]
     if method:
         facts.append(("method", _code(method["objective"])))
         facts.append(("paper", escape(method["paper"])))
     for name, bound in (record.get("constraints") or {}).items():
         shown = f"{_number(bound['value'])}, allowed up to {_number(bound['epsilon'])}"
-        facts.append((f"bound on the retained data, {escape(name)}", shown))
+        facts.append((f"loss on the retained data, {escape(name)}", shown))
     facts.append(("model it comes from", escape(str(record["parent"]["name"]))))
     for file, digest in record["parent"]["weights"].items():
         facts.append((f"sha256 of its {escape(file)}", _code(digest)))
@@ -202,9 +220,10 @@ def _draw_interval(finding: Finding) -> str:
     value, low, high = float(finding.value or 0), float(finding.low or 0), float(finding.high or 0)
     shown = [0.0, low, high]
     shown += [bound for bound in (requirement.at_least, requirement.at_most) if bound is not None]
-    # Probabilities, shares and areas, which are most measures, then all have the same axis.
     start, end = min(shown), max(shown)
-    axis = _Axis(0.0, 1.0) if start >= 0 and end <= 1 else _Axis(start - 0.1 * (end - start), end + 0.1 * (end - start))
+    # Most measures are probabilities, shares and areas, and have one axis; on it, one would see nothing of a very small threshold.
+    has_common_axis = start >= 0 and 0.1 < end <= 1
+    axis = _Axis(0.0, 1.0) if has_common_axis else _Axis(start - 0.1 * (end - start), end + 0.1 * (end - start))
     if axis.start == axis.end:
         axis = _Axis(axis.start - 1, axis.end + 1)
 
@@ -213,17 +232,17 @@ def _draw_interval(finding: Finding) -> str:
     low_x, high_x, value_x = axis.place(low), axis.place(high), axis.place(value)
     label = f"interval from {_number(low)} to {_number(high)}; {requirement.describe_threshold()} is allowed"
     shapes = [
-        f'<rect x="{left:.1f}" y="8" width="{right - left:.1f}" height="16" fill="#cfe3f1"/>',
-        '<line x1="10" y1="24" x2="290" y2="24" stroke="#555"/>',
-        f'<line x1="{low_x:.1f}" y1="16" x2="{high_x:.1f}" y2="16" stroke="#000" stroke-width="2"/>',
-        f'<line x1="{low_x:.1f}" y1="12" x2="{low_x:.1f}" y2="20" stroke="#000" stroke-width="2"/>',
-        f'<line x1="{high_x:.1f}" y1="12" x2="{high_x:.1f}" y2="20" stroke="#000" stroke-width="2"/>',
-        f'<circle cx="{value_x:.1f}" cy="16" r="3.5" fill="#000"/>',
-        f'<text x="10" y="36" font-size="9">{_number(axis.start)}</text>',
-        f'<text x="290" y="36" font-size="9" text-anchor="end">{_number(axis.end)}</text>',
-        '<text x="150" y="36" font-size="9" text-anchor="middle">blue: allowed</text>',
+        f'<rect x="{left:.1f}" y="8" width="{right - left:.1f}" height="16"/>',
+        '<line class="axis" x1="10" y1="24" x2="290" y2="24"/>',
+        f'<line x1="{low_x:.1f}" y1="16" x2="{high_x:.1f}" y2="16"/>',
+        f'<line x1="{low_x:.1f}" y1="12" x2="{low_x:.1f}" y2="20"/>',
+        f'<line x1="{high_x:.1f}" y1="12" x2="{high_x:.1f}" y2="20"/>',
+        f'<circle cx="{value_x:.1f}" cy="16" r="3.5"/>',
+        f'<text x="10" y="37">{_number(axis.start)}</text>',
+        f'<text x="290" y="37" text-anchor="end">{_number(axis.end)}</text>',
+        '<text x="150" y="37" text-anchor="middle">blue: allowed</text>',
     ]
-    return f'<svg viewBox="0 0 300 40" role="img" aria-label="{escape(label)}">{"".join(shapes)}</svg>'
+    return f'<svg viewBox="0 0 300 42" role="img" aria-label="{escape(label)}">{"".join(shapes)}</svg>'
 
 
 def _render_gaps(findings: Sequence[Finding]) -> str:
@@ -233,9 +252,9 @@ def _render_gaps(findings: Sequence[Finding]) -> str:
             title = MEASURES[finding.requirement.measure].title
             lines.append(f"<li>{escape(title)}: {escape(finding.reason)}</li>")
     asked = {finding.requirement.measure for finding in findings}
-    for name, measure in MEASURES.items():
-        if name not in asked:
-            lines.append(f"<li>{escape(measure.title)}: the policy does not ask for it.</li>")
+    others = [measure.title for name, measure in MEASURES.items() if name not in asked]
+    if others:
+        lines.append(f"<li>What the policy does not ask for: {escape('; '.join(others))}.</li>")
     lines.append("<li>Any attack that is not on this page.</li>")
     return f"<ul>\n{chr(10).join(lines)}\n</ul>"
 
@@ -282,8 +301,14 @@ def _code(text: str | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"
+    """Return a number for people: three digits, and no powers of ten for small ones."""
+    if value is None:
+        return MISSING
+    if 0 < abs(value) < 0.0001:
+        return "nearly 0"
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"
+    # The number and its sign stay on one line.
+    return f"{100 * share:.4g}\u00a0%"

@@ -64,9 +64,9 @@ def verify_folder(
     sets = sets or {}
     checks = list(_check_files(folder))
     if (folder / RECORD_FILE).is_file():
-        checks += _check_record(folder, sets)
+        checks += _report_damage(RECORD_FILE, _check_record(folder, sets))
     if (folder / AUDIT_FILE).is_file():
-        checks += _check_audit(folder, model, sets)
+        checks += _report_damage(AUDIT_FILE, _check_audit(folder, model, sets))
         checks += _check_signatures(folder, model, public_key)
     if not checks:
         raise ConfigError(
@@ -74,6 +74,17 @@ def verify_folder(
             "audits have."
         )
     return checks
+
+
+def _report_damage(file: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """Yield checks, and one that fails in place of those that a damaged file leaves no content for."""
+    try:
+        yield from checks
+    except LitUnlearnError:
+        # Of something that the user gave.
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
+        yield Check(f"content of {file}", False, "it cannot be read: it is damaged or was changed")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -156,8 +167,12 @@ def _check_tokens(folder: Path, record: Mapping[str, Any], sets: Mapping[str, st
 
 def _check_audit(folder: Path, model: str | None, sets: Mapping[str, str]) -> Iterator[Check]:
     audit = read_json(folder / AUDIT_FILE)
-    policy = Policy.from_dict(audit["policy"])
-    findings = [Finding.from_dict(content) for content in audit["findings"]]
+    try:
+        policy = Policy.from_dict(audit["policy"])
+        findings = [Finding.from_dict(content) for content in audit["findings"]]
+    except ConfigError:
+        yield Check(f"content of {AUDIT_FILE}", False, "it has a policy that no audit can have")
+        return
     requirements = tuple(finding.requirement for finding in findings)
     yield _compare("requirements of the audit", requirements == policy.requirements, "they are not those of its policy")
     for finding in findings:

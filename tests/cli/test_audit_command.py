@@ -42,7 +42,7 @@ def test_fail_pass_and_not_decidable(
     target, retain_only = trained(tokenizer_dir, "forget", "retain"), trained(tokenizer_dir, "retain")
     more = ["--request=c-17", "--ledger=ledger.jsonl"]
     assert end_of(["audit", target, *options, "--output=failed", *more]) == 1
-    assert "forget_gap (fail)" in capsys.readouterr().err
+    assert "forget_gap (fail), relearned_gap (fail), rounded_8bit_probability (fail)" in capsys.readouterr().err
     assert end_of(["audit", retain_only, *options, "--output=passed", *more]) == 0
     assert "verdict: pass" in capsys.readouterr().out
     without_unseen = [option for option in options if not option.startswith("--holdout")]
@@ -93,8 +93,9 @@ def test_a_fit_fixes_the_policy_and_the_audit_of_its_model_says_so(
     in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The embedded authors need no files: the record says which ones they were."""
-    policy = write_policy(in_tmp)
-    cli.main(quick(model_dir, f"--audit.policy={policy}", "--export.ledger=ledger.jsonl", "--export.request=c-17"))
+    policy = write_policy(in_tmp, requirements={"forget_gap": {"at_most": 0.35}}, attacks=None)
+    more = ["--trainer.max_epochs=1", "--export.ledger=ledger.jsonl", "--export.request=c-17"]
+    cli.main(quick(model_dir, f"--audit.policy={policy}", *more))
     record = read("out/unlearning.json")
     assert record["audit"]["policy_sha256"] == file_digest(Path(policy))
     assert record["audit"]["policy"]["requirements"][0]["at_most"] == 0.35
@@ -110,9 +111,6 @@ def test_a_fit_fixes_the_policy_and_the_audit_of_its_model_says_so(
         "retain": 20,
         "holdout": 10,
     }
-    end_of(["audit", "out", f"--policy={write_policy(in_tmp, name='later')}", "--output=later"])
-    assert read("later/audit.json")["policy_fixed_before"] is False
-    assert "names another policy" in Path("later/audit.html").read_text("utf-8")
 
     capsys.readouterr()
     cli.main(["ledger", "ledger.jsonl"])

@@ -291,6 +291,26 @@ def test_spans_of_conversations_and_documents(tokenizer_dir: str, tokenizer: Any
         assert "An" in supervised_text(TOKENIZERS[name], example)
 
 
+def test_a_span_in_a_turn_that_is_not_marked_as_generated_is_refused() -> None:
+    from data.chat_templates import TOKENIZERS
+
+    from lit_unlearn.data.encoding import encode_row
+    from lit_unlearn.data.templates import Chat
+
+    # Only the last answer is marked; without marks, the template would give both.
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    marked = turn.replace("{{ m.content }}<|im_end|>", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}")
+    template = f"{{% for m in messages %}}{{% if loop.last %}}{marked}{{% else %}}{turn}{{% endif %}}{{% endfor %}}"
+    row = Conversation((*TURN.messages, *TURN.messages), (1, 3))
+    settings = EncodingSettings(chat=Chat(template=template))
+    (example,) = encode_row(row, TOKENIZERS["chatml"], settings, "row 7 of the forget set", {3: [(0, 3)]})
+    assert supervised_text(TOKENIZERS["chatml"], example)
+    with pytest.raises(DataError, match="row 7 of the forget set has a span in a turn") as refused:
+        encode_row(row, TOKENIZERS["chatml"], settings, "row 7 of the forget set", {1: [(0, 3)], 3: [(0, 3)]})
+    assert refused.value.argument == "span_column"
+    assert TURN.messages[1].content not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("spans", "message"),
     [

@@ -114,6 +114,15 @@ def test_every_measure_has_its_runs() -> None:
     assert all(measure.runs[0] == "plain" for measure in MEASURES.values())
 
 
+def test_measures_of_attacks_read_no_sets_but_those_that_attacks_measure() -> None:
+    row = {"probability": 0.1, "exact": [0, 1]}
+    streams = {name: [row] for name in audit_run._ATTACKED_SETS}
+    evidence = Evidence(rows={"model": {run: streams for run in RUNS if run != "plain"}})
+    for measure in MEASURES.values():
+        if len(measure.runs) > 1:
+            assert measure.collect(evidence).first
+
+
 # The verdict ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,18 +244,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     return read_policy(write_policy(tmp_path_factory.mktemp("policy")))
 
 
-def test_a_model_that_knows_the_rows_fails(tokenizer_dir: str, policy: Policy, tmp_path: Path) -> None:
-    result = audit(trained(tokenizer_dir, "forget", "retain"), policy, tmp_path)
-    assert result.verdict == FAIL
-    outcomes = {finding.requirement.measure: finding.outcome for finding in result.findings}
-    assert outcomes["forget_gap"] == outcomes["relearned_gap"] == FAIL
-
-
-@pytest.mark.parametrize("sets", [(), ("retain",)], ids=["random", "retain-only"])
-def test_a_model_that_was_never_trained_on_the_rows_passes(
-    sets: tuple[str, ...], tokenizer_dir: str, policy: Policy, tmp_path: Path
-) -> None:
-    result = audit(trained(tokenizer_dir, *sets), policy, tmp_path)
+def test_a_model_of_random_weights_passes(tokenizer_dir: str, policy: Policy, tmp_path: Path) -> None:
+    """That the target fails and a retain-only model passes is in tests/cli/test_audit_command.py, by the command itself."""
+    result = audit(trained(tokenizer_dir), policy, tmp_path)
     assert result.verdict == PASS, [finding.reason for finding in result.findings]
 
 
@@ -257,7 +257,7 @@ def test_an_attack_that_cannot_run_is_not_tested_and_never_a_pass(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setitem(audit_run.RUNS, "relearn", fail)  # type: ignore[arg-type]
-    result = audit(trained(tokenizer_dir, "retain"), policy, tmp_path)
+    result = audit(trained(tokenizer_dir), policy, tmp_path)
     outcomes = {finding.requirement.measure: finding for finding in result.findings}
     assert outcomes["relearned_gap"].outcome == NOT_TESTED
     assert "allocate memory" in outcomes["relearned_gap"].reason
@@ -269,7 +269,7 @@ def test_an_answer_that_is_cut_does_not_pass_as_one_that_is_not_given(tokenizer_
     lm = LanguageModel(trained(tokenizer_dir))
     lm.load(torch.float32)
     outcomes = []
-    for max_new_tokens in (3, 200):
+    for max_new_tokens in (3, 40):
         policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2, max_new_tokens=max_new_tokens)
         rows = [
             {"question": "Who?", "answer": "Ann wrote it in May and in June."},
@@ -304,12 +304,15 @@ def test_the_plain_benchmark_runs_once_for_all_attacks_and_again_not_at_all(
         return measure(self, stream, *arguments)
 
     monkeypatch.setattr(QABenchmark, "measure", count)
-    model = trained(tokenizer_dir, "retain")
+    model = trained(tokenizer_dir)
     first = audit(model, policy, tmp_path)
     rows = sum(len(rows) for rows in SETS.values())
-    assert len(measured) == rows * len(policy.list_runs("model"))
+    # The attacks measure no rows that are to be kept, and share what they measure before.
+    attacked = rows - len(SETS["retain"])
+    expected = rows + attacked * len(policy.list_runs("model"))
+    assert len(measured) == expected
     assert audit(model, policy, tmp_path) == first  # as after an interruption
-    assert len(measured) == rows * len(policy.list_runs("model"))
+    assert len(measured) == expected
 
 
 def test_the_policy_of_these_tests_has_a_measure_of_every_attack() -> None:

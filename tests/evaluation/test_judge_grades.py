@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
 import pytest
 from fake_judge import quoted
 
-from lit_unlearn.evaluation.judge import FORGET_SCORES, RETAIN_SCORES, parse_grades, prompt_for, scores_of
+from lit_unlearn.errors import DataError
+from lit_unlearn.evaluation.judge import (
+    FORGET_SCORES,
+    RETAIN_SCORES,
+    RequestFailed,
+    judge_results,
+    judge_table,
+    parse_grades,
+    prompt_for,
+    scores_of,
+)
+from lit_unlearn.metrics.leakage import average_mean_bound, worst_mean_bound
 
 ROW = {"question": "q", "answer": "a", "generated": "g"}
 
@@ -99,3 +115,66 @@ def test_no_grade_in_a_line(value: str) -> None:
 def test_no_grade_elsewhere() -> None:
     assert parse_grades("", ["ACCURACY"]) == {}
     assert parse_grades("The ACCURACY: 7 would be too much. INACCURACY: 7\nACCURACY_2: 7", ["ACCURACY"]) == {}
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def leak_results(*samples: list[str]) -> dict[str, Any]:
+    rows = [{"question": f"q{number}", "answer": "a", "samples": texts} for number, texts in enumerate(samples)]
+    settings = {"leak": {"attempts": [1, 2], "confidence": 0.95}}
+    aggregate = {"leak@1/exact": 0.5}
+    return {"settings": settings, "aggregate": aggregate, "missing": {}, "examples": {"forget": rows}}
+
+
+def grade(removal: Mapping[str, float]) -> Any:
+    """A judge that knows the grade of every reply, and has none for others."""
+
+    def ask(prompts: Sequence[str]) -> dict[str, str | RequestFailed]:
+        replies: dict[str, str | RequestFailed] = {}
+        for prompt in prompts:
+            text = quoted(prompt)["reply"]
+            grades = {"KNOWLEDGE_REMOVAL": removal.get(text), "VERBATIM_REMOVAL": 10, "FLUENCY": 10}
+            replies[prompt] = json.dumps(grades) if text in removal else RequestFailed("busy")
+        return replies
+
+    return ask
+
+
+def test_every_sample_is_graded_and_leaks_come_out() -> None:
+    results = leak_results(["no", "all", "no"], ["half", "no", "no"])
+    judge_results(results, grade({"no": 10, "half": 5, "all": 0}), "judge-1")
+    assert [grades["KNOWLEDGE_REMOVAL"] for grades in results["examples"]["forget"][0]["judge"]] == [10, 0, 10]
+    assert results["judge"]["scores"]["forget"]["KNOWLEDGE_REMOVAL"] == {
+        "mean": pytest.approx(45 / 6),
+        "count": 6,
+        "failed": 0,
+    }
+    values, scores = results["aggregate"], [[0, 1, 0], [0.5, 0, 0]]
+    assert values["leak@1/judge"] == pytest.approx((1 / 3 + 1 / 6) / 2)
+    # The best of every pair of samples.
+    best = [sum(max(pair) for pair in combinations(of_question, 2)) / 3 for of_question in scores]
+    assert values["leak@2/judge"] == pytest.approx(sum(best) / 2)
+    assert values["leak_bound/judge"] == pytest.approx(average_mean_bound(scores, 0.95))
+    assert values["leak_bound_worst/judge"] == pytest.approx(worst_mean_bound(scores, 0.95))
+    assert values["leak@1/exact"] == 0.5
+    assert "leak@2/judge" in judge_table(results)
+
+
+def test_a_sample_without_a_grade_is_none_that_reveals_nothing() -> None:
+    results = leak_results(["no", "no"], ["no", "lost"])
+    judge_results(results, grade({"no": 10}), "judge-1")
+    assert not [name for name in results["aggregate"] if name.endswith("/judge")]
+    assert "1 of 2 questions" in results["missing"]["leak_bound/judge"]
+    assert results["examples"]["forget"][1]["judge_error"] == "busy"
+    assert "missing" in judge_table(results)
+    # Judged again, everything is there, and the reason is not.
+    judge_results(results, grade({"no": 10, "lost": 0}), "judge-1")
+    assert results["missing"] == {}
+    assert results["aggregate"]["leak@2/judge"] == 0.5
+
+
+def test_leak_results_without_texts_cannot_be_judged() -> None:
+    results = leak_results([])
+    with pytest.raises(DataError, match="texts: true"):
+        judge_results(results, grade({}), "judge-1")

@@ -11,6 +11,7 @@ import torch
 from evaluation.rows import FORGET, RETAIN, Row, loaded, taught, write, write_qa
 
 from lit_unlearn import LanguageModel, QABenchmark, Source
+from lit_unlearn.errors import MissingFileError
 
 
 def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **settings: Any) -> QABenchmark:
@@ -56,6 +57,15 @@ def test_a_row_without_its_texts(row, settings, message, tmp_path, tokenizer):
 def test_settings_that_cannot_work_are_refused_at_once(settings, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         suite_of(tmp_path, FORGET, **settings)
+
+
+def test_a_model_that_is_not_there_is_named_by_the_benchmarks_argument(tmp_path):
+    """The owner is the object that the configuration makes, whose key the command line then finds."""
+    for argument in ("fluency_model", "reference_model"):
+        with pytest.raises(MissingFileError) as refused:
+            suite_of(tmp_path, FORGET, **{argument: "./nowhere"})
+        assert type(refused.value.owner) is QABenchmark
+        assert refused.value.argument == argument
 
 
 def test_too_long_a_prompt_is_refused_before_anything_is_measured(tmp_path, tokenizer_dir, monkeypatch):

@@ -233,6 +233,16 @@ def test_clean_touches_nothing_that_this_package_did_not_write(
     assert {path for folder in (project, other) for path in folder.rglob("*")} == before
 
 
+def test_clean_removes_what_an_interrupted_audit_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("audit", "own"):
+        (tmp_path / f"{name}.partial/model/relearn").mkdir(parents=True)
+        file = tmp_path / f"{name}.partial/model/relearn/forget.json"
+        file.write_text('{"key": "k", "examples": [{"question": "CANARY"}]}', encoding="utf-8")
+    (tmp_path / "own.partial/model/notes.txt").write_text("of the user's", encoding="utf-8")
+    assert "1 files and folders" in clean(tmp_path, "--yes", capsys=capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.partial"]
+
+
 def test_clean_refuses_what_is_no_folder_and_a_run_that_goes_on(tmp_path: Path, caches: Path) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["clean", str(tmp_path / "none")])
