@@ -104,7 +104,8 @@ def run_attacks(
 
         # Everything that decides the numbers.
         model = [fingerprint(cast(nn.Module, lm.model)), describe_precision(lm), package_versions()]
-        common = [*model, benchmark.settings(), benchmark.describe_data(lm.tokenizer)]
+        # The data first: reading the rows settles the prompt, which is a setting.
+        common = [*model, benchmark.describe_data(lm.tokenizer), benchmark.settings()]
         for label, attack in attacks.items():
             key = content_digest([*common, attack.name, asdict(attack), _digest_source(attack)])
             file = partial_dir and partial_dir / f"{key}.json"

@@ -88,7 +88,7 @@ def _draw_singles(axes: Axes, entries: Mapping[str, Any], value: str) -> None:
             outcome = entry.get(role, {})
             for point in outcome.get("points", []):
                 if point[value] is not None:
-                    axes.plot(point[value], height, color=BOUND, **{**look, "linestyle": "none"})
+                    axes.plot(point[value], height, color=BOUND, clip_on=False, **{**look, "linestyle": "none"})
             if role == "model" and "not_tested" in outcome:
                 axes.text(0.98, height, "not tested", ha="right", va="center", fontsize="small", color="0.4")
     axes.set_yticks(range(len(entries)), list(entries))
