@@ -104,7 +104,8 @@ def run_attacks(
 
         # Everything that decides the numbers.
         model = [fingerprint(cast(nn.Module, lm.model)), describe_precision(lm), package_versions()]
-        common = [*model, benchmark.settings(), benchmark.describe_data(lm.tokenizer)]
+        # The data first: reading the rows settles the prompt, which is a setting.
+        common = [*model, benchmark.describe_data(lm.tokenizer), benchmark.settings()]
         for label, attack in attacks.items():
             key = content_digest([*common, attack.name, asdict(attack), _digest_source(attack)])
             file = partial_dir and partial_dir / f"{key}.json"
@@ -229,6 +230,18 @@ def build_report(
     return {"benchmark": "attack", **description, "versions": package_versions(), "attacks": entries}
 
 
+def choose_value(entry: Values, value: Value) -> Value:
+    """Return the measure of leakage that is shown of an attack: ROUGE-L recall where the chosen one was not measured.
+
+    Args:
+        entry: Of a report, for one attack.
+        value: The chosen measure.
+    """
+    points = [point for role in ROLES for point in entry.get(role, {}).get("points", [])]
+    is_missing = bool(points) and all(point[value] is None for point in points)
+    return "rougeL_recall" if is_missing else value
+
+
 def attack_table(report: Values, value: Value = "rougeL_recall", style: TableStyle = "ruled") -> str:
     """Format a report: a line for each attack and effort, and below the table why attacks were not tested.
 
@@ -239,14 +252,18 @@ def attack_table(report: Values, value: Value = "rougeL_recall", style: TableSty
     """
     rows: list[list[object]] = []
     reasons: dict[str, list[str]] = {}
+    others: list[str] = []
     for label, entry in report["attacks"].items():
+        shown_value = choose_value(entry, value)
+        if shown_value != value:
+            others.append(f"{label}: {VALUES[shown_value]}")
         points: dict[int, dict[str, float | None]] = {}
         for role, role_name in ROLES.items():
             outcome = entry.get(role, {})
             if "not_tested" in outcome:
                 reasons.setdefault(f"{label}: not tested: {outcome['not_tested']}", []).append(role_name)
             for point in outcome.get("points", []):
-                points.setdefault(point["effort"], {})[role] = point[value]
+                points.setdefault(point["effort"], {})[role] = point[shown_value]
         if "not_tested" in entry["model"]:
             rows.append([label, "not tested", None, None, None])
             continue
@@ -256,7 +273,7 @@ def attack_table(report: Values, value: Value = "rougeL_recall", style: TableSty
             shown = None if entry["attack"] is None else f"{effort} {entry['unit']}"
             rows.append([label, shown, leaked, reference, difference])
     headers = ["attack", "effort", *ROLES.values(), "difference"]
-    lines = [format_table(rows, headers, style), f"leakage: {VALUES[value]}"]
+    lines = [format_table(rows, headers, style), f"leakage: {'; of '.join([VALUES[value], *others])}"]
     for reason, roles in reasons.items():
         # The table shows that the model was not tested, and not whether the other one was.
         lines.append(reason if "model" in roles else f"{reason} ({', '.join(roles)})")

@@ -11,6 +11,8 @@ from lit_unlearn.plotting.style import BOUND, DUAL, FORGET, RETAIN, legend_above
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from lit_unlearn.evaluation.attack_run import Value
+
 # Okabe–Ito, in the order in which curves are told apart best.
 _COLOURS = (FORGET, RETAIN, DUAL, "#CC79A7", "#E69F00", "#56B4E9")
 # By model: line and fill differ, so that grey print tells the two apart.
@@ -27,7 +29,7 @@ _LABELS = {
 }
 
 
-def draw_attacks(report: Mapping[str, Any], value: str, *targets: Path) -> None:
+def draw_attacks(report: Mapping[str, Any], value: Value, *targets: Path) -> None:
     """Draw leakage against effort: a panel of curves for each kind of effort, and one of the attacks with a single effort.
 
     Filled markers are the model, hollow ones with broken lines the retain-only model. No text of rows is in it.
@@ -40,6 +42,8 @@ def draw_attacks(report: Mapping[str, Any], value: str, *targets: Path) -> None:
     Raises:
         OutputError: If a file cannot be written.
     """
+    from lit_unlearn.evaluation.attack_run import choose_value
+
     curves: dict[str, dict[str, Any]] = {}
     singles: dict[str, Any] = {}
     for label, entry in report["attacks"].items():
@@ -53,7 +57,8 @@ def draw_attacks(report: Mapping[str, Any], value: str, *targets: Path) -> None:
     with picture(targets, width, height) as figure:
         panels = figure.subplots(1, len(curves) + 1, squeeze=False)[0]
         for axes, (unit, entries) in zip(panels, curves.items(), strict=False):
-            _draw_curves(axes, unit, entries, value)
+            # All attacks with efforts of one kind have the same measures.
+            _draw_curves(axes, unit, entries, choose_value(next(iter(entries.values())), value))
         _draw_singles(panels[-1], singles, value)
 
 
@@ -83,7 +88,7 @@ def _draw_singles(axes: Axes, entries: Mapping[str, Any], value: str) -> None:
             outcome = entry.get(role, {})
             for point in outcome.get("points", []):
                 if point[value] is not None:
-                    axes.plot(point[value], height, color=BOUND, **{**look, "linestyle": "none"})
+                    axes.plot(point[value], height, color=BOUND, clip_on=False, **{**look, "linestyle": "none"})
             if role == "model" and "not_tested" in outcome:
                 axes.text(0.98, height, "not tested", ha="right", va="center", fontsize="small", color="0.4")
     axes.set_yticks(range(len(entries)), list(entries))

@@ -198,6 +198,12 @@ def test_the_retain_only_model_stands_beside_it_and_no_text_anywhere(outcomes, t
     assert [line[1] for line in lines] == ["0 steps", "1 steps", "2 steps", "4 steps"]
     for line, leaked, reference in zip(lines, *curves, strict=True):
         assert [float(cell) for cell in line[2:]] == pytest.approx([leaked, reference, leaked - reference], rel=1e-2)
+    # What has no probability is shown by another measure, and not by nothing.
+    sampled = [line.split(",") for line in table.splitlines() if line.startswith("sampled,")]
+    assert float(sampled[0][2]) == pytest.approx(
+        outcomes["model"]["sampled"].points[0]["rougeL_recall"], rel=1e-2, abs=1e-6
+    )
+    assert "of sampled: ROUGE-L recall" in table
     alone = build_report(ATTACKS, {"model": outcomes["model"]})
     assert attack_table(alone, "probability", "csv").splitlines()[1].endswith(",–,–")
 
