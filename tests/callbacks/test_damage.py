@@ -66,7 +66,8 @@ class Runs:
     def fit(
         self, stop: StopAtDamage, module: LitUnlearn, epochs: int = 4, ckpt_path: Path | None = None, **settings: Any
     ) -> L.Trainer:
-        callbacks = [stop, RunReport(str(self.report.parent)), ExportModel(self.out), *settings.pop("callbacks", [])]
+        export = ExportModel(self.out, dtype=settings.pop("dtype", None))
+        callbacks = [stop, RunReport(str(self.report.parent)), export, *settings.pop("callbacks", [])]
         trainer = self._make_trainer(max_epochs=epochs, callbacks=callbacks, **settings)
         trainer.fit(module, datamodule=make_data(), ckpt_path=ckpt_path)
         return trainer
@@ -131,10 +132,16 @@ def test_a_constrained_method_ends_at_epsilon_of_all_rows(runs: Runs) -> None:
 
 
 def test_a_step_that_is_far_too_long_is_shortened(runs: Runs) -> None:
-    runs.fit(StopAtDamage("kl", rows=ROWS), runs.make_module(lr=1.0))
+    """Also of an adapter: what is measured is the model that it is merged into, rounded as the export is."""
+    module = runs.make_module(lr=1.0)
+    module.lm = LanguageModel(
+        runs.model, adapter={"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "up_proj"]}
+    )
+    runs.fit(StopAtDamage("kl", rows=ROWS), module, dtype="bfloat16")
     damage = runs.read_damage()
-    assert (damage["reached"], damage["step"]) == (True, 1)
+    assert damage["reached"]
     assert 0.0095 <= damage["value"] <= 0.01
+    assert damage["value"] == pytest.approx(runs.measure("kl", ROWS), rel=1e-3)
 
 
 def test_results_of_the_export_have_its_damage(
