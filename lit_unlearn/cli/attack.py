@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> None:
     # Everything that can be refused is refused before a model is loaded.
     config = Path(options.config)
     content = yaml.safe_load(config.read_text(encoding="utf-8") if config.is_file() else options.config)
-    attacks, max_new_tokens, value = read_config(content)
+    attacks, max_new_tokens, value = read_config(content or {})
     models: dict[Role, str | None] = {"model": options.model, "retain_only": options.retain_only}
     check_export_target(options.output, models.values(), argument="output")
     record = read_record(options.model)
