@@ -11,12 +11,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lit_unlearn.data.source import Source
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
 from lit_unlearn.utils.io import output_errors
@@ -29,6 +31,7 @@ except ImportError:  # Windows, where there are no locks then
 Entry = dict[str, Any]
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
+_KEPT_SHARE = 0.8  # of the NLL that an earlier request achieved
 _SHORT = 8  # digits of a digest in the table
 
 
@@ -108,6 +111,8 @@ def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
             "rows": forget.get("rows"),
             "tokens_sha256": forget.get("sha256"),
             "file_sha256": (forget.get("source") or {}).get("sha256"),
+            # What a later run has to keep up, see `build_constraints`.
+            "nll": (record.get("after") or {}).get("forget/nll"),
         },
         "method": method.get("objective"),
         "bounds": bounds,
@@ -215,6 +220,82 @@ def find_latest_audit(entries: Sequence[Entry], export: Entry) -> Entry | None:
     """Return the newest audit of the model that an export wrote; ``None`` if there is none."""
     audits = [entry for entry in entries if entry["kind"] == "audit" and entry["model"] == export["model"]]
     return audits[-1] if audits else None
+
+
+def find_export(entries: Sequence[Entry], model: Path) -> Entry:
+    """Return the newest export that wrote the weight files in a directory.
+
+    Raises:
+        DataError: If there is none.
+    """
+    from lit_unlearn.export.record import digest_export
+
+    weights = _select_weights(digest_export(model))
+    exports = [entry for entry in entries if entry["kind"] == "export" and entry["model"] == weights]
+    if not exports:
+        raise DataError(
+            f"no export in the ledger wrote the weights in '{model}': give the model of the newest request."
+        )
+    return exports[-1]
+
+
+def list_requests(entries: Sequence[Entry], newest: Entry) -> list[Entry]:
+    """Return the exports that a model comes from and that were made for a request, its own among them, the oldest first."""
+    chain = [newest, *list_ancestors(entries, newest)]
+    return [entry for entry in reversed(chain) if entry["request"] is not None]
+
+
+def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]:
+    """Find the file of forget rows of every request by its sha256, which is all that a ledger has of it.
+
+    Args:
+        exports: From `list_requests`.
+        files: Files of rows, in any order.
+
+    Returns:
+        Files by request; a request is missing if none of the files has its digest, or if a rule chose its rows from a file.
+    """
+    by_digest = {Source(file).digest(): file for file in files}
+    matches = {}
+    for entry in exports:
+        digest = entry["forget"].get("file_sha256")
+        if digest is not None and digest in by_digest:
+            matches[entry["request"]] = by_digest[digest]
+    return matches
+
+
+def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return a configuration that bounds how far earlier requests may come back, for a run that answers a later one.
+
+    On the rows of each of them, the NLL must stay above 0.8 of what its own run achieved. In this form it is one bound for all
+    methods; that a run may move a fifth towards the deleted answers is a choice, which a line of the file changes.
+
+    Args:
+        exports: From `list_requests`.
+        files: From `match_rows`.
+
+    Raises:
+        DataError: If the rows or the achieved NLL of a request are not known: it would be forgotten to be remembered.
+    """
+    # An overlay has to list the other constraints; every packaged method has this one.
+    constraints: dict[str, Any] = {"nll": {}}
+    streams: dict[str, Any] = {}
+    for entry in exports:
+        request, achieved = entry["request"], entry["forget"].get("nll")
+        if request not in files:
+            raise DataError(f"no file among --rows has the digest of the forget rows of request '{request}'.")
+        if achieved is None:
+            raise DataError(f"the ledger has no NLL that request '{request}' achieved: write its constraint by hand.")
+        name = "forgotten_" + re.sub(r"\W", "_", request)
+        constraints[name] = {
+            "objective": {"class_path": "GradAscent"},
+            "epsilon": -_KEPT_SHARE * achieved,
+            "multiplier": {"class_path": "DualAscent", "init_args": {"lr": 1, "init": 0, "max": None}},
+            "stream": name,
+            "warmup_epochs": 0,
+        }
+        streams[name] = {"path": str(Path(files[request]).resolve())}
+    return {"model": {"constraints": constraints}, "data": {"init_args": {"streams": streams}}}
 
 
 def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:
