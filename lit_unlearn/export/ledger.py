@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.data.source import Source
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
 from lit_unlearn.utils.io import output_errors
@@ -255,6 +254,9 @@ def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]
     Returns:
         Files by request; a request is missing if none of the files has its digest, or if a rule chose its rows from a file.
     """
+    # A ledger is printed at once, without what reads rows.
+    from lit_unlearn.data.source import Source
+
     by_digest = {Source(file).digest(): file for file in files}
     matches = {}
     for entry in exports:

@@ -65,6 +65,7 @@ def test_earlier_requests_are_audited_on_the_newest_model(
 ) -> None:
     """Ann's rows are the forget set; the model of the newest request, which was Bob's, must not know them either."""
     rows = next(option for option in options if option.startswith("--forget")).partition("=")[2]
+    write_policy(Path.cwd(), requirements={"forget_gap": {"at_most": 0.35}}, attacks=None)
     others = [option for option in options if not option.startswith("--forget")]
     for name, sets, code in (("good", ("retain",), 3), ("bad", ("forget", "retain"), 1)):
         model = trained(tokenizer_dir, *sets)
@@ -82,9 +83,8 @@ def test_earlier_requests_are_audited_on_the_newest_model(
         assert ("ann" if code == 1 else "bob") in printed.err.splitlines()[-1]
         assert read(f"{name}/ann/audit.json")["verdict"] == ("fail" if code == 1 else "pass")
         assert json.loads(ledger.read_text("utf-8").splitlines()[-1])["request"] == "ann"
-    assert (
-        end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 1 or not Path("more.yaml").exists()
-    )
+    assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
+    assert not Path("more.yaml").exists()
     assert end_of(["ledger", "good.jsonl", f"--audit={trained(tokenizer_dir)}", *others, "--rows", rows]) == 2
 
 
