@@ -30,7 +30,9 @@ except ImportError:  # Windows, where there are no locks then
 Entry = dict[str, Any]
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
-_KEPT_SHARE = 0.8  # of the NLL that an earlier request achieved
+# Objectives that are above 0 and of this model alone; others compare with a reference model, which is another one in a later run.
+_BOUNDED = ("LogitMargin", "KLToUniform")
+_ALLOWED = 1.2  # times what an earlier request achieved
 _SHORT = 8  # digits of a digest in the table
 
 
@@ -111,9 +113,10 @@ def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
             "tokens_sha256": forget.get("sha256"),
             "file_sha256": (forget.get("source") or {}).get("sha256"),
             # What a later run has to keep up, see `build_constraints`.
-            "nll": (record.get("after") or {}).get("forget/nll"),
+            "loss": (record.get("after") or {}).get("forget/loss"),
         },
         "method": method.get("objective"),
+        "method_settings": method.get("settings"),
         "bounds": bounds,
         "verdict": record.get("verdict"),
         "policy_sha256": (record.get("audit") or {}).get("policy_sha256"),
@@ -269,29 +272,32 @@ def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]
 def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dict[str, Any]:
     """Return a configuration that bounds how far earlier requests may come back, for a run that answers a later one.
 
-    On the rows of each of them, the NLL must stay above 0.8 of what its own run achieved. In this form it is one bound for all
-    methods; that a run may move a fifth towards the deleted answers is a choice, which a line of the file changes.
+    On the rows of each of them, its own forgetting objective must stay below 1.2 times what its own run achieved; the factor is a
+    choice, which a line of the file changes.
 
     Args:
         exports: From `list_requests`.
         files: From `match_rows`.
 
     Raises:
-        DataError: If the rows or the achieved NLL of a request are not known: it would be forgotten to be remembered.
+        DataError: If the rows of a request are not known, or its objective is no bound: a run would silently not remember it.
     """
     # An overlay has to list the other constraints; every packaged method has this one.
     constraints: dict[str, Any] = {"nll": {}}
     streams: dict[str, Any] = {}
     for entry in exports:
-        request, achieved = entry["request"], entry["forget"].get("nll")
+        request, achieved = entry["request"], entry["forget"].get("loss")
         if request not in files:
             raise DataError(f"no file among --rows has the digest of the forget rows of request '{request}'.")
-        if achieved is None:
-            raise DataError(f"the ledger has no NLL that request '{request}' achieved: write its constraint by hand.")
+        if entry["method"] not in _BOUNDED or not achieved:
+            raise DataError(
+                f"request '{request}' was answered with {entry['method']}, whose value is no bound in another run: write its constraint "
+                f"by hand. Bounds are known of {', '.join(_BOUNDED)}."
+            )
         name = "forgotten_" + re.sub(r"\W", "_", request)
         constraints[name] = {
-            "objective": {"class_path": "GradAscent"},
-            "epsilon": -_KEPT_SHARE * achieved,
+            "objective": {"class_path": entry["method"], "init_args": entry.get("method_settings") or {}},
+            "epsilon": _ALLOWED * achieved,
             "multiplier": {"class_path": "DualAscent", "init_args": {"lr": 1, "init": 0, "max": None}},
             "stream": name,
             "warmup_epochs": 0,

@@ -71,7 +71,7 @@ def test_earlier_requests_are_audited_on_the_newest_model(
         model = trained(tokenizer_dir, *sets)
         weights = {"model.safetensors": file_digest(Path(model, "model.safetensors"))}
         ledger = Path(f"{name}.jsonl")
-        forget = {"rows": 8, "file_sha256": file_digest(Path(rows)), "nll": 5.0}
+        forget = {"rows": 8, "file_sha256": file_digest(Path(rows)), "loss": 5.0}
         entry = {"kind": "export", "created": "", "verdict": "forgotten", "method": None, "bounds": {}}
         append_entry(ledger, {**entry, "request": "ann", "forget": forget, "model": {"w.bin": "1"}, "parent": {}})
         bob = {"request": "bob", "forget": {"rows": 3, "file_sha256": "unknown"}}

@@ -125,10 +125,17 @@ def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Pa
         Path(files[-1]).write_text(name, encoding="utf-8")
     digests = [file_digest(Path(file)) for file in files]
     entries = [
-        entry("1", "0", request="ann c-17", forget={"file_sha256": digests[0], "nll": 5.0}),
-        entry("elsewhere", "0", request="dora", forget={"file_sha256": "unknown", "nll": 1.0}),
+        entry(
+            "1",
+            "0",
+            request="ann c-17",
+            forget={"file_sha256": digests[0], "loss": 5.0},
+            method="LogitMargin",
+            method_settings={"power": 2.0},
+        ),
+        entry("elsewhere", "0", request="dora", forget={"file_sha256": "unknown", "loss": 1.0}),
         entry("2", "1", request=None),
-        entry("3", "2", request="bob", forget={"file_sha256": digests[1], "nll": 2.0}),
+        entry("3", "2", request="bob", forget={"file_sha256": digests[1], "loss": 2.0}, method="LogitMargin"),
     ]
     requests = list_requests(entries, entries[-1])
     assert [written["request"] for written in requests] == ["ann c-17", "bob"]
@@ -138,13 +145,13 @@ def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Pa
     constraints, streams = content["model"]["constraints"], content["data"]["init_args"]["streams"]
     assert list(constraints) == ["nll", "forgotten_ann_c_17", "forgotten_bob"]
     assert streams == {"forgotten_ann_c_17": {"path": files[0]}, "forgotten_bob": {"path": files[1]}}
-    # −NLL ≤ −4: the NLL stays above four fifths of 5.
-    assert constraints["forgotten_ann_c_17"]["epsilon"] == -4.0
+    assert constraints["forgotten_ann_c_17"]["epsilon"] == pytest.approx(1.2 * 5)
+    assert constraints["forgotten_ann_c_17"]["objective"] == {"class_path": "LogitMargin", "init_args": {"power": 2.0}}
     assert constraints["forgotten_bob"]["stream"] == "forgotten_bob"
     with pytest.raises(DataError, match="bob"):
         build_constraints(requests, match_rows(requests, files[:1]))
-    entries[-1]["forget"]["nll"] = None
-    with pytest.raises(DataError, match="NLL"):
+    entries[-1]["method"] = "NPO"
+    with pytest.raises(DataError, match="NPO"):
         build_constraints(requests, matches)
 
 
@@ -163,11 +170,11 @@ def test_an_entry_has_counts_digests_and_numbers_alone() -> None:
         "method": {"objective": "LogitMargin"},
         "constraints": {"nll": {"value": 0.1, "epsilon": 0.2, "slack": 0.1}},
         "verdict": "forgotten",
-        "after": {"forget/nll": 2.5, "retain/nll": 0.1},
+        "after": {"forget/loss": 2.5, "retain/nll": 0.1},
         "audit": {"policy_sha256": "s"},
     }
     written = describe_export(record, "c-17")
-    assert written["forget"] == {"rows": 7, "tokens_sha256": "t", "file_sha256": "f", "nll": 2.5}
+    assert written["forget"] == {"rows": 7, "tokens_sha256": "t", "file_sha256": "f", "loss": 2.5}
     assert written["model"] == {"model.safetensors": "m"}
     assert written["parent"] == {"model.safetensors": "p"}
     assert (written["request"], written["policy_sha256"]) == ("c-17", "s")
