@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import yaml
 
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.errors import ConfigError, DataError, NotDecidable, RequirementNotMet
+from lit_unlearn.errors import ConfigError, DataError, NotDecidable, OccupiedError, RequirementNotMet
 from lit_unlearn.export.ledger import (
     Entry,
     build_constraints,
@@ -21,6 +20,7 @@ from lit_unlearn.export.ledger import (
     list_requests,
     list_unaudited_requests,
     match_rows,
+    name_requests,
     read_ledger,
     shorten_weights,
 )
@@ -99,15 +99,22 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
             arguments.append(f"--{name}={getattr(options, name)}")
 
     failed, undecided = [], []
-    for request in list_unaudited_requests(entries, newest):
+    folders = name_requests(list_unaudited_requests(entries, newest))
+    for request, folder in folders.items():
         print(f"\nrequest {request}")
         if request not in files:
             print("not tested: no file among --rows has the digest of its forget rows")
             undecided.append(request)
             continue
-        folder = options.output / re.sub(r"\W", "_", request)
         try:
-            audit.run([*arguments, f"--forget={files[request]}", f"--request={request}", f"--output={folder}"])
+            audit.run(
+                [
+                    *arguments,
+                    f"--forget={files[request]}",
+                    f"--request={request}",
+                    f"--output={options.output / folder}",
+                ]
+            )
         except RequirementNotMet:
             failed.append(request)
         except NotDecidable:
@@ -120,6 +127,11 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
 
 
 def _write_constraints(options: Namespace, entries: list[Entry]) -> None:
+    if options.remember.exists():
+        # Somebody may have edited it.
+        raise OccupiedError(
+            f"'{options.remember}' is there already, and may have been edited: give another --remember."
+        )
     exports = [entry for entry in entries if entry["kind"] == "export"]
     requests = list_requests(entries, exports[-1]) if exports else []
     if not requests:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -247,6 +247,25 @@ def list_requests(entries: Sequence[Entry], newest: Entry) -> list[Entry]:
     return [entry for entry in reversed(chain) if entry["request"] is not None]
 
 
+def name_requests(requests: Iterable[str], prefix: str = "") -> dict[str, str]:
+    """Return a name for each request that can be a folder's and a constraint's: letters, digits and underscores.
+
+    Raises:
+        DataError: If two requests would get the same name.
+    """
+    names: dict[str, str] = {}
+    for request in requests:
+        name = prefix + re.sub(r"\W", "_", request)
+        for other, name_of_other in names.items():
+            if name == name_of_other and other != request:
+                raise DataError(
+                    f"the requests '{other}' and '{request}' differ only in characters that a name cannot have: both would be '{name}'. "
+                    "Write the later one's audit or constraint by hand."
+                )
+        names[request] = name
+    return names
+
+
 def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]:
     """Find the file of forget rows of every request by its sha256, which is all that a ledger has of it.
 
@@ -285,6 +304,7 @@ def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dic
     # An overlay has to list the other constraints; every packaged method has this one.
     constraints: dict[str, Any] = {"nll": {}}
     streams: dict[str, Any] = {}
+    names = name_requests((entry["request"] for entry in exports), "forgotten_")
     for entry in exports:
         request, achieved = entry["request"], entry["forget"].get("loss")
         if request not in files:
@@ -294,7 +314,7 @@ def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dic
                 f"request '{request}' was answered with {entry['method']}, whose value is no bound in another run: write its constraint "
                 f"by hand. Bounds are known of {', '.join(_BOUNDED)}."
             )
-        name = "forgotten_" + re.sub(r"\W", "_", request)
+        name = names[request]
         constraints[name] = {
             "objective": {"class_path": entry["method"], "init_args": entry.get("method_settings") or {}},
             "epsilon": _ALLOWED * achieved,

@@ -88,6 +88,10 @@ def test_earlier_requests_are_audited_on_the_newest_model(
         assert json.loads(ledger.read_text("utf-8").splitlines()[-1])["request"] == "ann"
     assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
     assert not Path("more.yaml").exists()
+    Path("more.yaml").write_text("mine", encoding="utf-8")
+    assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert Path("more.yaml").read_text("utf-8") == "mine"
     assert end_of(["ledger", "good.jsonl", f"--audit={trained(tokenizer_dir)}", *others, "--rows", rows]) == 2
 
 

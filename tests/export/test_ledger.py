@@ -150,6 +150,8 @@ def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Pa
     assert constraints["forgotten_bob"]["stream"] == "forgotten_bob"
     with pytest.raises(DataError, match="bob"):
         build_constraints(requests, match_rows(requests, files[:1]))
+    with pytest.raises(DataError, match="'ann c-17' and 'ann-c 17'"):
+        build_constraints([*requests, {**requests[0], "request": "ann-c 17"}], matches)
     entries[-1]["method"] = "NPO"
     with pytest.raises(DataError, match="NPO"):
         build_constraints(requests, matches)
