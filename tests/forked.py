@@ -19,8 +19,14 @@ from lit_unlearn.callbacks import picture
 _CONTEXT = multiprocessing.get_context("forkserver")
 # All that a fit imports on its way. Names alone: the server is another process.
 _CONTEXT.set_forkserver_preload(
-    ["lit_unlearn.cli.trainer", "transformers.models.llama.modeling_llama", "transformers.trainer_utils", "peft"]
-    + ["datasets", "matplotlib.figure", "matplotlib.style", "matplotlib.backends.backend_agg", "lit_unlearn.cli.export"]
+    [
+        "lit_unlearn.cli.trainer",
+        "lit_unlearn.cli.export",
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer_utils",
+        "peft",
+        "datasets",
+    ]
 )
 
 
@@ -29,7 +35,7 @@ def _become_command(arguments: list[str], folder: str, environment: dict[str, st
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    with open("log.txt", "ab") as log:
+    with Path("log.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     picture.draw_run = lambda *_, **__: {}  # as in conftest.py

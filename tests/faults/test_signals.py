@@ -81,9 +81,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_command_to_go_on(
     assert stopped, printed(tmp_path)[-3000:]
     assert int(stopped[1]) < 48
     assert not list(tmp_path.rglob("hpc_ckpt*"))
-    if number == signal.SIGUSR1:
+    if number == signal.SIGUSR1 or devices:
         return
-    # That it then ends like the uninterrupted run is shown for Ctrl-C in processes/test_interrupt.py.
+    # That it then ends like the uninterrupted run, also on two devices, is shown for Ctrl-C in processes/test_interrupt.py.
     code_of_rest, text = run_command(tmp_path, *shlex.split(stopped[3]))
     assert code_of_rest == 0, text[-3000:]
     assert (tmp_path / "stopped" / "model" / "config.json").is_file()
