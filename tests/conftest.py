@@ -20,9 +20,14 @@ import pytest
 import torch
 
 from lit_unlearn import FictionalAuthors, LanguageModel
+from lit_unlearn.callbacks import picture
 from lit_unlearn.data.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when another program wants the cores
+
+draw_run = picture.draw_run
+# Drawing would take most of the time of a short fit; tests that look at its pictures use `draws_pictures`.
+picture.draw_run = lambda *_, **__: {}
 
 TINY = {
     "model_type": "llama",
@@ -32,6 +37,12 @@ TINY = {
     "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }
+
+
+@pytest.fixture
+def draws_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits draw their pictures when they end; without this fixture, they record the data of the pictures alone."""
+    monkeypatch.setattr(picture, "draw_run", draw_run)
 
 
 @pytest.fixture(scope="session")

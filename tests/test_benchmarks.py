@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_command
+
+from benchmarks import methods
 
 pytestmark = pytest.mark.slow
 
@@ -68,21 +71,22 @@ def test_scaling_has_every_sweep(ran: tuple[Path, subprocess.CompletedProcess[st
     assert results["dual_step"]["seconds"].keys() == {"DualAscent", "FixedMultiplier"}
 
 
-def test_methods_are_compared_and_a_failure_is_a_row(model_dir: str, tmp_path: Path) -> None:
+def test_methods_are_compared_and_a_failure_is_a_row(
+    model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_forked(arguments: list[str], work: Path) -> subprocess.CompletedProcess[str]:
+        code, text = run_command(work, *arguments)
+        return subprocess.CompletedProcess(arguments, code or 0, "", text)
+
+    monkeypatch.setattr(methods, "run_command", run_forked)
     target = tmp_path / "work/runs/demo/target"
     target.parent.mkdir(parents=True)
     target.symlink_to(model_dir)  # has two layers, so that RMU's layer 1 is one too many
-    command = [sys.executable, "-m", "benchmarks.methods", "--methods", "npo", "rmu", "--work", str(tmp_path / "work")]
-    extra = [
-        "--output",
-        str(tmp_path / "methods.json"),
-        "--extra=--trainer.max_steps=2",
-        "--extra=--data.max_length=200",
-    ]
-    done = subprocess.run([*command, *extra], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    methods = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["methods"]
-    assert 0 < methods["npo"]["forget_probability"] < 1
-    assert methods["npo"]["seconds"] > 0 < methods["npo"]["peak_mib"]
-    assert "error" in methods["rmu"]
-    assert "failed: " in done.stdout
+    paths = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "methods.json")]
+    short = ["--extra=--trainer.max_steps=2", "--extra=--data.max_length=200"]
+    methods.main(["--methods", "npo", "rmu", *paths, *short])
+    results = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))["methods"]
+    assert 0 < results["npo"]["forget_probability"] < 1
+    assert results["npo"]["seconds"] > 0 < results["npo"]["peak_mib"]
+    assert "error" in results["rmu"]
+    assert "failed: " in capsys.readouterr().out

@@ -46,7 +46,7 @@ def commands(page: str) -> Iterator[str]:
                 yield command
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # not "module": processes that share the tests leave and enter it often
 def made_world(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which the demo was run, with files under the names that the pages use."""
     folder = tmp_path_factory.mktemp("world")

@@ -11,7 +11,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +30,9 @@ except ImportError:  # Windows, where there are no locks then
 Entry = dict[str, Any]
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
+# Objectives that are above 0 and of this model alone; others compare with a reference model, which is another one in a later run.
+_BOUNDED = ("LogitMargin", "KLToUniform")
+_ALLOWED = 1.2  # times what an earlier request achieved
 _SHORT = 8  # digits of a digest in the table
 
 
@@ -108,8 +112,11 @@ def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
             "rows": forget.get("rows"),
             "tokens_sha256": forget.get("sha256"),
             "file_sha256": (forget.get("source") or {}).get("sha256"),
+            # What a later run has to keep up, see `build_constraints`.
+            "loss": (record.get("after") or {}).get("forget/loss"),
         },
         "method": method.get("objective"),
+        "method_settings": method.get("settings"),
         "bounds": bounds,
         "verdict": record.get("verdict"),
         "policy_sha256": (record.get("audit") or {}).get("policy_sha256"),
@@ -215,6 +222,108 @@ def find_latest_audit(entries: Sequence[Entry], export: Entry) -> Entry | None:
     """Return the newest audit of the model that an export wrote; ``None`` if there is none."""
     audits = [entry for entry in entries if entry["kind"] == "audit" and entry["model"] == export["model"]]
     return audits[-1] if audits else None
+
+
+def find_export(entries: Sequence[Entry], model: Path) -> Entry:
+    """Return the newest export that wrote the weight files in a directory.
+
+    Raises:
+        DataError: If there is none.
+    """
+    from lit_unlearn.export.record import digest_export
+
+    weights = _select_weights(digest_export(model))
+    exports = [entry for entry in entries if entry["kind"] == "export" and entry["model"] == weights]
+    if not exports:
+        raise DataError(
+            f"no export in the ledger wrote the weights in '{model}': give the model of the newest request."
+        )
+    return exports[-1]
+
+
+def list_requests(entries: Sequence[Entry], newest: Entry) -> list[Entry]:
+    """Return the exports that a model comes from and that were made for a request, its own among them, the oldest first."""
+    chain = [newest, *list_ancestors(entries, newest)]
+    return [entry for entry in reversed(chain) if entry["request"] is not None]
+
+
+def name_requests(requests: Iterable[str], prefix: str = "") -> dict[str, str]:
+    """Return a name for each request that can be a folder's and a constraint's: letters, digits and underscores.
+
+    Raises:
+        DataError: If two requests would get the same name.
+    """
+    names: dict[str, str] = {}
+    for request in requests:
+        name = prefix + re.sub(r"\W", "_", request)
+        for other, name_of_other in names.items():
+            if name == name_of_other and other != request:
+                raise DataError(
+                    f"the requests '{other}' and '{request}' differ only in characters that a name cannot have: both would be '{name}'. "
+                    "Write the later one's audit or constraint by hand."
+                )
+        names[request] = name
+    return names
+
+
+def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]:
+    """Find the file of forget rows of every request by its sha256, which is all that a ledger has of it.
+
+    Args:
+        exports: From `list_requests`.
+        files: Files of rows, in any order.
+
+    Returns:
+        Files by request; a request is missing if none of the files has its digest, or if a rule chose its rows from a file.
+    """
+    # A ledger is printed at once, without what reads rows.
+    from lit_unlearn.data.source import Source
+
+    by_digest = {Source(file).digest(): file for file in files}
+    matches = {}
+    for entry in exports:
+        digest = entry["forget"].get("file_sha256")
+        if digest is not None and digest in by_digest:
+            matches[entry["request"]] = by_digest[digest]
+    return matches
+
+
+def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return a configuration that bounds how far earlier requests may come back, for a run that answers a later one.
+
+    On the rows of each of them, its own forgetting objective must stay below 1.2 times what its own run achieved; the factor is a
+    choice, which a line of the file changes.
+
+    Args:
+        exports: From `list_requests`.
+        files: From `match_rows`.
+
+    Raises:
+        DataError: If the rows of a request are not known, or its objective is no bound: a run would silently not remember it.
+    """
+    # An overlay has to list the other constraints; every packaged method has this one.
+    constraints: dict[str, Any] = {"nll": {}}
+    streams: dict[str, Any] = {}
+    names = name_requests((entry["request"] for entry in exports), "forgotten_")
+    for entry in exports:
+        request, achieved = entry["request"], entry["forget"].get("loss")
+        if request not in files:
+            raise DataError(f"no file among --rows has the digest of the forget rows of request '{request}'.")
+        if entry["method"] not in _BOUNDED or not achieved:
+            raise DataError(
+                f"request '{request}' was answered with {entry['method']}, whose value is no bound in another run: write its constraint "
+                f"by hand. Bounds are known of {', '.join(_BOUNDED)}."
+            )
+        name = names[request]
+        constraints[name] = {
+            "objective": {"class_path": entry["method"], "init_args": entry.get("method_settings") or {}},
+            "epsilon": _ALLOWED * achieved,
+            "multiplier": {"class_path": "DualAscent", "init_args": {"lr": 1, "init": 0, "max": None}},
+            "stream": name,
+            "warmup_epochs": 0,
+        }
+        streams[name] = {"path": str(Path(files[request]).resolve())}
+    return {"model": {"constraints": constraints}, "data": {"init_args": {"streams": streams}}}
 
 
 def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:

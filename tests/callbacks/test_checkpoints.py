@@ -88,6 +88,7 @@ def fit(lm: LanguageModel, make_trainer: Callable[..., L.Trainer], root: Path, e
     return callbacks
 
 
+@pytest.mark.usefixtures("draws_pictures")
 @pytest.mark.slow
 def test_a_run_in_two_parts_has_one_picture_one_export_and_one_checkpoint(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path

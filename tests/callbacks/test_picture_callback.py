@@ -88,6 +88,7 @@ def probabilities(model: Any, ids: list[int], labels: list[int]) -> list[float]:
     return [p[i - 1, label].item() for i, label in enumerate(labels) if i and label != -100]
 
 
+@pytest.mark.usefixtures("draws_pictures")
 @pytest.mark.slow
 def test_a_fit_records_answers_of_the_first_and_of_the_kept_model(
     model_dir: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path
@@ -128,6 +129,7 @@ def test_a_fit_records_answers_of_the_first_and_of_the_kept_model(
         assert answer.prompt.startswith("Question: ")
 
 
+@pytest.mark.usefixtures("draws_pictures")
 @pytest.mark.parametrize("kind", ["unlearn", "finetune"])
 def test_training_does_not_notice(
     kind: str, models: dict[str, str], make_trainer: Callable[..., L.Trainer], tmp_path: Path
@@ -186,6 +188,7 @@ def test_an_older_checkpoint_and_other_settings_do_no_harm() -> None:
         RunPicture(-1)
 
 
+@pytest.mark.usefixtures("draws_pictures")
 def test_loaders_of_ones_own_have_no_tokens(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: Any
 ) -> None:
@@ -199,6 +202,7 @@ def test_loaders_of_ones_own_have_no_tokens(
     assert read_run(folder).kept_step == 4
 
 
+@pytest.mark.usefixtures("draws_pictures")
 def test_a_picture_that_fails_costs_no_model(
     tiny_lm: Callable[..., LanguageModel], make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:

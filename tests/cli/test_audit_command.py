@@ -11,7 +11,9 @@ from audit_models import trained, write_policy, write_sets
 from command_line import quick
 
 from lit_unlearn import FictionalAuthors, cli
-from lit_unlearn.cli.audit import _find_sets, build_parser
+from lit_unlearn.cli.audit import build_parser
+from lit_unlearn.cli.questions import find_sets
+from lit_unlearn.export.ledger import append_entry
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.utils.io import file_digest
 
@@ -59,6 +61,38 @@ def test_fail_pass_and_not_decidable(
     cli.main(["ledger", "ledger.jsonl", "--format=csv"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[7] for line in lines[1:]] == ["fail", "pass"]
+
+
+def test_earlier_requests_are_audited_on_the_newest_model(
+    options: list[str], tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ann's rows are the forget set; the model of the newest request, which was Bob's, must not know them either."""
+    rows = next(option for option in options if option.startswith("--forget")).partition("=")[2]
+    write_policy(Path.cwd(), requirements={"forget_gap": {"at_most": 0.35}}, attacks=None)
+    others = [option for option in options if not option.startswith("--forget")]
+    for name, sets, code in (("good", ("retain",), 3), ("bad", ("forget", "retain"), 1)):
+        model = trained(tokenizer_dir, *sets)
+        weights = {"model.safetensors": file_digest(Path(model, "model.safetensors"))}
+        ledger = Path(f"{name}.jsonl")
+        forget = {"rows": 8, "file_sha256": file_digest(Path(rows)), "loss": 5.0}
+        entry = {"kind": "export", "created": "", "verdict": "forgotten", "method": None, "bounds": {}}
+        append_entry(ledger, {**entry, "request": "ann", "forget": forget, "model": {"w.bin": "1"}, "parent": {}})
+        bob = {"request": "bob", "forget": {"rows": 3, "file_sha256": "unknown"}}
+        append_entry(ledger, {**entry, **bob, "model": weights, "parent": {"w.bin": "1"}})
+        again = ["ledger", str(ledger), f"--audit={model}", *others, f"--output={name}", "--rows", rows]
+        assert end_of(again) == code
+        printed = capsys.readouterr()
+        assert "no file among --rows" in printed.out  # Bob's rows are not given
+        assert ("ann" if code == 1 else "bob") in printed.err.splitlines()[-1]
+        assert read(f"{name}/ann/audit.json")["verdict"] == ("fail" if code == 1 else "pass")
+        assert json.loads(ledger.read_text("utf-8").splitlines()[-1])["request"] == "ann"
+    assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
+    assert not Path("more.yaml").exists()
+    Path("more.yaml").write_text("mine", encoding="utf-8")
+    assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert Path("more.yaml").read_text("utf-8") == "mine"
+    assert end_of(["ledger", "good.jsonl", f"--audit={trained(tokenizer_dir)}", *others, "--rows", rows]) == 2
 
 
 def test_a_retain_only_model_is_compared_on_the_same_rows(options: list[str], tokenizer_dir: str) -> None:
@@ -132,7 +166,7 @@ def test_the_canaries_of_the_embedded_authors_are_found_as_well() -> None:
     config = {"data": {"class_path": "lit_unlearn.FictionalAuthors", "init_args": arguments}}
     record = publish_record({"data": {"class": "FictionalAuthors", "sets": {}}, "config": config})
     options = build_parser().parse_args(["MODEL", "--policy=policy/short.yaml"])
-    sources = _find_sets(options, record)
+    sources = find_sets(options, record)
     data = FictionalAuthors(**arguments, unseen_authors=1)
     expected = {**data.sources, **data.canary_sources}
     expected["holdout"] = expected.pop("unseen")

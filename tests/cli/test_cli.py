@@ -33,6 +33,7 @@ def test_version_and_help_import_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.startswith(("lit-unlearn 0", "usage: lit-unlearn COMMAND"))
 
 
+@pytest.mark.usefixtures("draws_pictures")
 def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: str, capsys: Any) -> None:
     before = AutoModelForCausalLM.from_pretrained(model_dir)
     cli.main(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import run_pair
 
 from lit_unlearn import NLL, Constraint, DualAscent, FictionalAuthors, LanguageModel, LitUnlearn, LogitMargin, cli
 from lit_unlearn.export.checkpoint import read_checkpoint
@@ -206,12 +204,10 @@ def test_what_cannot_be_exported_is_refused_in_words(
 
 @pytest.mark.slow
 def test_a_sharded_checkpoint_is_put_together(tmp_path: Path, model_dir: str, refused: Callable[..., str]) -> None:
-    """Two processes, as a user starts them, each of which writes its part."""
+    """Two processes, each of which writes its part."""
     overlay = ["--config=hardware/fsdp2.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu", "--model.keep=last"]
-    command = [sys.executable, "-m", "lit_unlearn", *quick(model_dir, *overlay)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, text = run_pair(tmp_path, *quick(model_dir, *overlay))
+    assert codes == [0, 0], text[-3000:]
     (checkpoint,) = tmp_path.glob("log/run/checkpoints/last-*.ckpt")
     assert len(list(checkpoint.glob("*.distcp"))) == 2
     assert not any("optimizer" in name for name in read_checkpoint(checkpoint)["state_dict"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import subprocess
 import sys
+import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import startup
 
 
 def cpu_seconds(*arguments: str) -> float:
@@ -26,13 +29,32 @@ def test_version_and_help_answer_at_once(option: str, bound: float) -> None:
     assert min(cpu_seconds(option) for _ in range(3)) < bound
 
 
+def run_script(script: str) -> None:
+    """Run a script in this process, which ends as an interpreter's run does: by `SystemExit`."""
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    raise SystemExit(0)
+
+
 @pytest.mark.slow
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    rounds = ["--rounds=1", "--warm_up_rounds=0"]
-    command = [sys.executable, "-m", "benchmarks.startup", *rounds, f"--output={tmp_path}/startup.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_here(command: list[str]) -> float:
+        """Runs what a command of the benchmark gives to a new interpreter, whose start takes seconds."""
+        _, _, script, *arguments = command
+        monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+        start = time.perf_counter()
+        with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit, match=r"^(0|None|)$"):
+            run_script(script)
+        assert printed.getvalue()
+        return time.perf_counter() - start
+
+    assert 0 < startup.time_command(startup.list_commands()["lit-unlearn --version"]) < 60
+    with pytest.raises(RuntimeError, match="failed"):
+        startup.time_command([sys.executable, "-c", "raise SystemExit(1)"])
+    monkeypatch.setattr(startup, "time_command", run_here)
+    startup.main(["--rounds=1", "--warm_up_rounds=0", f"--output={tmp_path}/startup.json"])
     results = json.loads((tmp_path / "startup.json").read_text(encoding="utf-8"))
     assert {len(values) for values in results["seconds"].values()} == {1}
     assert all(ratio > 0 for ratio in results["ratios"].values())
-    assert "× LightningCLI's" in done.stdout
+    assert "× LightningCLI's" in capsys.readouterr().out

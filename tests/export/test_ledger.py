@@ -12,13 +12,17 @@ import pytest
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.export.ledger import (
     append_entry,
+    build_constraints,
     describe_export,
     find_latest_audit,
     format_ledger,
     list_ancestors,
+    list_requests,
     list_unaudited_requests,
+    match_rows,
     read_ledger,
 )
+from lit_unlearn.utils.io import file_digest
 
 
 def entry(model: str, parent: str | None = None, kind: str = "export", **more: Any) -> dict[str, Any]:
@@ -114,6 +118,45 @@ def test_earlier_requests_are_to_be_audited_on_the_newest_model() -> None:
     assert list_unaudited_requests(entries, entries[3]) == ["bob"]
 
 
+def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Path) -> None:
+    files = []
+    for name in ("ann", "bob", "other"):
+        files.append(str(tmp_path / f"{name}.jsonl"))
+        Path(files[-1]).write_text(name, encoding="utf-8")
+    digests = [file_digest(Path(file)) for file in files]
+    entries = [
+        entry(
+            "1",
+            "0",
+            request="ann c-17",
+            forget={"file_sha256": digests[0], "loss": 5.0},
+            method="LogitMargin",
+            method_settings={"power": 2.0},
+        ),
+        entry("elsewhere", "0", request="dora", forget={"file_sha256": "unknown", "loss": 1.0}),
+        entry("2", "1", request=None),
+        entry("3", "2", request="bob", forget={"file_sha256": digests[1], "loss": 2.0}, method="LogitMargin"),
+    ]
+    requests = list_requests(entries, entries[-1])
+    assert [written["request"] for written in requests] == ["ann c-17", "bob"]
+    matches = match_rows(requests, files[::-1])
+    assert matches == {"ann c-17": files[0], "bob": files[1]}
+    content = build_constraints(requests, matches)
+    constraints, streams = content["model"]["constraints"], content["data"]["init_args"]["streams"]
+    assert list(constraints) == ["nll", "forgotten_ann_c_17", "forgotten_bob"]
+    assert streams == {"forgotten_ann_c_17": {"path": files[0]}, "forgotten_bob": {"path": files[1]}}
+    assert constraints["forgotten_ann_c_17"]["epsilon"] == pytest.approx(1.2 * 5)
+    assert constraints["forgotten_ann_c_17"]["objective"] == {"class_path": "LogitMargin", "init_args": {"power": 2.0}}
+    assert constraints["forgotten_bob"]["stream"] == "forgotten_bob"
+    with pytest.raises(DataError, match="bob"):
+        build_constraints(requests, match_rows(requests, files[:1]))
+    with pytest.raises(DataError, match="'ann c-17' and 'ann-c 17'"):
+        build_constraints([*requests, {**requests[0], "request": "ann-c 17"}], matches)
+    entries[-1]["method"] = "NPO"
+    with pytest.raises(DataError, match="NPO"):
+        build_constraints(requests, matches)
+
+
 def test_a_run_that_changed_nothing_is_not_its_own_ancestor() -> None:
     entries = [entry("same", "same"), entry("same", "same")]
     assert list_ancestors(entries, entries[0]) == []
@@ -129,10 +172,11 @@ def test_an_entry_has_counts_digests_and_numbers_alone() -> None:
         "method": {"objective": "LogitMargin"},
         "constraints": {"nll": {"value": 0.1, "epsilon": 0.2, "slack": 0.1}},
         "verdict": "forgotten",
+        "after": {"forget/loss": 2.5, "retain/nll": 0.1},
         "audit": {"policy_sha256": "s"},
     }
     written = describe_export(record, "c-17")
-    assert written["forget"] == {"rows": 7, "tokens_sha256": "t", "file_sha256": "f"}
+    assert written["forget"] == {"rows": 7, "tokens_sha256": "t", "file_sha256": "f", "loss": 2.5}
     assert written["model"] == {"model.safetensors": "m"}
     assert written["parent"] == {"model.safetensors": "p"}
     assert (written["request"], written["policy_sha256"]) == ("c-17", "s")

@@ -6,8 +6,6 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import run_command
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -157,27 +156,23 @@ def test_commands_run_no_code_of_a_sharded_checkpoint(tmp_path: Path, model_dir:
         "--trainer.accelerator=cpu",
         "--picture.answers=0",
     ]
-    command = [sys.executable, "-m", "lit_unlearn", *quick(model_dir, *overlay)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
-
-    assert run(*command).returncode == 0
+    command = quick(model_dir, *overlay)
+    code, text = run_command(tmp_path, *command)
+    assert code == 0, text[-2000:]
     (checkpoint,) = tmp_path.glob("log/run/checkpoints/last-*.ckpt")
-    resume, export = command, [*command[:3], "export"]
     for hide, name in ((hide_in_nested_index, "export"), (hide_in_value, "resume")):
         copied = tmp_path / f"{hide.__name__}.ckpt"
         shutil.copytree(checkpoint, copied)
         hide(copied, Payload(tmp_path / "ran"))
         # An export asks for tensors alone, so that it never meets the code in another value.
-        done = run(*resume, f"--ckpt_path={copied}") if name == "resume" else run(*export, str(copied), "again")
-        assert done.returncode == 2, done.stderr[-2000:]
-        assert "Traceback" not in done.stderr
-        assert copied.name in done.stderr
+        arguments = [*command, f"--ckpt_path={copied}"] if name == "resume" else ["export", str(copied), "again"]
+        code, text = run_command(tmp_path, *arguments)
+        assert code == 2, text[-2000:]
+        assert "Traceback" not in text
+        assert copied.name in text
         assert not (tmp_path / "ran").exists()
-    done = run(*command, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3")
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, text = run_command(tmp_path, *command, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3")
+    assert code == 0, text[-2000:]
 
 
 def test_export_of_a_damaged_checkpoint_is_refused(sharded: Path, tmp_path: Path, capsys: Any) -> None:

@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import printed, run_command, start_command
 
 from lit_unlearn import (
     NLL,
@@ -372,10 +373,6 @@ def test_a_fit_locks_its_folder_and_leaves_none_when_it_fails(
     assert not folders._held_folders
 
 
-COMMAND = [sys.executable, "-m", "lit_unlearn"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.slow
 def test_the_demo_can_be_given_twice(in_tmp: Path) -> None:
     """The commands of ``make demo``, with fewer rows and epochs."""
@@ -393,24 +390,21 @@ def test_the_demo_can_be_given_twice(in_tmp: Path) -> None:
 
 @pytest.mark.slow
 def test_of_two_runs_into_one_folder_the_second_is_refused(tmp_path: Path, model_dir: str) -> None:
-    log = tmp_path / "log.txt"
     long = quick(model_dir, "--trainer.max_epochs=5000", "--trainer.check_val_every_n_epoch=5000")
-    with log.open("wb") as file:
-        first = subprocess.Popen([*COMMAND, *long], cwd=tmp_path, stdout=file, stderr=file, env=ENVIRONMENT)
+    first = start_command(tmp_path, *long)
     try:
         end = time.monotonic() + 300
-        while "run: " not in log.read_text("utf-8"):
-            assert first.poll() is None, log.read_text("utf-8")[-3000:]
+        while "run: " not in printed(tmp_path):
+            assert first.is_alive(), printed(tmp_path)[-3000:]
             assert time.monotonic() < end
             time.sleep(0.1)
-        settings: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "env": ENVIRONMENT}
         # One into the same export, one into the same folder of checkpoints.
         for other, key in (("--logs.name=other", "`export.dirpath`"), ("--export.dirpath=other", "checkpoints")):
-            done = subprocess.run([*COMMAND, *quick(model_dir, other)], check=False, **settings)
-            assert done.returncode == 2, done.stderr[-3000:]
-            assert f"process {first.pid} is writing" in done.stderr
-            assert key in done.stderr
+            code, text = run_command(tmp_path, *quick(model_dir, other))
+            assert code == 2, text[-3000:]
+            assert f"process {first.pid} is writing" in text
+            assert key in text
             assert not (tmp_path / "other").exists()
     finally:
         first.kill()
-        first.wait()
+        first.join()

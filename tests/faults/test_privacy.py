@@ -152,6 +152,7 @@ def clean(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("draws_pictures")
 def test_clean_lists_and_then_removes_what_holds_examples_and_keeps_model_and_record(
     model_dir: str, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caches: Path
 ) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from forked import find_port, printed, start_command, wait
 
 from lit_unlearn import (
     NLL,
@@ -128,31 +126,12 @@ def test_a_benchmark_compares_its_rows_too(
 # Two real processes, as on two machines with folders of their own ----------------------------------------------------------
 
 
-def start(folder: Path, node: int, port: int, model: str, *extra: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lit_unlearn", "fit", "--config=own_data.yaml", f"--model.lm.model={model}"]
-    command += ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.batch_size=4"]
-    command += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.num_nodes=2", "--trainer.devices=1"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "NODE_RANK": str(node),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return subprocess.Popen(
-        [*command, "--trainer.max_epochs=2", *extra],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def find_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def start(folder: Path, node: int, port: int, model: str, *extra: str) -> BaseProcess:
+    arguments = ["fit", "--config=own_data.yaml", f"--model.lm.model={model}", "--trainer.max_epochs=2"]
+    arguments += ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.batch_size=4"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.num_nodes=2", "--trainer.devices=1"]
+    rendezvous = {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return start_command(folder, *arguments, *extra, **rendezvous)
 
 
 @pytest.mark.slow
@@ -178,16 +157,17 @@ def test_processes_that_read_other_rows_end_together(
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         processes.append(start(folder, node, port, model_dir, *(extra if node else [])))
     first_end = 0.0
-    for process in processes:
-        printed, _ = process.communicate(timeout=300)
+    for node, process in enumerate(processes):
+        code = wait(process, timeout=300)
+        text = printed(tmp_path / f"node{node}")
         first_end = first_end or time.monotonic()
-        assert process.returncode == 2, printed[-3000:]
-        assert named in printed
+        assert code == 2, text[-3000:]
+        assert named in text
         # The process with the wrong file says what is wrong with it, the other one whose file that is.
-        assert "rank 1" in printed or "no column" in named
-        assert "Traceback" not in printed
-        assert "step 1 of" not in printed
-        assert "He is" not in printed
+        assert "rank 1" in text or "no column" in named
+        assert "Traceback" not in text
+        assert "step 1 of" not in text
+        assert "He is" not in text
     assert time.monotonic() - first_end < 30  # the other does not wait for long
 
 
@@ -201,7 +181,6 @@ def test_processes_that_agree_run(model_dir: str, tmp_path: Path) -> None:
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         lenient = ["--report.require_feasible=false", "--report.require_forgotten=false"]
         processes.append(start(folder, node, port, model_dir, *lenient))
-    for process in processes:
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed[-3000:]
+    for node, process in enumerate(processes):
+        assert wait(process, timeout=300) == 0, printed(tmp_path / f"node{node}")[-3000:]
     assert (tmp_path / "node0/runs/own_data/unlearned/unlearning.json").is_file()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import run_pair
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -436,15 +434,8 @@ def test_two_processes_export_what_they_measured(
     arguments = quick(
         half_model_dir, *extra, "--trainer.devices=2", "--trainer.accelerator=cpu", f"--model.keep={keep}"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_unlearn", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, text = run_pair(tmp_path, *arguments)
+    assert codes == [0, 0], text[-3000:]
     record = read(tmp_path / "out")
     report = json.loads((tmp_path / "log/run/version_0/report.json").read_text("utf-8"))
     assert record["after"] == report["after"] != record["before"]

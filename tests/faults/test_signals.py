@@ -6,9 +6,9 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import printed, run_command, start_command, wait
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lit_unlearn import NLL, Constraint, DualAscent, FictionalAuthors, LanguageModel, LitUnlearn, LogitMargin, cli
@@ -23,7 +24,6 @@ from lit_unlearn.callbacks import AtomicCheckpointIO, ResumeCheckpoint
 from lit_unlearn.callbacks.signals import SignalWatch
 from lit_unlearn.errors import StoppedBySignal
 
-COMMAND = [sys.executable, "-m", "lit_unlearn"]
 TWO = ["--config=hardware/ddp.yaml", "--trainer.devices=2"]
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -49,28 +49,12 @@ def arguments(model: str, out: str, epochs: int = 12) -> list[str]:
     return ["fit", "--config=demo/unlearn.yaml", *settings, *paths, "--trainer.accelerator=cpu", "--picture.answers=0"]
 
 
-def start(folder: Path, *extra: str, **environment: str) -> subprocess.Popen[bytes]:
-    with (folder / "log.txt").open("wb") as file:
-        return subprocess.Popen(
-            [*COMMAND, *extra],
-            cwd=folder,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            start_new_session=True,
-        )
-
-
-def wait_for(pattern: str, process: subprocess.Popen[bytes], folder: Path) -> None:
+def wait_for(pattern: str, process: BaseProcess, folder: Path) -> None:
     end = time.monotonic() + 240
     while not re.search(pattern, printed(folder)):
-        assert process.poll() is None, printed(folder)[-3000:]
+        assert process.is_alive(), printed(folder)[-3000:]
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def printed(folder: Path) -> str:
-    return (folder / "log.txt").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -87,22 +71,21 @@ def printed(folder: Path) -> str:
 def test_a_signal_ends_a_run_with_a_checkpoint_and_the_command_to_go_on(
     number: signal.Signals, code: int, target: str, devices: list[str], model_dir: str, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, *arguments(model_dir, "stopped"), *devices)
+    process = start_command(tmp_path, *arguments(model_dir, "stopped"), *devices)
     wait_for(r"step [2-9] of", process, tmp_path)
+    assert process.pid is not None
     (os.killpg if target == "group" else os.kill)(process.pid, number)
-    assert process.wait(timeout=120) == code, printed(tmp_path)[-3000:]
+    assert wait(process, timeout=120) == code, printed(tmp_path)[-3000:]
     assert "Traceback" not in printed(tmp_path)
     stopped = re.search(r"after step (\d+): (\S+last-step=\1\.ckpt); resume with `lit-unlearn (.*)`", printed(tmp_path))
     assert stopped, printed(tmp_path)[-3000:]
     assert int(stopped[1]) < 48
     assert not list(tmp_path.rglob("hpc_ckpt*"))
-    if number == signal.SIGUSR1:
+    if number == signal.SIGUSR1 or devices:
         return
-    # That it then ends like the uninterrupted run is shown for Ctrl-C in processes/test_interrupt.py.
-    done = subprocess.run(
-        [*COMMAND, *shlex.split(stopped[3])], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    # That it then ends like the uninterrupted run, also on two devices, is shown for Ctrl-C in processes/test_interrupt.py.
+    code_of_rest, text = run_command(tmp_path, *shlex.split(stopped[3]))
+    assert code_of_rest == 0, text[-3000:]
     assert (tmp_path / "stopped" / "model" / "config.json").is_file()
 
 
@@ -118,13 +101,14 @@ def test_a_second_signal_ends_at_once(devices: list[str], model_dir: str, tmp_pa
         encoding="utf-8",
     )
     extra = ["--trainer.callbacks=slow_steps.SlowSteps", *devices]
-    process = start(tmp_path, *arguments(model_dir, "out"), *extra)
+    process = start_command(tmp_path, *arguments(model_dir, "out"), *extra)
+    assert process.pid is not None
     wait_for("in step", process, tmp_path)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     wait_for("SIGTERM: the run stops after this step", process, tmp_path)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 143, printed(tmp_path)[-3000:]
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait(process, timeout=10) == 143, printed(tmp_path)[-3000:]
     assert "Traceback" not in printed(tmp_path)
     assert not list(tmp_path.rglob("last-*.ckpt"))
 
@@ -133,10 +117,11 @@ def test_a_second_signal_ends_at_once(devices: list[str], model_dir: str, tmp_pa
 def test_slurms_requeue_takes_no_part(model_dir: str, tmp_path: Path) -> None:
     # Another run left this in the working directory, whatever it is.
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run")
-    process = start(tmp_path, *arguments(model_dir, "out"), **SLURM)
+    process = start_command(tmp_path, *arguments(model_dir, "out"), **SLURM)
+    assert process.pid is not None
     wait_for(r"step [2-9] of", process, tmp_path)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=120) == 138, printed(tmp_path)[-3000:]
+    os.kill(process.pid, signal.SIGUSR1)
+    assert wait(process, timeout=120) == 138, printed(tmp_path)[-3000:]
     assert [path.name for path in tmp_path.rglob("*.ckpt")].count("hpc_ckpt_1.ckpt") == 1
     assert len(list(tmp_path.rglob("last-*.ckpt"))) == 1
     assert "scontrol" not in printed(tmp_path)

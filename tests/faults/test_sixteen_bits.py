@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from command_line import quick
+from forked import run_pair
 from safetensors.torch import load_file
 from torch import nn
 
@@ -172,18 +170,10 @@ def test_sharded_and_copied_adapters_keep_their_width(tmp_path: Path, model_dir:
         "--model.keep=last",
         "--picture.answers=0",
     ]
-    command = [sys.executable, "-m", "lit_unlearn", *quick(model_dir, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = quick(model_dir, *options)
+    codes, text = run_pair(tmp_path, *command)
+    assert codes == [0, 0], text[-3000:]
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
-    resumed = subprocess.run(
-        [*command, "--trainer.max_epochs=3", "--ckpt_path=last"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    codes, text = run_pair(tmp_path, *command, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert codes == [0, 0], text[-3000:]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forked import printed, run_pair, start_pair, wait
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -65,11 +63,7 @@ SETTINGS = {
 }
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lit_unlearn", "fit", "--config=run.yaml", "--ckpt_path=last"]
-    log = (folder / "log.txt").open("ab")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True)
+COMMAND = ["fit", "--config=run.yaml", "--ckpt_path=last"]
 
 
 def newest_step(folder: Path) -> int:
@@ -78,23 +72,23 @@ def newest_step(folder: Path) -> int:
 
 
 def kill_after(folder: Path, step: int, delay: float) -> None:
-    process = start(folder)
+    processes = start_pair(folder, *COMMAND)
     end = time.monotonic() + 120
     while newest_step(folder) < step:
-        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        assert all(process.is_alive() for process in processes), printed(folder)[-3000:]
         assert time.monotonic() < end
         time.sleep(0.002)
     time.sleep(delay)
-    assert process.poll() is None  # it did not end by itself
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.2)  # the system closes the ports
+    assert all(process.is_alive() for process in processes)  # they did not end by themselves
+    for process in processes:
+        process.kill()
+    assert [wait(process, timeout=10) for process in processes] == [-signal.SIGKILL] * 2
 
 
 def finish(folder: Path) -> None:
-    process = start(folder)
-    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
-    assert "on 2 × cpu" in (folder / "log.txt").read_text()
+    codes, text = run_pair(folder, *COMMAND)
+    assert codes == [0, 0], text[-3000:]
+    assert "on 2 × cpu" in text
 
 
 def logged(folder: Path) -> dict[int, dict[str, str]]:
