@@ -17,7 +17,7 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
-from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, judge, read_policy
+from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, check_prompts, judge, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, measure_model
 from lit_unlearn.evaluation.measures import Evidence, Role
 from lit_unlearn.evaluation.qa import QABenchmark
@@ -111,6 +111,8 @@ def run(arguments: list[str]) -> None:
                 evidence, role, name, make_benchmark, policy, options.dtype, partial_dir
             )
             data = data or of_role
+    for warning in check_prompts(policy, evidence):
+        print_warning(warning)
     result = judge(policy, evidence)
 
     for stream, source in sources.items():

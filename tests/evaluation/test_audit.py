@@ -27,6 +27,7 @@ from lit_unlearn.evaluation.audit import (
     Policy,
     Requirement,
     SamplingPlan,
+    check_prompts,
     decide_requirement,
     judge,
     read_policy,
@@ -187,6 +188,21 @@ def test_what_is_missing_is_not_tested_with_the_reason() -> None:
     reasons = {finding.requirement.measure: finding.reason for finding in result.findings}
     assert "no kernel" in reasons["rounded_4bit_probability"]
     assert "forget" in reasons["forget_probability"]
+
+
+def test_a_model_that_knew_nothing_before_shows_nothing_after() -> None:
+    """As in another prompt than that of the fine-tuning, where the target itself would pass."""
+    policy = Policy("p", (AT_MOST,), min_rows=2)
+    evidence = evidence_of(forget=probabilities(0.01, 0.02), retain=probabilities(0.9, 0.9))
+    evidence.rows["before"] = {"plain": {"forget": probabilities(0.9, 0.95)}}
+    assert check_prompts(policy, evidence) == []
+    evidence.rows["model"]["plain"]["retain"] = probabilities(0.01, 0.02)
+    (warning,) = check_prompts(policy, evidence)
+    assert "0.015" in warning
+    assert "template" in warning
+    evidence.rows["before"] = {"plain": {"forget": probabilities(0.05, 0.06)}}
+    with pytest.raises(ConfigError, match="in this prompt"):
+        check_prompts(policy, evidence)
 
 
 def test_a_gap_is_taken_from_the_retain_only_model_or_else_from_unseen_rows() -> None:
