@@ -24,6 +24,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--public_key", type=str, metavar="KEY", help="Of an audit: who must have signed it, a PEM file or 64 digits."
     )
+    parser.add_argument(
+        "--policy", type=str, metavar="FILE", help="Of an audit: its policy, to compare the thresholds."
+    )
     add_set_options(parser)
     return parser
 
@@ -37,7 +40,7 @@ def run(arguments: list[str]) -> None:
     options = build_parser().parse_args(arguments)
     sets = {name: getattr(options, name) for name in SETS if getattr(options, name) is not None}
     public_key = None if options.public_key is None else read_public_key(options.public_key)
-    checks = verify_folder(options.folder, options.model, sets, public_key)
+    checks = verify_folder(options.folder, options.model, sets, public_key, options.policy)
     for check in checks:
         word = {True: "matches", False: "DIFFERS", None: "not checked"}[check.matches]
         print(f"{word:<12} {check.subject}{f': {check.detail}' if check.detail else ''}")

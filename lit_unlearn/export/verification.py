@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
-from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, Policy, judge_sample
+from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, Policy, judge_sample, read_policy
 from lit_unlearn.evaluation.measures import Sample
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.export.audit_files import (
@@ -46,6 +46,7 @@ def verify_folder(
     model: str | None = None,
     sets: Mapping[str, str] | None = None,
     public_key: str | None = None,
+    policy: str | None = None,
 ) -> list[Check]:
     """Compute again what a folder claims.
 
@@ -54,6 +55,7 @@ def verify_folder(
         model: Of an audit: the directory of the model that was audited, to compare its files.
         sets: Files of rows by stream, ``forget`` and ``retain`` for example, to compare their digests.
         public_key: Of an audit: who must have signed it, from `read_public_key`.
+        policy: Of an audit: the file of its policy, to compare the thresholds.
 
     Raises:
         MissingFileError: If there is no such folder.
@@ -67,6 +69,8 @@ def verify_folder(
         checks += _report_damage(RECORD_FILE, _check_record(folder, sets))
     if (folder / AUDIT_FILE).is_file():
         checks += _report_damage(AUDIT_FILE, _check_audit(folder, model, sets))
+        if policy is not None:
+            checks += _report_damage(AUDIT_FILE, _check_policy(folder, policy))
         checks += _check_signatures(folder, model, public_key)
     if not checks:
         raise ConfigError(
@@ -200,6 +204,11 @@ def _check_audit(folder: Path, model: str | None, sets: Mapping[str, str]) -> It
         yield from _check_texts(audit, model, sets)
 
 
+def _check_policy(folder: Path, policy: str) -> Iterator[Check]:
+    is_same = Policy.from_dict(read_json(folder / AUDIT_FILE)["policy"]) == read_policy(policy)
+    yield _compare("policy of the audit", is_same, f"'{Path(policy).name}' is another one")
+
+
 def _check_finding(finding: Finding, sample: Sample, policy: Policy) -> Check:
     """Compute interval and outcome again from the numbers of the rows."""
     again = judge_sample(finding.requirement, sample, policy)
@@ -231,7 +240,9 @@ def _check_model(audit: Mapping[str, Any], model: str) -> Iterator[Check]:
         yield _compare("record of the audited model", digest == record["sha256"], "it is another one, or missing")
     named = (read_record(model) or {}).get("audit")
     if named is not None:
-        is_same = named["policy_sha256"] == audit["policy"]["sha256"]
+        # Its thresholds and not the digest alone, which says nothing of what stands beside it in an audit that was changed.
+        fixed = Policy.from_dict({**named["policy"], "sha256": named["policy_sha256"]})
+        is_same = fixed == Policy.from_dict(audit["policy"])
         yield _compare("policy that the record names", is_same, "the audit has another policy")
 
 

@@ -28,17 +28,18 @@ from lit_unlearn.export.signature import load_signing_key
 from lit_unlearn.export.verification import verify_folder
 from lit_unlearn.models.loading import fingerprint
 
+REQUIREMENTS: dict[str, Any] = {
+    "forget_gap": {"at_most": 0.35},
+    "membership_auc": {"at_least": 0.0, "at_most": 1.0, "required": False},
+    "retain_nll_increase": {"at_most": 0.1, "required": False},
+}
+
 
 @pytest.fixture(scope="module")
 def measured(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The audit of a model that passes, with one requirement that could not be tested."""
     folder = tmp_path_factory.mktemp("audit")
-    requirements = {
-        "forget_gap": {"at_most": 0.35},
-        "membership_auc": {"at_least": 0.0, "at_most": 1.0, "required": False},
-        "retain_nll_increase": {"at_most": 0.1, "required": False},
-    }
-    policy = read_policy(write_policy(folder, requirements=requirements, attacks=None))
+    policy = read_policy(write_policy(folder, requirements=REQUIREMENTS, attacks=None))
     model = trained(tokenizer_dir, "retain")
     lm = LanguageModel(model)
     lm.load(torch.float32)
@@ -183,6 +184,27 @@ def test_a_changed_audit_is_found(folder: Path) -> None:
         audit["findings"][2]["outcome"] = "pass"
 
     assert change_audit(folder, invent_pass) == ["outcome of retain_nll_increase"]
+
+
+def test_thresholds_that_were_changed_throughout_are_found_by_policy_and_record(folder: Path, tmp_path: Path) -> None:
+    policy = write_policy(tmp_path, requirements=REQUIREMENTS, attacks=None)
+    content = read_policy(policy).describe()
+    record = {"audit": {"policy_sha256": content.pop("sha256"), "policy": content}, "files": {}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "unlearning.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def find() -> set[str]:
+        checks = verify_folder(folder, str(tmp_path / "model"), policy=policy)
+        return {check.subject for check in checks if check.matches is False and "policy" in check.subject}
+
+    assert find() == set()
+
+    def change_threshold(audit: dict[str, Any]) -> None:
+        audit["policy"]["requirements"][0]["at_most"] = audit["findings"][0]["at_most"] = 0.34
+
+    # It is an audit that agrees with itself, and names the digest of the policy that it does not have.
+    assert change_audit(folder, change_threshold) == []
+    assert find() == {"policy of the audit", "policy that the record names"}
 
 
 def test_changed_missing_and_added_files_are_found(folder: Path) -> None:
