@@ -33,6 +33,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 # Objectives that are above 0 and of this model alone; others compare with a reference model, which is another one in a later run.
 _BOUNDED = ("LogitMargin", "KLToUniform")
 _ALLOWED = 1.2  # times what an earlier request achieved
+_START = b'{"previous": '  # of every ledger
 _SHORT = 8  # digits of a digest in the table
 
 
@@ -50,12 +51,14 @@ def append_entry(file: Path, entry: Entry) -> Entry:
         The entry as it was written.
 
     Raises:
+        DataError: If the file is there, and no ledger.
         OutputError: If it cannot be written.
     """
     with output_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with _lock_file(file) as descriptor:
             content = file.read_bytes()
+            _check_start(file, content)
             lines = content.split(b"\n")
             # A machine that crashed may have left a part of a line, which stays: it is never written over.
             is_torn = lines[-1] != b""
@@ -166,7 +169,9 @@ def read_ledger(file: Path) -> list[Entry]:
     if not file.is_file():
         raise MissingFileError(f"there is no ledger '{file}': `--export.ledger=FILE` of a fit makes one.")
     # What follows the last line break is a part of a line, or nothing.
-    lines = file.read_bytes().split(b"\n")[:-1]
+    content = file.read_bytes()
+    _check_start(file, content)
+    lines = content.split(b"\n")[:-1]
     entries = []
     previous: bytes = b""
     for number, line in enumerate(lines, 1):
@@ -181,6 +186,12 @@ def read_ledger(file: Path) -> list[Entry]:
             entries.append(entry)
         previous = line
     return entries
+
+
+def _check_start(file: Path, content: bytes) -> None:
+    """Raise DataError for a file that is no ledger; a crash may have left a part of the first line."""
+    if content[: len(_START)] != _START[: len(content)]:
+        raise DataError(f"'{file}' is no ledger: name a ledger, or a file that is not there yet.")
 
 
 def _parse_line(line: bytes) -> Entry | None:

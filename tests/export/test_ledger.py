@@ -184,3 +184,13 @@ def test_an_entry_has_counts_digests_and_numbers_alone() -> None:
     table = format_ledger([written])
     assert "nll 0.1 ≤ 0.2" in table
     assert "c-17" in table
+
+
+def test_another_file_is_no_ledger_and_stays(tmp_path: Path) -> None:
+    file = tmp_path / "forget.jsonl"
+    file.write_text('{"question": "Who?"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="no ledger"):
+        append_entry(file, {"kind": "export"})
+    with pytest.raises(DataError, match="no ledger"):
+        read_ledger(file)
+    assert file.read_text("utf-8") == '{"question": "Who?"}\n'
