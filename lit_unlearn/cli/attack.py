@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from lit_unlearn.evaluation.attack_run import (
     run_attacks,
 )
 from lit_unlearn.evaluation.audit_run import count_answer_tokens
-from lit_unlearn.evaluation.benchmark import BenchmarkStream
+from lit_unlearn.evaluation.benchmark import BenchmarkStream, remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.export.audit_files import describe_model, read_question_settings, read_record
@@ -72,7 +71,7 @@ def run(arguments: list[str]) -> None:
     # Everything that can be refused is refused before a model is loaded.
     config = Path(options.config)
     content = yaml.safe_load(config.read_text(encoding="utf-8") if config.is_file() else options.config)
-    attacks, max_new_tokens, value = read_config(content)
+    attacks, max_new_tokens, value = read_config(content or {})
     models: dict[Role, str | None] = {"model": options.model, "retain_only": options.retain_only}
     check_export_target(options.output, models.values(), argument="output")
     record = read_record(options.model)
@@ -107,7 +106,7 @@ def run(arguments: list[str]) -> None:
         write_json(staging / RESULTS_FILE, report)
         draw_attacks(report, value, staging / PICTURE_FILE)
     # It has texts of answers, and was kept only so that an interrupted run could resume.
-    shutil.rmtree(partial_dir, ignore_errors=True)
+    remove_partials(partial_dir)
     print(attack_table(report, value))
     print(f"attacks: {options.output / RESULTS_FILE} and {PICTURE_FILE}")
 

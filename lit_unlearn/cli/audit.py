@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,8 +16,9 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
-from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, judge, read_policy
+from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, check_prompts, judge, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, measure_model
+from lit_unlearn.evaluation.benchmark import remove_partials
 from lit_unlearn.evaluation.measures import Evidence, Role
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
@@ -111,6 +111,8 @@ def run(arguments: list[str]) -> None:
                 evidence, role, name, make_benchmark, policy, options.dtype, partial_dir
             )
             data = data or of_role
+    for warning in check_prompts(policy, evidence):
+        print_warning(warning)
     result = judge(policy, evidence)
 
     for stream, source in sources.items():
@@ -129,7 +131,7 @@ def run(arguments: list[str]) -> None:
     )
     write_audit(options.output, audit, key, Path(options.model) / RECORD_FILE)
     # It has the rows' texts, and was kept only so that an interrupted audit could resume.
-    shutil.rmtree(partial_dir, ignore_errors=True)
+    remove_partials(partial_dir)
     if options.ledger is not None:
         append_entry(options.ledger, describe_audit(audit))
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +17,7 @@ import yaml
 from lit_unlearn.errors import ConfigError, MissingFileError
 from lit_unlearn.evaluation.attacks.relearning import Relearn
 from lit_unlearn.evaluation.measures import MEASURES, Evidence, NotTested, Role, Sample
+from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY
 from lit_unlearn.utils.io import expand_path, file_digest
 from lit_unlearn.utils.validation import check_integer, check_number, list_names
 
@@ -32,6 +34,8 @@ _PACKAGE = Path(__file__).parents[1]
 # The wheel has them inside the package, the source tree beside it.
 _CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _ATTACKS = ("relearn", "sampled")
+# Measures that a model which knows the forget rows misses without any attack.
+_KNOWING = ("forget_probability", "forget_known", "forget_gap", "forget_extraction")
 
 
 # The policy -----------------------------------------------------------------------------------------------------------
@@ -386,6 +390,37 @@ def judge(policy: Policy, evidence: Evidence) -> AuditResult:
         else:
             findings.append(judge_sample(requirement, sample, policy))
     return AuditResult(policy, tuple(findings))
+
+
+def check_prompts(policy: Policy, evidence: Evidence) -> list[str]:
+    """Return a warning if the audited model seems not to know the rows that it is to keep, as in a prompt that it never learned.
+
+    Raises:
+        ConfigError: If the model before unlearning meets the thresholds of the forget rows as well: nothing could be shown then.
+    """
+    rows = {role: runs for role, runs in evidence.rows.items() if role == "retain_only"}
+    if "before" in evidence.rows:
+        findings = judge(policy, Evidence(rows={**rows, "model": evidence.rows["before"]})).findings
+        outcomes = [finding.outcome for finding in findings if finding.requirement.measure in _KNOWING]
+        tested = [outcome for outcome in outcomes if outcome != NOT_TESTED]
+        if tested and all(outcome == PASS for outcome in tested):
+            message = (
+                "the model before unlearning meets the thresholds of the forget rows as well: it does not know them in this prompt, so "
+                "that nothing can be shown. Look at the prompt with `lit-unlearn inspect`, and set `template`, `chat` or the columns as "
+                "the model was fine-tuned with. If it never saw the rows, there is nothing to audit."
+            )
+            raise ConfigError(message, argument="before")
+    try:
+        kept = fmean(evidence.read_values("model", "plain", "retain", "probability"))
+    except NotTested:
+        return []
+    if kept > MAX_FORGET_PROBABILITY:
+        return []
+    return [
+        f"the mean probability of the retained answers is {kept:.2g}: the model does not know the rows that it is to keep, or not in "
+        "this prompt. If it was fine-tuned on them, the questions are put in another way (`template`, `chat`, columns), and the "
+        "audit shows nothing."
+    ]
 
 
 def judge_sample(requirement: Requirement, sample: Sample, policy: Policy) -> Finding:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
 from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit import Policy, SamplingPlan
-from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.stress import StressBenchmark
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.loading import fingerprint
 
 # Under an attack, no measure reads the rows to be kept, which are most of all rows.
 _ATTACKED_SETS = ("forget", "holdout")
+# Rows that the audited model never saw, and the sets that it did see: with a row of both, they would be compared with themselves.
+_UNSEEN_SETS = {"holdout": ("forget", "retain"), "canary_references": ("canaries",)}
 
 BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
 """Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
@@ -86,10 +91,13 @@ def measure_model(
         The description of every stream: number of rows, digests of texts and tokens.
 
     Raises:
-        LitUnlearnError: If the plain benchmark cannot run.
+        LitUnlearnError: If the plain benchmark cannot run, or the model or the rows would be compared with themselves.
     """
     lm.eval()
-    forget = benchmark.prepare(lm.tokenizer)["forget"].examples
+    streams = benchmark.prepare(lm.tokenizer)
+    _check_unseen(streams)
+    _check_other_weights(evidence, role, fingerprint(cast(nn.Module, lm.model)))
+    forget = streams["forget"].examples
     forget_rows = len(forget)
     longest = max(map(count_answer_tokens, forget))
     if role == "model" and longest > policy.max_new_tokens:
@@ -116,6 +124,35 @@ def measure_model(
             else:
                 evidence.add_results(role, run, results)
     return data
+
+
+def _check_unseen(streams: Mapping[str, BenchmarkStream]) -> None:
+    """Raise DataError if a set that is taken for unseen has a row of another one."""
+    for unseen, others in _UNSEEN_SETS.items():
+        rows = _read_texts(streams, unseen)
+        for other in others:
+            common = len(rows & _read_texts(streams, other))
+            if common:
+                message = (
+                    f"{common} of the {unseen} rows are {other} rows as well, so that rows would be compared with themselves: give "
+                    f"`{unseen}` rows that no model was trained on."
+                )
+                raise DataError(message, argument=unseen)
+
+
+def _read_texts(streams: Mapping[str, BenchmarkStream], name: str) -> set[tuple[tuple[str, str], ...]]:
+    """Return the texts of every row of a set; nothing of a set that is not there."""
+    examples = streams[name].examples if name in streams else []
+    return {tuple(sorted(example.texts.items())) for example in examples}
+
+
+def _check_other_weights(evidence: Evidence, role: Role, weights: str) -> None:
+    """Note a model's weights, and raise ConfigError if another one has the same: the difference would be 0, and pass."""
+    for other, known in evidence.weights.items():
+        if other != role and known == weights:
+            message = f"{ROLES[role]} has the same weights as {ROLES[other]}, which show nothing beside each other: give another `{role}`."
+            raise ConfigError(message, argument=role)
+    evidence.weights[role] = weights
 
 
 def count_answer_tokens(example: BenchmarkExample) -> int:

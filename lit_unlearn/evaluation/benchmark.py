@@ -28,6 +28,7 @@ from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.distributed import gather_objects, measure_shares, rank_and_world_size
+from lit_unlearn.utils.folders import remove_if_empty
 from lit_unlearn.utils.io import read_json, write_json
 from lit_unlearn.utils.validation import check_at_least, list_names
 
@@ -411,6 +412,24 @@ def write_partial(file: Path | None, key: str, values: list[Values]) -> None:
     """Keep values until all are measured, for `read_partial`; the first process writes."""
     if file is not None and rank_and_world_size()[0] == 0:
         write_json(file, {"key": key, "examples": values})
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what `write_partial` left in a folder and those below, with folders that are empty then; other files stay."""
+    for file in sorted(folder.rglob("*.json")):
+        try:
+            content: Any = read_json(file)
+        except ValueError:  # half a file, of a crash
+            content = None
+        except OSError:
+            continue
+        if content is None or (isinstance(content, dict) and content.keys() == {"key", "examples"}):
+            with suppress(OSError):
+                file.unlink()
+    # Those below first; one with other files in it cannot be removed.
+    for below in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        remove_if_empty(below)
+    remove_if_empty(folder)
 
 
 def describe_precision(lm: LanguageModel) -> list[str]:

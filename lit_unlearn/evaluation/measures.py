@@ -5,6 +5,7 @@ To add one, add an entry to `MEASURES`; if it needs a run of its own, add that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -36,6 +37,8 @@ Kind = Literal["mean", "difference", "auc", "share"]
 _UNSEEN = "holdout"  # the stream of rows that no model has seen
 # Numbers of generated answers, which say nothing of a deleted answer that is longer than what is generated.
 _OF_GENERATED = ("rougeL_recall", "exact")
+# Exposure ends at the logarithm of their number and one: among a few, not even a sequence that is known by heart stands out.
+_LEAST_REFERENCES = 63
 
 
 class NotTested(LitUnlearnError):
@@ -51,12 +54,14 @@ class Sample(NamedTuple):
         first: One number per row, or per sampled answer.
         second: Likewise, of other rows; empty for a mean and a share.
         basis: What the numbers are, or are compared with, as the end of a sentence; empty if that is plain.
+        questions: Number of questions that sampled answers belong to; 0 where each number is of a row of its own.
     """
 
     kind: Kind
     first: list[float]
     second: list[float] = []  # noqa: RUF012  (never changed)
     basis: str = ""
+    questions: int = 0
 
     def estimate(self, confidence: float, seed: int) -> Interval:
         """Return value and interval."""
@@ -69,7 +74,10 @@ class Sample(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Number of rows of the smaller set, which decides how wide the interval is."""
+        """Number of rows of the smaller set, on which a policy decides something or nothing."""
+        if self.questions:
+            # Many answers to one question say nothing of other questions.
+            return self.questions
         return min(len(self.first), len(self.second)) if self.second else len(self.first)
 
 
@@ -82,11 +90,13 @@ class Evidence:
     Args:
         rows: By model, run and stream.
         failures: By model and run.
+        weights: Digest of each model's weights.
         cut_answers: Why generated answers cannot be compared with the deleted ones: they are cut too early; ``None`` if they are not.
     """
 
     rows: dict[Role, dict[str, dict[str, list[Values]]]] = field(default_factory=dict)
     failures: dict[Role, dict[str, str]] = field(default_factory=dict)
+    weights: dict[Role, str] = field(default_factory=dict)
     cut_answers: str | None = None
 
     def add_results(self, role: Role, run: str, results: Results) -> None:
@@ -144,6 +154,9 @@ class Evidence:
             rows = [row for row in rows if not row.get("relearned")]
         if not rows:
             raise NotTested(f"every {stream} row was relearned, and none is left to measure")
+        if not all(math.isfinite(row.get("nll", 0.0)) for row in rows):
+            # Such a model writes nonsense, which overlaps with no answer: it would pass as one that forgot.
+            raise NotTested(f"the loss of some {stream} rows is not finite: the model may have diverged")
         values: list[float] = []
         for row in rows:
             if key not in row:
@@ -199,7 +212,9 @@ def _share_of(run: str, stream: str, key: str, above: float, basis: str = "") ->
 
     def collect(evidence: Evidence) -> Sample:
         values = evidence.read_values("model", run, stream, key)
-        return Sample("share", [float(value > above) for value in values], basis=basis)
+        # What is not a number is above nothing, and stays, so that nothing is decided by it.
+        hits = [float(value > above) if math.isfinite(value) else value for value in values]
+        return Sample("share", hits, basis=basis, questions=len(evidence.read_rows("model", run, stream)))
 
     return collect
 
@@ -258,8 +273,8 @@ def _expose_canaries(evidence: Evidence) -> Sample:
     """Compute how far each planted sequence stands out among sequences that were not planted, in bits."""
     planted = evidence.read_values("model", "plain", "canaries", "nll")
     others = evidence.read_values("model", "plain", "canary_references", "nll")
-    if not np.isfinite([*planted, *others]).all():
-        raise NotTested("the loss of a canary is not a finite number")
+    if len(others) < _LEAST_REFERENCES:
+        raise NotTested(f"there are {len(others)} canary_references, and exposure needs at least {_LEAST_REFERENCES}")
     basis = f"among {len(others)} sequences that were not planted; 1.4 is expected of a model that never saw them"
     return Sample("mean", [exposure(nll, others) for nll in planted], basis=basis)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.benchmark import Benchmark, remove_partials
 from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.agreement import check_processes_agree, describe_benchmark
@@ -122,7 +121,7 @@ def run_benchmark(
         if file is not None:
             results.write(file)
         if partial_dir is not None:
-            shutil.rmtree(partial_dir, ignore_errors=True)
+            remove_partials(partial_dir)
         if is_test:
             print(results_table([results], [str(lm.name)]))
     if is_test:

@@ -27,6 +27,7 @@ from lit_unlearn.evaluation.audit import (
     Policy,
     Requirement,
     SamplingPlan,
+    check_prompts,
     decide_requirement,
     judge,
     read_policy,
@@ -166,7 +167,14 @@ def test_too_few_rows_and_values_that_are_not_finite_decide_nothing() -> None:
     few = judge(policy, evidence_of(forget=probabilities(0.9, 0.95)))
     assert few.findings[0].outcome == UNDECIDED
     assert few.findings[0].value == pytest.approx(0.925)  # it is shown all the same
-    assert judge(policy, evidence_of(forget=probabilities(0.0, 0.0, math.nan))).findings[0].outcome == UNDECIDED
+    broken = probabilities(0.0, 0.0, math.nan)
+    assert judge(policy, evidence_of(forget=broken)).findings[0].outcome == UNDECIDED
+    # NaN is above no threshold, and what such a model writes overlaps with no answer.
+    known = Policy("p", (Requirement("forget_known", at_most=0.9),), min_rows=3)
+    assert judge(known, evidence_of(forget=broken)).findings[0].outcome == UNDECIDED
+    overlap = Policy("p", (Requirement("forget_rouge", at_most=0.9),), min_rows=3)
+    diverged = [{"nll": math.nan, "rougeL_recall": 0.0}] * 3
+    assert judge(overlap, evidence_of(forget=diverged)).findings[0].outcome == NOT_TESTED
 
 
 def test_what_is_missing_is_not_tested_with_the_reason() -> None:
@@ -180,6 +188,21 @@ def test_what_is_missing_is_not_tested_with_the_reason() -> None:
     reasons = {finding.requirement.measure: finding.reason for finding in result.findings}
     assert "no kernel" in reasons["rounded_4bit_probability"]
     assert "forget" in reasons["forget_probability"]
+
+
+def test_a_model_that_knew_nothing_before_shows_nothing_after() -> None:
+    """As in another prompt than that of the fine-tuning, where the target itself would pass."""
+    policy = Policy("p", (AT_MOST,), min_rows=2)
+    evidence = evidence_of(forget=probabilities(0.01, 0.02), retain=probabilities(0.9, 0.9))
+    evidence.rows["before"] = {"plain": {"forget": probabilities(0.9, 0.95)}}
+    assert check_prompts(policy, evidence) == []
+    evidence.rows["model"]["plain"]["retain"] = probabilities(0.01, 0.02)
+    (warning,) = check_prompts(policy, evidence)
+    assert "0.015" in warning
+    assert "template" in warning
+    evidence.rows["before"] = {"plain": {"forget": probabilities(0.05, 0.06)}}
+    with pytest.raises(ConfigError, match="in this prompt"):
+        check_prompts(policy, evidence)
 
 
 def test_a_gap_is_taken_from_the_retain_only_model_or_else_from_unseen_rows() -> None:
@@ -208,7 +231,8 @@ def test_relearned_rows_are_left_out_and_samples_are_counted() -> None:
     assert MEASURES["relearned_probability"].collect(evidence).first == [0.1]
     sample = MEASURES["sampled_exact"].collect(evidence)
     value, low, high = sample.estimate(0.95, 0)
-    assert (sample.rows, value, low) == (8, 0.125, 0)
+    assert (len(sample.first), value, low) == (8, 0.125, 0)
+    assert sample.rows == 2  # a policy's `min_rows` are questions: many answers to one say nothing of others
     assert 0.4 < high < 0.6
 
 
@@ -248,6 +272,25 @@ def test_a_model_of_random_weights_passes(tokenizer_dir: str, policy: Policy, tm
     """That the target fails and a retain-only model passes is in tests/cli/test_audit_command.py, by the command itself."""
     result = audit(trained(tokenizer_dir), policy, tmp_path)
     assert result.verdict == PASS, [finding.reason for finding in result.findings]
+
+
+def test_nothing_is_compared_with_itself(tokenizer_dir: str) -> None:
+    """The difference would be 0, and every model would pass."""
+    lm = LanguageModel(trained(tokenizer_dir))
+    lm.load(torch.float32)
+    rows = [{"question": "Who?", "answer": "Ann."}, {"question": "Where?", "answer": "There."}]
+    policy = Policy("p", (Requirement("forget_gap", at_most=0.1),), min_rows=2)
+
+    def measure(evidence: Evidence, role: Any, **sets: Any) -> None:
+        measure_model(evidence, role, lm, QABenchmark(**{"forget": rows[:1], **sets}, max_new_tokens=1), policy)
+
+    with pytest.raises(DataError, match="1 of the holdout rows are forget rows") as refused:
+        measure(Evidence(), "model", retain=rows[1:], holdout=rows[:1])
+    assert "Ann" not in str(refused.value)
+    evidence = Evidence()
+    measure(evidence, "model", retain=rows[1:])
+    with pytest.raises(ConfigError, match="retain-only model has the same weights as the audited model"):
+        measure(evidence, "retain_only", retain=rows[1:])
 
 
 def test_an_attack_that_cannot_run_is_not_tested_and_never_a_pass(
@@ -333,6 +376,9 @@ def test_the_exposure_of_canaries_is_a_mean_over_them() -> None:
     assert finding.value == pytest.approx(1 / math.log(2), abs=0.03)
     assert finding.outcome == PASS
     assert judge(policy, evidence_of(forget=probabilities(0.1))).findings[0].outcome == NOT_TESTED
+    # Among three, no sequence could stand out by more than two bits.
+    few = evidence_of(canaries=[{"nll": 0.5}] * 4, canary_references=others[:3])
+    assert judge(policy, few).findings[0].outcome == NOT_TESTED
     broken = evidence_of(canaries=[{"nll": math.nan}], canary_references=others)
     assert judge(policy, broken).findings[0].outcome == NOT_TESTED
 

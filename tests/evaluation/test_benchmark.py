@@ -15,7 +15,13 @@ from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, 
 
 from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
 from lit_unlearn.data.encoding import encode, prompt_of
-from lit_unlearn.evaluation.benchmark import Aggregate, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import (
+    Aggregate,
+    BenchmarkExample,
+    BenchmarkStream,
+    remove_partials,
+    write_partial,
+)
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.io import read_json
@@ -270,3 +276,19 @@ def test_every_row_gets_its_own_scores_and_answer(token_budget, tokenizer_dir):
     assert found["missing"] == {"lost": "it was never there"}
     assert found["settings"] == {"token_budget": token_budget}
     assert lm.training is False
+
+
+def test_only_partial_files_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "audit.partial"
+    write_partial(folder / "model" / "forget.json", "key", [{"generated": "text of a row"}])
+    (folder / "model" / "retain.json").write_text('{"key": "k", "exam', encoding="utf-8")  # a crash
+    remove_partials(folder)
+    assert not folder.exists()
+    remove_partials(folder)
+
+    write_partial(folder / "model" / "forget.json", "key", [])
+    own = {folder / "notes.txt": "mine", folder / "forget.json": '{"mine": 1}'}
+    for file, text in own.items():
+        file.write_text(text, encoding="utf-8")
+    remove_partials(folder)
+    assert {path: path.read_text("utf-8") for path in folder.iterdir()} == own
