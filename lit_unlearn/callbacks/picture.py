@@ -35,13 +35,14 @@ class RunPicture(Callback):
     has not ended or was killed.
 
     Args:
-        answers: Number of examples of every stream whose tokens are shown, the first ones; 0 for none.
+        answers: Number of examples of every stream whose tokens are shown, the first ones. By default none: the picture and
+            ``pictures.json`` would have the text of rows.
 
     Raises:
         ConfigError: If ``answers`` is negative.
     """
 
-    def __init__(self, answers: int = 3) -> None:
+    def __init__(self, answers: int = 0) -> None:
         self.answers = check_integer(self, "answers", answers)
         self._earlier_files: list[str] = []  # metrics of the runs that this one resumed
         self._current_file: str | None = None
@@ -121,7 +122,8 @@ class RunPicture(Callback):
         drawn = [name for name, files in pictures.items() if not isinstance(files, str)]
         rank_zero_info(f"pictures: {', '.join(drawn) or 'none'} (.png and .svg) in {folder}")
         for name, reason in pictures.items():
-            if isinstance(reason, str):
+            # Nobody asked for tokens, by default.
+            if isinstance(reason, str) and (name != "tokens" or self.answers):
                 rank_zero_info(f"no picture '{name}': {reason}")
 
     def _record_answers(self, trainer: L.Trainer, module: LitLanguageModel) -> list[RecordedAnswer]:

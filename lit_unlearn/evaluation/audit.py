@@ -398,9 +398,11 @@ def check_prompts(policy: Policy, evidence: Evidence) -> list[str]:
     Raises:
         ConfigError: If the model before unlearning meets the thresholds of the forget rows as well: nothing could be shown then.
     """
-    rows = {role: runs for role, runs in evidence.rows.items() if role == "retain_only"}
     if "before" in evidence.rows:
-        findings = judge(policy, Evidence(rows={**rows, "model": evidence.rows["before"]})).findings
+        of_before = Evidence(rows={"model": evidence.rows["before"]})
+        if "retain_only" in evidence.rows:
+            of_before.rows["retain_only"] = evidence.rows["retain_only"]
+        findings = judge(policy, of_before).findings
         outcomes = [finding.outcome for finding in findings if finding.requirement.measure in _KNOWING]
         tested = [outcome for outcome in outcomes if outcome != NOT_TESTED]
         if tested and all(outcome == PASS for outcome in tested):

@@ -135,7 +135,7 @@ def test_training_does_not_notice(
     kind: str, models: dict[str, str], make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     weights = []
-    for picture in (None, RunPicture()):
+    for picture in (None, RunPicture(3)):
         lm = LanguageModel(models["dropout"])
         module = unlearn(lm) if kind == "unlearn" else LitFinetune(lm, lambda p: torch.optim.SGD(p, lr=0.05))
         L.seed_everything(1, verbose=False)
@@ -155,7 +155,7 @@ def test_a_run_that_was_killed_can_be_drawn_and_goes_on(
         return ResumeCheckpoint(every_n_train_steps=1, dirpath=str(tmp_path / "checkpoints"))
 
     with pytest.raises(Stopped):
-        fit(unlearn(tiny_lm()), make_trainer, tmp_path, saver(), Stop(3), picture=RunPicture(), epochs=4)
+        fit(unlearn(tiny_lm()), make_trainer, tmp_path, saver(), Stop(3), picture=RunPicture(3), epochs=4)
     killed = tmp_path / "run" / "version_0"
     assert not PICTURES & {path.name for path in killed.iterdir()}
     main(["plot", str(killed)])
@@ -164,7 +164,7 @@ def test_a_run_that_was_killed_can_be_drawn_and_goes_on(
     assert first.kept_step == 2
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     folder = fit(
-        unlearn(tiny_lm()), make_trainer, tmp_path, saver(), picture=RunPicture(), epochs=4, ckpt_path=str(checkpoint)
+        unlearn(tiny_lm()), make_trainer, tmp_path, saver(), picture=RunPicture(3), epochs=4, ckpt_path=str(checkpoint)
     )
     assert json.loads((folder / "pictures.json").read_text())["metrics"] == ["../version_0/metrics.csv", "metrics.csv"]
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_can_be_drawn_and_goes_on(
     assert run.before == first.before
     assert [answer.before for answer in run.answers] == [answer.before for answer in first.answers]
     assert run.kept_step == 8
-    whole = read_run(fit(unlearn(tiny_lm()), make_trainer, tmp_path, picture=RunPicture(), epochs=4))
+    whole = read_run(fit(unlearn(tiny_lm()), make_trainer, tmp_path, picture=RunPicture(3), epochs=4))
     assert whole.answers == run.answers
 
 
@@ -196,7 +196,7 @@ def test_loaders_of_ones_own_have_no_tokens(
     data.setup("fit")
     loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
     with caplog.at_level("INFO"):
-        folder = fit(unlearn(tiny_lm()), make_trainer, tmp_path, picture=RunPicture(), **loaders)
+        folder = fit(unlearn(tiny_lm()), make_trainer, tmp_path, picture=RunPicture(3), **loaders)
     assert PICTURES - {path.name for path in folder.iterdir()} == {"tokens.png", "tokens.svg"}
     assert "no picture 'tokens': no answers were recorded" in caplog.text
     assert read_run(folder).kept_step == 4

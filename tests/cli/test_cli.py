@@ -37,7 +37,12 @@ def test_version_and_help_import_nothing_heavy(arguments: list[str]) -> None:
 def test_a_fit_leaves_model_metrics_picture_and_report(in_tmp: Path, model_dir: str, capsys: Any) -> None:
     before = AutoModelForCausalLM.from_pretrained(model_dir)
     cli.main(
-        quick(model_dir, "--model.constraints.nll.epsilon.relative=0.3", "--model.constraints.nll.warmup_epochs=1")
+        quick(
+            model_dir,
+            "--model.constraints.nll.epsilon.relative=0.3",
+            "--model.constraints.nll.warmup_epochs=1",
+            "--picture.answers=1",
+        )
     )
     folder = in_tmp / "log" / "run" / "version_0"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -97,9 +97,16 @@ def make(model: str, rows: str | None = None) -> LitUnlearn:
 
 
 def fit(
-    model: str, rows: str, root: Path, epochs: int = 1, benchmark: bool = False, **settings: Any
+    model: str,
+    rows: str,
+    root: Path,
+    epochs: int = 1,
+    benchmark: bool = False,
+    picture: RunPicture | None = None,
+    **settings: Any,
 ) -> list[L.Callback]:
-    callbacks = default_callbacks(export=ExportModel(root / "out"), progress_bar=False, given=settings.pop("given", []))
+    export, given = ExportModel(root / "out"), settings.pop("given", [])
+    callbacks = default_callbacks(export=export, picture=picture, progress_bar=False, given=given)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -115,17 +122,18 @@ def fit(
     return callbacks
 
 
+@pytest.mark.parametrize("picture", [None, RunPicture(3)], ids=["as it is", "answers asked for"])
 def test_examples_stay_in_the_runs_folder_and_out_of_checkpoints(
-    model_dir: str, write_rows: Callable[..., str], caches: Path, tmp_path: Path
+    picture: RunPicture | None, model_dir: str, write_rows: Callable[..., str], caches: Path, tmp_path: Path
 ) -> None:
     rows = write_rows("rows.jsonl", ROWS)
-    fit(model_dir, rows, tmp_path / "runs", benchmark=True)
+    fit(model_dir, rows, tmp_path / "runs", benchmark=True, picture=picture)
     run = tmp_path / "runs" / "run"
     (start,) = run.glob("version_*")
     assert (run / "checkpoints" / "last-step=2.ckpt").is_file()
     assert list((caches / "own").rglob("*.json"))  # what is cached holds no text
-    expected = {start / "pictures.json", start / "qa-step=2.json", Path(rows)}
-    assert holders(tmp_path) == expected
+    expected = {start / "qa-step=2.json", Path(rows)}
+    assert holders(tmp_path) == (expected if picture is None else expected | {start / "pictures.json"})
     assert [path for path in (caches / "tmp").rglob("*") if path.is_file()] == []
     assert [path for path in (caches / "hf").rglob("*") if path.is_file()] == []
 
@@ -134,9 +142,10 @@ def test_a_resumed_run_still_draws_the_answers_with_their_texts(
     model_dir: str, write_rows: Callable[..., str], tmp_path: Path
 ) -> None:
     rows = write_rows("rows.jsonl", ROWS)
-    fit(model_dir, rows, tmp_path)
+    fit(model_dir, rows, tmp_path, picture=RunPicture(3))
     first = read_run(tmp_path / "run" / "version_0").answers
-    picture = next(c for c in fit(model_dir, rows, tmp_path, 2, ckpt_path="last") if isinstance(c, RunPicture))
+    picture = RunPicture(3)
+    fit(model_dir, rows, tmp_path, 2, picture=picture, ckpt_path="last")
     second = read_run(tmp_path / "run" / "version_1").answers
     assert [answer._replace(after=None) for answer in first] == [answer._replace(after=None) for answer in second]
     assert CANARY in "".join(second[0].tokens)
@@ -159,7 +168,7 @@ def test_clean_lists_and_then_removes_what_holds_examples_and_keeps_model_and_re
     rows = write_rows("rows.jsonl", ROWS)
     root = tmp_path / "runs"
     own = ModelCheckpoint(dirpath=root / "mine", filename="best")
-    fit(model_dir, rows, root, benchmark=True, more=[own])
+    fit(model_dir, rows, root, benchmark=True, picture=RunPicture(3), more=[own])
     start = root / "run" / "version_0"
     (start / "qa.partial").mkdir()
     (start / "qa.partial" / "forget.json").write_text(json.dumps({"key": "k", "examples": [{"generated": CANARY}]}))
