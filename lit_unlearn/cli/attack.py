@@ -28,8 +28,7 @@ from lit_unlearn.evaluation.attack_run import (
     build_report,
     run_attacks,
 )
-from lit_unlearn.evaluation.audit_run import count_answer_tokens
-from lit_unlearn.evaluation.benchmark import BenchmarkStream, remove_partials
+from lit_unlearn.evaluation.benchmark import BenchmarkStream, count_answer_tokens, remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.export.audit_files import describe_model, read_question_settings, read_record

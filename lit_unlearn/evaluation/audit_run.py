@@ -9,11 +9,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from lit_unlearn.data.encoding import IGNORED
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
 from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit import Policy, SamplingPlan
-from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkStream, count_answer_tokens
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Values
@@ -153,14 +152,6 @@ def _check_other_weights(evidence: Evidence, role: Role, weights: str) -> None:
             message = f"{ROLES[role]} has the same weights as {ROLES[other]}, which show nothing beside each other: give another `{role}`."
             raise ConfigError(message, argument=role)
     evidence.weights[role] = weights
-
-
-def count_answer_tokens(example: BenchmarkExample) -> int:
-    """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
-    tokens = 0
-    for sequence in example.sequences.get("answer", []):
-        tokens += len(sequence.labels) - sequence.labels.count(IGNORED)
-    return max(tokens - 1, 0)
 
 
 def describe_failure(error: Exception) -> str:

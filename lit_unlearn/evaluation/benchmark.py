@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.encoding import IGNORED, Example
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError
 from lit_unlearn.evaluation.results import (
     Results,
@@ -412,6 +412,14 @@ def write_partial(file: Path | None, key: str, values: list[Values]) -> None:
     """Keep values until all are measured, for `read_partial`; the first process writes."""
     if file is not None and rank_and_world_size()[0] == 0:
         write_json(file, {"key": key, "examples": values})
+
+
+def count_answer_tokens(example: BenchmarkExample) -> int:
+    """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
+    tokens = 0
+    for sequence in example.sequences.get("answer", []):
+        tokens += len(sequence.labels) - sequence.labels.count(IGNORED)
+    return max(tokens - 1, 0)
 
 
 def remove_partials(folder: Path) -> None:

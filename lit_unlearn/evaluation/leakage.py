@@ -8,9 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import (
+    Aggregate,
+    Benchmark,
+    BenchmarkExample,
+    BenchmarkStream,
+    count_answer_tokens,
+)
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import rouge
@@ -113,13 +120,20 @@ class LeakBenchmark(Benchmark):
         """
         streams = self.benchmark.prepare(tokenizer)
         questions = []
+        longest = 0
         for example in streams["forget"].examples if "forget" in streams else []:
             # Raw text without a context has nothing to answer. What has a prompt is not scored, only answered.
             if example.prompt is not None and "answer" in example.texts:
                 questions.append(example._replace(sequences={}))
+                longest = max(longest, count_answer_tokens(example))
         if not questions:
             message = f"{type(self.benchmark).__name__} has no forget questions that could be answered: give another `benchmark`."
             raise ConfigError(message, owner=self, argument="benchmark")
+        if longest > streams["forget"].max_new_tokens:
+            rank_zero_warn(
+                f"`max_new_tokens` is {streams['forget'].max_new_tokens}, and the longest forget answer has {longest} tokens: samples are "
+                "cut before they could reveal all of it, and the bounds are too low. Raise it."
+            )
         return {"forget": streams["forget"]._replace(examples=questions)}
 
     # Values ----------------------------------------------------------------------------------------------------------

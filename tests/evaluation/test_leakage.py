@@ -320,3 +320,9 @@ def test_shares_of_processes_make_up_the_samples_of_one(lm, files):
     for rank in (0, 1, 2):
         share = benchmark._measure_share(lm, "forget", stream, range(len(wanted))[rank::3], lambda count: None)
         assert share == wanted[rank::3]
+
+
+def test_samples_that_are_too_short_to_reveal_an_answer_are_warned_of(lm: LanguageModel) -> None:
+    rows = [{"question": "Who?", "answer": "Ann wrote it in May."}]
+    with pytest.warns(UserWarning, match="bounds are too low"):
+        LeakBenchmark(QABenchmark(rows, rows, max_new_tokens=1), Sampling(samples=1)).prepare(lm.tokenizer)
