@@ -34,7 +34,7 @@ from lit_unlearn.export.audit_files import (
     was_fixed_before,
     write_audit,
 )
-from lit_unlearn.export.ledger import append_entry, describe_audit
+from lit_unlearn.export.ledger import append_entry, describe_audit, read_ledger
 from lit_unlearn.export.record import RECORD_FILE
 from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
 from lit_unlearn.models import LanguageModel
@@ -91,6 +91,8 @@ def run(arguments: list[str]) -> None:
     for warning in check_roles(policy, models):
         print_warning(warning)
     check_export_target(options.output, models.values(), argument="output")
+    if options.ledger is not None and options.ledger.exists():
+        read_ledger(options.ledger)
     record = read_record(options.model)
     # No measure reads wrong answers, of which a row may have many.
     settings = {"wrong_column": "", **read_question_settings(record), **read_settings(parser, options)}

@@ -99,6 +99,8 @@ def _check_files(folder: Path) -> Iterator[Check]:
     if not listed:
         if (folder / DIGEST_FILE).exists():
             yield Check(DIGEST_FILE, False, "it is no list of this package")
+        elif (folder / AUDIT_FILE).is_file() or (folder / RECORD_FILE).is_file():
+            yield Check(DIGEST_FILE, False, "it is missing, and with it the digests of all files")
         return
     present = dict(iterate_files(folder))
     for name in sorted({*listed, *present}):

@@ -26,8 +26,9 @@ from lit_unlearn import (
 )
 from lit_unlearn.cli.attack import read_config
 from lit_unlearn.data.encoding import encode
+from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.attack_run import NO_ATTACK, VALUES, Outcome, attack_table, build_report, run_attacks
-from lit_unlearn.evaluation.attacks.rounding import round_as_gguf
+from lit_unlearn.evaluation.attacks.rounding import round_as_gguf, round_weights
 from lit_unlearn.plotting import draw_attacks
 
 CURVE = Relearn(rows=2, steps=4, lr=3e-3, seed=1, curve=(1, 2))
@@ -126,7 +127,11 @@ def test_gguf_rounds_blocks_of_32():
         # The scale is stored in half precision, and the 4-bit values reach further on one side.
         assert ((rounded - weight).abs() <= 1.01 * blocks / steps).all()
         assert all(len(row.unique()) <= 2**bits for row in rounded.view(6, 32))
-    assert round_as_gguf(weight[:, :20], 4).equal(weight[:, :20])
+    narrow = torch.nn.Sequential(torch.nn.Linear(20, 4))
+    narrow.get_output_embeddings = lambda: None
+    assert round_as_gguf(narrow[0].weight, 4) is narrow[0].weight
+    with pytest.raises(ModelError, match="nothing would be rounded"):
+        round_weights(narrow, 4, round_as_gguf)
 
 
 def test_another_language_has_answers_of_its_own(lm):

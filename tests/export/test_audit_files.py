@@ -214,6 +214,8 @@ def test_changed_missing_and_added_files_are_found(folder: Path) -> None:
     assert failures(verify_folder(folder)) == ["file audit.html", "file more.txt", "audit.html"]
     page.unlink()
     assert "file audit.html" in failures(verify_folder(folder))
+    (folder / "files.sha256").unlink()
+    assert "files.sha256" in failures(verify_folder(folder))
 
 
 def test_other_rows_and_another_model_are_found(

@@ -109,20 +109,25 @@ def round_weights(model: Any, bits: int, round_weight: Callable[[Tensor, int], T
     Args:
         model: A causal LM of transformers. Weights outside of ``nn.Linear``, such as experts that share one tensor, stay.
         bits: As for `round_to_nearest`.
-        round_weight: ``None`` for `round_to_nearest`.
+        round_weight: ``None`` for `round_to_nearest`. It returns the weight itself to leave it as it is.
 
     Raises:
-        ModelError: If there is no such layer.
+        ModelError: If nothing was rounded: there is no such layer, or all of them were left as they are.
     """
     # The head stays, as transformers leaves it with bitsandbytes.
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    if not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no nn.Linear but the head, so that nothing would be rounded: set `bits` to []."
-        )
+    is_rounded = False
     for layer in layers:
-        layer.weight.copy_((round_weight or round_to_nearest)(layer.weight, bits))
+        rounded = (round_weight or round_to_nearest)(layer.weight, bits)
+        if rounded is not layer.weight:
+            layer.weight.copy_(rounded)
+            is_rounded = True
+    if not is_rounded:
+        raise ModelError(
+            f"{type(model).__name__} has no nn.Linear but the head that this backend rounds, so that nothing would be rounded: set "
+            "`bits` to []."
+        )
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
