@@ -122,7 +122,7 @@ class RunPicture(Callback):
         drawn = [name for name, files in pictures.items() if not isinstance(files, str)]
         rank_zero_info(f"pictures: {', '.join(drawn) or 'none'} (.png and .svg) in {folder}")
         for name, reason in pictures.items():
-            # Nobody asked for tokens, by default.
+            # By default, there are no tokens to draw.
             if isinstance(reason, str) and (name != "tokens" or self.answers):
                 rank_zero_info(f"no picture '{name}': {reason}")
 
