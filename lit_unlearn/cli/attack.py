@@ -94,6 +94,9 @@ def run(arguments: list[str]) -> None:
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
         lm.load(None if options.dtype is None else getattr(torch, options.dtype))
         described[role] = describe_model(name, fingerprint(cast(nn.Module, lm.model)))
+        if role != "model" and described[role]["weights"] == described["model"]["weights"]:
+            message = f"'{name}' has the same weights as '{options.model}', which show nothing beside each other: give another model."
+            raise ConfigError(message, argument=role)
         print(f"attacking {name}")
         outcomes[role] = run_attacks(lm, attacks, benchmark, partial_dir / role, _print_outcome)
         # The next one is not to be in memory beside it.

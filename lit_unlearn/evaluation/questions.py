@@ -421,8 +421,13 @@ class QuestionSets:
         return read
 
     def _check_text(self, row: Values, column: str, place: str) -> None:
-        if not isinstance(row.get(column), str):
-            kind = describe_kind(row[column]) if column in row else "none"
+        text = row.get(column)
+        # An empty answer has a message of its own, where its tokens are counted.
+        is_empty = column == self.question_column and isinstance(text, str) and not text.strip()
+        if not isinstance(text, str) or is_empty:
+            kind = "none"
+            if column in row:
+                kind = "an empty one" if is_empty else describe_kind(text)
             raise DataError(
                 f"{place} has no text in '{column}': expected a string, got {kind}; its columns are {sorted(row)}. Set "
                 "`question_column`, `answer_column` and `wrong_column`.",

@@ -34,6 +34,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BOUNDED = ("LogitMargin", "KLToUniform")
 _ALLOWED = 1.2  # times what an earlier request achieved
 _START = b'{"previous": '  # of every ledger
+_KEYS = {"previous", "kind", "created", "request", "forget", "verdict", "model", "parent"}  # of every line
 _SHORT = 8  # digits of a digest in the table
 
 
@@ -178,6 +179,11 @@ def read_ledger(file: Path) -> list[Entry]:
         entry = _parse_line(line)
         # A torn line is known to the one that follows it by its digest, too.
         if entry is not None:
+            lacking = _KEYS - entry.keys()
+            if lacking:
+                raise DataError(
+                    f"line {number} of the ledger '{file}' has no '{sorted(lacking)[0]}': this package did not write it."
+                )
             if entry.get("previous") != _digest_line(previous):
                 raise DataError(
                     f"line {number} of the ledger '{file}' does not follow the line before it: a line was changed, removed or added "

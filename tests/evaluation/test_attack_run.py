@@ -349,3 +349,9 @@ def test_the_command(in_tmp, tokenizer_dir, capsys):
     assert report["attacks"]["4 bits"]["retain_only"]["points"][0]["effort"] == 4
     assert Path("out/attack.png").stat().st_size > 5000
     assert not list(Path().glob("*.partial"))
+    # The curve beside the model's would be its own.
+    with pytest.raises(SystemExit) as end:
+        cli.main(["attack", models[0], *files, f"--config={config}", "--output=same", f"--retain_only={models[0]}"])
+    assert end.value.code == 2
+    assert "same weights" in capsys.readouterr().err
+    assert not Path("same").exists()

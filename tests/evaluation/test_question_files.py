@@ -25,6 +25,7 @@ def suite_of(folder: Path, forget: list[Row], retain: list[Row] = RETAIN, **sett
         ({"prompt": "Who?", "answer": "Ada."}, {}, r"row 1 of the forget set has no text in 'question': .* got null"),
         ({"question": "Who?", "reply": "Ada."}, {}, r"row 1 of the forget set has no text in 'answer': .* got null"),
         ({"question": "Who?", "answer": None}, {}, r"has no text in 'answer': expected a string, got null"),
+        ({"question": " ", "answer": "Ada."}, {}, r"has no text in 'question': expected a string, got an empty one"),
         ({"question": "Who?", "answer": "Ada."}, {"question_column": "q"}, r"row 0 of the forget set .* in 'q'"),
         ({"question": "Who?", "answer": "Ada."}, {"answer_column": "a"}, r"row 0 of the forget set .* in 'a'"),
         (

@@ -194,3 +194,10 @@ def test_another_file_is_no_ledger_and_stays(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no ledger"):
         read_ledger(file)
     assert file.read_text("utf-8") == '{"question": "Who?"}\n'
+
+
+def test_a_line_that_this_package_did_not_write_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.jsonl"
+    file.write_text('{"previous": null, "kind": "export", "request": 5}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1 of the ledger .* has no 'created'"):
+        read_ledger(file)
