@@ -326,3 +326,7 @@ def test_samples_that_are_too_short_to_reveal_an_answer_are_warned_of(lm: Langua
     rows = [{"question": "Who?", "answer": "Ann wrote it in May."}]
     with pytest.warns(UserWarning, match="bounds are too low"):
         LeakBenchmark(QABenchmark(rows, rows, max_new_tokens=1), Sampling(samples=1)).prepare(lm.tokenizer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -287,7 +287,7 @@ def test_from_the_command_line_too(in_tmp: Path, model_dir: str, write_rows: Cal
         f"--data.retain={write_rows('retain.jsonl', RETAIN)}",
         *general[2:],
     ]
-    cli.main(["fit", *own, "--logs.save_dir=log"])
+    cli.main(["fit", *own, "--logs.save_dir=log", "--picture.answers=2"])
     outside = {path for path in holders(in_tmp) if "log" not in path.relative_to(in_tmp).parts}
     assert outside == {Path(rows)}
     assert holders(in_tmp / "log", caches)
