@@ -11,7 +11,7 @@ from typing import Literal
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import DataError
-from lit_unlearn.evaluation.questions import compare_with_retain
+from lit_unlearn.evaluation.question_scores import compare_with_retain
 from lit_unlearn.evaluation.results import Results, check_matched, check_same_rows, list_differences, results_table
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import atomic_file

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lit_unlearn.errors import LitUnlearnError
-from lit_unlearn.evaluation.questions import ATTACKS
+from lit_unlearn.evaluation.question_scores import ATTACKS
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.metrics import exposure
 from lit_unlearn.metrics.intervals import (
