@@ -244,7 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     from lit_unlearn.errors import LitUnlearnError
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tofu", default="locuslab/TOFU", metavar="FOLDER", help="folder with TOFU's files, or a hub name")
+    parser.add_argument(
+        "--tofu", default="locuslab/TOFU", metavar="FOLDER", help="folder with TOFU's files, or a hub name"
+    )
     options = parser.parse_args(arguments)
     try:
         # Before the model, which takes longer to get.
