@@ -1,4 +1,4 @@
-"""A pretrained model forgets a person: fine-tune, unlearn, audit, and ask; docs/real.md says what comes out and how long it takes.
+"""A pretrained model forgets a person: fine-tune, unlearn, audit, and ask (docs/real.md).
 
     make real                                   # with TOFU from the hub, or TOFU=FOLDER with its files
     python -m benchmarks.real --tofu FOLDER

