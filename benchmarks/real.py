@@ -10,7 +10,6 @@ interrupted continues as far as it can, so that the same command resumes. To beg
 from __future__ import annotations
 
 import argparse
-import platform
 import shlex
 import shutil
 import subprocess
@@ -255,9 +254,9 @@ def main(arguments: list[str] | None = None) -> None:
     except LitUnlearnError as error:
         sys.exit(f"benchmarks.real: error: {error}")
     precision = choose_precision()
-    print(f"model: {model}; {precision} on {platform.machine()}", flush=True)
+    print(f"model: {model}; precision: {precision}", flush=True)
     if precision == "32-true":
-        print("this machine has no bfloat16: everything takes a multiple of the first estimate", flush=True)
+        print("this machine does not compute in bfloat16: expect a multiple of the first estimate", flush=True)
     run_stages(list_stages(str(model), precision), run_command)
     print(f"\n{ANSWERS.read_text(encoding='utf-8')}")
     print("\n".join(describe_output()))
