@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.io import file_digest, read_json, write_json
 
 FOLDER = Path("runs/real")
 ROWS = FOLDER / "rows"
 ANSWERS = FOLDER / "answers.txt"
 AUDIT = FOLDER / "audit"
 STAGES_FILE = FOLDER / "stages.json"
-"""What was run: by stage its command, its seconds over all attempts, and whether it has finished."""
+"""What was run: by stage its command and files, its seconds over all attempts, and whether it has finished."""
 
 # By set, TOFU's file and the rows in it. An author has 20 rows in a row, and no author is in two sets.
 SETS = {
@@ -80,7 +80,7 @@ def list_stages(model: str, precision: str) -> list[Stage]:
     finetune = ["fit", "--config=configs/real/target.yaml"]
     settings = [f"--model.lm.model={model}", f"--trainer.precision={precision}", "--ckpt_path=last"]
     models = {name: str(FOLDER / name) for name in ("target", "unlearned", "retain_only")}
-    audit = ["audit", models["unlearned"], "--policy=policy/real.yaml", f"--forget={ROWS / 'forget.jsonl'}"]
+    audit = ["audit", models["unlearned"], "--policy=configs/policy/real.yaml", f"--forget={ROWS / 'forget.jsonl'}"]
     audit += [f"--retain={ROWS / 'retain_audit.jsonl'}", f"--retain_only={models['retain_only']}"]
     audit += [f"--before={models['target']}", f"--output={AUDIT}"]
     questions = [f"--questions={ROWS / 'questions.jsonl'}", "--max_new_tokens=60", f"--output={ANSWERS}"]
@@ -157,7 +157,7 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
     """Run the stages that have not finished.
 
     Args:
-        stages: In their order; if the command of one has changed, it is run again, and so are those after it.
+        stages: In their order; if the command or a file of one has changed, it is run again, and so are those after it.
         run: Runs a command of lit-unlearn and returns its exit code.
 
     Raises:
@@ -165,8 +165,8 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
     """
     done: dict[str, Any] = read_json(STAGES_FILE) if STAGES_FILE.is_file() else {}
     for number, stage in enumerate(stages):
-        entry = done.get(stage.name)
-        if entry is not None and entry["command"] != stage.command:
+        entry, inputs = done.get(stage.name), describe_inputs(stage.command)
+        if entry is not None and entry["inputs"] != inputs:
             entry = None
         place = f"stage {number + 1} of {len(stages)}"
         if entry is not None and entry["finished"]:
@@ -189,13 +189,23 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
         has_verdict = stage.page is not None and stage.page.is_file()
         is_finished = code == 0 or has_verdict
         seconds = earlier_seconds + time.monotonic() - start
-        done[stage.name] = {"command": stage.command, "seconds": round(seconds, 1), "finished": is_finished}
+        done[stage.name] = {"inputs": inputs, "seconds": round(seconds, 1), "finished": is_finished}
         write_json(STAGES_FILE, done)
         if not is_finished:
             print(f"{place} ended with exit code {code}; the same command continues there.", file=sys.stderr)
             sys.exit(code)
         if stage.checkpoints is not None:
             shutil.rmtree(stage.checkpoints, ignore_errors=True)
+
+
+def describe_inputs(command: Sequence[str]) -> dict[str, Any]:
+    """Return what decides a stage's result: its command, and the digests of its configurations and its policy."""
+    digests = {}
+    for word in command:
+        option, _, file = word.partition("=")
+        if option in ("--config", "--policy"):
+            digests[file] = file_digest(Path(file))
+    return {"command": list(command), "files": digests}
 
 
 def estimate_left(waiting: Sequence[Stage], earlier: Sequence[Stage], done: dict[str, Any]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import ROOT
 from data.test_tofu import FOLDER as TOFU_FOLDER
 from data.test_tofu import needs_tofu
 from forked import run_command
@@ -64,6 +65,15 @@ def test_a_changed_stage_is_run_again_and_so_is_what_follows(in_tmp: Path) -> No
     assert runner.ran == ["a", "b", "c", "b", "c"]
 
 
+def test_an_edited_configuration_counts_as_a_change(in_tmp: Path) -> None:
+    stages = [Stage("a", "do a", 2.0, ["a", "--config=a.yaml"]), STAGES[1]]
+    runner = Runner()
+    for text in ("lr: 1", "lr: 1", "lr: 2"):
+        Path("a.yaml").write_text(text, encoding="utf-8")
+        real.run_stages(stages, runner)
+    assert runner.ran == ["a", "b", "a", "b"]
+
+
 def test_a_verdict_is_a_result_and_a_failure_without_one_is_not(in_tmp: Path) -> None:
     page = Path("audit/audit.html")
     page.parent.mkdir()
@@ -101,7 +111,7 @@ def test_the_stages_are_commands_that_exist() -> None:
     stages = {stage.name: stage for stage in real.list_stages("model", "32-true")}
     assert sum(stage.minutes for stage in stages.values()) < 25
     options = audit.build_parser().parse_args(stages["audit"].command[1:])
-    assert read_policy(options.policy).name == "real"
+    assert read_policy(ROOT / options.policy).name == "real"
     assert options.model == "runs/real/unlearned"
     options = inspect.build_parser().parse_args(stages["answers"].command[1:])
     assert [Path(model).name for model in options.models] == ["target", "unlearned", "retain_only"]
