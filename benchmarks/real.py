@@ -173,9 +173,10 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
             print(f"{place}: {stage.title}: has finished", flush=True)
             continue
 
-        # What comes after it is of another model.
+        # What comes after it is of another model, even if this attempt is killed.
         for later in stages[number:]:
             done.pop(later.name, None)
+        write_json(STAGES_FILE, done)
         earlier_seconds = 0.0 if entry is None else entry["seconds"]
         left = estimate_left(stages[number:], stages[:number], done)
         print(f"\n{place}: {stage.title}; about {left:.0f} minutes are left in all", flush=True)
