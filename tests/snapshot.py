@@ -81,6 +81,8 @@ def config_keys(file: Path) -> list[str]:
         command, before = "test", ["--config=eval/tofu.yaml"]
     if name == "demo/tofu_unlearn.yaml":
         before = ["--config=tofu.yaml"]
+    if name == "real/retain_only.yaml":
+        before = ["--config=real/target.yaml"]
     if name.startswith("paper/"):
         before = [f"--config={file.stem.split('_')[0]}.yaml"]
     printed = run([command, *before, f"--config={name}", "--print_config"])

@@ -120,6 +120,7 @@ def test_every_config_parses_and_instantiates(
     for target in (
         "runs/demo/target",
         "runs/tofu/target",
+        "runs/real/target",
         "path/or/hub-name",
     ):  # what the files before it in the Makefile would have made
         Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,12 @@ def test_every_config_parses_and_instantiates(
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         assert {"data", "vocab_size", "output"} == settings.keys()
         return  # test_tokenizer_command runs one
-    bases = {"tofu_unlearn.yaml": "tofu.yaml", "tofu_eval.yaml": "eval/tofu.yaml"}  # what the overlays go over
+    # What the overlays go over.
+    bases = {
+        "tofu_unlearn.yaml": "tofu.yaml",
+        "tofu_eval.yaml": "eval/tofu.yaml",
+        "retain_only.yaml": "real/target.yaml",
+    }
     families = {
         "hardware": "demo/unlearn.yaml",
         "method": "demo/unlearn.yaml",
@@ -139,13 +145,15 @@ def test_every_config_parses_and_instantiates(
     files = (["--config", str(ROOT / "configs" / base)] if base else []) + ["--config", str(config)]
     evaluates = "eval" in (config.parent.name, config.stem.rpartition("_")[2])
     made = instantiate(["test" if evaluates else "fit", *files, "--trainer.accelerator=cpu"], monkeypatch)
-    kind = LitEvaluate if evaluates else LitFinetune if "target" in config.stem else LitUnlearn
+    finetunes = "target" in config.stem or config.stem == "retain_only"
+    kind = LitEvaluate if evaluates else LitFinetune if finetunes else LitUnlearn
     assert isinstance(made.model, kind)
     complete = config.stem in ("tofu", "muse", "lume", "unlearn") and not evaluates
     if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]
-        assert settings["forget"]["init_args"].keys() == {"power", "alignment"}
+        keys = {"LogitMargin": {"power", "alignment"}, "MatchUnseen": {"stream", "factor"}}
+        assert settings["forget"]["init_args"].keys() == keys[settings["forget"]["class_path"]]
         assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
         assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
 

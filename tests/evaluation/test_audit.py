@@ -51,7 +51,7 @@ def probabilities(*values: float) -> list[dict[str, Any]]:
 # The policy -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "short"])
+@pytest.mark.parametrize("name", ["default", "short", "real"])
 def test_packaged_policies_are_read_and_every_number_has_a_comment(name: str) -> None:
     policy = read_policy(f"policy/{name}.yaml")
     assert policy.name == name
