@@ -139,10 +139,11 @@ def _read_axes(grid: Any) -> dict[str, list[Choice]]:
     axes: dict[str, list[Choice]] = {}
     for key, values in grid.items():
         name = str(key).rpartition(".")[2]
-        if name in axes or CELL == f"{{{name}}}" or not _LABEL.fullmatch(name):
+        is_taken = name in axes or name == "cell"
+        if is_taken or not _LABEL.fullmatch(name):
             raise ConfigError(
-                f"the axis '{key}' cannot be called '{name}': a name of letters and digits that no other axis has is expected. Name "
-                f"it yourself, with a label for each value: `{{my_axis: {{small: {{{key}: …}}}}}}`."
+                f"the axis '{key}' cannot be called '{name}': expected are letters and digits, and no other axis of that name. Choose "
+                f"a name, with a label for each value: `my_axis: {{small: {{{key}: …}}}}`."
             )
         if not isinstance(values, Mapping | list) or not values:
             raise ConfigError(f"the axis '{key}' must be a list of values, or settings by label, not {values!r}.")
@@ -177,8 +178,8 @@ def _check_labels(axis: str, choices: Sequence[Choice]) -> None:
     for label in labels:
         if not _LABEL.fullmatch(label):
             raise ConfigError(
-                f"'{label}' of the axis '{axis}' cannot name a folder: give it a label of letters and digits, as in "
-                f"`{{{axis.rpartition('.')[2]}: {{my_label: {{{axis}: {label}}}}}}}`."
+                f"'{label}' of the axis '{axis}' cannot name a folder: give it a label of letters and digits, as in `my_axis: {{my_label: "
+                f"{{{axis}: {label}}}}}`."
             )
         if labels.count(label) > 1:
             raise ConfigError(f"the axis '{axis}' has '{label}' twice.")
@@ -242,4 +243,4 @@ def _fill(text: str, labels: Mapping[str, str]) -> str:
 
 def _format_value(value: Any) -> str:
     """Return a value as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
