@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -173,7 +173,7 @@ class Processes:
 
 def run_cells(
     cells: Sequence[Cell], output: Path, jobs: int, run_command: Processes, retry: bool = False
-) -> Iterator[tuple[Cell, CellState | None]]:
+) -> Generator[tuple[Cell, CellState | None], None, None]:
     """Run what is left of some cells, several at a time, and yield each when it has ended.
 
     If this is interrupted, commands that run are asked to stop, and waited for.

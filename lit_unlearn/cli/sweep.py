@@ -137,7 +137,9 @@ def describe_cell(cell: Cell, folder: Path) -> list[str | float | None]:
                 violated.append(name)
         after = report["after"]
         row += [report["verdict"], after.get("forget/probability"), after.get("retain/probability")]
-        row.append(f"violated: {', '.join(violated)}" if violated else "feasible")
+        # A fine-tuning run has none.
+        outcome = "feasible" if report["constraints"] else None
+        row.append(f"violated: {', '.join(violated)}" if violated else outcome)
     else:
         row += [None] * 4
     audits = sorted(folder.glob(f"*/{AUDIT_FILE}"))
