@@ -194,15 +194,17 @@ def run_cells(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BaseException:
+        # First what waits: a worker whose command is stopped would begin the next cell.
+        pool.shutdown(wait=False, cancel_futures=True)
         run_command.stop()
         try:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
         except KeyboardInterrupt:
             # A second signal: a fit that gets one ends at once.
             run_command.stop()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def run_cell(cell: Cell, folder: Path, run_command: RunCommand, retry: bool = False) -> CellState | None:

@@ -30,13 +30,11 @@ def read_report(content: Mapping[str, Any]) -> Results:
         With ``feasible`` and ``forgotten``, which are 1 or 0: their mean over seeds is a share.
     """
     feasible = all(is_feasible(values["value"], values["epsilon"]) for values in content["constraints"].values())
-    values = {
-        "feasible": float(feasible),
-        "forgotten": float(content["verdict"] == FORGOTTEN),
-        "seconds": content["seconds"],
-        "peak_memory_mib": content["peak_memory_mib"],
-        **content["after"],
-    }
+    values = {"feasible": float(feasible), "forgotten": float(content["verdict"] == FORGOTTEN)}
+    for name in ("seconds", "peak_memory_mib"):
+        # Reports of earlier versions have neither.
+        values[name] = content.get(name, math.nan)
+    values |= content["after"]
     aggregate = {name: value for name, value in values.items() if math.isfinite(value)}
     missing = dict.fromkeys(values.keys() - aggregate.keys(), "it is not finite")
     return Results("report", {}, aggregate, {}, missing, model={"damage": content.get("damage")})
