@@ -167,8 +167,14 @@ class Processes:
         """Ask what runs to stop, a fit after its step and with a checkpoint; start nothing any more."""
         with self._guard:
             self._is_stopped = True
-            for process in list(self._running):
-                process.terminate()
+            running = list(self._running)
+        if running:
+            print(
+                f"{len(running)} running commands are asked to stop: a fit ends after its step, with a checkpoint",
+                flush=True,
+            )
+        for process in running:
+            process.terminate()
 
 
 def run_cells(
