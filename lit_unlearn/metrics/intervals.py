@@ -141,7 +141,7 @@ def seeds_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     mean = float(sample.mean())
     if len(sample) < 2:
         return Interval(mean, -math.inf, math.inf)
-    half_width = _t_quantile(confidence, len(sample) - 1) * float(sample.std(ddof=1)) / math.sqrt(len(sample))
+    half_width = _t_quantile(confidence, len(sample) - 1) * _standard_deviation(sample) / math.sqrt(len(sample))
     return Interval(mean, mean - half_width, mean + half_width)
 
 
@@ -176,8 +176,13 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> float:
     degrees = len(differences) - 1
     # t = mean · √n / spread; of no spread at all, the angle is 0 or a right one.
     distance = abs(float(differences.mean())) * math.sqrt(len(differences))
-    angle = math.atan2(distance, float(differences.std(ddof=1)) * math.sqrt(degrees))
+    angle = math.atan2(distance, _standard_deviation(differences) * math.sqrt(degrees))
     return max(0.0, 1 - _central_probability(angle, degrees))
+
+
+def _standard_deviation(sample: Array) -> float:
+    """Return the standard deviation over seeds; 0 of equal numbers, whose mean may be off by a rounding."""
+    return 0.0 if (sample == sample[0]).all() else float(sample.std(ddof=1))
 
 
 def _t_quantile(confidence: float, degrees: int) -> float:

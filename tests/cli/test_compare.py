@@ -432,7 +432,7 @@ def test_options_of_groups_are_checked(write: Any, capsys: Any) -> None:
     assert "2 groups of seeds need as many --names, not 1" in refused(capsys, "--seeds", *files, "--names", "a")
     assert "must differ" in refused(capsys, "--seeds", *files, "--names", "a", "a")
     assert "add --seeds" in refused(capsys, *files, "--against=method=pdu")
-    assert "no group 'pdu': did you mean" in refused(capsys, "--seeds", *files, "--against=pdu")
+    assert "no group 'pdu': there are 'method=pdu'" in refused(capsys, "--seeds", *files, "--against=pdu")
     assert "`confidence`" in refused(capsys, "--seeds", *files, "--confidence=95")
 
 
