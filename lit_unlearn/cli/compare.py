@@ -168,11 +168,11 @@ def group_by_seed(files: Sequence[Path]) -> dict[Path, dict[int, Path]]:
     groups: dict[Path, dict[int, Path]] = {}
     for file in files:
         parts, seed = [], None
-        for part in file.with_suffix("").parts:
-            if match := _SEED.search(part):
+        for name in file.with_suffix("").parts:
+            if match := _SEED.search(name):
                 seed = int(match[1])
-                part = (part[: match.start()] + part[match.end() :]).lstrip(",_-")
-            parts.append(part)
+                name = (name[: match.start()] + name[match.end() :]).lstrip(",_-")
+            parts.append(name)
         if seed is None:
             raise DataError(f"'{file}' has no seed in its path, such as `seed=0`: rename it, or leave out `seeds`.")
         group = Path(f"{Path(*parts)}{file.suffix}")

@@ -110,16 +110,17 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
             )
         )
     # Refused now, not in the middle of the night. A cell alone knows its placeholders.
-    for config in sorted({config for cell in cells for config in _iterate_configs(cell.commands[0])}):
-        _find_file(config)
+    for cell in cells:
+        for config in _iterate_configs(cell.commands[0]):
+            _find_file(config)
     return expand_path(output), cells
 
 
 def _find_file(name: str) -> str:
     """Return the path of a configuration: a local file or, where there is none, the packaged one of that name."""
-    found = find_configs([f"--config={name}"])[0].partition("=")[2]
-    check_config(found)
-    return found
+    path = find_configs([f"--config={name}"])[0].removeprefix("--config=")
+    check_config(path)
+    return path
 
 
 def _iterate_configs(command: Command) -> Iterator[str]:

@@ -150,8 +150,8 @@ def _format_spread(values: Mapping[int, float], runs: int, confidence: float) ->
 
 def _compare_groups(group: Group, reference: Group, key: str) -> float | None:
     """Return the p-value of the paired test over the seeds that both have; ``None`` of fewer than two."""
-    ours, theirs = _collect_values(group, key), _collect_values(reference, key)
-    shared = sorted(ours.keys() & theirs.keys())
+    values, reference_values = _collect_values(group, key), _collect_values(reference, key)
+    shared = sorted(values.keys() & reference_values.keys())
     if len(shared) < 2:
         return None
-    return paired_test([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+    return paired_test([values[seed] for seed in shared], [reference_values[seed] for seed in shared])

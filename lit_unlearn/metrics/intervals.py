@@ -165,14 +165,14 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> float:
         >>> round(paired_test([0.5, 0.6, 0.7], [0.4, 0.5, 0.8]), 3)
         0.667
     """
-    ours, theirs = read_finite("first", first), read_finite("second", second)
-    if len(ours) != len(theirs) or len(ours) < 2:
+    sample, reference = read_finite("first", first), read_finite("second", second)
+    if len(sample) != len(reference) or len(sample) < 2:
         raise DataError(
-            f"`first` and `second` must have one number for each of at least two seeds, not {len(ours)} and {len(theirs)}: pair "
+            f"`first` and `second` must have one number for each of at least two seeds, not {len(sample)} and {len(reference)}: pair "
             "them by seed.",
             argument="first",
         )
-    differences = ours - theirs
+    differences = sample - reference
     degrees = len(differences) - 1
     # t = mean · √n / spread; of no spread at all, the angle is 0 or a right one.
     distance = abs(float(differences.mean())) * math.sqrt(len(differences))
