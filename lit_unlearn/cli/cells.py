@@ -131,7 +131,8 @@ class Processes:
     """
 
     def __init__(self, jobs: int = 1) -> None:
-        self._environment = dict(os.environ)
+        # `python -m` alone would put the working directory first, where a file could hide a library.
+        self._environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         if jobs > 1:
             # All threads of all of them on the same cores are several times slower.
             threads = max(1, (os.cpu_count() or 1) // jobs)

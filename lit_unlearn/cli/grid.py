@@ -110,9 +110,11 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
             )
         )
     # Refused now, not in the middle of the night. A cell alone knows its placeholders.
+    configs: set[str] = set()
     for cell in cells:
-        for config in _iterate_configs(cell.commands[0]):
-            _find_file(config)
+        configs.update(_iterate_configs(cell.commands[0]))
+    for config in sorted(configs):
+        _find_file(config)
     return expand_path(output), cells
 
 
