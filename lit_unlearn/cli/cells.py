@@ -51,12 +51,14 @@ class CellState:
         reason: Why it failed, or by what it was interrupted.
         commands: What has ended, as the cell had it then; of a fit also what has begun.
         seconds: Of each command that has ended; of one that was interrupted, of its last start.
+        digests: Of the configuration files of the fit, when it began.
     """
 
     status: Status = "waiting"
     reason: str | None = None
     commands: list[list[str]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 # States ---------------------------------------------------------------------------------------------------------------
@@ -108,16 +110,20 @@ def check_unchanged(cell: Cell, state: CellState) -> None:
     """Refuse to continue a cell whose commands are others now: its results would be of two settings.
 
     Raises:
-        ConfigError: With the arguments that differ.
+        ConfigError: With the arguments, or the configuration file, that differ.
     """
+    remedy = "Choose another `output`, or remove the cell's folder."
     for command, begun in zip(cell.commands, state.commands, strict=False):
         changed = [argument for argument in command if argument not in begun]
         removed = [argument for argument in begun if argument not in command]
         if list(command) != begun:
             raise ConfigError(
                 f"the cell '{cell.name}' was begun with another `{begun[0]}`: {' '.join(removed) or 'nothing'} then, "
-                f"{' '.join(changed) or 'nothing'} now. Choose another `output`, or remove the cell's folder."
+                f"{' '.join(changed) or 'nothing'} now. {remedy}"
             )
+    for config, digest in state.digests.items():
+        if state.commands and cell.digests.get(config) != digest:
+            raise ConfigError(f"the cell '{cell.name}' was begun when '{config}' had another content. {remedy}")
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -253,9 +259,10 @@ def run_cell(cell: Cell, folder: Path, run_command: RunCommand, retry: bool = Fa
 def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_command: RunCommand, held: int) -> None:
     """Run one command, and write what came of it; a reason in the state says that the cell ends here."""
     is_fit = not state.seconds
-    ended = state.commands[: len(state.seconds)]
+    begun, ended = state.commands, state.commands[: len(state.seconds)]
     # A fit that is resumed must be the same one. What measures its model may be corrected until it has ended.
-    state.commands = [*ended, list(command)] if is_fit else ended
+    if is_fit:
+        state.commands, state.digests = [list(command)], cell.digests
     _write_state(held, folder, state)
 
     log = folder / LOG_FILE
@@ -270,8 +277,8 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
     elif not _has_ended(command, code, folder):
         state.status, state.reason = "failed", _find_reason(command, code, log, log_start, folder)
         if code == _NOTHING_STARTED:
-            # With a corrected setting it may go on: nothing is left of the wrong one.
-            state.commands = ended
+            # It may go on with a corrected setting, unless an earlier start has left a checkpoint of this one.
+            state.commands = begun
     elif is_fit and cell.is_matched and (problem := _find_damage_problem(folder)):
         state.status, state.reason = "failed", f"not at matched damage: {problem}"[:_MAX_REASON]
     else:

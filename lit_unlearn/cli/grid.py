@@ -6,8 +6,8 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ import yaml
 
 from lit_unlearn.cli.main import COMMANDS, check_config, find_configs
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.utils.io import expand_path
+from lit_unlearn.utils.io import expand_path, file_digest
 from lit_unlearn.utils.validation import list_names
 
 Command = tuple[str, ...]
@@ -56,12 +56,14 @@ class Cell:
     Args:
         name: Of its folder, such as ``method=pdu,seed=0``.
         commands: What it runs: a fit, and the commands that measure its model.
+        digests: Of the configuration files of the fit, by name: an edit would give the same command another meaning.
         is_matched: Whether its fit has to end at a limit of damage.
         keep: What stays when all has ended: everything, all but checkpoints, or neither checkpoints nor the model.
     """
 
     name: str
     commands: tuple[Command, ...]
+    digests: dict[str, str] = field(default_factory=dict)
     is_matched: bool = False
     keep: Keep = "all"
 
@@ -99,22 +101,25 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
 
     axes = _read_axes(content.get("grid"))
     cells = []
+    # Files are read once: a grid may have hundreds of cells.
+    digests: dict[str, str] = {}
     for choices in itertools.product(*axes.values()):
         labels = {axis: choice.label for axis, choice in zip(axes, choices, strict=True)}
+        fit = _build_fit(content, choices, labels)
+        configs = _list_configs(fit)
+        for config in configs:
+            # A name that there is no file of is refused now, not in the middle of the night.
+            if config not in digests:
+                digests[config] = file_digest(Path(_find_file(config)))
         cells.append(
             Cell(
                 ",".join(f"{axis}={label}" for axis, label in labels.items()),
-                (_build_fit(content, choices, labels), *_build_after(content.get("after"), labels)),
+                (fit, *_build_after(content.get("after"), labels)),
+                {config: digests[config] for config in configs},
                 content.get("matched") is not None,
                 keep,
             )
         )
-    # Refused now, not in the middle of the night. A cell alone knows its placeholders.
-    configs: set[str] = set()
-    for cell in cells:
-        configs.update(_iterate_configs(cell.commands[0]))
-    for config in sorted(configs):
-        _find_file(config)
     return expand_path(output), cells
 
 
@@ -125,11 +130,13 @@ def _find_file(name: str) -> str:
     return path
 
 
-def _iterate_configs(command: Command) -> Iterator[str]:
+def _list_configs(command: Command) -> list[str]:
+    configs = []
     for argument in command:
         option, _, value = argument.partition("=")
         if option == "--config":
-            yield value
+            configs.append(value)
+    return configs
 
 
 # Axes -----------------------------------------------------------------------------------------------------------------

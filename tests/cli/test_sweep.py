@@ -270,6 +270,18 @@ def test_a_cell_is_not_continued_with_another_fit(run: Any, capsys: Any) -> None
     assert [path.name for path in Path("sweep").iterdir()] == [NAMES[0]]
 
 
+def test_a_cell_is_not_continued_with_an_edited_configuration(run: Any) -> None:
+    Path("mine.yaml").write_text("trainer: {max_epochs: 2}\n", encoding="utf-8")
+    write_sweep(config=["demo/unlearn.yaml", "mine.yaml"])
+    run("--only", NAMES[0], commands=FakeCommands({"fit": (2, "")}), fails=True)
+    # Nothing had started.
+    Path("mine.yaml").write_text("trainer: {max_epochs: 3}\n", encoding="utf-8")
+    run("--only", NAMES[0], "--retry")
+    Path("mine.yaml").write_text("trainer: {max_epochs: 4}\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"'mine\.yaml' had another content"):
+        cli.main(["sweep", "sweep.yaml", "--only", NAMES[0]])
+
+
 def test_what_did_not_start_or_only_measures_may_be_corrected(run: Any) -> None:
     write_sweep(settings={"trainer.max_epoch": 2})
     run("--only", NAMES[0], commands=FakeCommands({"fit": (2, "lit-unlearn: error: no setting")}), fails=True)
