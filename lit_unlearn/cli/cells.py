@@ -68,7 +68,7 @@ def read_state(folder: Path) -> CellState:
     """Return the state of a cell, as far as it is written; another process may hold it."""
     try:
         return _parse_state((folder / STATE_FILE).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return CellState()
 
 
