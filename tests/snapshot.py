@@ -93,7 +93,7 @@ def config_files() -> list[Path]:
     """List every packaged configuration of ``fit`` and ``test``."""
     files = (ROOT / "configs").rglob("*.yaml")
     return sorted(
-        file for file in files if "tokenizer" not in file.stem and file.parent.name not in ("policy", "attack")
+        file for file in files if "tokenizer" not in file.stem and file.parent.name not in ("policy", "attack", "sweep")
     )
 
 

@@ -33,10 +33,11 @@ train:
   fit         unlearn (or, with LitFinetune, fine-tune) as --config FILE says
   validate    measure the forget and retain sets and the slack of every constraint
   test        run the suite, or with LitEvaluate a benchmark on any model
+  sweep       run fit, and what measures its model, for every combination of a grid: seeds, methods, any setting; resumable
 
 evaluate:
   evaluate    run a benchmark on a model: the short form of `test --config eval/tofu.yaml …`
-  compare     show results of benchmarks side by side, and draw them
+  compare     show results of benchmarks side by side, over seeds with intervals and tests, and draw them
   depth       score how deep unlearning went, layer by layer, between target and retain-only model
   judge       let a language model grade the answers in a results file
   attack      try to bring the forget set back: relearning, rounding, other prompts; a table and a picture
@@ -80,7 +81,7 @@ COMMANDS = (
         "ledger",
         "methods",
     ),
-    *("plot", "prepare", "tokenizer", "verify"),
+    *("plot", "prepare", "sweep", "tokenizer", "verify"),
 )
 
 
@@ -247,8 +248,8 @@ def list_packaged_configs() -> list[str]:
     names: set[str] = set()
     for folder in CONFIGS:
         names.update(file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml"))
-    # A policy is for `--policy` and `--audit.policy`.
-    return sorted(name for name in names if not name.startswith("policy/"))
+    # A policy is for `--policy` and `--audit.policy`, a sweep for the command of that name.
+    return sorted(name for name in names if not name.startswith(("policy/", "sweep/")))
 
 
 def check_config(value: str) -> None:

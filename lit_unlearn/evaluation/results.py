@@ -189,7 +189,7 @@ def check_matched(results: Sequence[Results], names: Sequence[str]) -> None:
     first: Values | None = None
     for name, result in zip(names, results, strict=True):
         damage = result.model.get("damage")
-        problem = _find_damage_problem(damage)
+        problem = find_damage_problem(damage)
         if problem is None and damage is not None:
             first = first or damage
             problem = _find_other_damage(damage, first, names[0])
@@ -197,7 +197,7 @@ def check_matched(results: Sequence[Results], names: Sequence[str]) -> None:
             raise DataError(f"'{name}' cannot be compared at matched damage: {problem}")
 
 
-def _find_damage_problem(damage: Values | None) -> str | None:
+def find_damage_problem(damage: Values | None) -> str | None:
     """Return why a model is not at its limit of damage, and what to do; ``None`` if it is."""
     if damage is None:
         return (

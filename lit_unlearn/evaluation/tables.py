@@ -1,4 +1,4 @@
-"""Format results as tables: plain text for terminals, Markdown for pages, CSV for programs."""
+"""Format results as tables: plain text for terminals, Markdown for pages, LaTeX for papers, CSV for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tabulate import DataRow, TableFormat, tabulate
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.verdict import describe_damage, explain_kept, explain_verdict, get_slack, is_feasible
 
-TableStyle = Literal["text", "ruled", "markdown", "csv"]
+TableStyle = Literal["text", "ruled", "markdown", "csv", "latex"]
 MISSING = "–"
 
 # Not tabulate's "pipe", which pads cells: one sha256 in a column would stretch every other line of the page's source.
@@ -37,7 +37,8 @@ def format_table(rows: Iterable[Sequence[object]], headers: Sequence[str], style
     Args:
         rows: Cells, of which each row has as many as there are ``headers``. Floats get four significant digits, ``None`` a dash.
         headers: Names of the columns.
-        style: ``"text"`` has a rule under the headers, ``"ruled"`` also one above them and one below the last row.
+        style: ``"text"`` has a rule under the headers, ``"ruled"`` also one above them and one below the last row. ``"latex"`` needs
+            the package booktabs.
 
     Raises:
         ConfigError: If ``style`` is unknown.
@@ -60,12 +61,14 @@ def format_table(rows: Iterable[Sequence[object]], headers: Sequence[str], style
         # A pipe in a cell, as in a conditional probability, would begin another column.
         table = [list(map(_escape_pipes, row)) for row in table]
         return str(tabulate(table[1:], table[0], _MARKDOWN, disable_numparse=True, stralign=None))
+    alignment = ["left", *["right"] * (len(headers) - 1)]
+    if style == "latex":
+        return str(tabulate(table[1:], table[0], "latex_booktabs", disable_numparse=True, colalign=alignment))
     if style not in ("text", "ruled"):
-        raise ConfigError(f"`style` must be text, ruled, markdown or csv, not {style!r}.", argument="style")
+        raise ConfigError(f"`style` must be text, ruled, markdown, csv or latex, not {style!r}.", argument="style")
 
     # Numbers are formatted already: parsed again by tabulate they would be aligned at their decimal points. The headers go in as
     # a row, because tabulate makes every column two characters wider than its header.
-    alignment = ["left", *["right"] * (len(headers) - 1)]
     lines = tabulate(table, tablefmt="plain", disable_numparse=True, colalign=alignment).splitlines()
     rule = "-" * len(lines[0])
     if style == "ruled":

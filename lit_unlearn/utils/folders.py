@@ -308,6 +308,43 @@ def lock_folder(folder: Path, owner: object = None, argument: str | None = None)
 
 
 @contextmanager
+def lock_file(file: Path) -> Iterator[int | None]:
+    """Try to hold a file until the block ends: yield its descriptor, or ``None`` if another process holds it.
+
+    Unlike `lock_folder`, it also works between machines that share a network disk, because NFS locks only what is open for
+    writing. A process that inherits the descriptor holds the file as well, until it ends.
+
+    Args:
+        file: It is created with its folder, and stays: of a file that is removed, two processes could hold one each.
+
+    Yields:
+        Descriptor to read and append by. What the holder before has written is seen through it, on a network disk as well.
+
+    Raises:
+        ConfigError: If the disk has no locks.
+        OutputError: If the file cannot be written.
+    """
+    with output_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        is_free = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_free = False
+            except OSError as error:
+                raise ConfigError(
+                    f"the disk of '{file.parent}' has no locks ({describe_os_error(error)}) that would keep two processes from the "
+                    "same work: choose a folder on another disk."
+                ) from error
+        yield descriptor if is_free else None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def hold_folder(folder: Path, size: int = 0, owner: object = None, argument: str | None = None) -> Iterator[None]:
     """Create a folder, and lock it until the block ends; it is removed then if it is new and holds nothing.
 

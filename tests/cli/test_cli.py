@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_unlearn import LitEvaluate, LitFinetune, LitUnlearn, cli
 from lit_unlearn.callbacks import StopAtDamage
 
-# All but policies and lists of attacks, which are no configurations of a run.
-CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name not in ("policy", "attack"))
+# All but policies, lists of attacks and sweeps, which are no configurations of a run.
+CONFIGS = sorted(
+    file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name not in ("policy", "attack", "sweep")
+)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["-h"], []])

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from lit_unlearn import cli
-from lit_unlearn.cli.compare import shorten_names
+from lit_unlearn.cli.cells import STATE_FILE
+from lit_unlearn.cli.compare import group_by_seed, name_groups, shorten_names
+from lit_unlearn.errors import DataError
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Results
+from lit_unlearn.evaluation.seeds import average_results, read_report, seeds_table
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import write_json
 
@@ -287,6 +290,150 @@ def test_a_suite_really_run(tiny_lm: Any, write_rows: Any, tmp_path: Path, capsy
     figure = tmp_path / "picture.png"
     cli.main(["compare", *files.values(), "--figure", str(figure)])
     assert figure.read_bytes()[:8] == PNG
+
+
+# Over seeds -------------------------------------------------------------------------------------------------------------
+
+
+def over_seeds(write: Any, **values: list[float | None]) -> list[str]:
+    """Writes results of seeds 0, 1, … whose model utility is given by method; ``None`` for a seed that has none."""
+    return [
+        write(f"method={method},seed={seed}/tofu.json", model_utility=utility)
+        for method, utilities in values.items()
+        for seed, utility in enumerate(utilities)
+    ]
+
+
+def test_files_that_differ_in_the_seed_alone_are_a_group(write: Any, capsys: Any) -> None:
+    files = over_seeds(write, pdu=[0.5, 0.6, 0.7], npo=[0.4, 0.5, 0.8])
+    cli.main(["compare", "--seeds", "--against=method=npo", *files])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ", 1)[1].split() == ["method=pdu", "(3", "seeds)", "p", "method=npo", "(3", "seeds)"]
+    # 0.248 = 4.303 × 0.1 / √3, and t = 0.5 with two degrees of freedom.
+    assert " ".join(lines[2].split()) == "model_utility 0.6 ± 0.25 0.67 0.5667 ± 0.52"
+    assert [" ".join(line.split()) for line in lines if "retain/" in line] == ["retain/probability 0.9 ± 0 1 0.9 ± 0"]
+
+
+def test_csv_over_seeds_has_a_line_for_every_value_and_group(write: Any, capsys: Any) -> None:
+    files = over_seeds(write, pdu=[0.5, 0.6, 0.7], npo=[0.4])
+    cli.main(["compare", "--seeds", "--format=csv", "--names", "a", "b", "--against=a", *files])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    by_group = {row["group"]: row for row in rows if row["value"] == "model_utility"}
+    assert list(by_group["a"].values()) == ["model_utility", "a", "3", "3", "0.6", "0.3516", "0.8484", "–"]
+    # One seed has no interval, and nothing to pair.
+    assert list(by_group["b"].values()) == ["model_utility", "b", "1", "1", "0.4", "–", "–", "–"]
+
+
+def test_a_value_that_some_seeds_lack_says_so(write: Any, capsys: Any) -> None:
+    files = over_seeds(write, pdu=[0.5, None, 0.7])
+    cli.main(["compare", "--seeds", *files])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "model_utility" in line]
+    assert line.endswith("0.6 ± 1.3 (2 of 3)")
+
+
+@pytest.mark.parametrize(
+    ("paths", "groups"),
+    [
+        (["method=pdu,seed=0/a.json", "method=pdu,seed=12/a.json"], {"method=pdu/a.json": [0, 12]}),
+        (["seed=0,lr=0.1/a.json", "seed=0,lr=0.2/a.json"], {"lr=0.1/a.json": [0], "lr=0.2/a.json": [0]}),
+        (["pdu-seed1.json", "pdu_seed_2.json"], {"pdu.json": [1, 2]}),
+        (["seed=3/x/a.json"], {"x/a.json": [3]}),
+        (["lr=0.1,seed=0.json"], {"lr=0.1.json": [0]}),
+    ],
+)
+def test_the_seed_is_found_in_any_part_of_a_path(paths: list[str], groups: dict[str, list[int]]) -> None:
+    found = group_by_seed([Path(path) for path in paths])
+    assert {path.as_posix(): list(seeds) for path, seeds in found.items()} == groups
+
+
+def test_paths_without_a_seed_or_with_one_twice_are_refused() -> None:
+    for path in ("seeded/a.json", "model.seed=3/a.json", "seed_everything/a.json"):
+        with pytest.raises(DataError, match="no seed in its path"):
+            group_by_seed([Path(path)])
+    with pytest.raises(DataError, match="of the same seed"):
+        group_by_seed([Path("a-seed=1.json"), Path("a,seed-1.json")])
+
+
+def test_groups_are_called_by_what_differs() -> None:
+    assert name_groups([Path("x/lr=0.1/a.json"), Path("x/lr=0.2/a.json")]) == ["lr=0.1", "lr=0.2"]
+    assert name_groups([Path("x/pdu.json"), Path("x/npo.json")]) == ["pdu", "npo"]
+    assert name_groups([Path("x/pdu/a.json")]) == ["a"]
+
+
+def make_sweep(folder: Path) -> None:
+    """Writes the cells of a sweep: two that are done, one that failed, and one that is interrupted."""
+    ends = {
+        "method=pdu,seed=0": ("done", None),
+        "method=pdu,seed=1": ("failed", "fit ended with exit code 1: it diverged"),
+        "method=npo,seed=0": ("done", None),
+        "method=npo,seed=1": ("unfinished", None),
+    }
+    for name, (status, reason) in ends.items():
+        report = {
+            "verdict": "forgotten",
+            "constraints": {"nll": {"value": 0.4 if "npo" in name else 0.2, "epsilon": 0.3}},
+            "after": {"forget/probability": 0.01, "retain/nll": float("nan")},
+            "seconds": 3.5,
+            "peak_memory_mib": 100.0,
+            "damage": None,
+        }
+        write_json(folder / name / "report.json", report)
+        (folder / name / STATE_FILE).write_text(json.dumps({"status": status, "reason": reason}) + "\n", "utf-8")
+
+
+def test_a_sweep_is_compared_by_its_reports_and_failures_stay_in(tmp_path: Path, capsys: Any) -> None:
+    make_sweep(tmp_path / "sweep")
+    cli.main(["compare", str(tmp_path / "sweep"), "--seeds", "--format=csv"])
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(captured.out.splitlines()))
+    counts = {(row["group"], row["value"]): (row["seeds"], row["runs"], row["mean"]) for row in rows}
+    assert counts["method=pdu", "feasible"] == ("1", "2", "1")
+    assert counts["method=npo", "feasible"] == ("1", "2", "0")
+    assert counts["method=npo", "forgotten"] == ("1", "2", "1")
+    assert counts["method=npo", "seconds"] == ("1", "2", "3.5")
+    # It is no number, and so it has no mean.
+    assert counts["method=pdu", "retain/nll"] == ("0", "2", "–")
+    assert "method=pdu,seed=1' has no results: failed, fit ended with exit code 1: it diverged" in captured.err
+    assert "method=npo,seed=1' has no results: unfinished, not ended yet" in captured.err
+
+    cli.main(["compare", str(tmp_path / "sweep")])
+    header, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["method=npo,seed=0/report", "method=pdu,seed=0/report"]
+    assert "no folder of a sweep" in refused(capsys, str(tmp_path))
+
+
+def test_a_group_without_any_result_stays_in_the_table() -> None:
+    groups = {"pdu": {0: Results("a", {}, {"x": 0.5}, {})}, "rmu": {0: None, 1: None}}
+    assert seeds_table(groups).splitlines()[0].split("  ")[-1] == "rmu (0 of 2 seeds)"
+    assert average_results(groups["pdu"]).aggregate == {"x": 0.5}
+
+
+def test_a_report_of_an_earlier_version_has_no_seconds() -> None:
+    results = read_report({"verdict": None, "constraints": {}, "after": {"forget/nll": 2.0}})
+    assert results.aggregate == {"feasible": 1.0, "forgotten": 0.0, "forget/nll": 2.0}
+    assert set(results.missing) == {"seconds", "peak_memory_mib"}
+
+
+def test_seeds_are_matched_each_among_themselves(write: Any, capsys: Any) -> None:
+    # An epsilon that is relative differs between target models, and so between seeds.
+    limits = {0: 0.01, 1: 0.02}
+    files = []
+    for method in ("pdu", "npo"):
+        for seed, limit in limits.items():
+            damage = {**MATCHED, "limit": limit, "value": 0.98 * limit}
+            files.append(write(f"method={method},seed={seed}/a.json", model={"damage": damage}))
+    cli.main(["compare", "--seeds", "--matched", *files])
+    assert "method=pdu (2 seeds)" in capsys.readouterr().out
+    assert "limit: 0.02 here, 0.01 there" in refused(capsys, "--matched", *files)
+
+
+def test_options_of_groups_are_checked(write: Any, capsys: Any) -> None:
+    files = over_seeds(write, pdu=[0.5, 0.6], npo=[0.4, 0.5])
+    assert "2 groups of seeds need as many --names, not 1" in refused(capsys, "--seeds", *files, "--names", "a")
+    assert "must differ" in refused(capsys, "--seeds", *files, "--names", "a", "a")
+    assert "add --seeds" in refused(capsys, *files, "--against=method=pdu")
+    assert "no group 'pdu': there are 'method=pdu'" in refused(capsys, "--seeds", *files, "--against=pdu")
+    assert "`confidence`" in refused(capsys, "--seeds", *files, "--confidence=95")
 
 
 # The picture ------------------------------------------------------------------------------------------------------------

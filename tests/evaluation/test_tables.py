@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from lit_unlearn.evaluation.tables import report_table
+from lit_unlearn.errors import ConfigError
+from lit_unlearn.evaluation.tables import format_table, report_table
 from lit_unlearn.utils.io import write_json
 
 
@@ -93,3 +94,17 @@ def test_json_that_fails_halfway_leaves_everything_as_it_was(tmp_path, existed):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
         {"report.json": '{\n  "old": 1\n}'} if existed else {}
     )
+
+
+def test_latex_has_rules_and_no_command_in_a_cell():
+    lines = format_table([["forget_quality", 0.25], ["a & b", None]], ["", "pdu, 95%"], "latex").splitlines()
+    assert lines[0] == r"\begin{tabular}{lr}"
+    assert lines[-1] == r"\end{tabular}"
+    assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in lines if "&" in line]
+    assert rows == [["", r"pdu, 95\% \\"], [r"forget\_quality", r"0.25 \\"], [r"a \& b", "– " + r"\\"]]
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ConfigError, match="`style` must be text, ruled, markdown, csv or latex"):
+        format_table([], [""], "html")

@@ -10,7 +10,14 @@ import pytest
 
 from lit_unlearn.errors import ConfigError, DataError
 from lit_unlearn.metrics import intervals
-from lit_unlearn.metrics.intervals import auc_interval, difference_interval, mean_interval, share_interval
+from lit_unlearn.metrics.intervals import (
+    auc_interval,
+    difference_interval,
+    mean_interval,
+    paired_test,
+    seeds_interval,
+    share_interval,
+)
 
 
 @pytest.mark.parametrize(("rows", "quantile"), [(6, 2.571), (10, 2.262), (40, 2.023), (1000, 1.962)])
@@ -92,3 +99,63 @@ def test_bad_values_are_refused() -> None:
         share_interval([0.5])
     with pytest.raises(ConfigError, match="confidence"):
         mean_interval([0.1, 0.2], confidence=1.0)
+
+
+# Over seeds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seeds", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (6, 2.571), (11, 2.228), (101, 1.984)]
+)
+def test_over_seeds_the_quantile_is_that_of_the_tables(seeds: int, quantile: float) -> None:
+    values = np.random.default_rng(seeds).normal(0.5, 0.1, seeds)
+    mean, low, high = seeds_interval(values)
+    assert mean == pytest.approx(values.mean())
+    assert (mean - low, high - mean) == pytest.approx((quantile * values.std(ddof=1) / math.sqrt(seeds),) * 2, rel=1e-3)
+
+
+def test_three_seeds_cover_their_mean_where_the_bootstrap_does_not() -> None:
+    draws = np.random.default_rng(0).normal(0.7, 0.02, (2000, 3))
+    covered = 0
+    for values in draws:
+        _, low, high = seeds_interval(values)
+        covered += low <= 0.7 <= high
+    # 95 %, within three standard deviations of the simulation.
+    assert 0.935 <= covered / 2000 <= 0.965
+    within_range = (draws.min(axis=1) <= 0.7) & (draws.max(axis=1) >= 0.7)
+    assert within_range.mean() < 0.8
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    assert seeds_interval([0.5]) == (0.5, -math.inf, math.inf)
+    with pytest.raises(DataError, match="`values`"):
+        seeds_interval([0.5, math.nan])
+    with pytest.raises(ConfigError, match="`confidence`"):
+        seeds_interval([0.5, 0.6], confidence=95)
+
+
+def integrate_tails(t: float, degrees: int) -> float:
+    """Return P(|T| > t) by the trapezoidal rule over Student's density, in the angle atan(T / √degrees)."""
+    angles = np.linspace(math.atan(t / math.sqrt(degrees)), math.pi / 2, 200_001)
+    # The density of T times dT / d angle is proportional to this.
+    density = np.cos(angles) ** (degrees - 1)
+    scale = math.gamma((degrees + 1) / 2) / (math.sqrt(math.pi) * math.gamma(degrees / 2))
+    return float(2 * scale * np.trapezoid(density, angles))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8, 21])
+def test_the_paired_test_is_that_of_student(seeds: int) -> None:
+    draws = np.random.default_rng(seeds)
+    first, second = draws.normal(0.5, 0.1, seeds), draws.normal(0.45, 0.1, seeds)
+    differences = first - second
+    t = abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(seeds))
+    assert paired_test(first, second) == pytest.approx(integrate_tails(t, seeds - 1), abs=1e-8)
+    assert paired_test(second, first) == paired_test(first, second)
+
+
+def test_differences_without_spread() -> None:
+    assert paired_test([0.5, 0.75], [0.5, 0.75]) == pytest.approx(1)
+    assert paired_test([0.5, 0.75], [0.25, 0.5]) == pytest.approx(0)
+    for pair in (([0.5], [0.4]), ([0.5, 0.6], [0.4])):
+        with pytest.raises(DataError, match="`first` and `second`"):
+            paired_test(*pair)
