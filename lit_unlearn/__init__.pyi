@@ -52,6 +52,7 @@ from lit_unlearn.objectives import IdkNLL as IdkNLL
 from lit_unlearn.objectives import JensenShannonToReference as JensenShannonToReference
 from lit_unlearn.objectives import JensUn as JensUn
 from lit_unlearn.objectives import KLToReference as KLToReference
+from lit_unlearn.objectives import KLToTeacher as KLToTeacher
 from lit_unlearn.objectives import KLToUniform as KLToUniform
 from lit_unlearn.objectives import LogitMargin as LogitMargin
 from lit_unlearn.objectives import MatchUnseen as MatchUnseen

@@ -20,7 +20,7 @@ from lit_unlearn.training.weights import check_base
 from lit_unlearn.utils.folders import check_export_target, finish_replacement, lock_folder, read_digests, replace_folder
 from lit_unlearn.utils.io import read_json
 
-# The model itself: not its frozen reference, nor the state of an objective.
+# The model itself: neither its frozen reference, nor its teacher, nor the state of an objective.
 _MODEL_PREFIX = "lm.model."
 
 

@@ -6,6 +6,7 @@ from lit_unlearn.objectives.dpo import DPO
 from lit_unlearn.objectives.grad_ascent import GradAscent
 from lit_unlearn.objectives.idk_nll import IdkNLL
 from lit_unlearn.objectives.jensun import JensUn
+from lit_unlearn.objectives.kl_to_teacher import KLToTeacher
 from lit_unlearn.objectives.kl_to_uniform import KLToUniform
 from lit_unlearn.objectives.logit_margin import LogitMargin
 from lit_unlearn.objectives.match_unseen import MatchUnseen
@@ -32,6 +33,7 @@ __all__ = [
     "JensUn",
     "JensenShannonToReference",
     "KLToReference",
+    "KLToTeacher",
     "KLToUniform",
     "LogitMargin",
     "MatchUnseen",

@@ -18,7 +18,17 @@ from lit_unlearn import Constraint, cli, dual, objectives
 FILES = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
 SHALLOW = ["--model.forget.layer=0", "--model.constraints.activations.objective.layer=0"]  # the tiny model has two
-OWN = {"rmu": SHALLOW, "match_unseen": ["--data.unseen_authors=2"]}
+ALTERNATE = ["--data.alternate_column=perturbed_answer"]  # the embedded authors have no file of made ones
+OWN = {
+    "rmu": SHALLOW,
+    "match_unseen": ["--data.unseen_authors=2"],
+    "kl_to_teacher": ["--model.lm.teacher={model_dir}"],
+    "teacher_answers": ALTERNATE,
+    "altpo_constrained": ALTERNATE,
+}
+# Constrained methods whose name does not say so.
+CONSTRAINED = {"pdu", "match_unseen", "kl_to_teacher", "teacher_answers"}
+COLUMNS = {"dpo": "perturbed_answer", "teacher_answers": "alternate", "altpo_constrained": "alternate"}
 LORA = {"model": {"lm": {"adapter": {"r": 4, "lora_dropout": 0.1}, "activation_checkpointing": True}}}
 
 
@@ -33,7 +43,8 @@ def arguments(kind: type) -> set[str]:
 
 
 def method(model_dir: str, *names: str, extra: tuple[str, ...] = ()) -> list[str]:
-    command, base, *rest = quick(model_dir, *OWN.get(names[-1], []), *extra)
+    own = [argument.format(model_dir=model_dir) for argument in OWN.get(names[-1], [])]
+    command, base, *rest = quick(model_dir, *own, *extra)
     return [command, base, *(f"--config=method/{name}.yaml" for name in names), *rest]
 
 
@@ -45,7 +56,7 @@ def test_a_method_sets_every_key(name: str) -> None:
     # An overlay over own_data.yaml, which fails a run that misses what it requires.
     assert not any(settings.get("report", {}).values())
     assert settings["model"].keys() == {"forget", "forget_weight", "constraints", "keep"}
-    assert settings["data"] == {"init_args": {"alternate_column": "perturbed_answer" if name == "dpo" else None}}
+    assert settings["data"] == {"init_args": {"alternate_column": COLUMNS.get(name)}}
     families = [settings["model"]["forget"]]
     for constraint in settings["model"]["constraints"].values():
         assert constraint.keys() == arguments(Constraint)
@@ -58,7 +69,7 @@ def test_a_method_sets_every_key(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_constrained_method_keeps_the_best_model_and_a_published_one_the_last(name: str) -> None:
     model = read(name)["model"]
-    constrained = name in ("pdu", "match_unseen") or name.endswith("_constrained")
+    constrained = name in CONSTRAINED or name.endswith("_constrained")
     kinds = {constraint["multiplier"]["class_path"] for constraint in model["constraints"].values()}
     assert kinds == {"DualAscent" if constrained else "FixedMultiplier"}
     assert model["keep"] == ("best" if constrained else "last")

@@ -23,6 +23,7 @@ from lit_unlearn.objectives import (
     JensenShannonToReference,
     JensUn,
     KLToReference,
+    KLToTeacher,
     KLToUniform,
     LogitMargin,
     MatchUnseen,
@@ -103,7 +104,9 @@ def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small
     torch.testing.assert_close(gradient, ascent + descent, rtol=2e-5, atol=1e-15)
 
 
-@pytest.mark.parametrize("objective", [KLToReference(), JensenShannonToReference(), ActivationMatch(LAYER)], ids=type)
+@pytest.mark.parametrize(
+    "objective", [KLToReference(), KLToTeacher(), JensenShannonToReference(), ActivationMatch(LAYER)], ids=type
+)
 def test_nothing_is_lost_where_the_model_is_the_reference_model(objective):
     """Otherwise an epsilon would mean nothing."""
     dense = unchanged()
@@ -210,6 +213,8 @@ def test_bad_word_is_refused(word):
         LogitMargin(alignment=word)
     with pytest.raises(ConfigError, match=rf"`direction`.*'uniform_to_model'.*{word!r}"):
         KLToUniform(word)
+    with pytest.raises(ConfigError, match=rf"KLToTeacher: `reads`.*'alternate'.*{word!r}"):
+        KLToTeacher(word)
 
 
 # What is missing -----------------------------------------------------------------------------------------------------
