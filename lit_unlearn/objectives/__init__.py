@@ -10,6 +10,7 @@ from lit_unlearn.objectives.kl_to_teacher import KLToTeacher
 from lit_unlearn.objectives.kl_to_uniform import KLToUniform
 from lit_unlearn.objectives.logit_margin import LogitMargin
 from lit_unlearn.objectives.match_unseen import MatchUnseen
+from lit_unlearn.objectives.nll_floor import NLLFloor
 from lit_unlearn.objectives.npo import NPO
 from lit_unlearn.objectives.reference_level import ReferenceLevel
 from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
@@ -37,6 +38,7 @@ __all__ = [
     "KLToUniform",
     "LogitMargin",
     "MatchUnseen",
+    "NLLFloor",
     "Need",
     "Objective",
     "Per",

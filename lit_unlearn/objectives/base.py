@@ -65,6 +65,7 @@ class Objective(nn.Module, ABC):
         unit: Unit of the values, for messages.
         formula: The mean of the values in one line, for ``lit-unlearn methods``.
         paper: Its publication.
+        stops: Whether forgetting with it has an end, so that a run may leave unused what a constraint allows.
         alignment: States that belong to the labels, see ``locate``.
         level: Number that is measured on the reference model before the first step, if there is one.
     """
@@ -74,6 +75,7 @@ class Objective(nn.Module, ABC):
     per: ClassVar[Per] = "token"
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    stops: ClassVar[bool] = False
     unit: str = ""
     alignment: Alignment = "next_token"
     level: ReferenceLevel | None = None

@@ -30,6 +30,7 @@ class KLToTeacher(Objective):
     """
 
     needs = frozenset[Need]({"teacher"})
+    stops = True
     unit = "nats per token"
     formula = "token mean of KL(p_teacher‖p)"
     paper = "Chundawat et al. 2023, arXiv 2205.08096"

@@ -143,6 +143,10 @@ CASES: dict[str, tuple[Objective, Form]] = {
         per_answer(lambda dense, row: reference.npo(answer_logp(dense, row), REFERENCE_LOGP[row][None], 0.2)),
     ),
     "MatchUnseen": match_case(),
+    "NLLFloor": (
+        package.NLLFloor(9.0),
+        per_answer(lambda dense, row: (9.0 + answer_logp(dense, row) / len(supervised([row]))).clamp_min(0)),
+    ),
     "SimNPO": (
         package.SimNPO(1.5, 0.4),
         per_answer(

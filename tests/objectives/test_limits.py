@@ -27,6 +27,7 @@ from lit_unlearn.objectives import (
     KLToUniform,
     LogitMargin,
     MatchUnseen,
+    NLLFloor,
     Objective,
     SatImp,
     SimNPO,
@@ -93,6 +94,18 @@ def test_matching_pulls_answers_to_the_level_from_both_sides():
     for row, own in nll.items():
         wanted = 2 * (objective.level.value - own) / lengths[row]
         torch.testing.assert_close(gradient[row], wanted * ascent[row], rtol=1e-9, atol=1e-15)
+
+
+def test_a_floor_moves_only_answers_below_it_by_ascent_on_their_means():
+    _, ascent = evaluate(GradAscent())
+    lengths = {0: 3, 2: 2}
+    dense = draw()
+    nll = {row: -answer_logp(dense, row).item() / length for row, length in lengths.items()}
+    likely, unlikely = sorted(nll, key=nll.__getitem__)
+    values, gradient = evaluate(NLLFloor(sum(nll.values()) / 2), dense)  # between the two
+    assert values.sum().item() == pytest.approx((nll[unlikely] - nll[likely]) / 2)
+    torch.testing.assert_close(gradient[likely], ascent[likely] / lengths[likely], rtol=1e-9, atol=1e-15)
+    assert not gradient[unlikely].any()
 
 
 def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small_beta():
@@ -178,7 +191,7 @@ def test_defaults_are_the_papers():
 
 
 ABOVE_ZERO = [
-    *[(LogitMargin, "power"), (MatchUnseen, "factor"), (RMU, "coefficient")],
+    *[(LogitMargin, "power"), (MatchUnseen, "factor"), (NLLFloor, "floor"), (RMU, "coefficient")],
     *[(NPO, "beta"), (SimNPO, "beta"), (DPO, "beta")],
 ]
 FROM_ZERO = [
