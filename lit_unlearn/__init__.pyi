@@ -65,6 +65,8 @@ from lit_unlearn.training import LitEvaluate as LitEvaluate
 from lit_unlearn.training import LitFinetune as LitFinetune
 from lit_unlearn.training import LitUnlearn as LitUnlearn
 from lit_unlearn.training import Schedule as Schedule
+from lit_unlearn.training.robustness import GradientProjection as GradientProjection
+from lit_unlearn.training.robustness import SharpnessAware as SharpnessAware
 from lit_unlearn.unlearning import unlearn as unlearn
 
 __version__: str

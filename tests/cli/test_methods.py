@@ -112,6 +112,16 @@ def test_every_method_runs(name: str, in_tmp: Path, model_dir: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("option", ["sam", "projection"])
+def test_robustness_options_are_added_to_any_method(option: str, in_tmp: Path, model_dir: str) -> None:
+    cli.main(method(model_dir, "npo", f"robust/{option}", extra=("--trainer.max_steps=3", "--trainer.logger=false")))
+    (record,) = [json.loads(file.read_text("utf-8")) for file in in_tmp.rglob("unlearning.json")]
+    settings = record["config"]["model"]["init_args"]
+    assert settings["robustness"]["class_path"].rpartition(".")[2] in ("SharpnessAware", "GradientProjection")
+    assert settings["forget"]["class_path"].endswith("NPO")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["npo", "dpo", "undial", "jensun", "rmu"])
 def test_reference_based_methods_run_with_an_adapter(name: str, in_tmp: Path, model_dir: str) -> None:
     Path("lora.yaml").write_text(yaml.safe_dump(LORA), encoding="utf-8")
