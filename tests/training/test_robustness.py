@@ -88,7 +88,8 @@ class Slow:
 
     def assert_step(self, weights: dict[str, Tensor], gradient: Tensor) -> None:
         moved = torch.cat([weights[name].flatten() for name in self.names])
-        torch.testing.assert_close((self.start - moved) / LR, gradient, rtol=1e-6, atol=1e-10)
+        # transformers computes norms and rotations in float32, packed and padded.
+        assert ((self.start - moved) / LR - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 3}, {"passes": "sequential"}], ids=str)
@@ -150,27 +151,31 @@ def test_a_step_of_length_zero_leaves_the_weights_bit_for_bit(
 def test_autocast_sees_the_changed_weights(
     make_trainer: Callable[..., L.Trainer], model_dir: str, rows_dir: str
 ) -> None:
-    """It keeps casts of weights for the whole step, which are those before the change."""
-    steps = []
-    for robustness in (None, SharpnessAware(5.0)):
-        weights, _ = take_step(
-            make_trainer, model_dir, rows(rows_dir), LogitMargin(), robustness, precision="bf16-mixed"
-        )
-        # A matrix of the trunk: losses cast the head by themselves.
-        steps.append(weights["model.layers.0.self_attn.q_proj.weight"])
-    start = LanguageModel(model_dir)
-    start.load(torch.float32)
-    weight = start.causal_lm.get_parameter("model.layers.0.self_attn.q_proj.weight")
-    plain, robust = (step - weight for step in steps)
-    assert (robust - plain).norm() > 0.1 * plain.norm()
+    """It keeps casts of weights for the whole step, which would be those before the change."""
+    name = "model.layers.0.self_attn.q_proj.weight"  # of the trunk: losses cast the head by themselves
+
+    def step(robustness: Robustness | None, precision: str) -> Tensor:
+        return take_step(make_trainer, model_dir, rows(rows_dir), LogitMargin(), robustness, precision=precision)[0][
+            name
+        ]
+
+    plain, changed = (step(robustness, "32-true") for robustness in (None, SharpnessAware(1.0)))
+    assert (step(SharpnessAware(1.0), "bf16-mixed") - changed).norm() < 0.3 * (changed - plain).norm()
 
 
 def test_shifted_weights_are_restored_after_an_error_too() -> None:
     weight = torch.nn.Parameter(torch.full((3,), 0.1))
     before = weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), shifted([weight], [torch.ones(3)], 1 / 3):
-        assert torch.equal(weight, before + 1 / 3)
-        raise ZeroDivisionError
+    seen = []
+
+    def fail() -> None:
+        with shifted([weight], [torch.ones(3)], 0.25):
+            seen.append(weight.detach().clone())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(seen[0], before + 0.25)
     assert torch.equal(weight, before)
     with shifted([weight], [torch.full((3,), math.inf)], 0.0):
         assert torch.equal(weight, before)
