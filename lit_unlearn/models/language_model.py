@@ -381,9 +381,9 @@ class LanguageModel(nn.Module):
     def _check_teacher(self, teacher: LanguageModel) -> None:
         """Raise unless each token id, in the rows and in the logits, means the same to both models."""
         difference = None
-        own, other = self.tokenizer, teacher.tokenizer
-        if own is not None and other is not None and own.get_vocab() != other.get_vocab():
-            difference = f"has another tokenizer ({len(other)} entries, here {len(own)})"
+        tokenizer, other = self.tokenizer, teacher.tokenizer
+        if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
+            difference = f"has another tokenizer ({len(other)} entries, here {len(tokenizer)})"
         there, here = (len(cast(nn.Linear, lm.causal_lm.get_output_embeddings()).weight) for lm in (teacher, self))
         if there != here:
             difference = f"gives {there} logits, this model {here}"

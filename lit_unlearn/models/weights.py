@@ -119,8 +119,8 @@ def shifted(tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: flo
     if factor == 0:
         yield
         return
-    parts = [local_part(tensor) for tensor in tensors]
     with torch.no_grad():
+        parts = [local_part(tensor) for tensor in tensors]
         # Subtracting again would leave the rounding of both steps in the weights.
         originals = [part.clone() for part in parts]
         for i, part in enumerate(parts):
