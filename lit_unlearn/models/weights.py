@@ -140,7 +140,7 @@ def shifted(tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: flo
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor; any other one as it is."""
-    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def convert(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
