@@ -16,7 +16,7 @@ class KLToTeacher(Objective):
     """Token mean of KL(p_teacher‖p): what a model that never saw the forget set says, in place of what was learned.
 
     The teacher is the language model's `teacher`, best the base model: what it says at each token of an answer is close to
-    what a retain-only model says there. The value is zero where both agree, so that forgetting stops, and answers stay as
+    what a retain-only model says there. The value is zero where both agree: there forgetting stops, and answers are as
     fluent as the teacher's. Its epsilon, as a constraint, is absolute: nats per token.
     Chundawat et al., AAAI 2023 (arXiv 2205.08096), distil the forget set from a second, incompetent teacher, which has random
     weights there.
