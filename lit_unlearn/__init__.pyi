@@ -52,9 +52,11 @@ from lit_unlearn.objectives import IdkNLL as IdkNLL
 from lit_unlearn.objectives import JensenShannonToReference as JensenShannonToReference
 from lit_unlearn.objectives import JensUn as JensUn
 from lit_unlearn.objectives import KLToReference as KLToReference
+from lit_unlearn.objectives import KLToTeacher as KLToTeacher
 from lit_unlearn.objectives import KLToUniform as KLToUniform
 from lit_unlearn.objectives import LogitMargin as LogitMargin
 from lit_unlearn.objectives import MatchUnseen as MatchUnseen
+from lit_unlearn.objectives import NLLFloor as NLLFloor
 from lit_unlearn.objectives import Objective as Objective
 from lit_unlearn.objectives import ReferenceLevel as ReferenceLevel
 from lit_unlearn.objectives import SatImp as SatImp
@@ -63,6 +65,8 @@ from lit_unlearn.training import LitEvaluate as LitEvaluate
 from lit_unlearn.training import LitFinetune as LitFinetune
 from lit_unlearn.training import LitUnlearn as LitUnlearn
 from lit_unlearn.training import Schedule as Schedule
+from lit_unlearn.training.robustness import GradientProjection as GradientProjection
+from lit_unlearn.training.robustness import SharpnessAware as SharpnessAware
 from lit_unlearn.unlearning import unlearn as unlearn
 
 __version__: str

@@ -98,7 +98,7 @@ def make_world(model_dir: str) -> None:
 
 def run(command: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command of a page; one that needs several devices or a large model is only instantiated."""
-    text = re.sub(r"\bMODEL\b", model, command.replace("DIR_WITH_TOFU", "tofu"))
+    text = re.sub(r"\b(MODEL|BASE)\b", model, command.replace("DIR_WITH_TOFU", "tofu"))
     words = shlex.split(re.sub(r"(lm\.model[= ])DIR\b", rf"\1{model}", text).replace(" DIR", " exported"))[1:]
     if words[0] in ("fit", "validate", "test") and "--print_config" not in words:
         words += ["--trainer.accelerator=cpu"]

@@ -106,7 +106,7 @@ class RunAdvice(Callback):
             if self._epoch_values.get(name) and epsilon is not None and not is_warmup:
                 self._check_cap(name, constraint, epsilon)
                 # Forgetting that ends by itself need not use all that epsilon allows.
-                if isinstance(pl_module, LitUnlearn) and pl_module.forget.level is None:
+                if isinstance(pl_module, LitUnlearn) and not pl_module.forget.stops:
                     self._check_slack(trainer, name, constraint, epsilon)
 
     def _check_cap(self, name: str, constraint: Constraint, epsilon: float) -> None:

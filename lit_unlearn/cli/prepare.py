@@ -57,7 +57,12 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--question_column", type=str, default="question", help="Column with the question.")
     parser.add_argument("--answer_column", type=str, default="answer", help="Column with the answer.")
-    parser.add_argument("--count", type=int, default=1, help="For alternates: answers per row, at most 4.")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        help="For alternates: answers per row, at most 4; 0: the model's own answer to the question alone.",
+    )
     parser.add_argument("--max_prompts", type=int, help="For retain: only this many of the general prompts.")
     parser.add_argument("--max_neighbours", type=int, default=200, help="For retain: only this many training rows.")
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the model.")

@@ -20,7 +20,7 @@ from lit_unlearn.training.weights import check_base
 from lit_unlearn.utils.folders import check_export_target, finish_replacement, lock_folder, read_digests, replace_folder
 from lit_unlearn.utils.io import read_json
 
-# The model itself: not its frozen reference, nor the state of an objective.
+# The model itself: neither its frozen reference, nor its teacher, nor the state of an objective.
 _MODEL_PREFIX = "lm.model."
 
 
@@ -203,8 +203,8 @@ def _find_model_settings(path: Path, record: Record, base_model: str | None) -> 
         if base is not None:
             # Of a saved adapter, which either is in the base now or has gone on being trained.
             settings = {"adapter": origin["adapter"] if base["merged"] else None, "merge_adapter": base["merged"]}
-    # Both would only slow down a model that is loaded to be written.
-    settings |= {"compile": False, "activation_checkpointing": False}
+    # They would only slow down a model that is loaded to be written, and the teacher's files may have gone.
+    settings |= {"compile": False, "activation_checkpointing": False, "teacher": None}
     if base_model is not None:
         # A model that was exported from the GGUF file has the same weights.
         file = settings.get("gguf_file")

@@ -81,6 +81,7 @@ _MODEL = (
     "seed",
     "keep",
     "passes",
+    "robustness",
 )
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lit_unlearn import functional
 from lit_unlearn.data.encoding import check_tokenizer, collate, encode, prompt_of
 from lit_unlearn.data.templates import Chat, check_template
-from lit_unlearn.errors import BatchError, ConfigError, ModelError
+from lit_unlearn.errors import BatchError, ConfigError, LitUnlearnError, ModelError
 from lit_unlearn.models import adapters, generation, loading
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.files import ModelFiles
@@ -27,7 +27,7 @@ from lit_unlearn.models.older_keys import write_older_keys
 from lit_unlearn.models.packing import is_packed, separates_packed_sequences
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.sampling import Sampling
-from lit_unlearn.models.tokens import Alignment, Batch, SupervisedTokens, TokenIndex, locate
+from lit_unlearn.models.tokens import Alignment, Batch, OtherModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues, changes_values, checksum, convert
 from lit_unlearn.utils.folders import check_export_target, replace_folder
 from lit_unlearn.utils.io import expand_home, expand_path
@@ -66,6 +66,8 @@ class LanguageModel(nn.Module):
         quantization: Fields of a transformers quantisation config, such as ``load_in_4bit``; needs an ``adapter``.
         activation_checkpointing: Whether the backward pass computes the activations again, which saves memory.
         compile: Whether ``torch.compile`` makes kernels of the trunk, which takes a minute or more at the first step.
+        teacher: Hub name or local directory of a model with the same tokenizer that was not trained on the forget set, such
+            as the base model. It is loaded only where an objective needs it, and never trained, saved or exported.
 
     Raises:
         ConfigError: If not exactly one of ``model`` and ``config`` is given, settings exclude each other, or an adapter or a
@@ -76,6 +78,7 @@ class LanguageModel(nn.Module):
 
     model: PreTrainedModel | adapters.PeftModel | None
     frozen: PreTrainedModel | None
+    teacher: LanguageModel | None
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class LanguageModel(nn.Module):
         quantization: dict[str, Any] | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        teacher: str | None = None,
     ) -> None:
         super().__init__()
         model = None if model is None else expand_home(model)
@@ -125,6 +129,12 @@ class LanguageModel(nn.Module):
             self._quantization = adapters.quantization_config(quantization, model, trains_adapter, owner=self)
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
+        self.teacher = None
+        if teacher is not None:
+            with _naming_teacher(teacher, owner=self):
+                self.teacher = LanguageModel(
+                    teacher, trust_remote_code=trust_remote_code, use_safetensors=use_safetensors
+                )
 
         self.model = None
         self.files_dtype: torch.dtype | None = None
@@ -186,6 +196,8 @@ class LanguageModel(nn.Module):
         names = [self.name, self.tokenizer_name]
         if self.files is not None and self.files.base is not None:
             names.append(self.files.base.name)
+        if self.teacher is not None:
+            names.extend(self.teacher.inputs)
         return [name for name in names if name is not None]
 
     @classmethod
@@ -342,6 +354,46 @@ class LanguageModel(nn.Module):
         """Copy the model as it is now and freeze the copy, unless there is one or an adapter that can be switched off."""
         if self.frozen is None and not self.has_adapter:
             self.frozen = copy.deepcopy(self.causal_lm).eval().requires_grad_(False)
+
+    def keep_teacher(self, model: PreTrainedModel | None = None) -> None:
+        """Load the model named ``teacher``, unless it is loaded, and freeze it. Call it before the model is sharded.
+
+        Args:
+            model: A model in memory to take instead, such as that of another `LanguageModel`.
+
+        Raises:
+            ConfigError: If there is no teacher.
+            ModelError: If it has another tokenizer or vocabulary than this model, or cannot be loaded.
+        """
+        if model is not None:
+            self.teacher = LanguageModel.wrap(model, self.tokenizer)
+        if self.teacher is None:
+            message = "an objective needs a teacher: set `teacher` to a model that never saw the forget set, such as the base model."
+            raise ConfigError(message, owner=self, argument="teacher")
+        if not self.teacher.is_loaded:
+            with _naming_teacher(str(self.teacher.name), owner=self):
+                self.teacher.load(self.causal_lm.dtype, self.causal_lm.device)
+        self._check_teacher(self.teacher)
+        self.teacher.eval().requires_grad_(False)
+        # It reads the same passes.
+        self.packs = self.packs and self.teacher.packs
+
+    def _check_teacher(self, teacher: LanguageModel) -> None:
+        """Raise unless each token id, in the rows and in the logits, means the same to both models."""
+        difference = None
+        tokenizer, other = self.tokenizer, teacher.tokenizer
+        if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
+            difference = f"has another tokenizer ({len(other)} entries, here {len(tokenizer)})"
+        there, here = (len(cast(nn.Linear, lm.causal_lm.get_output_embeddings()).weight) for lm in (teacher, self))
+        if there != here:
+            difference = f"gives {there} logits, this model {here}"
+        if difference is not None:
+            raise ModelError(
+                f"the teacher '{teacher.name}' cannot be compared with this model token by token: it {difference}. Set `teacher` to "
+                "the model that this one was fine-tuned from.",
+                owner=self,
+                argument="teacher",
+            )
 
     def fingerprint(self) -> str:
         """Return a digest of the reference model's weights and architecture, the same wherever it is loaded.
@@ -621,7 +673,8 @@ class LanguageModel(nn.Module):
         """Return the mean of an objective over a batch, for a training loop of your own.
 
         Args:
-            objective: An `Objective`. One that needs the reference model needs an adapter, or `keep_reference` after loading.
+            objective: An `Objective`. One that needs the reference model needs an adapter, or `keep_reference` after loading;
+                one that needs a teacher needs `keep_teacher`.
             batch: Examples, or a Hugging Face batch on the model's device: ``input_ids``, ``attention_mask`` and ``labels``;
                 for some objectives also ``alternate``, a batch with other answers, and ``reference_logp``, shape ``(B,)``.
 
@@ -650,10 +703,8 @@ class LanguageModel(nn.Module):
             index = objective.select(locate(answer, objective.alignment))
             if "reference_logp" in answer:
                 index = index._replace(reference_logp=answer["reference_logp"][index.examples])
-            needs_reference = "reference" in objective.needs
-            tokens.append(
-                self(answer, lambda seen: seen, index=[index], reference=needs_reference, layers=objective.layers)
-            )
+            others = {"reference": "reference" in objective.needs, "teacher": "teacher" in objective.needs}
+            tokens.append(self(answer, lambda seen: seen, index=[index], layers=objective.layers, **others))
         if len(tokens) == 2:
             tokens[0] = tokens[0]._replace(alternate=tokens[1])
         values: Tensor = objective(self, tokens[0])
@@ -676,6 +727,7 @@ class LanguageModel(nn.Module):
         index: Sequence[TokenIndex] | None = None,
         reference: bool = False,
         layers: Collection[int] = (),
+        teacher: bool = False,
     ) -> Result:
         """Run the trunk and hand the supervised tokens to ``compute``.
 
@@ -691,6 +743,7 @@ class LanguageModel(nn.Module):
                 batch.
             reference: Whether the reference model runs on the batch as well; see ``SupervisedTokens.reference``.
             layers: The layers whose output is to be kept, from 0; see ``SupervisedTokens.activations``.
+            teacher: Whether the teacher runs on the batch as well; see ``SupervisedTokens.teacher``.
 
         Returns:
             What ``compute`` returns.
@@ -698,7 +751,7 @@ class LanguageModel(nn.Module):
         Raises:
             BatchError: If the batch lacks ``input_ids`` or ``labels``, or is packed and the model lets packed sequences
                 see each other.
-            RuntimeError: If there is no reference model; see `keep_reference`.
+            RuntimeError: If there is no reference model, or no teacher; see `keep_reference` and `keep_teacher`.
         """
         indices = [locate(batch, alignment)] if index is None else index
         if is_packed(batch) and not self.packs:
@@ -714,7 +767,17 @@ class LanguageModel(nn.Module):
                 states, activations = self._run_trunk(model, inputs, layers)
             for i, token_index in enumerate(indices):
                 tokens[i] = tokens[i]._replace(reference=token_index.gather(states, activations))
+        if teacher:
+            for i, seen in enumerate(self._run_teacher(batch, indices)):
+                tokens[i] = tokens[i]._replace(teacher=seen)
         return compute(*tokens)
+
+    def _run_teacher(self, batch: Mapping[str, Any], indices: Sequence[TokenIndex]) -> Sequence[SupervisedTokens]:
+        if self.teacher is None or not self.teacher.is_loaded:
+            raise RuntimeError("there is no teacher: set `teacher` and call `keep_teacher()` after loading.")
+        with evaluation_mode(self.teacher):
+            seen: Sequence[SupervisedTokens] = self.teacher(batch, lambda *tokens: tokens, index=indices)
+        return seen
 
     def _run_trunk(
         self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
@@ -777,31 +840,65 @@ class LanguageModel(nn.Module):
             function, tokens.hidden, self._head.weight, self._head.bias, *token_args, chunk_size=self.chunk_size
         )
 
-    def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """Apply a token-wise function of this model's and the reference model's logits, in chunks of both.
+    def map_logit_pairs(
+        self,
+        function: Callable[..., Tensor],
+        tokens: SupervisedTokens,
+        *token_args: Tensor,
+        other: OtherModel = "reference",
+    ) -> Tensor:
+        """Apply a token-wise function of this model's and another model's logits, in chunks of both.
 
         Args:
-            function: ``(logits (n, V), reference_logits (n, V), *token_args) -> (n,)`` or ``(n, k)``; no gradient flows
-                into the reference model.
-            tokens: The supervised tokens, with ``reference``.
+            function: ``(logits (n, V), other_logits (n, V), *token_args) -> (n,)`` or ``(n, k)``; no gradient flows into the
+                other model.
+            tokens: The supervised tokens, with ``reference`` or ``teacher``.
             token_args: As for `map_logits`.
+            other: The other model.
 
         Returns:
             Shape ``(N,)`` or ``(N, k)``.
 
         Raises:
-            RuntimeError: If the reference model did not run.
+            RuntimeError: If the other model did not run.
         """
-        if tokens.reference is None:
-            raise RuntimeError('the reference model did not run on these tokens: the objective must need "reference".')
-        states = tokens.reference.hidden
-        if not self.linear_head:
-            return function(functional.upcast(tokens.hidden), functional.upcast(states), *token_args)
-        head = self._head if self.frozen is None else cast(nn.Linear, self.frozen.get_output_embeddings())
+        seen = tokens.teacher if other == "teacher" else tokens.reference
+        if seen is None:
+            name = "teacher" if other == "teacher" else "reference model"
+            raise RuntimeError(f'the {name} did not run on these tokens: the objective must need "{other}".')
+        states = seen.hidden
+        head = self._other_head(other)
+        if head is None:
+            return self.map_logits(
+                lambda logits, other_logits, *args: function(logits, functional.upcast(other_logits), *args),
+                tokens,
+                states,
+                *token_args,
+            )
         dtype = functional.matmul_dtype(states, head.weight)
         weight, bias = head.weight.detach().to(dtype), None if head.bias is None else head.bias.detach().to(dtype)
 
-        def with_reference(logits: Tensor, states: Tensor, *args: Tensor) -> Tensor:
+        def with_other(logits: Tensor, states: Tensor, *args: Tensor) -> Tensor:
             return function(logits, functional.upcast(F.linear(states.to(dtype), weight, bias)), *args)
 
-        return self.map_logits(with_reference, tokens, states, *token_args)
+        return self.map_logits(with_other, tokens, states, *token_args)
+
+    def _other_head(self, other: OtherModel) -> nn.Linear | None:
+        """Return the head that another model's states go through; ``None`` where they are logits."""
+        model = self.teacher if other == "teacher" and self.teacher is not None else self
+        if not model.linear_head:
+            return None
+        if model is self and self.frozen is not None:
+            return cast(nn.Linear, self.frozen.get_output_embeddings())
+        return model._head
+
+
+@contextmanager
+def _naming_teacher(name: str, owner: LanguageModel) -> Iterator[None]:
+    """Make ``teacher`` the argument of an error about the teacher's own ``model``."""
+    try:
+        yield
+    except LitUnlearnError as error:
+        error.owner, error.argument = owner, "teacher"
+        error.args = (f"the teacher '{name}': {error}",)
+        raise

@@ -14,6 +14,9 @@ from lit_unlearn.models.packing import is_packed
 
 Alignment = Literal["next_token", "label"]
 
+OtherModel = Literal["reference", "teacher"]
+"""A frozen model that the trained one is compared with: itself before unlearning, or one that never saw the forget set."""
+
 Batch = Mapping[str, Any] | Sequence[Example]
 """A padded or packed Hugging Face batch (tensors by name; under ``alternate`` perhaps a batch of other answers), or examples."""
 
@@ -99,6 +102,7 @@ class SupervisedTokens(NamedTuple):
         reference: The same tokens as the reference model sees them; there for an objective that needs ``"reference"``.
         activations: Output of a layer for each token, by number of the layer, shape ``(N, D)``; there for the layers that
             an objective names.
+        teacher: The same tokens as the teacher sees them; there for an objective that needs ``"teacher"``.
     """
 
     hidden: Tensor
@@ -110,6 +114,7 @@ class SupervisedTokens(NamedTuple):
     alternate: SupervisedTokens | None = None
     reference: SupervisedTokens | None = None
     activations: Mapping[int, Tensor] | None = None
+    teacher: SupervisedTokens | None = None
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """Sum a value per token, shape ``(N,)``, over each sequence; shape ``(S,)``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,8 +36,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = 
     for name, tensor in tensors:
         names.append(f"{name} {tuple(tensor.shape)}")
         is_sharded.append(isinstance(tensor, DTensor))
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        totals.append(_add_bytes(local.detach(), dtype))
+        totals.append(_add_bytes(local_part(tensor).detach(), dtype))
 
     if any(is_sharded):
         # Every process has a part of a sharded tensor, and all of the others.
@@ -75,7 +74,7 @@ class TemporaryValues:
     """
 
     def __init__(self, tensors: list[Tensor], values: list[Tensor] | None, dtype: torch.dtype) -> None:
-        self._tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        self._tensors = [local_part(tensor) for tensor in tensors]
         self._values = values
         self._dtype = dtype
         self._originals: list[Tensor] = []
@@ -106,6 +105,42 @@ class TemporaryValues:
             yield
         finally:
             self.put_in()
+
+
+@contextmanager
+def shifted(tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: float) -> Iterator[None]:
+    """Add ``factor · direction`` to tensors within the block; afterwards they are what they were, bit for bit.
+
+    Args:
+        tensors: Parameters, sharded or not.
+        directions: One for each, of the same shape and sharding.
+        factor: With 0, nothing is changed or copied, whatever the directions are.
+    """
+    if factor == 0:
+        yield
+        return
+    with torch.no_grad():
+        parts = [local_part(tensor) for tensor in tensors]
+        # Subtracting again would leave the rounding of both steps in the weights.
+        originals = [part.clone() for part in parts]
+        for i, part in enumerate(parts):
+            part.add_(local_part(directions[i]), alpha=factor)
+    # Gradients, perhaps, whose memory is needed now.
+    del directions
+    # Autocast keeps casts of weights, and would not see that these changed.
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, original in zip(parts, originals, strict=True):
+                part.copy_(original)
+        torch.clear_autocast_cache()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor; any other one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def convert(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

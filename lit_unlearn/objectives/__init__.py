@@ -6,9 +6,11 @@ from lit_unlearn.objectives.dpo import DPO
 from lit_unlearn.objectives.grad_ascent import GradAscent
 from lit_unlearn.objectives.idk_nll import IdkNLL
 from lit_unlearn.objectives.jensun import JensUn
+from lit_unlearn.objectives.kl_to_teacher import KLToTeacher
 from lit_unlearn.objectives.kl_to_uniform import KLToUniform
 from lit_unlearn.objectives.logit_margin import LogitMargin
 from lit_unlearn.objectives.match_unseen import MatchUnseen
+from lit_unlearn.objectives.nll_floor import NLLFloor
 from lit_unlearn.objectives.npo import NPO
 from lit_unlearn.objectives.reference_level import ReferenceLevel
 from lit_unlearn.objectives.retain import NLL, ActivationMatch, JensenShannonToReference, KLToReference
@@ -32,9 +34,11 @@ __all__ = [
     "JensUn",
     "JensenShannonToReference",
     "KLToReference",
+    "KLToTeacher",
     "KLToUniform",
     "LogitMargin",
     "MatchUnseen",
+    "NLLFloor",
     "Need",
     "Objective",
     "Per",

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Alignment, SupervisedTokens, TokenIndex
+from lit_unlearn.models.tokens import OtherModel
 from lit_unlearn.objectives.reference_level import ReferenceLevel
 
-Need = Literal["reference", "reference_logp"]
-"""Parts of the reference model that an objective uses.
+Need = Literal["reference", "reference_logp", "teacher"]
+"""What an objective uses of other models.
 
-``reference``: it runs on every batch. ``reference_logp``: its log-probability of every answer, measured once.
+``reference``: the reference model runs on every batch. ``reference_logp``: its log-probability of every answer, measured once.
+``teacher``: the teacher runs on every batch.
 """
 
 Reads = Literal["answer", "alternate", "pair"]
@@ -41,15 +43,21 @@ class TokenModel(Protocol):
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
         """Apply ``function(logits, *token_args)`` in chunks; shape ``(N,)`` or ``(N, k)``."""
 
-    def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        """Apply ``function(logits, reference_logits, *token_args)`` in chunks, for an objective that needs ``"reference"``."""
+    def map_logit_pairs(
+        self,
+        function: Callable[..., Tensor],
+        tokens: SupervisedTokens,
+        *token_args: Tensor,
+        other: OtherModel = "reference",
+    ) -> Tensor:
+        """Apply ``function(logits, other_logits, *token_args)`` in chunks, for an objective that needs the ``other`` model."""
 
 
 class Objective(nn.Module, ABC):
     """A loss of supervised tokens, not reduced: a value for every token, or for every answer.
 
     A subclass holds its hyperparameters and never sees Lightning. It declares what it uses, and finds that in the fields
-    of `SupervisedTokens`: ``needs`` says what of the reference model, ``reads`` which answers, ``layers`` the output of
+    of `SupervisedTokens`: ``needs`` says what of other models, ``reads`` which answers, ``layers`` the output of
     which layers. ``per`` says what a value belongs to. The training step divides the sum of all values by their number
     over all micro-batches and processes, so that every token (or answer) has the same weight.
 
@@ -57,15 +65,17 @@ class Objective(nn.Module, ABC):
         unit: Unit of the values, for messages.
         formula: The mean of the values in one line, for ``lit-unlearn methods``.
         paper: Its publication.
+        stops: Whether forgetting with it has an end, so that a run may leave unused what a constraint allows.
         alignment: States that belong to the labels, see ``locate``.
         level: Number that is measured on the reference model before the first step, if there is one.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    reads: ClassVar[Reads] = "answer"
+    reads: Reads = "answer"
     per: ClassVar[Per] = "token"
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    stops: ClassVar[bool] = False
     unit: str = ""
     alignment: Alignment = "next_token"
     level: ReferenceLevel | None = None

@@ -33,6 +33,7 @@ class MatchUnseen(Objective):
     """
 
     per = "answer"
+    stops = True
     unit = "squared nats per token"
     formula = "answer mean of (NLL per token − factor · NLL of unseen examples)²"
     paper = "this package, docs/results.md"

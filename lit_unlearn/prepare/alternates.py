@@ -48,17 +48,19 @@ def make_alternates(
 ) -> Prepared:
     """Give every forget row other answers, as AltPO does: the model is shown question and answer and asked for other facts.
 
-    Where it only repeats the answer, it is asked the question alone.
+    Where it only repeats the answer, it is asked the question alone; with ``count=0`` it is asked nothing else. The base
+    model's answers to it are then what a model says that was never fine-tuned on the forget set.
 
     Use the result as the forget set, with ``alternate_column`` set to ``alternate``. It has every row: one whose answers
     all repeat what is to be forgotten gets a refusal instead, and is counted.
 
     Args:
-        ask: Puts requests to the target model or the base model, see `ask_with`. It must follow instructions.
+        ask: Puts requests to the target model or the base model, see `ask_with`. It must follow instructions, but for
+            ``count=0``.
         rows: The forget set.
         question_column: Column with the question.
         answer_column: Column with the answer.
-        count: Alternate answers per row, at most 4.
+        count: Alternate answers per row that it is shown the answer for, at most 4.
         seed: Seed of the refusals.
 
     Returns:
@@ -100,7 +102,7 @@ def ask_for_alternates(ask: Ask, conversations: Sequence[Conversation], count: i
     Args:
         ask: As for `make_alternates`.
         conversations: The forget set.
-        count: Requests per question, at most 4.
+        count: Requests per question, 0 to 4.
 
     Returns:
         A list for each question, with at most ``count`` different texts; it may be empty.
@@ -108,8 +110,10 @@ def ask_for_alternates(ask: Ask, conversations: Sequence[Conversation], count: i
     Raises:
         ConfigError: If the count is out of range.
     """
-    if not 1 <= count <= MAX_ALTERNATES:
-        raise ConfigError(f"`count` must be from 1 to {MAX_ALTERNATES}, the number of requests there are, not {count}.")
+    if not 0 <= count <= MAX_ALTERNATES:
+        raise ConfigError(
+            f"`count` must be from 0, the question alone, to {MAX_ALTERNATES}, the number of requests there are, not {count}."
+        )
     repeated = ForgetAnswers.from_conversations(conversations)
     alternates: list[list[str]] = [[] for _ in conversations]
     for request in _REQUESTS[:count]:

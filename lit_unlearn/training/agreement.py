@@ -85,6 +85,8 @@ def describe_setup(module: LitLanguageModel) -> Facts:
     facts |= {f"Trainer's `{name}`": str(getattr(trainer, name)) for name in _TRAINER_SETTINGS}
     for term in module.terms():
         facts[f"objective '{term.name}'"] = _describe(term.objective)
+    robustness = getattr(module, "robustness", None)
+    facts["model's `robustness`"] = "none" if robustness is None else _describe(robustness)
     for name, constraint in getattr(module, "constraints", {}).items():
         epsilon = constraint.epsilon if constraint.relative is None else f"{1 + constraint.relative} × the value before"
         settings = {

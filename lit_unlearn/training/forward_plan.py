@@ -6,6 +6,7 @@ Everything here happens on the CPU. A pass goes to the device when it is run, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.packing import divide_evenly, is_packed
 from lit_unlearn.models.tokens import check_batch
-from lit_unlearn.objectives import Objective
+from lit_unlearn.objectives import Need, Objective
 
 PassOrder = Literal["joint", "sequential"]
 Answer = Literal["answer", "alternate"]
@@ -56,6 +57,7 @@ class ForwardPass(NamedTuple):
         indices: For each of them the tokens that it reads.
         reference: Whether one of them needs the reference model to run on the batch.
         layers: The layers whose output they read.
+        teacher: Whether one of them needs the teacher to run on the batch.
     """
 
     batch: dict[str, Tensor]
@@ -63,6 +65,7 @@ class ForwardPass(NamedTuple):
     indices: list[TokenIndex]
     reference: bool
     layers: frozenset[int]
+    teacher: bool = False
 
     def run(
         self, lm: LanguageModel, readers: Sequence[Callable[[LanguageModel, SupervisedTokens], Value]]
@@ -85,7 +88,8 @@ class ForwardPass(NamedTuple):
 
         batch = {key: _send(value, device) for key, value in self.batch.items()}
         indices = [index.to(device) for index in self.indices]
-        return lm(batch, read, index=indices, reference=self.reference, layers=self.layers)  # type: ignore[no-any-return]
+        others = {"reference": self.reference, "teacher": self.teacher}
+        return lm(batch, read, index=indices, layers=self.layers, **others)  # type: ignore[no-any-return]
 
 
 def build_forward_plan(
@@ -104,7 +108,7 @@ def build_forward_plan(
         packs: Whether the model separates packed sequences.
         micro_batch_size: Examples per pass and stream, on average: the passes have about as many tokens. ``None``: all.
         order: ``"sequential"``: a pass has one stream's examples. ``"joint"``: it has examples of every stream, where they
-            can be packed together. The reference model sees no example that it need not see.
+            can be packed together. Reference model and teacher see no example that they need not see.
         reference_logp: Log-probability of an example under the reference model, nats; for objectives that need it.
 
     Returns:
@@ -125,9 +129,13 @@ def build_forward_plan(
     together = order == "joint" and packs and not packed
 
     plan: list[ForwardPass] = []
-    # Streams that need the reference model have passes of their own, so that it sees nothing else.
-    for reference in (False, True):
-        streams = [stream for stream in batches if _needs_reference(terms, stream) == reference]
+    # Streams that need another model have passes of their own, so that it sees nothing else.
+    for reference, teacher in product((False, True), repeat=2):
+        streams = []
+        for stream in batches:
+            needs = _collect_needs(terms, stream)
+            if ("reference" in needs, "teacher" in needs) == (reference, teacher):
+                streams.append(stream)
         groups = [streams] if together and streams else [[stream] for stream in streams]
         for group in groups:
             numbers = [i for i, term in enumerate(terms) if term.stream in group]
@@ -141,7 +149,7 @@ def build_forward_plan(
             for term in readers:
                 layers |= term.objective.layers
             for rows, indices in passes:
-                plan.append(ForwardPass(rows, numbers, indices, reference, layers))
+                plan.append(ForwardPass(rows, numbers, indices, reference, layers, teacher))
     return plan
 
 
@@ -254,8 +262,12 @@ def _split_packed_batch(
     return passes
 
 
-def _needs_reference(terms: Sequence[Term], stream: str) -> bool:
-    return any("reference" in term.objective.needs for term in terms if term.stream == stream)
+def _collect_needs(terms: Sequence[Term], stream: str) -> frozenset[Need]:
+    needs = frozenset[Need]()
+    for term in terms:
+        if term.stream == stream:
+            needs |= term.objective.needs
+    return needs
 
 
 def _count_passes(num_examples: int, micro_batch_size: int | None) -> int:

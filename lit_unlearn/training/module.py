@@ -170,7 +170,8 @@ class LitLanguageModel(L.LightningModule):
         self._check_lengths()
         self.lm.base_checksum()
         self.reference_cache.prepare()
-        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None
+        # Checkpoints leave out frozen models.
+        self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None and self.lm.teacher is None
         if self.device_mesh is not None:
             self._check_export_of_shards()
             shard(self.lm, self.device_mesh)

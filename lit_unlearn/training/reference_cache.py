@@ -1,4 +1,4 @@
-"""The reference model: what objectives need of it is checked at set-up, measured once, and kept on disk."""
+"""The reference model: what objectives need of it and of the teacher is checked at set-up, measured once, and kept on disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ReferenceCache:
         return any("reference_logp" in term.objective.needs for term in self._module.terms())
 
     def prepare(self) -> None:
-        """Check what objectives need, and keep the reference model, before a checkpoint or a step changes the weights.
+        """Check what objectives need, and keep reference model and teacher, before a checkpoint or a step changes the weights.
 
         Raises:
             ConfigError: With a line for each need that is not met.
@@ -65,6 +65,10 @@ class ReferenceCache:
         check_needs(terms, lm, module.attached_trainer and module.attached_trainer.datamodule)  # type: ignore[attr-defined]
         if self.keeps_model or any("reference" in term.objective.needs for term in terms):
             lm.keep_reference()
+        if lm.teacher is not None and any("teacher" in term.objective.needs for term in terms):
+            if not lm.teacher.is_loaded:
+                rank_zero_info(f"loading the teacher {lm.teacher.name}")
+            lm.keep_teacher()
         if self.is_needed and self._name is None:
             precision = None if module.attached_trainer is None else module.attached_trainer.precision
             self._name = f"{lm.fingerprint()} {precision}"
@@ -231,6 +235,11 @@ def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:
                     f"{name} reads the output of layer {layer}, but those of this model's layers that can be read are 0 to "
                     f"{lm.num_layers - 2} (the last one's ends in the final norm): set its `layer`."
                 )
+        if "teacher" in term.objective.needs and lm.teacher is None:
+            unmet.append(
+                f"{name} needs a teacher, a model that never saw the forget set: set the language model's `teacher` "
+                "(model.lm.teacher) to the name of the base model."
+            )
         examples: list[Any] = data.examples.get(term.stream, []) if isinstance(data, ForgetRetain) else []
         if term.objective.reads != "answer" and examples and examples[0].alternate is None:
             unmet.append(

@@ -180,7 +180,7 @@ def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(lm, options=options)
-    # Not the weights of a frozen reference model, which lie beside it.
+    # Not the weights of a frozen reference model or a teacher, which lie beside it.
     prefix = "model."
     return {name.removeprefix(prefix): cast(Tensor, value) for name, value in state.items() if name.startswith(prefix)}
 

@@ -21,6 +21,7 @@ from lit_unlearn.objectives import Objective
 from lit_unlearn.training.evaluator import Measurement
 from lit_unlearn.training.forward_plan import PassOrder, Term
 from lit_unlearn.training.module import LitLanguageModel, Schedule
+from lit_unlearn.training.robustness import Robustness
 from lit_unlearn.utils.validation import check_choice, check_number, list_names
 
 
@@ -55,6 +56,7 @@ class LitUnlearn(LitLanguageModel):
         benchmark: Benchmark with examples of its own, such as `TOFUBenchmark`, that a test runs; ``None`` for none.
         benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit, with the validation at their end; its
             values are logged as ``val/<benchmark>/<value>``. ``None`` for none before the test.
+        robustness: Another way to compute the gradient of a step, such as `SharpnessAware`; ``None`` for the plain one.
 
     Raises:
         ConfigError: If there is no constraint, a name cannot be a key, or a number is out of range.
@@ -76,6 +78,7 @@ class LitUnlearn(LitLanguageModel):
         passes: PassOrder = "joint",
         benchmark: Benchmark | None = None,
         benchmark_every_n_epochs: int | None = None,
+        robustness: Robustness | None = None,
     ) -> None:
         super().__init__(
             lm,
@@ -102,6 +105,7 @@ class LitUnlearn(LitLanguageModel):
         self.forget = forget
         self.forget_weight = check_number(self, "forget_weight", forget_weight, above=0)
         self.constraints = constraints
+        self.robustness = robustness
         # Registered, so that objectives with buffers follow the model to its device.
         self._objectives = nn.ModuleDict({name: constraint.objective for name, constraint in constraints.items()})
         self.best: Measurement | None = None
@@ -121,8 +125,10 @@ class LitUnlearn(LitLanguageModel):
         self._take_dual_steps_of_epoch()
 
         terms = self.terms()
-        plan = self.plan_step(batch, terms)
-        sums = self.primal_step.backward(plan, terms)
+        if self.robustness is None:
+            sums = self.primal_step.backward(self.plan_step(batch, terms), terms)
+        else:
+            sums = self.robustness.backward(self, batch, terms)
         forget_loss, *values = (sums[:, 0] / sums[:, 1]).tolist()
 
         self._check_finite(forget_loss, values)  # before the step: the weights are still good
@@ -211,7 +217,10 @@ class LitUnlearn(LitLanguageModel):
 
         Raises:
             DataError: If the examples that it is to be measured on are missing.
+            ConfigError: If `robustness` cannot work with the model.
         """
+        if self.robustness is not None:
+            self.robustness.check(self.lm)
         super().on_train_start()
         self._set_forget_level()
         for name, constraint in self.constraints.items():

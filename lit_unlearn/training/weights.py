@@ -31,7 +31,7 @@ def saved_tensor_names(module: L.LightningModule, lm: LanguageModel) -> set[str]
     """Return the names of the tensors in the module's checkpoints: of an adapted model, only those of the adapter."""
     if lm.has_adapter:
         return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {name for name in module.state_dict() if not name.startswith("lm.frozen.")}
+    return {name for name in module.state_dict() if not name.startswith(("lm.frozen.", "lm.teacher."))}
 
 
 def check_tensors(checkpoint: dict[str, Any], module: L.LightningModule, lm: LanguageModel) -> None:

@@ -26,6 +26,7 @@ def through_package(lm: LanguageModel, objective: Objective, rows: Iterable[int]
         index=[located(objective, rows)],
         reference="reference" in objective.needs,
         layers=objective.layers,
+        teacher="teacher" in objective.needs,
     )
 
 
@@ -160,7 +161,7 @@ def test_the_reference_model_has_no_dropout(name):
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("case", ["KLToReference", "JensenShannonToReference", "ActivationMatch"])
+@pytest.mark.parametrize("case", ["KLToReference", "KLToTeacher", "JensenShannonToReference", "ActivationMatch"])
 @every_model
 def test_nothing_is_lost_at_the_start_and_something_after(name, case, precision):
     dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}[precision]
@@ -244,6 +245,7 @@ def largest_output(lm: LanguageModel, objective: Objective, tokens: SupervisedTo
             index=[tokens],
             reference="reference" in objective.needs,
             layers=objective.layers,
+            teacher="teacher" in objective.needs,
         ).backward()
     return largest.numel
 

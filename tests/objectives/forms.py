@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_unlearn import objectives as package
 from lit_unlearn.functional import logit_margin, token_logp
 from lit_unlearn.models import Alignment, SupervisedTokens, TokenIndex, locate
+from lit_unlearn.models.tokens import OtherModel
 from lit_unlearn.objectives import Objective
 
 B, T, V, D = 3, 6, 11, 4
@@ -142,6 +143,10 @@ CASES: dict[str, tuple[Objective, Form]] = {
         per_answer(lambda dense, row: reference.npo(answer_logp(dense, row), REFERENCE_LOGP[row][None], 0.2)),
     ),
     "MatchUnseen": match_case(),
+    "NLLFloor": (
+        package.NLLFloor(9.0),
+        per_answer(lambda dense, row: (9.0 + answer_logp(dense, row) / len(supervised([row]))).clamp_min(0)),
+    ),
     "SimNPO": (
         package.SimNPO(1.5, 0.4),
         per_answer(
@@ -164,6 +169,15 @@ CASES: dict[str, tuple[Objective, Form]] = {
     "KLToReference": (
         package.KLToReference(),
         per_token(lambda x: reference.kl(reference.log_softmax(x.z_ref), reference.log_softmax(x.z))),
+    ),
+    # The teacher of these tests is the model before unlearning.
+    "KLToTeacher": (
+        package.KLToTeacher(),
+        per_token(lambda x: reference.kl(reference.log_softmax(x.z_ref), reference.log_softmax(x.z))),
+    ),
+    "KLToTeacher, alternate": (
+        package.KLToTeacher("alternate"),
+        per_token(lambda x: reference.kl(reference.log_softmax(x.z_ref), reference.log_softmax(x.z)), first_row=B),
     ),
     "JensenShannonToReference": (
         package.JensenShannonToReference(),
@@ -206,7 +220,7 @@ def fill(index: TokenIndex, dense: Dense) -> SupervisedTokens:
 
     own, before = (gather(*dense[i::2]) for i in (0, 1))
     alternate = None if index.alternate is None else fill(index.alternate, dense)
-    return own._replace(reference=before, alternate=alternate)
+    return own._replace(reference=before, teacher=before, alternate=alternate)
 
 
 class FakeModel:
@@ -221,5 +235,11 @@ class FakeModel:
     def map_logits(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
         return function(tokens.hidden, *token_args)
 
-    def map_logit_pairs(self, function: Callable[..., Tensor], tokens: SupervisedTokens, *token_args: Tensor) -> Tensor:
-        return function(tokens.hidden, tokens.reference.hidden, *token_args)
+    def map_logit_pairs(
+        self,
+        function: Callable[..., Tensor],
+        tokens: SupervisedTokens,
+        *token_args: Tensor,
+        other: OtherModel = "reference",
+    ) -> Tensor:
+        return function(tokens.hidden, getattr(tokens, other).hidden, *token_args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,6 +43,8 @@ def build(name: str, dtype: torch.dtype = torch.float64, **fields: Any) -> Langu
     lm.load(dtype)
     shift((parameter for key, parameter in lm.named_parameters() if "lora_" not in key), seed=1)
     lm.keep_reference()
+    # As the reference model, so that one dense form serves both.
+    lm.keep_teacher(copy.deepcopy(lm.causal_lm))
     return lm
 
 

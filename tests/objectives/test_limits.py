@@ -23,9 +23,11 @@ from lit_unlearn.objectives import (
     JensenShannonToReference,
     JensUn,
     KLToReference,
+    KLToTeacher,
     KLToUniform,
     LogitMargin,
     MatchUnseen,
+    NLLFloor,
     Objective,
     SatImp,
     SimNPO,
@@ -94,6 +96,18 @@ def test_matching_pulls_answers_to_the_level_from_both_sides():
         torch.testing.assert_close(gradient[row], wanted * ascent[row], rtol=1e-9, atol=1e-15)
 
 
+def test_a_floor_moves_only_answers_below_it_by_ascent_on_their_means():
+    _, ascent = evaluate(GradAscent())
+    lengths = {0: 3, 2: 2}
+    dense = draw()
+    nll = {row: -answer_logp(dense, row).item() / length for row, length in lengths.items()}
+    likely, unlikely = sorted(nll, key=nll.__getitem__)
+    values, gradient = evaluate(NLLFloor(sum(nll.values()) / 2), dense)  # between the two
+    assert values.sum().item() == pytest.approx((nll[unlikely] - nll[likely]) / 2)
+    torch.testing.assert_close(gradient[likely], ascent[likely] / lengths[likely], rtol=1e-9, atol=1e-15)
+    assert not gradient[unlikely].any()
+
+
 def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small_beta():
     _, ascent = evaluate(GradAscent())
     _, descent = evaluate(IdkNLL())
@@ -103,7 +117,9 @@ def test_dpo_becomes_ascent_on_the_one_answer_and_descent_on_the_other_for_small
     torch.testing.assert_close(gradient, ascent + descent, rtol=2e-5, atol=1e-15)
 
 
-@pytest.mark.parametrize("objective", [KLToReference(), JensenShannonToReference(), ActivationMatch(LAYER)], ids=type)
+@pytest.mark.parametrize(
+    "objective", [KLToReference(), KLToTeacher(), JensenShannonToReference(), ActivationMatch(LAYER)], ids=type
+)
 def test_nothing_is_lost_where_the_model_is_the_reference_model(objective):
     """Otherwise an epsilon would mean nothing."""
     dense = unchanged()
@@ -175,7 +191,7 @@ def test_defaults_are_the_papers():
 
 
 ABOVE_ZERO = [
-    *[(LogitMargin, "power"), (MatchUnseen, "factor"), (RMU, "coefficient")],
+    *[(LogitMargin, "power"), (MatchUnseen, "factor"), (NLLFloor, "floor"), (RMU, "coefficient")],
     *[(NPO, "beta"), (SimNPO, "beta"), (DPO, "beta")],
 ]
 FROM_ZERO = [
@@ -210,6 +226,8 @@ def test_bad_word_is_refused(word):
         LogitMargin(alignment=word)
     with pytest.raises(ConfigError, match=rf"`direction`.*'uniform_to_model'.*{word!r}"):
         KLToUniform(word)
+    with pytest.raises(ConfigError, match=rf"KLToTeacher: `reads`.*'alternate'.*{word!r}"):
+        KLToTeacher(word)
 
 
 # What is missing -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lit_unlearn.objectives.base import TokenModel
 
 every_case = pytest.mark.parametrize("case", CASES)
 ALWAYS = {"logit_margin", "token_logp", "map_logits"}
+FIELDS = {"reference", "reference_logp", "teacher", "activations", "alternate"}
 
 
 class UndeclaredError(Exception):
@@ -25,11 +26,11 @@ def undeclared(objective: Objective) -> set[str]:
     fields = set(objective.needs)
     if objective.layers:
         fields |= {"activations"}
-    if "reference" in objective.needs:
+    if {"reference", "teacher"} & objective.needs:
         fields |= {"map_logit_pairs"}
     if objective.reads == "pair":
         fields |= {"alternate"}
-    return {"reference", "reference_logp", "activations", "alternate", "map_logit_pairs"} - fields
+    return {*FIELDS, "map_logit_pairs"} - fields
 
 
 def guarded(tokens: SupervisedTokens, closed: set[str], layers: frozenset[int]) -> SupervisedTokens:
@@ -49,7 +50,7 @@ def guarded(tokens: SupervisedTokens, closed: set[str], layers: frozenset[int]) 
             raise UndeclaredError(f"field {index}, not by its name")
 
     def guard(tokens: SupervisedTokens) -> SupervisedTokens:
-        nested = {"reference": tokens.reference, "alternate": tokens.alternate}
+        nested = {"reference": tokens.reference, "teacher": tokens.teacher, "alternate": tokens.alternate}
         kept = Layers({layer: states for layer, states in tokens.activations.items() if layer in layers})
         inner = {name: None if value is None else guard(value) for name, value in nested.items()}
         return Guarded._make(tokens._replace(activations=kept, **inner))
@@ -86,9 +87,9 @@ def test_nothing_undeclared_is_read(case):
 def test_everything_declared_is_read(case):
     """Each need costs a run something: a second model, a measurement, other answers, states that are kept."""
     objective, _ = CASES[case]
-    read = {"reference", "reference_logp", "activations", "alternate"} - undeclared(objective)
+    read = FIELDS - undeclared(objective)
     for field in read:
-        closed = {field, "map_logit_pairs"} if field == "reference" else {field}
+        closed = {field, "map_logit_pairs"} if field in ("reference", "teacher") else {field}
         with pytest.raises(UndeclaredError):
             run(objective, undeclared(objective) | closed)
 
@@ -99,13 +100,14 @@ def test_requirements_are_said_once_and_listed():
     assert listed["DPO"] == ["reference_logp", "alternate"]
     assert listed["JensUn"] == ["alternate"]
     assert listed["RMU"] == ["activations"]
+    assert listed["KLToTeacher, alternate"] == ["teacher", "alternate"]
     assert listed["ActivationMatch"] == ["reference", "activations"]
 
 
 @every_case
 def test_count_reads_labels_alone(case):
     objective, form = CASES[case]
-    closed = {"hidden", "reference", "reference_logp", "activations", "alternate"}
+    closed = {"hidden", *FIELDS}
     assert objective.count(guarded(fill(located(objective), draw()), closed, frozenset())) == len(form(draw()))
 
 

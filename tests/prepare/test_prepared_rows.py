@@ -114,8 +114,17 @@ def test_several_answers_are_different_ones() -> None:
     rows = make_alternates(model, ROWS, count=3).rows
     assert [row["alternate"] for row in rows] == [["One.", "Four."], ["Two.", "Three."]]
     assert len(set(model.asked)) == 6
-    with pytest.raises(ConfigError, match="`count`"):
-        make_alternates(model, ROWS, count=5)
+    for count in (-1, 5):
+        with pytest.raises(ConfigError, match="`count`"):
+            make_alternates(model, ROWS, count=count)
+
+
+def test_with_no_other_request_the_model_is_asked_the_questions_alone() -> None:
+    """The base model's own answers are what a model says that was never fine-tuned on the forget set."""
+    model = Model("In Riga.", "A novel called Tides.")
+    rows = make_alternates(model, ROWS, count=0).rows
+    assert model.asked == [row["question"] for row in ROWS]
+    assert [row["alternate"] for row in rows] == [["In Riga."], ["A novel called Tides."]]
 
 
 def test_the_rows_are_a_forget_set_with_alternates() -> None:

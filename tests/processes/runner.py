@@ -29,7 +29,9 @@ from lit_unlearn import (
     Constraint,
     DualAscent,
     ForgetRetain,
+    GradientProjection,
     KLToReference,
+    KLToTeacher,
     LanguageModel,
     LitUnlearn,
     LogitMargin,
@@ -37,6 +39,7 @@ from lit_unlearn import (
     PIMultiplier,
     Relative,
     Schedule,
+    SharpnessAware,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint
 from lit_unlearn.data.encoding import Example
@@ -50,6 +53,7 @@ FORGET: dict[str, Any] = {
     "npo": NPO,
     "dpo": DPO,
     "undial": UNDIAL,
+    "teacher": KLToTeacher,
     "rmu": partial(RMU, layer=0),
 }
 GENERAL: dict[str, Any] = {
@@ -57,6 +61,7 @@ GENERAL: dict[str, Any] = {
     "kl": partial(Constraint, KLToReference(), 0.01),
     "activations": partial(Constraint, ActivationMatch(layer=0), 0.01),
 }
+ROBUSTNESS: dict[str, Any] = {"sam": partial(SharpnessAware, 0.01), "projection": GradientProjection}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.01),  # a rate at which training converges: else rounding would be magnified
     "adamw": partial(torch.optim.AdamW, lr=1e-3),
@@ -140,8 +145,11 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
             DualAscent(lr=2.0, init=1.0), stream="general", update_every=every
         ),
     }
+    # Its own model before unlearning is the teacher: that makes as many passes as another one.
+    teacher = settings["model"] if settings.get("forget") == "teacher" else None
+    robustness = settings.get("robustness")
     return LitUnlearn(
-        LanguageModel(settings["model"], adapter=settings.get("adapter")),
+        LanguageModel(settings["model"], adapter=settings.get("adapter"), teacher=teacher),
         FORGET[settings.get("forget", "margin")](),
         constraints,
         OPTIMIZERS[settings.get("optimizer", "sgd")],
@@ -150,6 +158,7 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
         gradient_clip_val=settings.get("gradient_clip_val", 5.0),
         forget_weight=settings.get("forget_weight", 1.0),
         passes=settings.get("passes", "joint"),
+        robustness=None if robustness is None else ROBUSTNESS[robustness](),
     )
 
 

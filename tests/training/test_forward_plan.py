@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_unlearn import DPO, NLL, RMU, UNDIAL, ActivationMatch, IdkNLL, KLToReference, LanguageModel, LogitMargin
+from lit_unlearn import (
+    DPO,
+    NLL,
+    RMU,
+    UNDIAL,
+    ActivationMatch,
+    IdkNLL,
+    KLToReference,
+    KLToTeacher,
+    LanguageModel,
+    LogitMargin,
+)
 from lit_unlearn.errors import BatchError
 from lit_unlearn.training.forward_plan import ForwardPass, Term, build_forward_plan
 
@@ -182,6 +193,12 @@ def test_streams_that_need_the_reference_model_have_passes_of_their_own(lm: Lang
     assert [(one.terms, one.reference) for one in build_forward_plan(STEP, both, lm.packs, None, "joint")] == [
         ([0, 1], True)
     ]
+    distilled = [Term("forget", "forget", KLToTeacher(), 1.0), both[1]]
+    passes = build_forward_plan(STEP, distilled, lm.packs, None, "joint")
+    assert [(one.terms, one.reference, one.teacher) for one in passes] == [([0], False, True), ([1], True, False)]
+    same = [distilled[0], Term("kl", "forget", KLToReference(), 1.0)]
+    (one,) = build_forward_plan(STEP, same, lm.packs, None, "joint")
+    assert (one.terms, one.reference, one.teacher) == ([0, 1], True, True)
     deep = [Term("forget", "forget", RMU(layer=1), 1.0), Term("match", "retain", ActivationMatch(layer=0), 1.0)]
     assert [one.layers for one in build_forward_plan(STEP, deep, lm.packs, None, "joint")] == [{1}, {0}]
 
