@@ -223,10 +223,10 @@ def real_model() -> str:
 def test_three_steps_on_the_real_model_give_one_that_plain_transformers_loads(real_model: str, in_tmp: Path) -> None:
     data = FictionalAuthors(num_authors=4, forget_authors=1, unseen_authors=1)
     for name in ("forget", "retain", "unseen"):
-        write_json_lines(Path(f"{name}.jsonl"), data.load_set(name).to_list()[:5])
+        write_json_lines(Path(f"{name}.jsonl"), data.load_set(name).to_list()[:2])
     options = ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.streams={unseen: unseen.jsonl}"]
     options += ["--data.batch_size=2", "--data.retain_batch_size=2", "--trainer.max_steps=3"]
-    options += ["--trainer.precision=32-true", "--trainer.accelerator=cpu", "--trainer.check_val_every_n_epoch=1"]
+    options += ["--trainer.precision=32-true", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]
     options += ["--export.dirpath=unlearned", "--logs.save_dir=logs", "--report.require_feasible=false"]
     code, printed = run_command(in_tmp, "fit", "--config=real/unlearn.yaml", f"--model.lm.model={real_model}", *options)
     assert code == 0, printed
@@ -246,10 +246,10 @@ def test_three_steps_on_the_real_model_give_one_that_plain_transformers_loads(re
             return_tensors="pt",
             return_dict=True,
         )
-        ids = model.generate(**prompt, max_new_tokens=30, do_sample=False)
+        ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)
         text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.append(text.strip())
         # This package puts the question and reads the answer as everyone else does.
-        assert [answer.strip() for answer in lm.generate([row["question"]], max_new_tokens=30)] == answers[-1:]
+        assert [answer.strip() for answer in lm.generate([row["question"]], max_new_tokens=12)] == answers[-1:]
     assert all(answers)
     assert "Paris" in answers[-1]
