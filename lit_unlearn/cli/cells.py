@@ -30,6 +30,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "cell.jsonl", "log.txt", "report.json"
 # Its module imports torch, which a sweep does not need.
 AUDIT_FILE = "audit.json"
 _RECORD_FILE = "unlearning.json"
+_CHECKPOINTS = f"{RUN}/checkpoints"
 
 Status = Literal["waiting", "unfinished", "done", "failed"]
 
@@ -278,8 +279,8 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
         state.reason = f"{command[0]} was interrupted (exit code {code})"
     elif code != 0 and not has_verdict:
         state.status, state.reason = "failed", _find_reason(command, code, log, log_start, folder)
-        if code == _NOTHING_STARTED:
-            # It may go on with a corrected setting, unless an earlier start has left a checkpoint of this one.
+        if code == _NOTHING_STARTED and not (folder / _CHECKPOINTS).exists():
+            # It may be run with a corrected setting, unless that would resume from a checkpoint of this one.
             state.commands = begun
     elif is_fit and cell.is_matched and (problem := find_damage_problem(read_json(folder / REPORT_FILE).get("damage"))):
         state.status, state.reason = "failed", f"not at matched damage: {problem}"[:_MAX_REASON]
@@ -309,7 +310,7 @@ def _remove_weights(cell: Cell, folder: Path) -> None:
     """Remove what `keep` leaves out; the record stays."""
     if cell.keep == "all":
         return
-    shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     record = folder / MODEL / _RECORD_FILE
     if cell.keep == "results" and record.is_file():
         shutil.copyfile(record, folder / _RECORD_FILE)

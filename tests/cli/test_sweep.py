@@ -307,6 +307,16 @@ def test_what_did_not_start_or_only_measures_may_be_corrected(run: Any) -> None:
     assert run("--only", NAMES[0]).starts() == [f"export {NAMES[0]}"]
 
 
+def test_settings_of_a_fit_that_has_left_a_checkpoint_are_not_corrected(run: Any) -> None:
+    """Exit code 2 says that nothing was started; but an export may be refused after the last step."""
+    write_sweep()
+    Path("sweep", NAMES[0], "fit/checkpoints").mkdir(parents=True)
+    run("--only", NAMES[0], commands=FakeCommands({"fit": (2, "")}), fails=True)
+    write_sweep(settings={"trainer.max_epochs": 3})
+    with pytest.raises(SystemExit, match="begun with another `fit`"):
+        cli.main(["sweep", "sweep.yaml", "--only", NAMES[0], "--retry"])
+
+
 @pytest.mark.parametrize(
     ("code", "verdict", "status"), [(1, "fail", "done"), (3, "not decidable", "done"), (1, None, "failed")]
 )
