@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_unlearn.cli.grid import CELL, MODEL, RUN, Cell, Command
 from lit_unlearn.errors import ConfigError, DataError
@@ -282,7 +282,7 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
         if code == _NOTHING_STARTED and not (folder / _CHECKPOINTS).exists():
             # It may be run with a corrected setting, unless that would resume from a checkpoint of this one.
             state.commands = begun
-    elif is_fit and cell.is_matched and (problem := find_damage_problem(read_json(folder / REPORT_FILE).get("damage"))):
+    elif is_fit and cell.is_matched and (problem := _find_damage_problem(folder)):
         state.status, state.reason = "failed", f"not at matched damage: {problem}"[:_MAX_REASON]
     else:
         state.commands = [*ended, list(command)]
@@ -304,6 +304,11 @@ def _find_reason(command: Command, code: int, log: Path, start: int, folder: Pat
     line = (errors or lines or ["nothing was printed"])[-1].removeprefix("lit-unlearn: error: ")
     # Without this machine's folders.
     return f"{command[0]} ended with exit code {code}: {line.replace(str(folder), CELL)}"[:_MAX_REASON]
+
+
+def _find_damage_problem(folder: Path) -> str | None:
+    damage: dict[str, Any] | None = read_json(folder / REPORT_FILE).get("damage")
+    return find_damage_problem(damage)
 
 
 def _remove_weights(cell: Cell, folder: Path) -> None:
