@@ -157,7 +157,7 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
     """Run the stages that have not finished.
 
     Args:
-        stages: In their order; if the command or a file of one has changed, it is run again, and so are those after it.
+        stages: In their order; if the command or a file of one has changed, it begins anew, and so do those after it.
         run: Runs a command of lit-unlearn and returns its exit code.
 
     Raises:
@@ -166,18 +166,20 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
     done: dict[str, Any] = read_json(STAGES_FILE) if STAGES_FILE.is_file() else {}
     for number, stage in enumerate(stages):
         entry, inputs = done.get(stage.name), describe_inputs(stage.command)
-        if entry is not None and entry["inputs"] != inputs:
-            entry = None
+        if entry is None or entry["inputs"] != inputs:
+            entry = {"inputs": inputs, "seconds": 0.0, "finished": False}
+            # What is there is of other settings, and would be resumed with these.
+            _remove_checkpoints(stage)
         place = f"stage {number + 1} of {len(stages)}"
-        if entry is not None and entry["finished"]:
+        if entry["finished"]:
             print(f"{place}: {stage.title}: has finished", flush=True)
             continue
 
         # What comes after it is of another model, even if this attempt is killed.
-        for later in stages[number:]:
+        for later in stages[number + 1 :]:
             done.pop(later.name, None)
+        done[stage.name] = entry
         write_json(STAGES_FILE, done)
-        earlier_seconds = 0.0 if entry is None else entry["seconds"]
         left = estimate_left(stages[number:], stages[:number], done)
         print(f"\n{place}: {stage.title}; about {left:.0f} minutes are left in all", flush=True)
         print(f"lit-unlearn {shlex.join(stage.command)}", flush=True)
@@ -189,14 +191,18 @@ def run_stages(stages: Sequence[Stage], run: Callable[[list[str]], int]) -> None
         code = run(stage.command)
         has_verdict = stage.page is not None and stage.page.is_file()
         is_finished = code == 0 or has_verdict
-        seconds = earlier_seconds + time.monotonic() - start
+        seconds = entry["seconds"] + time.monotonic() - start
         done[stage.name] = {"inputs": inputs, "seconds": round(seconds, 1), "finished": is_finished}
         write_json(STAGES_FILE, done)
         if not is_finished:
             print(f"{place} ended with exit code {code}; the same command continues there.", file=sys.stderr)
             sys.exit(code)
-        if stage.checkpoints is not None:
-            shutil.rmtree(stage.checkpoints, ignore_errors=True)
+        _remove_checkpoints(stage)
+
+
+def _remove_checkpoints(stage: Stage) -> None:
+    if stage.checkpoints is not None:
+        shutil.rmtree(stage.checkpoints, ignore_errors=True)
 
 
 def describe_inputs(command: Sequence[str]) -> dict[str, Any]:

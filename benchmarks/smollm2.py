@@ -84,7 +84,7 @@ def fetch_from_hub() -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    check_hub(HUB_NAME, cached_file="config.json")
+    check_hub(HUB_NAME, argument=FOLDER_VARIABLE, cached_file="config.json")
     folder = Path(snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES)))
     check_model_directory(str(folder), use_safetensors=True)
     return folder

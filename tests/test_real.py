@@ -37,7 +37,7 @@ class Runner:
     def __call__(self, command: list[str]) -> int:
         self.ran.append(command[0])
         for page in self.pages:
-            page.parent.mkdir(parents=True)
+            page.parent.mkdir(parents=True, exist_ok=True)
             page.touch()
         return self.codes.get(command[0], [0] * 9).pop(0)
 
@@ -90,14 +90,37 @@ def test_a_verdict_is_a_result_and_a_failure_without_one_is_not(in_tmp: Path) ->
 
 def test_a_stage_that_has_finished_leaves_no_checkpoint(in_tmp: Path) -> None:
     checkpoints = in_tmp / "checkpoints"
-    checkpoints.mkdir()
     stages = [STAGES[0]._replace(checkpoints=checkpoints)]
     runner = Runner(a=[143, 0])
+    runner.pages = [checkpoints / "last.ckpt"]
     with pytest.raises(SystemExit):
         real.run_stages(stages, runner)
     assert checkpoints.is_dir()
     real.run_stages(stages, runner)
     assert not checkpoints.exists()
+
+
+def test_a_changed_stage_does_not_resume_from_the_checkpoint_of_earlier_settings(in_tmp: Path) -> None:
+    checkpoint = in_tmp / "checkpoints/last.ckpt"
+    stage = STAGES[0]._replace(checkpoints=checkpoint.parent)
+
+    def be_killed(command: list[str]) -> int:
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        raise KeyboardInterrupt
+
+    seen = []
+
+    def look(command: list[str]) -> int:
+        seen.append(checkpoint.exists())
+        return 143
+
+    with pytest.raises(KeyboardInterrupt):
+        real.run_stages([stage], be_killed)
+    for command in (["a"], ["a", "--lr=2"]):
+        with pytest.raises(SystemExit):
+            real.run_stages([stage._replace(command=command)], look)
+    assert seen == [True, False]
 
 
 def test_the_time_left_follows_the_pace_of_the_machine() -> None:

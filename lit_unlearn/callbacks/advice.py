@@ -62,7 +62,8 @@ class RunAdvice(Callback):
 
         for name, constraint in _adaptive_constraints(module).items():
             epsilon, reference = constraint.epsilon, self._references.get(name)
-            if epsilon is not None and reference is not None and epsilon < reference:
+            is_retention = constraint.stream != "forget"
+            if is_retention and epsilon is not None and reference is not None and epsilon < reference:
                 self._warn_once(
                     name,
                     "epsilon",
@@ -105,8 +106,9 @@ class RunAdvice(Callback):
             is_warmup = trainer.current_epoch < constraint.warmup_epochs
             if self._epoch_values.get(name) and epsilon is not None and not is_warmup:
                 self._check_cap(name, constraint, epsilon)
-                # Forgetting that ends by itself need not use all that epsilon allows.
-                if isinstance(pl_module, LitUnlearn) and not pl_module.forget.stops:
+                # Forgetting that ends by itself need not use all that epsilon allows; a constraint on it allows nothing.
+                is_retention = constraint.stream != "forget"
+                if is_retention and isinstance(pl_module, LitUnlearn) and not pl_module.forget.stops:
                     self._check_slack(trainer, name, constraint, epsilon)
 
     def _check_cap(self, name: str, constraint: Constraint, epsilon: float) -> None:

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.data.base import ForgetRetain
@@ -18,6 +17,7 @@ from lit_unlearn.data.streams import FiniteStream
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.results import content_digest
 from lit_unlearn.evaluation.verdict import describe_damage
+from lit_unlearn.models.weights import local_part
 from lit_unlearn.objectives import NLL, KLToReference, Objective
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.utils.validation import check_at_least, check_choice, check_integer, check_number, list_names
@@ -289,6 +289,5 @@ def _trained(module: LitUnlearn) -> list[Tensor]:
     weights = []
     for parameter in module.lm.parameters():
         if parameter.requires_grad:
-            weight = parameter.detach()
-            weights.append(weight.to_local() if isinstance(weight, DTensor) else weight)
+            weights.append(local_part(parameter.detach()))
     return weights

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lit_unlearn.models.weights import local_part
 
 _SAMPLE_SIZE = 4096  # weights per tensor: a copy of all would take as much memory as the model
 _ENOUGH = 0.5  # of the weights; below it, most of what a gradient says is lost
@@ -86,9 +88,7 @@ class WeightMovement:
 
 
 def _flatten(tensor: Tensor) -> Tensor:
-    # Of a sharded tensor, the part on this process.
-    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach().flatten()  # type: ignore[no-any-return]
+    return local_part(tensor).detach().flatten()
 
 
 def _median_size(samples: list[_Sample]) -> float:

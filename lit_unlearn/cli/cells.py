@@ -30,6 +30,7 @@ STATE_FILE, LOG_FILE, REPORT_FILE = "cell.jsonl", "log.txt", "report.json"
 # Its module imports torch, which a sweep does not need.
 AUDIT_FILE = "audit.json"
 _RECORD_FILE = "unlearning.json"
+_CHECKPOINTS = f"{RUN}/checkpoints"
 
 Status = Literal["waiting", "unfinished", "done", "failed"]
 
@@ -202,8 +203,8 @@ def run_cells(
         A cell with its state; ``None`` if another process holds it.
     """
     pool = ThreadPoolExecutor(jobs)
-    futures = {pool.submit(run_cell, cell, output / cell.name, run_command, retry): cell for cell in cells}
     try:
+        futures = {pool.submit(run_cell, cell, output / cell.name, run_command, retry): cell for cell in cells}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BaseException:
@@ -247,8 +248,7 @@ def run_cell(cell: Cell, folder: Path, run_command: RunCommand, retry: bool = Fa
 
         state.status, state.reason = "unfinished", None
         for command in cell.commands[len(state.seconds) :]:
-            _run_next(cell, command, state, folder, run_command, held)
-            if state.reason is not None:
+            if not _run_next(cell, command, state, folder, run_command, held):
                 return state
         _remove_weights(cell, folder)
         state.status = "done"
@@ -256,8 +256,8 @@ def run_cell(cell: Cell, folder: Path, run_command: RunCommand, retry: bool = Fa
         return state
 
 
-def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_command: RunCommand, held: int) -> None:
-    """Run one command, and write what came of it; a reason in the state says that the cell ends here."""
+def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_command: RunCommand, held: int) -> bool:
+    """Run one command, write what came of it into the state, and return whether the cell continues."""
     is_fit = not state.seconds
     begun, ended = state.commands, state.commands[: len(state.seconds)]
     # A fit that is resumed must be the same one. What measures its model may be corrected until it has ended.
@@ -267,17 +267,20 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
 
     log = folder / LOG_FILE
     log_start = log.stat().st_size if log.exists() else 0
+    audits = _list_audits(folder)
     started = time.monotonic()
     code = run_command([word.replace(CELL, str(folder)) for word in command], log, held)
     seconds = time.monotonic() - started
+    # An audit that fails, or decides nothing, has measured: its verdict is a result of the cell. A crash ends with 1 as well.
+    has_verdict = command[0] == "audit" and code in _AUDIT_VERDICTS and _list_audits(folder) != audits
 
     if code in _STOPPED or code < 0:
         # Also by the system, for want of memory: that says nothing of the method, and the next start tries again.
         state.reason = f"{command[0]} was interrupted (exit code {code})"
-    elif not _has_ended(command, code, folder):
+    elif code != 0 and not has_verdict:
         state.status, state.reason = "failed", _find_reason(command, code, log, log_start, folder)
-        if code == _NOTHING_STARTED:
-            # It may go on with a corrected setting, unless an earlier start has left a checkpoint of this one.
+        if code == _NOTHING_STARTED and not (folder / _CHECKPOINTS).exists():
+            # It may be run with a corrected setting, unless that would resume from a checkpoint of this one.
             state.commands = begun
     elif is_fit and cell.is_matched and (problem := _find_damage_problem(folder)):
         state.status, state.reason = "failed", f"not at matched damage: {problem}"[:_MAX_REASON]
@@ -285,13 +288,12 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
         state.commands = [*ended, list(command)]
         state.seconds.append(seconds)
     _write_state(held, folder, state)
+    return state.reason is None
 
 
-def _has_ended(command: Command, code: int, folder: Path) -> bool:
-    if code == 0:
-        return True
-    # An audit that fails, or decides nothing, has measured: its verdict is a result of the cell.
-    return command[0] == "audit" and code in _AUDIT_VERDICTS and any(folder.rglob(AUDIT_FILE))
+def _list_audits(folder: Path) -> set[tuple[Path, int]]:
+    """Return the audits in a cell, each with the time at which it was written."""
+    return {(file, file.stat().st_mtime_ns) for file in folder.rglob(AUDIT_FILE)}
 
 
 def _find_reason(command: Command, code: int, log: Path, start: int, folder: Path) -> str:
@@ -313,7 +315,7 @@ def _remove_weights(cell: Cell, folder: Path) -> None:
     """Remove what `keep` leaves out; the record stays."""
     if cell.keep == "all":
         return
-    shutil.rmtree(folder / RUN / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     record = folder / MODEL / _RECORD_FILE
     if cell.keep == "results" and record.is_file():
         shutil.copyfile(record, folder / _RECORD_FILE)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from lit_unlearn.cli.cells import REPORT_FILE, list_states, read_state
+from lit_unlearn.cli.cells import REPORT_FILE, STATE_FILE, list_states, read_state
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import DataError
@@ -213,11 +213,12 @@ def _read_files(files: Sequence[Path]) -> dict[Path, Results]:
     """
     read = {}
     for file in files:
-        state = read_state(file.parent)
-        if state.status in ("unfinished", "failed"):
-            print_warning(f"'{file.parent}' has no results: {state.status}, {state.reason or 'not ended yet'}")
-        else:
+        cell = next((folder for folder in file.parents if (folder / STATE_FILE).is_file()), None)
+        state = None if cell is None else read_state(cell)
+        if state is None or state.status == "done":
             read[file] = _read_results(file)
+        else:
+            print_warning(f"'{cell}' has no results: {state.status}, {state.reason or 'not ended yet'}")
     if not read:
         raise DataError("there are no results to compare: no cell is done.")
     return read

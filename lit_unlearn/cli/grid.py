@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lit_unlearn.cli.main import COMMANDS, check_config, find_configs
+from lit_unlearn.cli.main import COMMANDS, check_config, find_config
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.utils.io import expand_path, file_digest
 from lit_unlearn.utils.validation import list_names
@@ -45,6 +45,8 @@ _OWN_SETTINGS = {
     "export.dirpath": f"{CELL}/{MODEL}",
     "ckpt_path": "last",
 }
+# Commands with an `--output` by default, which each cell would replace; of an audit, the verdict is looked for in the cell.
+_SHARED_OUTPUT = ("attack", "audit")
 # It names a folder, and stands in commands.
 _LABEL = re.compile(r"[\w.+-]+")
 
@@ -125,7 +127,7 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
 
 def _find_file(name: str) -> str:
     """Return the path of a configuration: a local file or, where there is none, the packaged one of that name."""
-    path = find_configs([f"--config={name}"])[0].removeprefix("--config=")
+    path = find_config(name)
     check_config(path)
     return path
 
@@ -234,11 +236,19 @@ def _read_settings(settings: Any) -> dict[str, Any]:
 def _build_after(after: Any, labels: Mapping[str, str]) -> list[Command]:
     commands = []
     for line in _as_list(after):
-        words = shlex.split(line)
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise ConfigError(f"`after`: '{line}' cannot be split into words ({error}): check its quotes.") from error
         if not words or words[0] not in COMMANDS:
             raise ConfigError(
                 f"`after` must have commands such as 'audit {CELL}/{MODEL} --policy FILE --output {CELL}/audit', not '{line}': "
                 f"{list_names(words[0] if words else '', COMMANDS)}."
+            )
+        is_in_cell = f"--output {CELL}" in " ".join(words).replace("--output=", "--output ")
+        if words[0] in _SHARED_OUTPUT and not is_in_cell:
+            raise ConfigError(
+                f"`after`: '{line}' writes to one folder for all cells: add `--output {CELL}/{words[0]}`."
             )
         commands.append(tuple(_fill(word, labels) for word in words))
     return commands

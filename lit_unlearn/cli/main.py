@@ -218,7 +218,7 @@ def find_configs(arguments: list[str]) -> list[str]:
     """Replace every ``--config`` that is no local file by the packaged file of that name, where there is one."""
     replaced = list(arguments)
     for position, prefix, name in _iterate_configs(arguments):
-        replaced[position] = prefix + _find_config(name)
+        replaced[position] = prefix + find_config(name)
     return replaced
 
 
@@ -232,7 +232,8 @@ def _iterate_configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]
             yield position, "", argument
 
 
-def _find_config(name: str) -> str:
+def find_config(name: str) -> str:
+    """Return the path of a configuration: a local file or, where there is none, the packaged one; else the name."""
     name = expand_home(name)
     if Path(name).is_file():
         return name

@@ -37,7 +37,7 @@ def build_parser() -> CommandParser:
         description="Runs a fit, and the commands that measure its model, for every combination of a grid: seeds, methods, any "
         "setting. Every cell has a folder. The same command continues after an interruption, and may run several times at once, "
         "also on machines that share the folder: each cell is run by one of them. `lit-unlearn compare` shows the results.",
-        epilog="A cell that fails is a row with its reason, and the others go on; the exit code is 1 then.",
+        epilog="A cell that fails, or is killed, is a row with its reason, and the others run; the exit code is 1 then.",
     )
     parser.add_argument("file", type=str, metavar="FILE", help="A YAML file, or a packaged one: sweep/demo.yaml.")
     parser.add_argument("--output", type=Path, metavar="DIR", help="Folder of the cells; by default as the file says.")
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> None:
     """Run what is left of a sweep, and print a table of its cells.
 
     Raises:
-        RequirementNotMet: If a cell has failed.
+        RequirementNotMet: If a cell has failed or was interrupted.
     """
     options = build_parser().parse_args(arguments)
     output, cells = read_sweep(options.file)
@@ -73,10 +73,11 @@ def run(arguments: list[str]) -> None:
         check_unchanged(cell, read_state(output / cell.name))
     _run_all(cells, output, options.jobs, options.retry)
     print(cells_table(cells, output, options.format))
-    failed = [cell.name for cell in cells if read_state(output / cell.name).status == "failed"]
-    if failed:
+    stopped = [cell.name for cell in cells if read_state(output / cell.name).reason is not None]
+    if stopped:
         raise RequirementNotMet(
-            f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}. See log.txt in their folders; --retry runs them again."
+            f"{len(stopped)} of {len(cells)} cells failed or were interrupted: {', '.join(stopped)}. See log.txt in their folders; the "
+            "same command continues the interrupted ones, with --retry also those that failed."
         )
 
 
@@ -142,7 +143,7 @@ def describe_cell(cell: Cell, folder: Path) -> list[str | float | None]:
         row.append(f"violated: {', '.join(violated)}" if violated else outcome)
     else:
         row += [None] * 4
-    audits = sorted(folder.glob(f"*/{AUDIT_FILE}"))
+    audits = sorted(folder.rglob(AUDIT_FILE))
     row.append(", ".join(read_json(audit)["verdict"] for audit in audits) or None)
     row.append(state.reason)
     return row

@@ -27,16 +27,25 @@ def read_report(content: Mapping[str, Any]) -> Results:
         content: Of ``report.json``.
 
     Returns:
-        With ``feasible`` and ``forgotten``, which are 1 or 0: their mean over seeds is a share.
+        With ``feasible`` and ``forgotten``, which are 1 or 0: their mean over seeds is a share. Both are missing of fine-tuning.
     """
-    feasible = all(is_feasible(values["value"], values["epsilon"]) for values in content["constraints"].values())
-    values = {"feasible": float(feasible), "forgotten": float(content["verdict"] == FORGOTTEN)}
+    constraints, verdict = content["constraints"], content["verdict"]
+    feasible = all(is_feasible(values["value"], values["epsilon"]) for values in constraints.values())
+    values = {
+        "feasible": float(feasible) if constraints else math.nan,
+        "forgotten": math.nan if verdict is None else float(verdict == FORGOTTEN),
+    }
     for name in ("seconds", "peak_memory_mib"):
         # Reports of earlier versions have neither.
         values[name] = content.get(name, math.nan)
     values |= content["after"]
-    aggregate = {name: value for name, value in values.items() if math.isfinite(value)}
-    missing = dict.fromkeys(values.keys() - aggregate.keys(), "it is not finite")
+    aggregate: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name, value in values.items():
+        if math.isfinite(value):
+            aggregate[name] = value
+        else:
+            missing[name] = "the report has no such value, or it is not finite"
     return Results("report", {}, aggregate, {}, missing, model={"damage": content.get("damage")})
 
 

@@ -71,6 +71,7 @@ def test_an_epsilon_below_the_loss_before_unlearning(advise: Callable[..., list[
         assert "`epsilon`" in said
         assert "Relative(0.5)" in said
     assert advise(0.3, FixedMultiplier(1.0), 6) == []  # only reports
+    assert advise(0.3, DualAscent(lr=1.0, init=1.0), 6, stream="forget") == []  # to be reached, not preserved
 
 
 def test_a_dual_variable_that_hardly_moves(advise: Callable[..., list[str]]) -> None:

@@ -53,16 +53,26 @@ class FakeCommands:
 
     Args:
         ends: By a part of a command, how it ends: exit code and what it prints. All others end well.
+        report: What a fit writes.
+        verdict: What an audit writes; ``None`` for one that crashes before.
     """
 
-    def __init__(self, ends: dict[str, tuple[int, str]] | None = None, report: dict[str, Any] = REPORT) -> None:
+    def __init__(
+        self,
+        ends: dict[str, tuple[int, str]] | None = None,
+        report: dict[str, Any] = REPORT,
+        verdict: str | None = None,
+    ) -> None:
         self.ends = ends or {}
         self.report = report
+        self.verdict = verdict
         self.ran: list[str] = []
 
     def __call__(self, arguments: Sequence[str], log: Path, held: int) -> int:
         command = " ".join(arguments)
         self.ran.append(command)
+        if arguments[0] == "audit" and self.verdict is not None:
+            write_json(log.parent / "audit" / "audit.json", {"verdict": self.verdict})
         for part, (code, printed) in self.ends.items():
             if part in command:
                 with log.open("a", encoding="utf-8") as file:
@@ -162,6 +172,8 @@ def test_commands_after_the_fit_name_the_cell_and_its_labels(in_tmp: Path) -> No
         ({"settings": {"export.dirpath": "x"}}, "`export.dirpath` cannot be set"),
         ({"settings": ["x"]}, "`settings` must be keys"),
         ({"after": ["evalute x"]}, "did you mean 'evaluate'"),
+        ({"after": ["evaluate 'x"]}, "check its quotes"),
+        ({"after": ["audit {cell}/model --policy p"]}, "add `--output {cell}/audit`"),
         ({"grid": {"method": ["pduu"]}}, "did you mean 'method/pdu.yaml'"),
         ({"config": "nowhere.yaml"}, "no configuration file 'nowhere.yaml'"),
         ({"matched": "kll"}, "no configuration file 'method/matched/kll.yaml'"),
@@ -219,7 +231,7 @@ def test_a_failed_cell_is_a_row_with_its_reason_and_the_others_run(run: Any, cap
         *(f"fit {NAMES[2]}", f"data {NAMES[2]}", f"fit {NAMES[3]}"),
     ]
     captured = capsys.readouterr()
-    assert f"2 of 4 cells failed: {NAMES[1]}, {NAMES[3]}" in captured.err
+    assert f"2 of 4 cells failed or were interrupted: {NAMES[1]}, {NAMES[3]}" in captured.err
     assert read_state(Path("sweep", NAMES[1])).reason == "fit ended with exit code 1: `lr` is too high"
     assert captured.out.count("fit ended with exit code 1: `lr` is too high") == 4  # as it ends, and in the table
 
@@ -241,7 +253,8 @@ def test_without_an_error_of_ours_the_reason_is_the_last_line_of_the_failed_comm
 @pytest.mark.parametrize("code", [130, 138, 143, -9])
 def test_an_interrupted_cell_continues_with_the_command_that_did_not_end(code: int, run: Any) -> None:
     write_sweep(after=["data {cell}/model", "export {cell}/model"])
-    run("--only", NAMES[0], commands=FakeCommands({"data sweep": (code, "")}))
+    # Not ended well: a script that waits for all cells must not go on.
+    run("--only", NAMES[0], commands=FakeCommands({"data sweep": (code, "")}), fails=True)
     state = read_state(Path("sweep", NAMES[0]))
     assert (state.status, len(state.seconds)) == ("unfinished", 1)
     assert run("--only", NAMES[0]).starts() == [f"data {NAMES[0]}", f"export {NAMES[0]}"]
@@ -250,7 +263,7 @@ def test_an_interrupted_cell_continues_with_the_command_that_did_not_end(code: i
 
 def test_a_sweep_that_was_killed_continues_after_its_last_whole_line(run: Any) -> None:
     write_sweep(after="data {cell}/model")
-    run("--only", NAMES[0], commands=FakeCommands({"data sweep": (143, "")}))
+    run("--only", NAMES[0], commands=FakeCommands({"data sweep": (143, "")}), fails=True)
     file = Path("sweep", NAMES[0], STATE_FILE)
     with file.open("ab") as history:
         history.write(b'{"status": "done", "rea')
@@ -260,7 +273,7 @@ def test_a_sweep_that_was_killed_continues_after_its_last_whole_line(run: Any) -
 
 def test_a_cell_is_not_continued_with_another_fit(run: Any, capsys: Any) -> None:
     write_sweep()
-    run("--only", NAMES[0], commands=FakeCommands({"fit": (143, "")}))
+    run("--only", NAMES[0], commands=FakeCommands({"fit": (143, "")}), fails=True)
     write_sweep(settings={"trainer.max_epochs": 3})
     with pytest.raises(SystemExit) as end:
         cli.main(["sweep", "sweep.yaml"])
@@ -294,18 +307,29 @@ def test_what_did_not_start_or_only_measures_may_be_corrected(run: Any) -> None:
     assert run("--only", NAMES[0]).starts() == [f"export {NAMES[0]}"]
 
 
+def test_settings_of_a_fit_that_has_left_a_checkpoint_are_not_corrected(run: Any) -> None:
+    """Exit code 2 says that nothing was started; but an export may be refused after the last step."""
+    write_sweep()
+    Path("sweep", NAMES[0], "fit/checkpoints").mkdir(parents=True)
+    run("--only", NAMES[0], commands=FakeCommands({"fit": (2, "")}), fails=True)
+    write_sweep(settings={"trainer.max_epochs": 3})
+    with pytest.raises(SystemExit, match="begun with another `fit`"):
+        cli.main(["sweep", "sweep.yaml", "--only", NAMES[0], "--retry"])
+
+
 @pytest.mark.parametrize(
-    ("code", "has_verdict", "status"), [(1, True, "done"), (3, True, "done"), (1, False, "failed")]
+    ("code", "verdict", "status"), [(1, "fail", "done"), (3, "not decidable", "done"), (1, None, "failed")]
 )
 def test_an_audit_that_does_not_pass_is_a_result(
-    code: int, has_verdict: bool, status: str, run: Any, capsys: Any
+    code: int, verdict: str | None, status: str, run: Any, capsys: Any
 ) -> None:
     write_sweep(after="audit {cell}/model --output={cell}/audit")
-    if has_verdict:
-        write_json(Path("sweep", NAMES[0], "audit", "audit.json"), {"verdict": "not decidable"})
-    run("--only", NAMES[0], commands=FakeCommands({"audit": (code, "")}), fails=status == "failed")
+    # Of another audit: no verdict of one that ends with an error.
+    write_json(Path("sweep", NAMES[0], "first", "audit.json"), {"verdict": "pass"})
+    fake = FakeCommands({"audit": (code, "")}, verdict=verdict)
+    run("--only", NAMES[0], commands=fake, fails=status == "failed")
     assert read_state(Path("sweep", NAMES[0])).status == status
-    assert ("not decidable" in capsys.readouterr().out) == has_verdict
+    assert verdict is None or f"{verdict}, pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("is_reached", [True, False])
