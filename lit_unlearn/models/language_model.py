@@ -20,7 +20,8 @@ from lit_unlearn import functional
 from lit_unlearn.data.encoding import check_tokenizer, collate, encode, prompt_of
 from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import BatchError, ConfigError, LitUnlearnError, ModelError
-from lit_unlearn.models import adapters, generation, loading
+from lit_unlearn.models import adapter_configs, adapters, generation, loading, merging
+from lit_unlearn.models.activation_checkpointing import checkpoint_activations
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.files import ModelFiles
 from lit_unlearn.models.older_keys import write_older_keys
@@ -122,11 +123,11 @@ class LanguageModel(nn.Module):
         self.hub_settings = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._attn_implementation = attn_implementation
-        self._adapter = None if adapter is None else adapters.adapter_config(adapter, owner=self)
+        self._adapter = None if adapter is None else adapter_configs.adapter_config(adapter, owner=self)
         self._quantization: dict[str, Any] = {}
         if quantization is not None:
             trains_adapter = adapter is not None or self._trains_saved_adapter
-            self._quantization = adapters.quantization_config(quantization, model, trains_adapter, owner=self)
+            self._quantization = adapter_configs.quantization_config(quantization, model, trains_adapter, owner=self)
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
         self.teacher = None
@@ -291,20 +292,22 @@ class LanguageModel(nn.Module):
             self.files_dtype = self.files.dtype()
         is_quantized = getattr(model, "is_quantized", False)
         if is_quantized and self._adapter is None and not self._trains_saved_adapter:
-            raise ModelError(f"'{self.name}' is quantised, and {adapters.UNTRAINABLE}", owner=self, argument="adapter")
+            raise ModelError(
+                f"'{self.name}' is quantised, and {adapter_configs.UNTRAINABLE}", owner=self, argument="adapter"
+            )
         # bitsandbytes packs its integers on the device that computes with them, and some kinds refuse to be moved.
         if not is_quantized:
             cast(nn.Module, model).to(device)
 
         if self._merge_adapter:
-            model = adapters.merge_adapter(model, str(self.name), owner=self)
+            model = merging.merge_adapter(model, str(self.name), owner=self)
         adapted: PreTrainedModel | adapters.PeftModel = model
         if self._trains_saved_adapter:
             adapted = adapters.load_adapter(model, str(self.name), owner=self)
         elif self._adapter is not None:
             adapted = adapters.attach_adapter(model, self._adapter)
         if self._activation_checkpointing:
-            adapters.checkpoint_activations(model)
+            checkpoint_activations(model)
         self._adopt(adapted)
         if self._compile:
             # Packed rows have a new length at every step, and each would be compiled anew. Only the trunk: losses read the
@@ -488,8 +491,8 @@ class LanguageModel(nn.Module):
         with ExitStack() as stack:
             if self.has_adapter:
                 model = cast("adapters.PeftModel", self.model)
-                merged = adapters.merged_state(model, model.state_dict(), dtype)
-                tensors = adapters.base_tensors(model)
+                merged = merging.merged_state(model, model.state_dict(), dtype)
+                tensors = merging.base_tensors(model)
                 values = TemporaryValues(list(tensors.values()), [merged[name] for name in tensors], dtype)
                 stack.enter_context(adapters.adapter_switched_off(model))
             else:
@@ -527,7 +530,7 @@ class LanguageModel(nn.Module):
             "architecture": type(self.causal_lm).__name__,
             "revision": self.hub_settings["revision"],
             **({"commit": None, "weights": {}} if files is None else files.describe()),
-            "adapter": adapters.adapter_settings(self.model) if self.has_adapter else None,
+            "adapter": adapter_configs.adapter_settings(self.model) if self.has_adapter else None,
             "base": base,
         }
 
@@ -577,7 +580,7 @@ class LanguageModel(nn.Module):
 
     def _save_weights(self, folder: Path, state: dict[str, Tensor] | None, dtype: torch.dtype | None) -> None:
         if self.has_adapter:
-            adapters.save_adapted(cast("adapters.PeftModel", self.model), folder, state, dtype)
+            merging.save_adapted(cast("adapters.PeftModel", self.model), folder, state, dtype)
         else:
             if dtype is not None:
                 state = convert(self.causal_lm.state_dict() if state is None else state, dtype)
