@@ -12,18 +12,11 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zer
 
 from lit_unlearn.data.alternates import alternate_answers
 from lit_unlearn.data.duplicates import find_duplicates, list_rows
-from lit_unlearn.data.encoding import (
-    IGNORED,
-    EncodingSettings,
-    Example,
-    check_chunk_overlap,
-    check_tokenizer,
-    describe_first_prompt,
-    encode_row,
-    format_example,
-    show_tokens,
-)
+from lit_unlearn.data.encoding import describe_first_prompt, encode_row
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_chunk_overlap, check_tokenizer
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
+from lit_unlearn.data.shown_tokens import format_example, show_tokens
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.spans import Spans, read_spans
 from lit_unlearn.data.special_tokens import RowText

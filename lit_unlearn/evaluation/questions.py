@@ -11,18 +11,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import (
-    IGNORED,
-    EncodingSettings,
-    Example,
-    check_chunk_overlap,
-    check_tokenizer,
-    describe_first_prompt,
-    encode_examples,
-    encode_row,
-    find_hidden_id,
-    prompt_of,
-)
+from lit_unlearn.data.encoding import describe_first_prompt, encode_examples, encode_row
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_chunk_overlap, check_tokenizer, find_hidden_id
+from lit_unlearn.data.example import IGNORED, Example, prompt_of
 from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.formats import Conversation, Document, Format, Row, RowReader
 from lit_unlearn.data.source import Source

@@ -105,7 +105,6 @@ def _check_names(where: str, given: Iterable[str], known: Iterable[str], owner: 
 
 def check_kind(config: Any, owner: object = None, argument: str = "adapter") -> None:
     """Raise ConfigError if adapters of a config's kind work outside of the model's layers, past the losses."""
-
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 

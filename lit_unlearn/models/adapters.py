@@ -74,7 +74,6 @@ def load_adapter(model: PreTrainedModel, folder: str, owner: object = None) -> P
 
 def read_config(folder: str, owner: object) -> PeftConfig:
     """Return the config of a saved adapter."""
-
     from peft import PeftConfig
 
     with reading_adapter(folder, owner, "Get a complete copy of it."):
@@ -84,7 +83,6 @@ def read_config(folder: str, owner: object) -> PeftConfig:
 
 def read_adapter(model: PreTrainedModel, folder: str, owner: object, is_trainable: bool) -> PeftModel:
     """Put a saved adapter into a model's layers; missing weights are an error."""
-
     from peft import PeftModel
 
     with _calling_peft(), reading_adapter(folder, owner, "Get a complete copy of it, and of its base model."):
@@ -243,7 +241,6 @@ def _keep_backward_of_4bit(model: nn.Module) -> None:
 
 def is_adapted_layer(layer: nn.Module) -> bool:
     """Return whether a module is a layer with an adapter, or one that is trained as a copy."""
-
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_unlearn import functional
-from lit_unlearn.data.encoding import check_tokenizer, collate, encode, prompt_of
+from lit_unlearn.data.encoding import encode
+from lit_unlearn.data.encoding_settings import check_tokenizer
+from lit_unlearn.data.example import collate, prompt_of
 from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import BatchError, ConfigError, LitUnlearnError, ModelError
 from lit_unlearn.models import adapter_configs, adapters, generation, loading, merging

@@ -11,7 +11,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lit_unlearn import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, EncodingSettings, encode_chunks, encode_document
+from lit_unlearn.data.documents import encode_chunks, encode_document
+from lit_unlearn.data.encoding_settings import EncodingSettings
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.data.files import build_table
 from lit_unlearn.data.formats import Conversation, Document, Message, RowReader
 from lit_unlearn.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.distributed as dist
 
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import ConfigError, DivergedError, arguments_of
 from lit_unlearn.evaluation.attacks.copies import changing_weights, copy_model
 from lit_unlearn.evaluation.scoring import build_batch
