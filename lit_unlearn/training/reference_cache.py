@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.example import Example
+from lit_unlearn.data.example import Example, has_supervised_token
 from lit_unlearn.errors import BatchError, CheckpointError, ConfigError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.models.packing import is_packed
