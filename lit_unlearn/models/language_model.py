@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, final, overload
+from typing import TYPE_CHECKING, Any, cast, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,6 @@ from lit_unlearn.utils.io import expand_home, expand_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Self
-
-Result = TypeVar("Result")
 
 
 @final
