@@ -93,7 +93,7 @@ def check_lengths(model: PreTrainedModel, data: object) -> None:
 
 
 def check_progress(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
-    """Refuse a checkpoint that a fit cannot go on from: it is beyond the last epoch, or has weights alone.
+    """Refuse a checkpoint that a fit cannot resume: it is beyond the last epoch, or has weights alone.
 
     Raises:
         CheckpointError: With what to do instead.
