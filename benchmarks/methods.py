@@ -119,7 +119,8 @@ def scale_dual_step(method: str) -> list[str]:
 def measure_rouge(model: Path) -> float:
     """Return the mean ROUGE-L recall of the answers that a model generates to the forget questions."""
     from lit_unlearn import FictionalAuthors, LanguageModel
-    from lit_unlearn.data.encoding import encode_examples, prompt_of
+    from lit_unlearn.data.encoding import encode_examples
+    from lit_unlearn.data.example import prompt_of
     from lit_unlearn.metrics import rouge
     from lit_unlearn.models.generation import generate
 

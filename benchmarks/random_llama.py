@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
-from lit_unlearn.data.encoding import IGNORED, Example, collate
+from lit_unlearn.data.example import IGNORED, Example, collate
 
 # One optimizer step's batch of every stream, as the data modules of the package give it.
 Step = dict[str, list[Example]]

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.random_llama import PaddedStep, Shape, Step, build_model, pad_step
 from lit_unlearn import NLL, Constraint, DualAscent, LanguageModel, LitUnlearn, LogitMargin
-from lit_unlearn.data.encoding import IGNORED
-from lit_unlearn.models.adapters import checkpoint_activations
+from lit_unlearn.data.example import IGNORED
+from lit_unlearn.models.activation_checkpointing import checkpoint_activations
 
 CLIP = 1.0
 MULTIPLIER = {"lr": 5.0, "init": 100.0}

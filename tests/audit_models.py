@@ -13,7 +13,8 @@ import yaml
 from conftest import TINY
 
 from lit_unlearn import LanguageModel, QABenchmark
-from lit_unlearn.data.encoding import EncodingSettings, encode_examples
+from lit_unlearn.data.encoding import encode_examples
+from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.fictional_authors import QUESTIONS_PER_AUTHOR, fictional_authors
 
 # Of one author each, and without wrong answers: these tests are of the default tier.

@@ -34,6 +34,8 @@ LAYER = {
 }
 LOW_FILES = {
     "data.encoding",
+    "data.encoding_settings",
+    "data.example",
     "data.special_tokens",
     "data.templates",
 }  # they need a tokenizer alone, so that models can put questions

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.data.streams import FiniteStream
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.results import content_digest

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.callbacks.run_state import get_constraints, may_have_new_best
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, Example, prompt_of, token_texts
+from lit_unlearn.data.example import IGNORED, Example, prompt_of
+from lit_unlearn.data.shown_tokens import token_texts
 from lit_unlearn.evaluation.scoring import score_examples
 from lit_unlearn.plotting import RecordedAnswer, draw_run, read_run, write_picture_data
 from lit_unlearn.training import LitUnlearn

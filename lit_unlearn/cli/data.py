@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.duplicates import find_duplicates, list_rows
-from lit_unlearn.data.encoding import (
-    IGNORED,
-    EncodingSettings,
-    Example,
-    check_chunk_overlap,
-    check_tokenizer,
-    encode_row,
-    format_example,
-    show_tokens,
-)
+from lit_unlearn.data.encoding import encode_row
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_chunk_overlap, check_tokenizer
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
 from lit_unlearn.data.selection import Rule
+from lit_unlearn.data.shown_tokens import format_example, show_tokens
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.spans import Spans, read_spans
 from lit_unlearn.data.templates import Chat, check_chat, check_template

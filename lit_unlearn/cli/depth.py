@@ -9,7 +9,7 @@ import torch
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data.encoding import EncodingSettings
+from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.formats import RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import Chat, check_chat, check_template

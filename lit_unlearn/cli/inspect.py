@@ -18,7 +18,7 @@ import torch
 
 from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.data.encoding import EncodingSettings
+from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.files import describe_kind
 from lit_unlearn.data.formats import Conversation, RowReader
 from lit_unlearn.data.source import Source

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.data.files import describe_kind, read_text_file
-from lit_unlearn.errors import DataError
+from lit_unlearn.data.formats import Conversation, Row
+from lit_unlearn.errors import ConfigError, DataError
 from lit_unlearn.utils.io import expand_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 REFUSALS = Path(__file__).with_name("refusals.txt")
+
+
+def alternate_rows(
+    table: Dataset, rows: Sequence[Row], column: str | None, refusals: str | None, seed: int, kind: type
+) -> list[Row]:
+    """Return the forget rows with other answers.
+
+    Args:
+        table: The forget set.
+        rows: Its rows, as they are read.
+        column: As for `alternate_answers`.
+        refusals: As for `alternate_answers`.
+        seed: As for `alternate_answers`.
+        kind: Class of the data module, for errors.
+
+    Raises:
+        ConfigError: If a row is raw text.
+    """
+    conversations = [row for row in rows if isinstance(row, Conversation)]
+    if len(conversations) < len(rows):
+        remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
+        raise ConfigError(f"{kind.__name__}: raw texts are no answers, so there are no alternate ones: {remedy}.")
+    answers = alternate_answers(table, column, refusals, seed)
+    return [row.with_answer(answer) for row, answer in zip(conversations, answers, strict=True)]
 
 
 def alternate_answers(rows: Dataset, column: str | None, refusals: str | None, seed: int) -> list[str]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import lightning as L
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 
-from lit_unlearn.data.alternates import alternate_answers
-from lit_unlearn.data.duplicates import find_duplicates, list_rows
-from lit_unlearn.data.encoding import (
-    IGNORED,
-    EncodingSettings,
-    Example,
-    check_chunk_overlap,
-    check_tokenizer,
-    describe_first_prompt,
-    encode_row,
-    format_example,
-    show_tokens,
-)
+from lit_unlearn.data.alternates import alternate_rows
+from lit_unlearn.data.encoding import describe_first_prompt
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_chunk_overlap, check_tokenizer
+from lit_unlearn.data.example import Example
 from lit_unlearn.data.formats import Conversation, Format, Row, RowReader, Supervise
+from lit_unlearn.data.sets import (
+    digest_examples,
+    encode_set,
+    handle_duplicates,
+    summarize_examples,
+    warn_of_special_tokens,
+)
+from lit_unlearn.data.shown_tokens import format_example, show_tokens
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.spans import Spans, read_spans
-from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 from lit_unlearn.data.templates import (
     PLAIN_TEMPLATE,
@@ -238,7 +235,7 @@ class ForgetRetain(L.LightningDataModule):
         except LitUnlearnError as error:
             problem = error
         self._raise_together(problem)
-        summaries = [f"{name} {_summarize(rows, self.formats[name])}" for name, rows in self.examples.items()]
+        summaries = [f"{name} {summarize_examples(rows, self.formats[name])}" for name, rows in self.examples.items()]
         rank_zero_info(f"data: {', '.join(summaries)}")
         if self.shown_example is not None:
             rank_zero_info(
@@ -258,11 +255,11 @@ class ForgetRetain(L.LightningDataModule):
     def _make_examples(self, needs_alternates: bool) -> None:
         tables = self.load()
         rows = {name: self._read_rows(table, name) for name, table in tables.items()}
-        self._handle_duplicates(rows)
+        self.num_dropped = handle_duplicates(rows, self.drop_duplicates, self.train_on == "pairs", self._argument_of)
 
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer)
-        self._warn_of_special_tokens(rows, tokenizer)
+        warn_of_special_tokens(rows, tokenizer, self.allow_special_tokens)
         spans = None
         if self.span_column is not None:
             spans = read_spans(tables["forget"], rows["forget"], self.span_column, "forget")
@@ -272,7 +269,9 @@ class ForgetRetain(L.LightningDataModule):
         every_row = chain.from_iterable(rows.values())
         self.prompt = describe_first_prompt(every_row, tokenizer, self._encoding_settings())
         if needs_alternates:
-            alternates = self._alternate_rows(tables["forget"], rows["forget"])
+            alternates = alternate_rows(
+                tables["forget"], rows["forget"], self.alternate_column, self.refusals, self.seed, type(self)
+            )
             self._attach_alternates(self._encode(alternates, tokenizer, "alternate"))
         if self.show_example:
             self.shown_example = show_tokens(self.examples["forget"][0], tokenizer)
@@ -365,60 +364,6 @@ class ForgetRetain(L.LightningDataModule):
         self.formats[name] = reader.recognize(rows.column_names)
         return reader.read(rows, name, self._argument_of(name))
 
-    def _handle_duplicates(self, rows: dict[str, list[Row]]) -> None:
-        """Report forget rows that another set is to keep, or leave them out of that set, in place.
-
-        Raises:
-            DataError: If every forget row is a retain row as well, or every row of a set would be left out.
-        """
-        forget = [row.texts for row in rows["forget"]]
-        self.num_dropped = {}
-        for name, of_set in rows.items():
-            if name == "forget":
-                continue
-            duplicates = find_duplicates(forget, [row.texts for row in of_set])
-            if self.drop_duplicates:
-                self.num_dropped[name] = len(duplicates.other)
-                rows[name] = self._drop_rows(of_set, duplicates.other, name)
-            elif duplicates.forget:
-                shared = f"{len(duplicates.forget)} of {len(forget)}"
-                if name == "retain" and len(duplicates.forget) == len(forget) and self.train_on == "pairs":
-                    raise DataError(
-                        f"all {len(forget)} forget rows are also retain rows, so the run would be told to forget and to keep the "
-                        "same: set `drop_duplicates` to true, remove them from the retain set, or check which file is which.",
-                        argument=self._argument_of(name),
-                    )
-                rank_zero_warn(
-                    f"{shared} forget rows are also {name} rows, up to white space and case: the run is told to forget and to keep "
-                    f"them. In the {name} set they are {list_rows(duplicates.other)}; in the forget set they are "
-                    f"{list_rows(duplicates.forget)}. Set `drop_duplicates` to true to leave them out of the {name} set."
-                )
-
-    def _drop_rows(self, rows: list[Row], numbers: list[int], name: str) -> list[Row]:
-        if not numbers:
-            return rows
-        if len(numbers) == len(rows):
-            raise DataError(
-                f"all {len(rows)} {name} rows are also forget rows, and `drop_duplicates` leaves none: give other {name} rows.",
-                argument=self._argument_of(name),
-            )
-        dropped = set(numbers)
-        rank_zero_info(
-            f"data: {len(numbers)} of {len(rows)} {name} rows are also forget rows, and left out ({list_rows(numbers)}); from here "
-            "on, the others are numbered without them"
-        )
-        return [row for number, row in enumerate(rows) if number not in dropped]
-
-    def _warn_of_special_tokens(self, rows: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> None:
-        row_text = RowText(tokenizer, self.allow_special_tokens)
-        for name, of_set in rows.items():
-            numbers = [number for number, row in enumerate(of_set) if row_text.count(row.texts)]
-            if numbers:
-                rank_zero_warn(
-                    f"{len(numbers)} of {len(of_set)} {name} rows contain special tokens of the tokenizer ({list_rows(numbers)}): they "
-                    "are read as text. If they are meant as control tokens, set `allow_special_tokens` to true."
-                )
-
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer_name is not None:
             from transformers import AutoTokenizer
@@ -447,37 +392,7 @@ class ForgetRetain(L.LightningDataModule):
     def _encode(
         self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, name: str, spans: list[Spans] | None = None
     ) -> list[Example]:
-        """Tokenise the rows of a set.
-
-        An example's id follows it through shuffling and packing to its reference log-probability and its record.
-        """
-        settings = self._encoding_settings()
-        examples: list[Example] = []
-        cut: list[int] = []
-        for number, row in enumerate(rows):
-            place = f"row {number} of the {name} set"
-            of_row = encode_row(row, tokenizer, settings, place, None if spans is None else spans[number])
-            if any(example.is_cut for example in of_row):
-                cut.append(number)
-            for chunk, example in enumerate(of_row):
-                ending = f"/{chunk}" if len(of_row) > 1 else ""
-                examples.append(example._replace(id=f"{name}/{number}{ending}"))
-        if cut:
-            rank_zero_warn(
-                f"{len(cut)} of {len(rows)} {name} rows are longer than `max_length` ({self.max_length} tokens) and were "
-                f"cut at the end: {list_rows(cut)}."
-            )
-        return examples
-
-    def _alternate_rows(self, table: Dataset, rows: list[Row]) -> list[Row]:
-        """Return the forget rows with other answers."""
-        conversations = [row for row in rows if isinstance(row, Conversation)]
-        if len(conversations) < len(rows):
-            remedy = "choose a method that needs none (`lit-unlearn methods` lists what each needs)"
-            name = type(self).__name__
-            raise ConfigError(f"{name}: raw texts are no answers, so there are no alternate ones: {remedy}.")
-        answers = alternate_answers(table, self.alternate_column, self.refusals, self.seed)
-        return [row.with_answer(answer) for row, answer in zip(conversations, answers, strict=True)]
+        return encode_set(rows, tokenizer, self._encoding_settings(), name, spans)
 
     def _attach_alternates(self, alternates: list[Example]) -> None:
         for i, (example, alternate) in enumerate(zip(self.examples["forget"], alternates, strict=True)):
@@ -491,15 +406,9 @@ class ForgetRetain(L.LightningDataModule):
 
     def _order_settings(self) -> dict[str, Any]:
         """Return what the order of examples depends on: a run can be resumed only where all of it is the same."""
-        digest = hashlib.sha256()
-        for name in sorted(self.examples):
-            digest.update(name.encode())
-            for example in self.examples[name]:
-                alternate = "" if example.alternate is None else example.alternate.digest()
-                digest.update(f"{example.digest()}{alternate}".encode())
         return {
             "prompt": self.prompt,
-            "rows": digest.hexdigest()[:16],
+            "rows": digest_examples(self.examples),
             "seed": self.seed,
             "train_on": self.train_on,
             "batch_size": self.batch_size,
@@ -518,9 +427,3 @@ class ForgetRetain(L.LightningDataModule):
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-
-def _summarize(examples: list[Example], kind: Format) -> str:
-    num_tokens = sum(len(example.input_ids) for example in examples)
-    num_supervised = sum(len(example.labels) - example.labels.count(IGNORED) for example in examples)
-    return f"{len(examples)} examples ({kind}; {num_supervised} supervised tokens of {num_tokens})"

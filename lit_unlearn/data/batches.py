@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.models.packing import pack_or_pad, pad
 
 VISIBLE = "visible"

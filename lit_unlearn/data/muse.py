@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import Example, encode_chunks
+from lit_unlearn.data.documents import encode_chunks
+from lit_unlearn.data.example import Example
 from lit_unlearn.data.files import read_text_file
 from lit_unlearn.data.formats import Row
 from lit_unlearn.data.source import Source, find_file, find_local_folder

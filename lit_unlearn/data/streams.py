@@ -9,7 +9,7 @@ from itertools import count
 
 import torch
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 
 
 class BatchStream:

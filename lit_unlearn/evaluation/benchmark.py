@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError
 from lit_unlearn.evaluation.results import (
     Results,

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.encoding import EncodingSettings, Example, check_tokenizer, describe_first_prompt, encode_row
+from lit_unlearn.data.encoding import describe_first_prompt, encode_row
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_tokenizer
+from lit_unlearn.data.example import Example
 from lit_unlearn.data.formats import Document, Row, RowReader
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.spans import find_spans

@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from lit_unlearn.data.encoding import (
-    IGNORED,
-    EncodingSettings,
-    Example,
-    check_tokenizer,
-    encode_row,
-    find_hidden_id,
-    prompt_of,
-    token_texts,
-)
+from lit_unlearn.data.encoding import encode_row
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_tokenizer, find_hidden_id
+from lit_unlearn.data.example import IGNORED, Example, prompt_of
 from lit_unlearn.data.formats import Conversation
+from lit_unlearn.data.shown_tokens import token_texts
 from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel

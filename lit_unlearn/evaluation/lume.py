@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import EncodingSettings, Example, check_tokenizer, encode_examples, prompt_of
+from lit_unlearn.data.encoding import encode_examples
+from lit_unlearn.data.encoding_settings import EncodingSettings, check_tokenizer
+from lit_unlearn.data.example import Example, prompt_of
 from lit_unlearn.data.lume import HUB_NAME, KINDS, TASKS, TEMPLATE, Fold, Task, lume_source
 from lit_unlearn.data.source import Rows, Source, find_file, find_local_folder, read_columns, to_source
 from lit_unlearn.data.special_tokens import encode_text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source, read_columns
 from lit_unlearn.data.special_tokens import encode_text

@@ -11,7 +11,9 @@ import numpy as np
 from lit_unlearn.data.source import Rows, to_source
 from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate
-from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
+from lit_unlearn.evaluation.question_scores import aggregate_questions
+from lit_unlearn.evaluation.question_sets import QuestionSet, QuestionSets
+from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.metrics import exposure
 
@@ -69,7 +71,7 @@ class QABenchmark(QuestionBenchmark):
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality, the attacks and the canaries' exposure."""
-        aggregate = self.questions.aggregate(examples, retain)
+        aggregate = aggregate_questions(self.questions, examples, retain)
         if {"canaries", "canary_references"} <= examples.keys():
             planted, others = (get_column(examples[name], "nll") for name in ("canaries", "canary_references"))
             aggregate.values["canary_exposure"] = float(np.mean([exposure(nll, others) for nll in planted]))

@@ -1,12 +1,14 @@
-"""Scores over the rows of question benchmarks: memorisation, membership attacks, and what compares with the retain-only model."""
+"""Scores over the rows of question benchmarks: means, memorisation, membership attacks, and what compares with the retain-only model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from lit_unlearn.evaluation.benchmark import Aggregate
+from lit_unlearn.evaluation.question_sets import QuestionSets
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.metrics import (
     attack_score,
@@ -30,6 +32,70 @@ ATTACKS = {
 
 PUBLISHED_ATTACKS = ("min_k", "min_k_plus_plus", "loss", "zlib")
 """The attacks that published privacy scores are made of; the other ones are switched on by settings."""
+
+AVERAGED = (
+    "probability",
+    "paraphrase_probability",
+    "rougeL_recall",
+    "rougeL_f1",
+    "nll",
+    "exact_memorization",
+    "extraction_strength",
+    "extraction_strength_floored",
+    "repetition",
+    "refusal",
+)
+"""Values of an example whose mean over a set is a value of the benchmark."""
+
+
+def aggregate_questions(
+    questions: QuestionSets, examples: Mapping[str, Sequence[Values]], retain: Results | None
+) -> Aggregate:
+    """Compute the means of every set, forget quality and, where there is a holdout set, the attacks.
+
+    Args:
+        questions: The sets, with the settings that say why a value is missing.
+        examples: The values of every example, by set.
+        retain: Results of the retain-only model; ``None`` if there are none.
+    """
+    values: dict[str, float] = {}
+    missing = {"forget_quality": f"the forget rows have no '{questions.wrong_column}'"}
+    for name, rows in examples.items():
+        for key in AVERAGED:
+            if all_have(key, rows):
+                values[f"{name}/{key}"] = float(np.mean(get_column(rows, key)))
+        lacking = sum("paraphrase_probability" not in row for row in rows)
+        if 0 < lacking < len(rows):
+            reason = f"{lacking} of {len(rows)} rows have no text in '{questions.paraphrase_column}'"
+            missing[f"{name}/paraphrase_probability"] = reason
+        if all_have("truth_ratio", rows):
+            kind: Literal["forget", "utility"] = "forget" if name == "forget" else "utility"
+            values[f"{name}/truth_ratio"] = truth_ratio_score(get_column(rows, "truth_ratio"), kind)
+        if all_have("fluency_nll", rows):
+            losses = [row["fluency_nll"] for row in rows if row["fluency_nll"] is not None]
+            values[f"{name}/empty"] = 1 - len(losses) / len(rows)
+            if losses:
+                values[f"{name}/fluency_nll"] = float(np.mean(losses))
+            else:
+                missing[f"{name}/fluency_nll"] = "all generated answers are empty"
+    if "holdout" in examples:
+        for attack in ATTACKS:
+            if all_have(attack, examples["forget"]):
+                values[f"auc/{attack}"] = compute_attack_auc(examples, attack)
+    for attack in _list_extra_attacks(questions):
+        missing[f"auc/{attack}"] = "it needs a holdout set"
+    values |= compute_memorization(examples["forget"], values)
+
+    compared = compare_with_retain(examples, retain)
+    values |= compared.values
+    missing |= compared.missing
+    return Aggregate(values, {name: reason for name, reason in missing.items() if name not in values})
+
+
+def _list_extra_attacks(questions: QuestionSets) -> list[str]:
+    """Return the attacks that settings switch on."""
+    chosen = {"reference": questions.reference_model is not None, "gradient_norm": questions.gradient_norm}
+    return [attack for attack, is_chosen in chosen.items() if is_chosen]
 
 
 def compare_with_retain(examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:

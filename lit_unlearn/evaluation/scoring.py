@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lit_unlearn.data.batches import pack_visible, to_sequence
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.errors import ConfigError, ModelError, arguments_of
 from lit_unlearn.evaluation.attacks.copies import check_changeable
 from lit_unlearn.evaluation.attacks.other_questions import OtherQuestions

@@ -13,7 +13,9 @@ from lit_unlearn.data.source import Source
 from lit_unlearn.data.tofu import RETAIN, tofu_source
 from lit_unlearn.errors import arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate
-from lit_unlearn.evaluation.questions import QuestionBenchmark, QuestionSet, QuestionSets
+from lit_unlearn.evaluation.question_scores import aggregate_questions
+from lit_unlearn.evaluation.question_sets import QuestionSet, QuestionSets
+from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.metrics import model_utility
 from lit_unlearn.utils.validation import check_choice
@@ -77,7 +79,7 @@ class TOFUBenchmark(QuestionBenchmark):
 
     def aggregate(self, examples: Mapping[str, Sequence[Values]], retain: Results | None) -> Aggregate:
         """Compute the means of every set, forget quality, the attacks and the model utility."""
-        values, missing = self.questions.aggregate(examples, retain)
+        values, missing = aggregate_questions(self.questions, examples, retain)
         # A mean of fewer than nine values would look like a utility, and compare with none that is published.
         names = list(map("/".join, product(UTILITY_SETS, UTILITY_VALUES)))
         lacking = [name for name in names if name not in values]

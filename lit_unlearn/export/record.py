@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.evaluation.results import Results, package_versions
 from lit_unlearn.evaluation.verdict import MAX_FORGET_PROBABILITY, decide, get_slack

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models.packing import is_packed
 

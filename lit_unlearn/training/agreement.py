@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.errors import DataError
 from lit_unlearn.utils.distributed import gather_objects
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_unlearn.data.batches import VISIBLE, pack_visible, to_sequence
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.packing import divide_evenly, is_packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,19 +15,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.errors import CheckpointError, ConfigError, DataError
+from lit_unlearn.errors import CheckpointError, ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import AnswerSuite, Suite
 from lit_unlearn.models import Batch, LanguageModel
-from lit_unlearn.models.probing import learned_positions
 from lit_unlearn.training.agreement import check_processes_agree, describe_setup, describe_start
 from lit_unlearn.training.evaluate import log_benchmark
 from lit_unlearn.training.evaluator import Evaluator, Measurement
 from lit_unlearn.training.forward_plan import ForwardPass, PassOrder, Term, build_forward_plan
+from lit_unlearn.training.optimizer_settings import SharedFactory, apply_settings, count_steps
 from lit_unlearn.training.primal_step import PrimalStep
 from lit_unlearn.training.reference_cache import ReferenceCache
 from lit_unlearn.training.strategies import check_strategy, guard_checkpoint_loading, shard
-from lit_unlearn.training.trainer_checks import check_callbacks, check_limits, prepare_loaders
+from lit_unlearn.training.trainer_checks import (
+    check_callbacks,
+    check_lengths,
+    check_limits,
+    check_progress,
+    prepare_loaders,
+)
 from lit_unlearn.training.weights import check_base, check_tensors, load_for_trainer, saved_tensor_names
 from lit_unlearn.utils.validation import check_choice, check_integer, check_number
 
@@ -53,22 +58,6 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_number(self, "warmup_epochs", self.warmup_epochs, at_least=0)
-
-
-class _Factory:
-    """A function that deep copies of the module share, such as the copy that ``WeightAveraging`` makes.
-
-    The command line's would drag the Trainer, its processes and their locks along.
-    """
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, argument: Any) -> Any:
-        return self._make(argument)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Factory:
-        return self
 
 
 class LitLanguageModel(L.LightningModule):
@@ -122,8 +111,10 @@ class LitLanguageModel(L.LightningModule):
         self.primal_step = PrimalStep(self)
         self.evaluator = Evaluator(self, benchmark_every_n_epochs)
         self.reference_cache = ReferenceCache(self)
-        self._optimizer = _Factory(optimizer)
-        self._scheduler = scheduler if scheduler is None or isinstance(scheduler, Schedule) else _Factory(scheduler)
+        self._optimizer = SharedFactory(optimizer)
+        self._scheduler = (
+            scheduler if scheduler is None or isinstance(scheduler, Schedule) else SharedFactory(scheduler)
+        )
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] = []  # the same in the checkpoint that is resumed
         self._values_to_log: dict[str, float] = {}
@@ -167,7 +158,8 @@ class LitLanguageModel(L.LightningModule):
             DataError: If an example is longer than the positions that the model has learned.
         """
         load_for_trainer(self.lm, self._trainer)
-        self._check_lengths()
+        if self._trainer is not None:
+            check_lengths(self.lm.causal_lm, self.trainer.datamodule)  # type: ignore[attr-defined]
         self.lm.base_checksum()
         self.reference_cache.prepare()
         # Checkpoints leave out frozen models.
@@ -175,23 +167,6 @@ class LitLanguageModel(L.LightningModule):
         if self.device_mesh is not None:
             self._check_export_of_shards()
             shard(self.lm, self.device_mesh)
-
-    def _check_lengths(self) -> None:
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        positions = learned_positions(self.lm.causal_lm)
-        if positions is None or not isinstance(data, ForgetRetain):
-            return
-        # Past the end of the table, the first forward pass would fail: on a GPU without a word about the cause.
-        for name, examples in data.examples.items():
-            for number, example in enumerate(examples):
-                for part in (example, example.alternate):
-                    if part is not None and len(part.input_ids) > positions:
-                        raise DataError(
-                            f"row {number} of the {name} set has {len(part.input_ids)} tokens, but the model has learned only "
-                            f"{positions} positions: lower `max_length` to {positions} or less.",
-                            owner=data,
-                            argument="max_length",
-                        )
 
     def _check_export_of_shards(self) -> None:
         """Take float32 for the export of a sharded model with an adapter, which could not be measured rounded.
@@ -229,7 +204,7 @@ class LitLanguageModel(L.LightningModule):
         if schedule is None:
             return optimizer
         if isinstance(schedule, Schedule):
-            total, warmup = self._count_steps(schedule)
+            total, warmup = count_steps(schedule.name, schedule.warmup_epochs, self.trainer)
 
             from transformers import get_scheduler
 
@@ -245,18 +220,6 @@ class LitLanguageModel(L.LightningModule):
             # A rate below 0, no number, or a name that is unknown. Other exceptions are bugs of a class of the user's.
             message = f"the {argument} refuses its settings: {error}. Check `{argument}`."
             raise ConfigError(message, owner=self, argument=argument) from error
-
-    def _count_steps(self, schedule: Schedule) -> tuple[int, int]:
-        """Return the steps of the run, and those of the schedule's warm-up."""
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ConfigError(
-                f"the schedule '{schedule.name}' needs to know where the run ends: set `max_epochs` or `max_steps` as well "
-                "(a run ends with what comes first), or leave out the module's `scheduler`.",
-                owner=L.Trainer,
-                argument="max_epochs",
-            )
-        return int(total), round(schedule.warmup_epochs * self.trainer.num_training_batches)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch on the CPU: it is packed there, and each pass goes to the device when it is run."""
@@ -280,7 +243,7 @@ class LitLanguageModel(L.LightningModule):
             # Lightning does not count the epoch that begins after the last step of one.
             loop.reset_restart_stage()
         for i, (new, old) in enumerate(zip(self._settings, self._saved_settings, strict=False)):
-            self._apply_settings(i, new, old)
+            apply_settings(self.trainer, i, new, old)
         self._saved_settings = []
         check_processes_agree(describe_start(self, self._settings))
         self._announce_rounding()
@@ -295,17 +258,6 @@ class LitLanguageModel(L.LightningModule):
                 f"export: weights in {kind}{merged}; what is measured are the weights rounded like this. "
                 "`dtype='float32'` of ExportModel (export.dtype) keeps all digits, at twice the size"
             )
-
-    def _apply_settings(self, number: int, new: dict[str, Any], old: dict[str, Any]) -> None:
-        """Apply what changed in one group of parameters since the checkpoint; the schedule's present factor stays."""
-        group = self.trainer.optimizers[0].param_groups[number]
-        changed = {key: value for key, value in new.items() if value != old.get(key)}
-        if "lr" in changed and old["lr"] > 0:
-            changed |= {"lr": group["lr"] * new["lr"] / old["lr"], "initial_lr": new["lr"]}
-            for config in self.trainer.lr_scheduler_configs:
-                if hasattr(config.scheduler, "base_lrs"):
-                    config.scheduler.base_lrs[number] = new["lr"]
-        group.update(changed)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure and clip the gradient here, where a gradient scaler has unscaled it."""
@@ -423,7 +375,7 @@ class LitLanguageModel(L.LightningModule):
                 "the checkpoint is of no LitUnlearn or LitFinetune run. Start from its exported model."
             )
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._check_progress(checkpoint)
+            check_progress(checkpoint, self.trainer)
             if run["seed"] != self.seed:
                 raise CheckpointError(
                     f"the checkpoint cannot be resumed: `seed` was {run['seed']}, is {self.seed}. Restore it, or start a new run "
@@ -437,22 +389,3 @@ class LitLanguageModel(L.LightningModule):
         if self.lm.has_adapter or (self._trainer is not None and self.trainer.state.fn == "fit"):
             check_base(run, self, self.lm)
         self.reference_cache.load_state_dict(run.get("reference_logp"))
-
-    def _check_progress(self, checkpoint: dict[str, Any]) -> None:
-        epochs, limit = (
-            checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
-            self.trainer.max_epochs,
-        )
-        if limit is not None and 0 <= limit < epochs:
-            raise CheckpointError(
-                f"the checkpoint has {epochs} epochs behind it (step {checkpoint['global_step']}), more than `max_epochs` "
-                f"({limit}): raise it, or start a new run.",
-                owner=L.Trainer,
-                argument="max_epochs",
-            )
-        needs_optimizer = self.trainer.strategy.lightning_restore_optimizer
-        if needs_optimizer and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
-            raise CheckpointError(
-                "the checkpoint has weights alone, without the optimizer, so it cannot be resumed: make a model of it with "
-                "`lit-unlearn export`, and start a new run from that."
-            )

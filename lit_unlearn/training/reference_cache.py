@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import Example, has_supervised_token
 from lit_unlearn.errors import BatchError, CheckpointError, ConfigError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
 from lit_unlearn.models.packing import is_packed
@@ -109,7 +109,7 @@ class ReferenceCache:
         """
         if example.id in self._by_id:
             return self._by_id[example.id]
-        if not _is_supervised(example):
+        if not has_supervised_token(example):
             return 0.0
         value = self.values.get(example.digest())
         if value is None:
@@ -148,7 +148,7 @@ class ReferenceCache:
         for stream, batch in self._module.evaluator.batches():
             terms = [term for term in self._module.terms() if term.stream == stream]
             for answers in answers_to_measure(batch, stream, terms):
-                yield stream, [example for example in as_examples(answers) if _is_supervised(example)]
+                yield stream, [example for example in as_examples(answers) if has_supervised_token(example)]
 
     def _measure_examples(self, stream: str, examples: list[Example]) -> dict[str, float]:
         if not examples:
@@ -248,8 +248,3 @@ def check_needs(terms: Sequence[Term], lm: LanguageModel, data: object) -> None:
             )
     if unmet:
         raise ConfigError("\n- ".join(["the objectives need what is not there:", *unmet]))
-
-
-def _is_supervised(example: Example) -> bool:
-    # Nothing predicts the first token of a sequence.
-    return any(label != IGNORED for label in example.labels[1:])

@@ -1,9 +1,10 @@
-"""Settings of the Trainer that cannot work with a primal-dual step, or leave no step to take: refused before anything starts."""
+"""Trainer settings, examples and checkpoints that a fit cannot work with: refused before its first step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,7 +15,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
-from lit_unlearn.errors import ConfigError, LitUnlearnError
+from lit_unlearn.data.base import ForgetRetain
+from lit_unlearn.errors import CheckpointError, ConfigError, DataError, LitUnlearnError
+from lit_unlearn.models.probing import learned_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ONE_STEP_PER_BATCH = (
     "one batch is one optimizer step. Set the data's `batch_size` to the examples of a whole step and the model's "
@@ -57,6 +63,55 @@ def check_limits(trainer: L.Trainer) -> None:
         if getattr(trainer, name) == 0:
             message = f"`{name}=0` leaves no step to take: raise it, or leave it out."
             raise ConfigError(message, owner=L.Trainer, argument=name)
+
+
+def check_lengths(model: PreTrainedModel, data: object) -> None:
+    """Refuse examples that are longer than the positions that a model has learned.
+
+    Past the end of the table, the first forward pass would fail: on a GPU without a word about the cause.
+
+    Args:
+        model: Loaded.
+        data: The data module; of others than `ForgetRetain` the examples are not known.
+
+    Raises:
+        DataError: With the row.
+    """
+    positions = learned_positions(model)
+    if positions is None or not isinstance(data, ForgetRetain):
+        return
+    for name, examples in data.examples.items():
+        for number, example in enumerate(examples):
+            for part in (example, example.alternate):
+                if part is not None and len(part.input_ids) > positions:
+                    raise DataError(
+                        f"row {number} of the {name} set has {len(part.input_ids)} tokens, but the model has learned only "
+                        f"{positions} positions: lower `max_length` to {positions} or less.",
+                        owner=data,
+                        argument="max_length",
+                    )
+
+
+def check_progress(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
+    """Refuse a checkpoint that a fit cannot resume: it is beyond the last epoch, or has weights alone.
+
+    Raises:
+        CheckpointError: With what to do instead.
+    """
+    epochs, limit = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], trainer.max_epochs
+    if limit is not None and 0 <= limit < epochs:
+        raise CheckpointError(
+            f"the checkpoint has {epochs} epochs behind it (step {checkpoint['global_step']}), more than `max_epochs` "
+            f"({limit}): raise it, or start a new run.",
+            owner=L.Trainer,
+            argument="max_epochs",
+        )
+    needs_optimizer = trainer.strategy.lightning_restore_optimizer
+    if needs_optimizer and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
+        raise CheckpointError(
+            "the checkpoint has weights alone, without the optimizer, so it cannot be resumed: make a model of it with "
+            "`lit-unlearn export`, and start a new run from that."
+        )
 
 
 def prepare_loaders(trainer: L.Trainer) -> None:

@@ -19,7 +19,8 @@ import torch
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import main
 from lit_unlearn.cli.inspect import AnswerPage
-from lit_unlearn.data.encoding import collate, encode_examples
+from lit_unlearn.data.encoding import encode_examples
+from lit_unlearn.data.example import collate
 from lit_unlearn.data.tokenizer import train_tokenizer
 from lit_unlearn.evaluation.inspection import Answer, Asked, Reply
 from lit_unlearn.evaluation.scoring import score_examples

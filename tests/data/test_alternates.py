@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from lit_unlearn import FictionalAuthors, ForgetRetain
 from lit_unlearn.data.alternates import alternate_answers, read_refusals
-from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.data.streams import FiniteStream
 
 ROWS = Dataset.from_list(

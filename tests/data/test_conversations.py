@@ -23,7 +23,9 @@ from data.chat_templates import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_unlearn.data.encoding import IGNORED, EncodingSettings, Example, encode, encode_conversation, prompt_of
+from lit_unlearn.data.encoding import encode, encode_conversation
+from lit_unlearn.data.encoding_settings import EncodingSettings
+from lit_unlearn.data.example import IGNORED, Example, prompt_of
 from lit_unlearn.data.files import build_table
 from lit_unlearn.data.formats import Conversation, Message, RowReader, Supervise
 from lit_unlearn.data.templates import Chat

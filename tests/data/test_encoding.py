@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lit_unlearn import FictionalAuthors
-from lit_unlearn.data.encoding import IGNORED, Example, check_tokenizer, collate, encode, encode_examples
+from lit_unlearn.data.encoding import encode, encode_examples
+from lit_unlearn.data.encoding_settings import check_tokenizer
+from lit_unlearn.data.example import IGNORED, Example, collate
 from lit_unlearn.data.tokenizer import train_tokenizer
 
 CHATML = (

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from lit_unlearn import ForgetRetain, Source
-from lit_unlearn.data.encoding import IGNORED, collate
+from lit_unlearn.data.example import IGNORED, collate
 from lit_unlearn.errors import ConfigError, DataError
 
 CITIES = ["Bern", "Oslo", "Lima", "Rome", "Kyiv", "Baku", "Bonn"]

@@ -11,7 +11,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lit_unlearn import ForgetRetain
-from lit_unlearn.data.encoding import IGNORED, EncodingSettings, encode_chunks, encode_document
+from lit_unlearn.data.alternates import alternate_rows
+from lit_unlearn.data.documents import encode_chunks, encode_document
+from lit_unlearn.data.encoding_settings import EncodingSettings
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.data.files import build_table
 from lit_unlearn.data.formats import Conversation, Document, Message, RowReader
 from lit_unlearn.errors import ConfigError, DataError
@@ -150,8 +153,9 @@ def test_every_set_has_a_format_of_its_own(tokenizer_dir: str) -> None:
 def test_raw_text_has_no_alternate_answers(tokenizer_dir: str) -> None:
     data = ForgetRetain([{"text": "One."}], RETAIN, tokenizer=tokenizer_dir)
     table = data.load_set("forget")
+    rows = data._read_rows(table, "forget")
     with pytest.raises(ConfigError, match="no answers"):
-        data._alternate_rows(table, data._read_rows(table, "forget"))
+        alternate_rows(table, rows, None, None, seed=0, kind=ForgetRetain)
 
 
 def test_unknown_choices_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from lit_unlearn import LUME
-from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.data.lume import HUB_NAME
 
 FOLDER = Path(os.environ.get("LIT_UNLEARN_LUME", Path(__file__).parents[3] / "shared/data/lume"))

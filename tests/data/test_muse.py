@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_unlearn import MUSE, NLL, Constraint, DualAscent, LitUnlearn, LogitMargin, Source
-from lit_unlearn.data.encoding import IGNORED, encode_chunks
+from lit_unlearn.data.documents import encode_chunks
+from lit_unlearn.data.example import IGNORED
 
 FORGET = ["Rain fell on Bern. " * 5, "Short.", "The harbour of Oslo,\nclosed since May, opens. " * 9]
 RETAIN = [f"Report {n}: the {'very ' * (n % 5)}old mill turns again. " * 3 for n in range(12)]

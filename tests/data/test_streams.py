@@ -5,7 +5,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.data.streams import BatchStream, FiniteStream
 
 KINDS = [BatchStream, FiniteStream]

@@ -13,7 +13,8 @@ from audit_models import POLICY, SETS, benchmark, trained, write_policy
 from conftest import TINY
 
 from lit_unlearn import NLL, LanguageModel, QABenchmark
-from lit_unlearn.data.encoding import EncodingSettings, encode_examples
+from lit_unlearn.data.encoding import encode_examples
+from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.fictional_authors import draw_canaries
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
 from lit_unlearn.evaluation import audit_run

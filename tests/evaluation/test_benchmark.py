@@ -14,7 +14,8 @@ import torch
 from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, tokens, write, write_qa
 
 from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
-from lit_unlearn.data.encoding import encode, prompt_of
+from lit_unlearn.data.encoding import encode
+from lit_unlearn.data.example import prompt_of
 from lit_unlearn.evaluation.benchmark import (
     Aggregate,
     BenchmarkExample,

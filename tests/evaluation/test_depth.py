@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_unlearn import LanguageModel, UnlearningDepth
 from lit_unlearn.cli import main
-from lit_unlearn.data.encoding import EncodingSettings
+from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.formats import RowReader
 from lit_unlearn.data.tokenizer import train_tokenizer
 from lit_unlearn.errors import ConfigError, DataError, ModelError

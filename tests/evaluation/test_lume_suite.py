@@ -16,7 +16,7 @@ from evaluation.rows import area, look, say
 from rouge_score.rouge_scorer import RougeScorer
 
 from lit_unlearn import LUME, LanguageModel, LUMEBenchmark
-from lit_unlearn.data.encoding import collate
+from lit_unlearn.data.example import collate
 
 NEW = 12
 TASKS = ("Task1", "Task2", "Task3")

@@ -10,7 +10,9 @@ import torch
 from evaluation.rows import FORGET, loaded, say, taught, write_qa
 
 from lit_unlearn import FewShot, LanguageModel, Prefix, QABenchmark, SeveralTurns
-from lit_unlearn.data.encoding import IGNORED, EncodingSettings, encode_conversation, prompt_of
+from lit_unlearn.data.encoding import encode_conversation
+from lit_unlearn.data.encoding_settings import EncodingSettings
+from lit_unlearn.data.example import IGNORED, prompt_of
 from lit_unlearn.data.formats import Conversation, Message
 from lit_unlearn.data.templates import PLAIN_TEMPLATE
 

@@ -25,7 +25,8 @@ from evaluation.rows import (
 )
 
 from lit_unlearn import LanguageModel, QABenchmark
-from lit_unlearn.data.encoding import encode, prompt_of
+from lit_unlearn.data.encoding import encode
+from lit_unlearn.data.example import prompt_of
 
 NEW = 24
 ATTACKS = {"min_k": 1, "min_k_plus_plus": 1, "loss": -1, "zlib": -1}  # what is higher for members

@@ -14,7 +14,7 @@ from reference import LargestOutput
 from torch import Tensor, nn
 
 from lit_unlearn import LanguageModel
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.evaluation.scoring import Scored, score_examples
 
 LENGTHS = [7, 3, 12, 7, 5, 30, 2]

@@ -14,7 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lit_unlearn import MUSE, FictionalAuthors, ForgetRetain, LanguageModel, QABenchmark
-from lit_unlearn.data.encoding import IGNORED, encode, encode_chunks
+from lit_unlearn.data.documents import encode_chunks
+from lit_unlearn.data.encoding import encode
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.inspection import ask_model

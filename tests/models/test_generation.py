@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_unlearn import LanguageModel, QABenchmark
-from lit_unlearn.data.encoding import encode, prompt_of
+from lit_unlearn.data.encoding import encode
+from lit_unlearn.data.example import prompt_of
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.models import generation
 from lit_unlearn.models.generation import generate

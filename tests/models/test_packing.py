@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_unlearn.data.encoding import IGNORED
+from lit_unlearn.data.example import IGNORED
 from lit_unlearn.models.packing import ROW_LENGTH, divide_evenly, pack
 
 

@@ -42,7 +42,7 @@ from lit_unlearn import (
     SharpnessAware,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.training import FSDP2Strategy
 from lit_unlearn.training.strategies import whole_state
 

@@ -32,7 +32,7 @@ from lit_unlearn import (
     Objective,
     SatImp,
 )
-from lit_unlearn.data.encoding import collate
+from lit_unlearn.data.example import collate
 
 
 def make(model: str, forget: Objective, retain: Objective | None = None, lr: float = 0.01, **lm: Any) -> LitUnlearn:

@@ -26,7 +26,7 @@ from lit_unlearn import (
     Objective,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint, RunReport
-from lit_unlearn.data.encoding import collate
+from lit_unlearn.data.example import collate
 from lit_unlearn.errors import ConfigError, MissingFileError, ModelError
 
 

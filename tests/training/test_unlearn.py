@@ -27,7 +27,7 @@ from lit_unlearn import (
     Relative,
     Schedule,
 )
-from lit_unlearn.data.encoding import collate
+from lit_unlearn.data.example import collate
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.distributed as dist
 
-from lit_unlearn.data.encoding import IGNORED, Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import ConfigError, DivergedError, arguments_of
 from lit_unlearn.evaluation.attacks.copies import changing_weights, copy_model
 from lit_unlearn.evaluation.scoring import build_batch
 from lit_unlearn.functional import upcast
 from lit_unlearn.models import LanguageModel, SupervisedTokens
-from lit_unlearn.models.adapters import adapter_config, attach_adapter
+from lit_unlearn.models.adapter_configs import adapter_config
+from lit_unlearn.models.adapters import attach_adapter
 from lit_unlearn.utils.distributed import rank_and_world_size
 from lit_unlearn.utils.validation import check_at_least, check_integer, check_number
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_unlearn.data.encoding import Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.errors import ConfigError, ModelError, arguments_of
 from lit_unlearn.evaluation.attacks.copies import changing_weights, copy_model
 from lit_unlearn.functional import upcast
