@@ -32,8 +32,6 @@ STAGES_FILE = FOLDER / "stages.json"
 SETS = {
     "forget": ("forget01", slice(0, 20)),
     "retain": ("retain99", slice(0, 180)),
-    # Never trained on: they give MatchUnseen its level.
-    "unseen": ("forget05", slice(0, 40)),
 }
 # Four rows of each retained author are enough for the audit, whose time goes with their number.
 AUDITED_RETAIN = slice(0, 180, 5)
@@ -103,7 +101,7 @@ def list_stages(model: str, precision: str) -> list[Stage]:
             "unlearn",
             "unlearn the tenth author",
             5.7,
-            ["fit", "--config=configs/real/unlearn.yaml", f"--trainer.precision={precision}"],
+            ["fit", "--config=configs/real/unlearn.yaml", f"--model.lm.teacher={model}", f"--trainer.precision={precision}"],
         ),
         Stage("audit", "audit the unlearned model", 5.0, audit, page=AUDIT / "audit.html"),
         Stage("answers", "ask the three models", 0.8, ["inspect", *models.values(), *questions]),

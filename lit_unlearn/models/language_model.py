@@ -255,7 +255,7 @@ class LanguageModel(SupervisedModel):
         if model is not None:
             self.teacher = LanguageModel.wrap(model, self.tokenizer)
         if self.teacher is None:
-            message = "an objective needs a teacher: set `teacher` to a model that never saw the forget set, such as the base model."
+            message = "an objective, or `rewind`, needs a teacher: set `teacher` to a model that never saw the forget set, such as the base model."
             raise ConfigError(message, owner=self, argument="teacher")
         if not self.teacher.is_loaded:
             with naming_teacher(str(self.teacher.name), owner=self):

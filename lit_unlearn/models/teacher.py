@@ -1,4 +1,4 @@
-"""The teacher of a model: errors that name it, and what the two must share."""
+"""The teacher of a model: errors that name it, what the two must share, and the way back to its weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import nn
 
-from lit_unlearn.errors import LitUnlearnError, ModelError
+from lit_unlearn.errors import ConfigError, LitUnlearnError, ModelError
+from lit_unlearn.models.weights import local_part
 
 if TYPE_CHECKING:
     from lit_unlearn.models.language_model import LanguageModel
@@ -41,3 +43,40 @@ def naming_teacher(name: str, owner: LanguageModel) -> Iterator[None]:
         error.owner, error.argument = owner, "teacher"
         error.args = (f"the teacher '{name}': {error}",)
         raise
+
+
+@torch.no_grad()
+def move_to_teacher(lm: LanguageModel, share: float) -> None:
+    """Set the weights to (1 − share) · weights + share · the teacher's.
+
+    Args:
+        lm: With its teacher loaded; both sharded alike, or neither.
+        share: From 0 to 1.
+
+    Raises:
+        ConfigError: If an adapter is trained, which the teacher does not have.
+        ModelError: If the teacher has other weights, by name or by shape.
+    """
+    if lm.has_adapter:
+        raise ConfigError(
+            "an adapter cannot be moved towards the teacher, which has none: leave out `rewind`, or train all weights (with "
+            "`merge_adapter: true` where the model itself is an adapter).",
+            owner=lm,
+            argument="adapter",
+        )
+    teacher = cast("LanguageModel", lm.teacher)
+    # A head that is tied to the embeddings is in `named_parameters` once, under either name.
+    there = dict(teacher.causal_lm.named_parameters(remove_duplicate=False))
+    moves = []
+    for name, parameter in lm.causal_lm.named_parameters():
+        if name not in there or there[name].shape != parameter.shape:
+            raise ModelError(
+                f"the weights cannot be moved towards the teacher '{teacher.name}', whose '{name}' is missing or has another shape: "
+                "set `teacher` to the model that this one was fine-tuned from, or leave out `rewind`.",
+                owner=lm,
+                argument="teacher",
+            )
+        moves.append((local_part(parameter), local_part(there[name])))
+    # Only now: a model that is refused stays as it was.
+    for part, aim in moves:
+        part.lerp_(aim.to(part.dtype), share)

@@ -129,6 +129,11 @@ class LitLanguageModel(L.LightningModule):
         """Return the objectives with their present weights; they are measured in validation, too."""
         return []
 
+    @property
+    def needs_teacher(self) -> bool:
+        """True if an objective needs the model's teacher."""
+        return any("teacher" in term.objective.needs for term in self.terms())
+
     # Loading ------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

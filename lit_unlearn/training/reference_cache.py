@@ -65,8 +65,8 @@ class ReferenceCache:
         check_needs(terms, lm, module.attached_trainer and module.attached_trainer.datamodule)  # type: ignore[attr-defined]
         if self.keeps_model or any("reference" in term.objective.needs for term in terms):
             lm.keep_reference()
-        if lm.teacher is not None and any("teacher" in term.objective.needs for term in terms):
-            if not lm.teacher.is_loaded:
+        if module.needs_teacher:
+            if lm.teacher is not None and not lm.teacher.is_loaded:
                 rank_zero_info(f"loading the teacher {lm.teacher.name}")
             lm.keep_teacher()
         if self.is_needed and self._name is None:

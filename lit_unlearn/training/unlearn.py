@@ -17,6 +17,7 @@ from lit_unlearn.errors import CheckpointError, ConfigError, DataError, Diverged
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.suite import Suite
 from lit_unlearn.models import Batch, LanguageModel
+from lit_unlearn.models.teacher import move_to_teacher
 from lit_unlearn.objectives import Objective
 from lit_unlearn.training.evaluator import Measurement
 from lit_unlearn.training.forward_plan import PassOrder, Term
@@ -57,6 +58,11 @@ class LitUnlearn(LitLanguageModel):
         benchmark_every_n_epochs: Epochs between two runs of the benchmark in a fit, with the validation at their end; its
             values are logged as ``val/<benchmark>/<value>``. ``None`` for none before the test.
         robustness: Another way to compute the gradient of a step, such as `SharpnessAware`; ``None`` for the plain one.
+        rewind: Share of the way to the weights of the model's ``teacher`` that is gone before the first step, from 0 (none) to below 1.
+            What was measured before stays what values and bounds are relative to, so that the run begins above the bound and
+            learns the retain set again, but not the forget set: little of it is left to be brought back by relearning.
+            Mu and Klabjan (arXiv 2409.09778) rewind to an earlier checkpoint; between two models, the weights are
+            interpolated as Wortsman et al., CVPR 2022 (arXiv 2109.01903), do for robustness.
 
     Raises:
         ConfigError: If there is no constraint, a name cannot be a key, or a number is out of range.
@@ -79,6 +85,7 @@ class LitUnlearn(LitLanguageModel):
         benchmark: Benchmark | None = None,
         benchmark_every_n_epochs: int | None = None,
         robustness: Robustness | None = None,
+        rewind: float = 0.0,
     ) -> None:
         super().__init__(
             lm,
@@ -106,6 +113,7 @@ class LitUnlearn(LitLanguageModel):
         self.forget_weight = check_number(self, "forget_weight", forget_weight, above=0)
         self.constraints = constraints
         self.robustness = robustness
+        self.rewind = check_number(self, "rewind", rewind, at_least=0, below=1)
         # Registered, so that objectives with buffers follow the model to its device.
         self._objectives = nn.ModuleDict({name: constraint.objective for name, constraint in constraints.items()})
         self.best: Measurement | None = None
@@ -117,6 +125,11 @@ class LitUnlearn(LitLanguageModel):
         for name, constraint in self.constraints.items():
             terms.append(Term(name, constraint.stream, constraint.objective, constraint.multiplier.value))
         return terms
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True if an objective, or `rewind`, needs the teacher."""
+        return self.rewind > 0 or super().needs_teacher
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +241,10 @@ class LitUnlearn(LitLanguageModel):
                 # All constraints are measured together, in one pass over the streams.
                 constraint.level.set(self._measure_constraint(name))
             rank_zero_info(f"constraint {name}: {constraint}")
+        # A run that is resumed has gone that way.
+        if self.rewind and self.global_step == 0:
+            move_to_teacher(self.lm, self.rewind)
+            rank_zero_info(f"rewound: the weights are {self.rewind:.0%} of the way to those of the teacher")
 
     def measure(self) -> dict[str, float]:
         """Evaluate the current weights on every validation example; see `Evaluator.measure`."""
