@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -232,6 +233,8 @@ def estimate_left(waiting: Sequence[Stage], earlier: Sequence[Stage], done: dict
 def run_command(command: list[str]) -> int:
     """Run a command of lit-unlearn, and return its exit code."""
     process = subprocess.Popen([sys.executable, "-m", "lit_unlearn", *command])
+    # Ctrl-C goes to the command as well, SIGTERM to this process alone.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()

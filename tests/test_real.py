@@ -153,14 +153,11 @@ def test_no_author_is_in_two_sets(in_tmp: Path) -> None:
     assert {name: len(rows) for name, rows in sets.items()} == {
         "forget": 20,
         "retain": 180,
-        "unseen": 40,
         "retain_audit": 36,
     }
     whole = {name: json.dumps(rows, ensure_ascii=False) for name, rows in sets.items()}
     assert all("Al-Kuwaiti" in row["question"] + row["answer"] for row in sets["forget"])
-    assert "Al-Kuwaiti" not in whole["retain"] + whole["unseen"]
-    assert "Hina Ameen" in whole["unseen"]
-    assert "Hina Ameen" not in whole["retain"]
+    assert "Al-Kuwaiti" not in whole["retain"]
     assert all(row in sets["retain"] for row in sets["retain_audit"])
     questions = read_json_lines(real.ROWS / "questions.jsonl")
     assert [row["question"].count("parents") for row in questions] == [1, 1, 0, 0]
@@ -244,10 +241,10 @@ def real_model() -> str:
 
 @pytest.mark.slow
 def test_three_steps_on_the_real_model_give_one_that_plain_transformers_loads(real_model: str, in_tmp: Path) -> None:
-    data = FictionalAuthors(num_authors=4, forget_authors=1, unseen_authors=1)
-    for name in ("forget", "retain", "unseen"):
+    data = FictionalAuthors(num_authors=4, forget_authors=1)
+    for name in ("forget", "retain"):
         write_json_lines(Path(f"{name}.jsonl"), data.load_set(name).to_list()[:2])
-    options = ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.streams={unseen: unseen.jsonl}"]
+    options = ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", f"--model.lm.teacher={real_model}"]
     options += ["--data.batch_size=2", "--data.retain_batch_size=2", "--trainer.max_steps=3"]
     options += ["--trainer.precision=32-true", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]
     options += ["--export.dirpath=unlearned", "--logs.save_dir=logs", "--report.require_feasible=false"]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
 
 from lit_unlearn.errors import ConfigError, LitUnlearnError, ModelError
 from lit_unlearn.models.weights import local_part
@@ -22,7 +21,7 @@ def check_teacher(lm: LanguageModel, teacher: LanguageModel) -> None:
     tokenizer, other = lm.tokenizer, teacher.tokenizer
     if tokenizer is not None and other is not None and tokenizer.get_vocab() != other.get_vocab():
         difference = f"has another tokenizer ({len(other)} entries, here {len(tokenizer)})"
-    there, here = (len(cast(nn.Linear, lm.causal_lm.get_output_embeddings()).weight) for lm in (teacher, lm))
+    there, here = (model.causal_lm.config.get_text_config().vocab_size for model in (teacher, lm))
     if there != here:
         difference = f"gives {there} logits, this model {here}"
     if difference is not None:

@@ -39,6 +39,8 @@ from lit_unlearn.utils.validation import check_choice, check_integer, check_numb
 
 # Lightning warns that only one of module and data module can transfer batches. Here it is the module, for any data module.
 warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `LightningModule`")
+# The reference model and the teacher are.
+warnings.filterwarnings("ignore", r".*Found \d+ module\(s\) in eval mode at the start of training")
 
 
 @dataclass(frozen=True)
