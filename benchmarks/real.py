@@ -102,7 +102,12 @@ def list_stages(model: str, precision: str) -> list[Stage]:
             "unlearn",
             "unlearn the tenth author",
             5.7,
-            ["fit", "--config=configs/real/unlearn.yaml", f"--model.lm.teacher={model}", f"--trainer.precision={precision}"],
+            [
+                "fit",
+                "--config=configs/real/unlearn.yaml",
+                f"--model.lm.teacher={model}",
+                f"--trainer.precision={precision}",
+            ],
         ),
         Stage("audit", "audit the unlearned model", 5.0, audit, page=AUDIT / "audit.html"),
         Stage("answers", "ask the three models", 0.8, ["inspect", *models.values(), *questions]),
