@@ -1,0 +1,135 @@
+"""One line of a results file for each cell of a sweep: what ran, at which commit, and what it measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.measuring import ATTACK_FOLDER, DEPTH_FILE, TOFU_FILE
+from benchmarks.quality.results_files import read_json_lines, round_numbers, write_json_lines
+from benchmarks.quality.run_unit import WORK_FOLDER, describe_commit
+from lit_unlearn.cli.cells import REPORT_FILE, CellState, read_state
+from lit_unlearn.cli.grid import Cell, read_sweep
+from lit_unlearn.utils.io import read_json
+
+Line = dict[str, Any]
+"""A cell's result: ``cell``, ``labels``, ``protocol``, ``commit``, ``commands``, ``digests``, ``seconds``, ``error``, and by the name
+of each file what it has."""
+
+# Of every forget row, beside the means: forget quality and fluency are computed from them.
+_ROW_VALUES = ("truth_ratio", "fluency_nll", "repetition")
+_SHOWN_ANSWERS = 3
+
+
+def collect(file: Path, results: Path, protocol: str, work: Path) -> list[Line]:
+    """Add the cells of a sweep that have ended to its results file, and return the lines of all its cells.
+
+    A line whose cell has not changed stays as it is, with the commit that it was made at. So do lines of cells that are not here:
+    they were run on another machine.
+
+    Args:
+        file: The sweep.
+        results: The results file.
+        protocol: Digest of the settings that the results were made with.
+        work: Folder of everything that sweeps write, which stands as ``{work}`` in the lines.
+    """
+    output, cells = read_sweep(str(file))
+    lines = {line["cell"]: line for line in read_json_lines(results)}
+    for cell in cells:
+        state = read_state(output / cell.name)
+        if state.status not in ("done", "failed"):
+            continue
+        line = make_line(cell, state, output / cell.name, protocol, work)
+        earlier = lines.get(cell.name, {})
+        is_same = all(earlier.get(key) == line[key] for key in ("protocol", "commands", "seconds", "error"))
+        if not is_same:
+            lines[cell.name] = line
+    # Sorted, so that the file's history in git shows which results changed, whatever order they ran in.
+    write_json_lines(results, [lines[name] for name in sorted(lines)])
+    return [lines[cell.name] for cell in cells if cell.name in lines]
+
+
+def make_line(cell: Cell, state: CellState, folder: Path, protocol: str, work: Path) -> Line:
+    """Return the line of a cell that has ended."""
+    line: Line = {
+        "cell": cell.name,
+        "labels": read_labels(cell.name),
+        "protocol": protocol,
+        "commit": describe_commit(),
+        "commands": [shlex.join(command) for command in cell.commands],
+        "digests": state.digests,
+        "seconds": state.seconds,
+        "error": state.reason,
+    }
+    for name, (file, summarize) in _FILES.items():
+        if (folder / file).is_file():
+            line[name] = summarize(read_json(folder / file))
+    # No line depends on where a machine has its folders.
+    without_folders: Line = json.loads(json.dumps(line).replace(str(work), WORK_FOLDER))
+    return round_numbers(without_folders)
+
+
+def read_labels(cell: str) -> dict[str, str]:
+    """Return the label of each axis from the name of a cell.
+
+    Example:
+        >>> read_labels("seed=0,method=pdu")
+        {'seed': '0', 'method': 'pdu'}
+    """
+    return dict(part.split("=", 1) for part in cell.split(","))
+
+
+def read_lines(results: Path, protocol: str) -> list[Line]:
+    """Return the lines of a results file; none if there is no such file.
+
+    Raises:
+        ValueError: If some were made under another protocol: their numbers do not belong in the same table.
+    """
+    lines = read_json_lines(results)
+    foreign = sorted({line["protocol"] for line in lines} - {protocol})
+    if foreign:
+        raise ValueError(f"'{results}' has results of another protocol ({', '.join(foreign)}): remove or rerun them.")
+    return lines
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _summarize_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key != "example"}
+
+
+def _summarize_tofu(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the means, some values of each forget row, and three generated answers: TOFU's authors are made up."""
+    rows = results["examples"]["forget"]
+    of_rows = {}
+    for name in _ROW_VALUES:
+        # Not measured of any row if the benchmark had no wrong answers, or no model that judges fluency.
+        if all(name in row for row in rows):
+            of_rows[name] = [row[name] for row in rows]
+    answers = [row.get("generated") for row in rows[:_SHOWN_ANSWERS]]
+    return {"aggregate": results["aggregate"], "missing": results["missing"], "forget": of_rows, "answers": answers}
+
+
+def _summarize_attack(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each attack brought back with its largest effort, or why it was not tested."""
+    attacks = {}
+    for label, entry in report["attacks"].items():
+        outcome = entry["model"]
+        attacks[label] = outcome["points"][-1] if "points" in outcome else outcome
+    return attacks
+
+
+def _summarize_depth(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {**results["aggregate"]}
+
+
+_FILES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    "report": (REPORT_FILE, _summarize_report),
+    "tofu": (TOFU_FILE, _summarize_tofu),
+    "attack": (f"{ATTACK_FOLDER}/attack.json", _summarize_attack),
+    "depth": (DEPTH_FILE, _summarize_depth),
+}

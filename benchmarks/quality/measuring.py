@@ -1,0 +1,58 @@
+"""The commands that measure a model of a sweep, as lines of its ``after``: the same for every tier."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+CELL = "{cell}"
+TOFU_FILE, ATTACK_FOLDER, DEPTH_FILE = "tofu.json", "attack", "depth.json"
+"""What the commands leave in a cell."""
+
+
+def evaluate(model: str, *, retain_results: str | None = None, **settings: Any) -> str:
+    """Return the command of TOFU's benchmark.
+
+    Args:
+        model: Folder or hub name; names of axes in braces stand for the cell's labels, here and below.
+        retain_results: Results of the retain-only model, for forget quality and Privacy.
+        **settings: Of the benchmark, such as ``source``.
+    """
+    if retain_results is not None:
+        settings["retain_results"] = retain_results
+    return _join("evaluate", model, suite="tofu", output=f"{CELL}/{TOFU_FILE}", **{"logs.save_dir": CELL}, **settings)
+
+
+def attack(model: str, config: str, **settings: Any) -> str:
+    """Return the command of a list of attacks.
+
+    The retain-only model is not attacked beside each model, which would take as long again: it has a cell of its own.
+
+    Args:
+        model: Folder or hub name.
+        config: File with the attacks.
+        **settings: Sets of rows, prompt and lengths.
+    """
+    return _join("attack", model, config=config, output=f"{CELL}/{ATTACK_FOLDER}", **settings)
+
+
+def depth(model: str, **settings: Any) -> str:
+    """Return the command of the Unlearning Depth Score.
+
+    Args:
+        model: Folder or hub name.
+        **settings: ``target``, ``retain_only`` and ``rows``, and how the questions are put.
+    """
+    return _join("depth", model, output=f"{CELL}/{DEPTH_FILE}", **settings)
+
+
+def prepare(kind: str, **settings: Any) -> str:
+    """Return the command that makes rows of a kind, which are then ``<kind>.jsonl`` in the cell."""
+    return _join("prepare", kind, output=f"{CELL}/{kind}.jsonl", **settings)
+
+
+def _join(command: str, target: str, **options: Any) -> str:
+    words = [command, target]
+    for name, value in options.items():
+        words.append(f"--{name}={value}")
+    return shlex.join(words)
