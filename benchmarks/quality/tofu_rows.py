@@ -28,7 +28,9 @@ class Selection(NamedTuple):
     measured: int | None
 
 
-def write_rows(tofu: str, folder: Path, selection: Selection, entities: str | None = None, max_entities: int = 10) -> None:
+def write_rows(
+    tofu: str, folder: Path, selection: Selection, entities: str | None = None, max_entities: int = 10
+) -> None:
     """Write the rows of every forget set, unless they are there.
 
     Of each size there is ``<size>/forget10_perturbed.json`` and ``<size>/retain.jsonl``, which together are the rows of the target
@@ -73,7 +75,9 @@ def write_rows(tofu: str, folder: Path, selection: Selection, entities: str | No
         for name, rows in files.items():
             write_json_lines(folder / name, rows)
         # Written last, so that an interruption is noticed.
-        write_json_lines(last, keep_pairs([*others["real_authors_perturbed.json"], *others["world_facts_perturbed.json"]]))
+        write_json_lines(
+            last, keep_pairs([*others["real_authors_perturbed.json"], *others["world_facts_perturbed.json"]])
+        )
 
     if entities is not None:
         with_entity = Source(entities).load("entities", argument="entities").to_list()
