@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -70,6 +71,11 @@ def make_line(cell: Cell, state: CellState, folder: Path, protocol: str, work: P
     # No line depends on where a machine has its folders.
     without_folders: Line = json.loads(json.dumps(line).replace(str(work), WORK_FOLDER))
     return round_numbers(without_folders)
+
+
+def digest_settings(settings: Any) -> str:
+    """Return the digest of plain values, by which results of another protocol are told."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_labels(cell: str) -> dict[str, str]:

@@ -18,12 +18,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from benchmarks.quality.collecting import Line
+from benchmarks.quality.measuring import RELEARNING
 from lit_unlearn.evaluation.question_scores import PUBLISHED_ATTACKS
 from lit_unlearn.evaluation.verdict import is_feasible
 from lit_unlearn.metrics import fluency_share, overall_score, privacy_score, relative_utility, utility_score
-
-RELEARNING = ("relearned", "relearned with LoRA")
-"""Labels of the relearning attacks."""
 
 MIN_FORGET_QUALITY, MAX_NLL_DIFFERENCE, MAX_SHARE_DIFFERENCE = 0.05, 0.5, 0.05
 MAX_RELEARNED, MIN_OVERALL = 2.0, 0.95  # multiples of the retain-only model's

@@ -9,6 +9,9 @@ CELL = "{cell}"
 TOFU_FILE, ATTACK_FOLDER, DEPTH_FILE = "tofu.json", "attack", "depth.json"
 """What the commands leave in a cell."""
 
+RELEARNING = ("relearned", "relearned with LoRA")
+"""Labels of the attacks that relearn, in the lists of every tier."""
+
 
 def evaluate(model: str, *, retain_results: str | None = None, **settings: Any) -> str:
     """Return the command of TOFU's benchmark.

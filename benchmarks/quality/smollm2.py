@@ -49,7 +49,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from benchmarks.quality.goals import RELEARNING
+from benchmarks.quality.measuring import RELEARNING
 from benchmarks.quality.tofu_rows import Selection
 
 HOURS = 10
