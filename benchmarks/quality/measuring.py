@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Sweep = dict[str, Any]
+"""The content of a sweep's file."""
 
 CELL = "{cell}"
 TOFU_FILE, ATTACK_FOLDER, DEPTH_FILE = "tofu.json", "attack", "depth.json"
@@ -13,16 +17,25 @@ RELEARNING = ("relearned", "relearned with LoRA")
 """Labels of the attacks that relearn, in the lists of every tier."""
 
 
-def evaluate(model: str, *, retain_results: str | None = None, **settings: Any) -> str:
+def measure(output: str, axes: Mapping[str, Sequence[int]], commands: Sequence[str]) -> Sweep:
+    """Return a sweep that fits nothing: it runs commands for every combination of labels.
+
+    Args:
+        output: Its folder.
+        axes: Labels by axis.
+        commands: Arguments of ``lit-unlearn``.
+    """
+    grid = {name: list(labels) for name, labels in axes.items()}
+    return {"output": output, "fit": False, "grid": grid, "after": list(commands)}
+
+
+def evaluate(model: str, **settings: Any) -> str:
     """Return the command of TOFU's benchmark.
 
     Args:
         model: Folder or hub name; names of axes in braces stand for the cell's labels, here and below.
-        retain_results: Results of the retain-only model, for forget quality and Privacy.
         **settings: Of the benchmark, such as ``source``.
     """
-    if retain_results is not None:
-        settings["retain_results"] = retain_results
     return _join("evaluate", model, suite="tofu", output=f"{CELL}/{TOFU_FILE}", **{"logs.save_dir": CELL}, **settings)
 
 
@@ -44,7 +57,7 @@ def depth(model: str, **settings: Any) -> str:
 
     Args:
         model: Folder or hub name.
-        **settings: ``target``, ``retain_only`` and ``rows``, and how the questions are put.
+        **settings: ``target``, ``retain_only`` and ``rows``, and the prompt.
     """
     return _join("depth", model, output=f"{CELL}/{DEPTH_FILE}", **settings)
 

@@ -13,11 +13,8 @@ import yaml
 
 from benchmarks.quality import smollm2 as protocol
 from benchmarks.quality.collecting import digest_settings, read_lines
-from benchmarks.quality.measuring import CELL, attack, depth, evaluate, prepare
+from benchmarks.quality.measuring import CELL, Sweep, attack, depth, evaluate, measure, prepare
 from benchmarks.quality.tofu_rows import write_rows
-
-Sweep = dict[str, Any]
-"""The content of a sweep's file."""
 
 _LR = "model.optimizer.init_args.lr"
 
@@ -97,7 +94,7 @@ class SmolLM2:
         Raises:
             ValueError: If its settings are chosen by results that are not there yet.
         """
-        sizes = self._grid.selection.sizes
+        output, sizes = f"{self.folder}/{stage}", self._grid.selection.sizes
         tuning_seeds, tuning_sizes = [protocol.TUNING_SEED], [self._grid.tuning_size]
         reference = f"{self.folder}/models/model=retain_only-{{size}}-{{seed}}/model"
         evaluated = self._evaluate(f"{CELL}/model", "reference"), self._attack(f"{CELL}/model")
@@ -106,17 +103,17 @@ class SmolLM2:
                 command = prepare(
                     "alternates", model=self._base, forget=self._rows("forget"), count=0, max_new_tokens=60
                 )
-                return self._measure(stage, {"size": sizes}, [command])
+                return measure(output, {"size": sizes}, [command])
             case "models":
                 return self._finetune()
             case "tuning_reference":
-                return self._measure(stage, {"seed": tuning_seeds, "size": tuning_sizes}, [self._evaluate(reference)])
+                return measure(output, {"seed": tuning_seeds, "size": tuning_sizes}, [self._evaluate(reference)])
             case "reference":
                 commands = [self._evaluate(reference), self._attack(reference)]
-                return self._measure(stage, {"seed": self.seeds, "size": sizes}, commands)
+                return measure(output, {"seed": self.seeds, "size": sizes}, commands)
             case "target":
                 commands = [self._evaluate(self._target, "reference")]
-                return self._measure(stage, {"seed": self.seeds, "size": sizes}, commands)
+                return measure(output, {"seed": self.seeds, "size": sizes}, commands)
             case "tuning":
                 sweep = self._unlearn(stage, tuning_seeds, tuning_sizes)
                 sweep["grid"]["method"] = {name: self._settings(name) for name in self.methods}
@@ -157,10 +154,6 @@ class SmolLM2:
     def _rows(self, name: str, size: object = "{size}") -> str:
         files = {"forget": f"{size}/forget10_perturbed.json", "retain": f"{size}/retain.jsonl"}
         return f"{self.folder}/rows/{files.get(name, f'{name}.jsonl')}"
-
-    def _measure(self, stage: str, axes: dict[str, Sequence[int]], commands: list[str]) -> Sweep:
-        grid = {name: list(values) for name, values in axes.items()}
-        return {"output": f"{self.folder}/{stage}", "fit": False, "grid": grid, "after": commands}
 
     def _finetune(self) -> Sweep:
         """Return the sweep of all target models and retain-only models: one axis, because no grid has exactly these."""
@@ -239,16 +232,16 @@ class SmolLM2:
         return float(chosen["labels"]["lr"])
 
     def _evaluate(self, model: str, reference: str | None = None) -> str:
-        results = None if reference is None else f"{self.folder}/{reference}/seed={{seed}},size={{size}}/tofu.json"
-        return evaluate(
-            model,
-            retain_results=results,
-            source=f"{self.folder}/rows/{{size}}",
-            holdout=json.dumps({"path": self._rows("holdout")}),
-            fluency_model=self._base,
-            max_length=protocol.MAX_LENGTH,
-            max_new_tokens=protocol.MAX_NEW_TOKENS,
-        )
+        settings = {
+            "source": f"{self.folder}/rows/{{size}}",
+            "holdout": json.dumps({"path": self._rows("holdout")}),
+            "fluency_model": self._base,
+            "max_length": protocol.MAX_LENGTH,
+            "max_new_tokens": protocol.MAX_NEW_TOKENS,
+        }
+        if reference is not None:
+            settings["retain_results"] = f"{self.folder}/{reference}/seed={{seed}},size={{size}}/tofu.json"
+        return evaluate(model, **settings)
 
     def _attack(self, model: str) -> str:
         sets = {"forget": self._rows("forget"), "retain": self._rows("retain")}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.quality.results_files import write_json_lines
+from lit_unlearn.errors import MissingFileError
 
 ROWS_PER_AUTHOR = 20
 Row = dict[str, Any]
@@ -18,7 +20,7 @@ class Selection(NamedTuple):
     Args:
         authors: Number of authors that a target model is fine-tuned on, from TOFU's first ones and its last ones.
         sizes: Numbers of authors to forget, ascending; they are TOFU's last ones.
-        aside: Number of authors in each of two sets that no model is fine-tuned on.
+        aside: Number of authors in each of two sets that no model is fine-tuned on; 0 for TOFU's holdout10 in place of one.
         measured: Rows that are measured of each set but the forget set, spread over it; ``None`` for all.
     """
 
@@ -35,14 +37,14 @@ def write_rows(
 
     Of each size there is ``<size>/forget10_perturbed.json`` and ``<size>/retain.jsonl``, which together are the rows of the target
     model, and what TOFU's benchmark measures beside the forget set. All sizes share ``unseen.jsonl``, ``holdout.jsonl`` and
-    ``general.jsonl``, which no model is trained on.
+    ``general.jsonl``, on which no model is trained.
 
     Args:
         tofu: Folder with TOFU's files, or its name on the hub.
         folder: Folder to write.
         selection: The rows to take.
         entities: File with the entity in each answer of ``forget10``, for the Unlearning Depth Score; ``None`` for none.
-        max_entities: Rows with an entity to take of each forget set, spread over it.
+        max_entities: Rows with an entity to take of each forget set, spread over it; ``None`` for all.
 
     Raises:
         MissingFileError: If a file is not there.
@@ -58,10 +60,14 @@ def write_rows(
         first_authors, last_authors = read("retain90"), read("forget10_perturbed")
         kept = selection.authors - max(selection.sizes)
         aside = selection.aside * ROWS_PER_AUTHOR
-        files: dict[str, list[Row]] = {
-            "unseen.jsonl": first_authors[-2 * aside : -aside],
-            "holdout.jsonl": first_authors[-aside:],
-        }
+        files: dict[str, list[Row]] = {}
+        if aside:
+            files["unseen.jsonl"] = first_authors[-2 * aside : -aside]
+            files["holdout.jsonl"] = first_authors[-aside:]
+        else:
+            # Not every copy of TOFU has it.
+            with suppress(MissingFileError):
+                files["holdout.jsonl"] = read("holdout10")
         others = {f"{name}_perturbed.json": read(f"{name}_perturbed") for name in ("real_authors", "world_facts")}
         # TOFU's retain_perturbed has its first twenty authors.
         others["retain_perturbed.json"] = read("retain_perturbed")[: kept * ROWS_PER_AUTHOR]
