@@ -29,7 +29,7 @@ def measure(output: str, axes: Mapping[str, Sequence[int]], commands: Sequence[s
     return {"output": output, "fit": False, "grid": grid, "after": list(commands)}
 
 
-def evaluate(model: str, **settings: Any) -> str:
+def evaluate(model: str, /, **settings: Any) -> str:
     """Return the command of TOFU's benchmark.
 
     Args:
@@ -39,7 +39,7 @@ def evaluate(model: str, **settings: Any) -> str:
     return _join("evaluate", model, suite="tofu", output=f"{CELL}/{TOFU_FILE}", **{"logs.save_dir": CELL}, **settings)
 
 
-def attack(model: str, config: str, **settings: Any) -> str:
+def attack(model: str, config: str, /, **settings: Any) -> str:
     """Return the command of a list of attacks.
 
     The retain-only model is not attacked beside each model, which would take as long again: it has a cell of its own.
@@ -52,7 +52,7 @@ def attack(model: str, config: str, **settings: Any) -> str:
     return _join("attack", model, config=config, output=f"{CELL}/{ATTACK_FOLDER}", **settings)
 
 
-def depth(model: str, **settings: Any) -> str:
+def depth(model: str, /, **settings: Any) -> str:
     """Return the command of the Unlearning Depth Score.
 
     Args:
@@ -62,13 +62,13 @@ def depth(model: str, **settings: Any) -> str:
     return _join("depth", model, output=f"{CELL}/{DEPTH_FILE}", **settings)
 
 
-def prepare(kind: str, **settings: Any) -> str:
+def prepare(kind: str, /, **settings: Any) -> str:
     """Return the command that makes rows of a kind, which are then ``<kind>.jsonl`` in the cell."""
     return _join("prepare", kind, output=f"{CELL}/{kind}.jsonl", **settings)
 
 
-def _join(command: str, target: str, **options: Any) -> str:
-    words = [command, target]
+def _join(command: str, subject: str, /, **options: Any) -> str:
+    words = [command, subject]
     for name, value in options.items():
         words.append(f"--{name}={value}")
     return shlex.join(words)

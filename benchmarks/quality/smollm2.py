@@ -49,6 +49,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from benchmarks.quality.collecting import digest_settings
 from benchmarks.quality.measuring import RELEARNING
 from benchmarks.quality.tofu_rows import Selection
 
@@ -144,7 +145,7 @@ def count_methods(grid: Grid, rate: float) -> int:
     return max(1, int((3600 * HOURS - seconds[0]) // seconds[1]))
 
 
-def describe() -> dict[str, Any]:
-    """Return the settings that decide the results of every method; a change of them starts a new comparison."""
+def digest(size: str) -> str:
+    """Return the digest of the settings that decide the results of all methods; a change of them starts a new comparison."""
     names = ("EPSILON", "RATES", "TUNING_SEED", "MAX_LENGTH", "MAX_NEW_TOKENS", "ATTACKS", "MAX_ENTITIES")
-    return {name: globals()[name] for name in names}
+    return digest_settings([GRIDS[size].selection, *[globals()[name] for name in names]])

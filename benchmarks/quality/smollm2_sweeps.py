@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 from benchmarks.quality import smollm2 as protocol
-from benchmarks.quality.collecting import digest_settings, read_lines
+from benchmarks.quality.collecting import read_lines
 from benchmarks.quality.measuring import CELL, Sweep, attack, depth, evaluate, measure, prepare
 from benchmarks.quality.tofu_rows import write_rows
 
@@ -68,8 +68,8 @@ class SmolLM2:
 
     @property
     def digest(self) -> str:
-        """The digest of the protocol's settings and of the grid's rows."""
-        return digest_settings([protocol.describe(), self._grid.selection])
+        """The digest that results are stored with."""
+        return protocol.digest(self.size)
 
     @property
     def _grid(self) -> protocol.Grid:

@@ -86,6 +86,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def digest() -> str:
+    """Return the digest of the settings that decide results."""
+    return digest_settings([TARGET, RETAIN_ONLY, CHAT, DTYPE, EPSILON, SELECTION, ATTACKS])
+
+
 @dataclass(frozen=True)
 class TOFU1B:
     """The tier of the published models.
@@ -119,8 +124,8 @@ class TOFU1B:
 
     @property
     def digest(self) -> str:
-        """The digest of the protocol's settings."""
-        return digest_settings([TARGET, RETAIN_ONLY, CHAT, DTYPE, EPSILON, SELECTION, ATTACKS])
+        """The digest that results are stored with."""
+        return digest()
 
     def write_inputs(self, options: Namespace) -> None:
         """Write rows and attacks, unless they are there."""
@@ -161,7 +166,8 @@ class TOFU1B:
             "output": output,
             "config": ["tofu.yaml", "paper/tofu_llama-3.2-1b.yaml"],
             "settings": settings,
-            "grid": {"seed": list(self.seeds), **size, "method": methods},
+            # A list would be values of a key of the fit.
+            "grid": {"seed": list(self.seeds), "size": {str(AUTHORS): None}, "method": methods},
             "after": after,
             "keep": "model",
         }
