@@ -87,8 +87,7 @@ def test_the_models_of_a_grid_are_those_that_its_stages_read(tuned: None, in_tmp
         ]
         read |= {word for word in words if word.startswith("work/models/")}
     assert read == folders
-    judging, tuning = tier.seeds, smollm2.TUNING_SEED
-    assert tuning not in judging
+    assert smollm2.TUNING_SEED not in tier.seeds
 
 
 def test_the_number_of_methods_follows_from_the_cost_of_a_step() -> None:
@@ -245,8 +244,9 @@ class FakeCommands:
             write_json(Path(options["--output"]), make_tofu_results(forget_quality=quality))
         elif arguments[0] == "attack":
             point = {"effort": 20, "rows": 10, "probability": 0.2, "rougeL_recall": 0.3}
-            attacks = dict.fromkeys([*tier_tables.RELEARNING, "sampled"], {"model": {"points": [{}, point]}})
-            attacks["4 bits"] = {"model": {"not_tested": "no memory"}}
+            attacks: dict[str, Any] = {"4 bits": {"model": {"not_tested": "no memory"}}}
+            for label in (*tier_tables.RELEARNING, "sampled"):
+                attacks[label] = {"model": {"points": [{}, point]}}
             write_json(Path(options["--output"], "attack.json"), {"attacks": attacks})
         elif arguments[0] == "depth":
             write_json(Path(options["--output"]), {"aggregate": {"unlearning_depth": 0.9}, "missing": {}})
@@ -332,16 +332,15 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, in_tmp: 
     assert len(run(*methods, "--stages", "matched").ran) == 2 * 3
 
 
-def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any, capsys: Any) -> None:
+def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any) -> None:
     run("--methods", "pdu", "npo", commands=FakeCommands("/tuning/seed=100,size=2,method=npo,lr=0.0001"))
     lines = read_json_lines(Path("results/smollm2-10/tuning.jsonl"))
     assert [line["error"] is None for line in lines] == [False, True, True, True]
     assert lines[0]["error"] == "fit ended with exit code 1: no memory"
 
     shutil.rmtree("work")
-    with pytest.raises(SystemExit, match="model=target-0"):
+    with pytest.raises(SystemExit, match=r"'models'.* model=target-0\. --retry"):
         run("--methods", "pdu", commands=FakeCommands("/models/model=target-0"))
-    assert "--retry runs them again" in capsys.readouterr().out + "--retry runs them again"
 
 
 def test_final_runs_need_their_tuning(run: Any, capsys: Any) -> None:
@@ -378,7 +377,8 @@ def test_the_small_tier_has_its_own_command(monkeypatch: pytest.MonkeyPatch) -> 
 def make_line(method: str | None = None, **values: Any) -> dict[str, Any]:
     labels = {"seed": "0", "size": "1"} | ({} if method is None else {"method": method})
     tofu = make_tofu_results(**values.pop("tofu", {}))
-    relearned = dict.fromkeys(tier_tables.RELEARNING, {"probability": values.pop("relearned", 0.2)})
+    probability = values.pop("relearned", 0.2)
+    relearned = {label: {"probability": probability} for label in tier_tables.RELEARNING}
     line = {
         "cell": ",".join(f"{axis}={label}" for axis, label in labels.items()),
         "labels": labels,
@@ -445,7 +445,7 @@ def test_the_rule_takes_most_goals_and_then_forget_quality() -> None:
 def test_tables_keep_failures_and_say_what_was_not_run(in_tmp: Path) -> None:
     folder = Path("results/smollm2-10")
     failed = {**make_line("npo"), "error": "fit ended with exit code 1: it diverged"}
-    write_json_lines(folder / "final.jsonl", [make_line("pdu", tofu={"forget_quality": 0.3}), failed])
+    write_json_lines(folder / "final.jsonl", [make_line("pdu", uds=0.7, tofu={"forget_quality": 0.3}), failed])
     write_json_lines(folder / "reference.jsonl", [make_line()])
     write_json_lines(folder / "target.jsonl", [make_line()])
     blocks = tier_tables.make_blocks(Path("results"))
@@ -511,6 +511,11 @@ def test_a_miniature_of_each_tier_runs_from_rows_to_tables(
     run: Any, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command on tiny models: every stage, every kind of cell, the tables."""
+    for attacks in (smollm2.ATTACKS["attacks"], tofu_1b.ATTACKS["attacks"]):
+        for label in tier_tables.RELEARNING:
+            # An author has two rows here.
+            monkeypatch.setitem(attacks[label], "rows", 1)
+            monkeypatch.setitem(attacks[label], "steps", 2)
     run("--methods", "match_unseen", "teacher_answers", "npo", commands=ForkedCommands())
     lines = read_json_lines(Path("results/smollm2-10/final.jsonl"))
     assert [line["error"] for line in lines] == [None] * 6
