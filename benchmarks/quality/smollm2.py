@@ -1,8 +1,8 @@
 """Protocol of the comparison on a pretrained model, SmolLM2-135M-Instruct. It was written before any of its runs.
 
-Data. TOFU's first authors and its last ones. The last 1, 2 (or 4, or with ``--size full`` 2, 10 and 20) are forgotten, all others are
+Data. TOFU's first authors and its last ones, of which the last 1 or 2 are forgotten (with ``--size 20`` also 4), and all others
 retained. Two sets of further authors are in no model: ``unseen`` gives `MatchUnseen` its level, ``holdout`` is what membership attacks
-compare with. ``--size full`` has TOFU's rows but for these ten authors, and its forget01, forget05 and forget10.
+compare with. ``--size full`` has all of TOFU but for these ten authors, and its forget01, forget05 and forget10: 2, 10 and 20 authors.
 
 Models. For each seed a target model, fine-tuned as in configs/real/target.yaml on all authors, and for each forget set a retain-only
 model, fine-tuned in the same way without it. Seed 0 judges (with ``--size full`` 0, 1 and 2). Seed 100 tunes, and judges nothing.
@@ -19,9 +19,9 @@ Measured. TOFU's benchmark (all forget rows, 20 of each other set, answers of up
 comes back after 20 steps on 10 forget rows, of all weights and of LoRA, with weights of 4 bits, and in 8 samples; the Unlearning Depth
 Score of 10 rows, if ``--entities`` has their entities; seconds and memory of the fit. The goals (a) to (e) are in `goals`.
 
-Matched damage. The stage ``matched`` runs every method again, with the chosen learning rate, until KL(p_ref‖p) on answers about real
-authors and world facts is 0.01, where RepSelect compares (arXiv 2606.17168). Not on retain rows: further training on these alone moves
-the KL. A method that stops before does less damage, and its line is a failure that says so.
+Matched damage. The stage ``matched`` runs every method again with its chosen learning rate, on the forget set that was tuned on, until
+KL(p_ref‖p) on answers about real authors and world facts is 0.01, where RepSelect compares (arXiv 2606.17168). Not on retain rows: more
+training on these moves the KL, too. A method that stops before does less damage, and its line is a failure that says so.
 
 Cost, in thousands of tokens that pass through a training step or its equivalent (a pass without gradient is a third of one):
 
@@ -103,26 +103,28 @@ ATTACKS: dict[str, Any] = {
 _MULTIPLIER = "model.constraints.nll.multiplier.init_args"
 _NATS = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 10}
 _LARGE = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 100}
+_AS_IT_IS: dict[str, Any] = {}
 # What each file is given, in the order in which methods are worth their time. BASE is the base model; ANSWERS are the forget rows
 # with its own answers.
 METHODS: dict[str, dict[str, Any]] = {
     "match_unseen": {**_NATS, "model.forget.init_args.factor": 1},
     "kl_to_teacher": {**_NATS, "model.lm.teacher": "BASE"},
     "pdu": _LARGE,
-    "npo": {},
+    "npo": _AS_IT_IS,
     "teacher_answers": {**_NATS, "data.forget": "ANSWERS"},
-    "grad_diff": {},
+    "grad_diff": _AS_IT_IS,
     "altpo_constrained": {**_LARGE, "data.forget": "ANSWERS"},
-    "simnpo": {},
+    "simnpo": _AS_IT_IS,
     "npo_constrained": _LARGE,
-    "nll_floor": {},
-    "wga": {},
-    "idk_dpo": {},
+    "nll_floor": _AS_IT_IS,
+    "wga": _AS_IT_IS,
+    "idk_dpo": _AS_IT_IS,
     "simnpo_constrained": _NATS,
     "grad_ascent_constrained": _NATS,
+    **dict.fromkeys(
+        ("rmu", "satimp", "kl_to_uniform", "jensun", "dpo", "idk_nll", "ceu", "undial", "grad_ascent"), _AS_IT_IS
+    ),
 }
-_AS_PUBLISHED = ("rmu", "satimp", "kl_to_uniform", "jensun", "dpo", "idk_nll", "ceu", "undial", "grad_ascent")
-METHODS |= {name: {} for name in _AS_PUBLISHED}
 # Of this package: all others are published, and the ones to exceed.
 OURS = (
     *("match_unseen", "kl_to_teacher", "teacher_answers", "nll_floor"),

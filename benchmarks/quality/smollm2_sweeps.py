@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from benchmarks.quality.measuring import CELL, Sweep, attack, depth, evaluate, m
 from benchmarks.quality.tofu_rows import write_rows
 
 _LR = "model.optimizer.init_args.lr"
+_UNLEARNED = f"{CELL}/model"
 
 
 @dataclass(frozen=True)
@@ -95,50 +96,39 @@ class SmolLM2:
             ValueError: If its settings are chosen by results that are not there yet.
         """
         output, sizes = f"{self.folder}/{stage}", self._grid.selection.sizes
-        tuning_seeds, tuning_sizes = [protocol.TUNING_SEED], [self._grid.tuning_size]
-        reference = f"{self.folder}/models/model=retain_only-{{size}}-{{seed}}/model"
-        evaluated = self._evaluate(f"{CELL}/model", "reference"), self._attack(f"{CELL}/model")
+        judging = {"seed": self.seeds, "size": sizes}
+        tuning = {"seed": [protocol.TUNING_SEED], "size": [self._grid.tuning_size]}
         match stage:
             case "answers":
-                command = prepare(
-                    "alternates", model=self._base, forget=self._rows("forget"), count=0, max_new_tokens=60
-                )
-                return measure(output, {"size": sizes}, [command])
+                rows = {"model": self._base, "forget": self._rows("forget"), "count": 0, "max_new_tokens": 60}
+                return measure(output, {"size": sizes}, [prepare("alternates", **rows)])
             case "models":
                 return self._finetune()
             case "tuning_reference":
-                return measure(output, {"seed": tuning_seeds, "size": tuning_sizes}, [self._evaluate(reference)])
-            case "reference":
-                commands = [self._evaluate(reference), self._attack(reference)]
-                return measure(output, {"seed": self.seeds, "size": sizes}, commands)
-            case "target":
-                commands = [self._evaluate(self._target, "reference")]
-                return measure(output, {"seed": self.seeds, "size": sizes}, commands)
+                return measure(output, tuning, [self._evaluate(self._reference)])
             case "tuning":
-                sweep = self._unlearn(stage, tuning_seeds, tuning_sizes)
-                sweep["grid"]["method"] = {name: self._settings(name) for name in self.methods}
-                sweep["grid"][_LR] = list(protocol.RATES)
-                sweep["after"] = [self._evaluate(f"{CELL}/model", "tuning_reference")]
-                return sweep
+                methods = {name: self._settings(name) for name in self.methods}
+                after = [self._evaluate(_UNLEARNED, "tuning_reference")]
+                return self._unlearn(output, tuning, {"method": methods, _LR: list(protocol.RATES)}, after)
+            case "reference":
+                return measure(output, judging, [self._evaluate(self._reference), self._attack(self._reference)])
+            case "target":
+                return measure(output, judging, [self._evaluate(self._target, "reference")])
             case "final":
-                sweep = self._unlearn(stage, self.seeds, sizes)
-                settings = {name: self._settings(name) | {_LR: self._choose_rate(name)} for name in self.methods}
-                sweep["grid"]["method"] = settings
-                sweep["after"] = list(evaluated)
+                after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
                 if self.measures_depth:
-                    # Last: it may be added to cells that ran without it.
-                    sweep["after"].append(self._depth(reference))
+                    after.append(self._depth())
+                sweep = self._unlearn(output, judging, {"method": self._choose_settings()}, after)
+                if self.size != "full":
+                    # So that depth can be added. A model has 0.5 GB, and a GPU's grid hundreds of them.
+                    sweep["keep"] = "model"
                 return sweep
             case "matched":
-                sweep = self._unlearn(stage, self.seeds, tuning_sizes)
-                settings = {
-                    name: self._settings(name, "general") | {_LR: self._choose_rate(name)} for name in self.methods
-                }
-                sweep["grid"]["method"] = settings
-                sweep["matched"] = "kl"
+                after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
+                axes = {"seed": self.seeds, "size": tuning["size"]}
+                sweep = self._unlearn(output, axes, {"method": self._choose_settings("general")}, after)
                 sweep["settings"] |= {"damage.stream": "general", "damage.rows": 32, "damage.every_n_steps": 2}
-                sweep["after"] = list(evaluated)
-                return sweep
+                return sweep | {"matched": "kl"}
         raise ValueError(f"there is no stage '{stage}'.")
 
     # Parts of sweeps --------------------------------------------------------------------------------------------------
@@ -150,6 +140,10 @@ class SmolLM2:
     @property
     def _target(self) -> str:
         return f"{self.folder}/models/model=target-{{seed}}/model"
+
+    @property
+    def _reference(self) -> str:
+        return f"{self.folder}/models/model=retain_only-{{size}}-{{seed}}/model"
 
     def _rows(self, name: str, size: object = "{size}") -> str:
         files = {"forget": f"{size}/forget10_perturbed.json", "retain": f"{size}/retain.jsonl"}
@@ -173,10 +167,19 @@ class SmolLM2:
             "keep": "model",
         }
 
-    def _unlearn(self, stage: str, seeds: Sequence[int], sizes: Sequence[int]) -> Sweep:
-        """Return a sweep of unlearning runs that has no methods yet."""
+    def _unlearn(
+        self, output: str, axes: Mapping[str, Sequence[int]], methods: Mapping[str, Any], after: list[str]
+    ) -> Sweep:
+        """Return a sweep of unlearning runs.
+
+        Args:
+            output: Its folder.
+            axes: Seeds and forget sets.
+            methods: The axes after them.
+            after: What measures a model.
+        """
         batches = {}
-        for size in sizes:
+        for size in axes["size"]:
             batch = protocol.BATCH_PER_AUTHOR * size
             retain = max(protocol.MIN_RETAIN_BATCH, batch)
             batches[str(size)] = {"data.batch_size": batch, "data.retain_batch_size": retain}
@@ -191,11 +194,11 @@ class SmolLM2:
             "picture.answers": 0,
         }
         return {
-            "output": f"{self.folder}/{stage}",
+            "output": output,
             "config": "real/unlearn.yaml",
             "settings": settings,
-            "grid": {"seed": list(seeds), "size": batches},
-            # A model has 0.5 GB, and all that is asked of it is measured.
+            "grid": {"seed": list(axes["seed"]), "size": batches, **methods},
+            "after": after,
             "keep": "results",
         }
 
@@ -208,6 +211,10 @@ class SmolLM2:
         # null, because the file to begin with names a set that is not here.
         settings["data.streams"] = {name: self._rows(name) for name in streams} or None
         return settings
+
+    def _choose_settings(self, *streams: str) -> dict[str, dict[str, Any]]:
+        """Return the settings of all methods, with the chosen learning rates."""
+        return {name: self._settings(name, *streams) | {_LR: self._choose_rate(name)} for name in self.methods}
 
     def _choose_rate(self, method: str) -> float:
         """Return the learning rate of the tuning run that the rule chooses.
@@ -247,7 +254,7 @@ class SmolLM2:
         sets = {"forget": self._rows("forget"), "retain": self._rows("retain")}
         return attack(model, f"{self.folder}/attacks.yaml", **sets, max_length=protocol.MAX_LENGTH)
 
-    def _depth(self, reference: str) -> str:
+    def _depth(self) -> str:
         rows = f"{self.folder}/rows/{{size}}/entities.jsonl"
-        models = {"target": self._target, "retain_only": reference}
-        return depth(f"{CELL}/model", **models, rows=rows, max_length=protocol.MAX_LENGTH)
+        models = {"target": self._target, "retain_only": self._reference}
+        return depth(_UNLEARNED, **models, rows=rows, max_length=protocol.MAX_LENGTH)
