@@ -57,7 +57,7 @@ PUBLISHED = {
 """Best Overall of each method in the public grid of 150 models, four settings and more each (arXiv 2605.24614)."""
 PUBLISHED_RETAIN_ONLY = 0.807
 
-_RELEARN = {"attack": "relearn", "source": "forget", "rows": 0.1, "steps": 20, "curve": [], "seed": 0}
+_RELEARN = {"attack": "relearn", "source": "forget", "rows": 0.1, "steps": 20, "seed": 0}
 ATTACKS: dict[str, Any] = {
     "max_new_tokens": 200,
     "value": "probability",
