@@ -188,7 +188,8 @@ def tofu(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_no_author_is_in_two_sets_and_the_target_has_the_same_rows_for_every_size(tofu: str) -> None:
     selection = tofu_rows.Selection(10, (1, 2), aside=2, measured=4)
-    tofu_rows.write_rows(tofu, Path("rows"), selection, "entities.json", max_entities=1)
+    tofu_rows.write_rows(tofu, Path("rows"), selection)
+    tofu_rows.write_entities(tofu, Path("rows"), selection, "entities.json", max_rows=1)
     trained = []
     for size in selection.sizes:
         forget, retain = (
@@ -314,12 +315,12 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, in_tmp: 
 
     line = read_json_lines(Path("results/smollm2-10/final.jsonl"))[0]
     assert line["labels"] == {"seed": "0", "size": "1", "method": "npo"}
-    assert line["error"] is None
+    assert "error" not in line
     assert line["commit"]
     assert set(line["digests"]) == {"real/unlearn.yaml", "method/npo.yaml"}
     assert len(line["commands"]) == len(line["seconds"]) == 4
     assert "{work}/models/model=target-0/model" in line["commands"][0]
-    assert "example" not in line["report"]
+    assert line["report"]["example"] is None
     assert line["tofu"]["forget"]["truth_ratio"] == [0.7] * 4
     assert line["attack"]["relearned"]["probability"] == 0.2
     assert line["depth"] == {"unlearning_depth": 0.9}
@@ -335,7 +336,7 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, in_tmp: 
 def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any) -> None:
     run("--methods", "pdu", "npo", commands=FakeCommands("/tuning/seed=100,size=2,method=npo,lr=0.0001"))
     lines = read_json_lines(Path("results/smollm2-10/tuning.jsonl"))
-    assert [line["error"] is None for line in lines] == [False, True, True, True]
+    assert ["error" in line for line in lines] == [True, False, False, False]
     assert lines[0]["error"] == "fit ended with exit code 1: no memory"
 
     shutil.rmtree("work")
@@ -384,7 +385,6 @@ def make_line(method: str | None = None, **values: Any) -> dict[str, Any]:
         "labels": labels,
         "protocol": smollm2.digest("10"),
         "commit": "abc",
-        "error": None,
         "report": make_report(values.pop("nll", 0.1)),
         "tofu": collecting._summarize_tofu(tofu),
         "attack": relearned,
@@ -411,8 +411,8 @@ def test_each_goal_can_be_missed(changes: dict[str, Any], expected: str) -> None
     for_all = {f"attack_score/{name}".replace("/", "__"): 0.99 for name in ("min_k", "min_k_plus_plus", "loss", "zlib")}
     values["tofu"] = {**for_all, **values["tofu"]}
     line, reference = make_line("ours", **values), make_line()
-    kept = tier_tables.Kept([reference], [make_line()], [line, make_line("theirs", uds=0.5)])
-    reached = tier_tables.judge_methods(kept, kept.unlearned, ["theirs"], {})["ours"]
+    results = tier_tables.TierResults([reference], [make_line()], [line, make_line("theirs", uds=0.5)])
+    reached = tier_tables.judge_methods(results, results.unlearned, ["theirs"], {})["ours"]
     assert "".join(name for name, value in reached.items() if value is True) == expected
     assert None not in reached.values()
 
@@ -518,7 +518,7 @@ def test_a_miniature_of_each_tier_runs_from_rows_to_tables(
             monkeypatch.setitem(attacks[label], "steps", 2)
     run("--methods", "match_unseen", "teacher_answers", "npo", commands=ForkedCommands())
     lines = read_json_lines(Path("results/smollm2-10/final.jsonl"))
-    assert [line["error"] for line in lines] == [None] * 6
+    assert [line.get("error") for line in lines] == [None] * 6
     for line in lines:
         assert {"report", "tofu", "attack", "depth"} <= line.keys()
         assert {"forget_quality", "privacy", "model_utility", "memorization"} <= line["tofu"]["aggregate"].keys()
@@ -534,4 +534,4 @@ def test_a_miniature_of_each_tier_runs_from_rows_to_tables(
         shutil.copytree(Path("made", name, "model"), published / Path(name).name)
     run("--models=published", model="tofu-1b", commands=ForkedCommands())
     lines = read_json_lines(Path("results/tofu-1b/final.jsonl"))
-    assert [line["error"] for line in lines] == [None] * len(tofu_1b.METHODS)
+    assert [line.get("error") for line in lines] == [None] * len(tofu_1b.METHODS)

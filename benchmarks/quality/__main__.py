@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.quality import smollm2, sweep, tofu_1b
 from benchmarks.quality.collecting import collect
-from benchmarks.quality.results_files import RESULTS
+from benchmarks.quality.results_files import RESULTS, drop_failed
 from benchmarks.quality.smollm2_sweeps import SmolLM2
 from benchmarks.quality.tofu_1b import TOFU1B
 from lit_unlearn.cli import main as run_lit_unlearn
@@ -101,8 +101,9 @@ def run_stage(tier: Tier, stage: str, options: argparse.Namespace) -> None:
         lines = collect(file, tier.results / f"{stage}.jsonl", tier.digest, tier.folder)
     if stage in tier.MAY_FAIL:
         return
-    done = {line["cell"] for line in lines if line["error"] is None}
-    missing = [cell.name for cell in read_sweep(str(file))[1] if cell.name not in done]
+    done = [line["cell"] for line in drop_failed(lines)]
+    _, cells = read_sweep(str(file))
+    missing = [cell.name for cell in cells if cell.name not in done]
     if missing:
         sys.exit(
             f"later stages need all cells of '{stage}', and these are not done: {'; '.join(missing)}. --retry runs them again."

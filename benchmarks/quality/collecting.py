@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from lit_unlearn.cli.grid import Cell, read_sweep
 from lit_unlearn.utils.io import read_json
 
 Line = dict[str, Any]
-"""A cell's result: ``cell``, ``labels``, ``protocol``, ``commit``, ``commands``, ``digests``, ``seconds``, ``error``, and by the name
-of each file what it has."""
+"""A cell's result: ``cell``, ``labels``, ``protocol``, ``commit``, ``commands``, ``digests`` and ``seconds``, the values of each file
+under its name, and of a cell that failed ``error``."""
 
 # Of every forget row, beside the means: forget quality and fluency are computed from them.
 _ROW_VALUES = ("truth_ratio", "fluency_nll", "repetition")
 _SHOWN_ANSWERS = 3
+# None is the fluency of an empty answer.
+_NOT_MEASURED = "not measured"
 
 
 def collect(file: Path, results: Path, protocol: str, work: Path) -> list[Line]:
@@ -44,13 +46,16 @@ def collect(file: Path, results: Path, protocol: str, work: Path) -> list[Line]:
         if state.status not in ("done", "failed"):
             continue
         line = make_line(cell, state, output / cell.name, protocol, work)
-        earlier = lines.get(cell.name, {})
-        is_same = all(earlier.get(key) == line[key] for key in ("protocol", "commands", "seconds", "error"))
-        if not is_same:
+        if _list_what_ran(line) != _list_what_ran(lines.get(cell.name, {})):
             lines[cell.name] = line
     # Sorted, so that the file's history in git shows which results changed, whatever order they ran in.
-    write_json_lines(results, [lines[name] for name in sorted(lines)])
+    write_json_lines(results, [line for _, line in sorted(lines.items())])
     return [lines[cell.name] for cell in cells if cell.name in lines]
+
+
+def _list_what_ran(line: Line) -> list[Any]:
+    # Seconds to four digits are not the same of another run.
+    return [line.get(key) for key in ("protocol", "commands", "seconds", "error")]
 
 
 def make_line(cell: Cell, state: CellState, folder: Path, protocol: str, work: Path) -> Line:
@@ -60,11 +65,12 @@ def make_line(cell: Cell, state: CellState, folder: Path, protocol: str, work: P
         "labels": read_labels(cell.name),
         "protocol": protocol,
         "commit": describe_commit(),
-        "commands": [shlex.join(command) for command in cell.commands],
+        "commands": list(map(shlex.join, cell.commands)),
         "digests": state.digests,
         "seconds": state.seconds,
-        "error": state.reason,
     }
+    if state.reason is not None:
+        line["error"] = state.reason
     for name, (file, summarize) in _FILES.items():
         if (folder / file).is_file():
             line[name] = summarize(read_json(folder / file))
@@ -101,11 +107,17 @@ def read_lines(results: Path, protocol: str) -> list[Line]:
     return lines
 
 
+def select_lines(lines: Sequence[Line], **labels: str) -> list[Line]:
+    """Return the lines whose cells have the given labels, such as ``method="pdu", size="2"``."""
+    return [line for line in lines if labels.items() <= line["labels"].items()]
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _summarize_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in report.items() if key != "example"}
+    # It may have the tokens of a row.
+    return {**report, "example": None}
 
 
 def _summarize_tofu(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,9 +125,9 @@ def _summarize_tofu(results: Mapping[str, Any]) -> dict[str, Any]:
     rows = results["examples"]["forget"]
     of_rows = {}
     for name in _ROW_VALUES:
-        # Not measured of any row if the benchmark had no wrong answers, or no model that judges fluency.
-        if all(name in row for row in rows):
-            of_rows[name] = [row[name] for row in rows]
+        column = [row.get(name, _NOT_MEASURED) for row in rows]
+        if _NOT_MEASURED not in column:
+            of_rows[name] = column
     answers = [row.get("generated") for row in rows[:_SHOWN_ANSWERS]]
     return {"aggregate": results["aggregate"], "missing": results["missing"], "forget": of_rows, "answers": answers}
 

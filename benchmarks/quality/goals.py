@@ -39,7 +39,7 @@ def find_line(lines: Sequence[Line], line: Line) -> Line | None:
     for candidate in lines:
         of_candidate = candidate["labels"]
         is_same_seed = of_candidate.get("seed", labels.get("seed")) == labels.get("seed")
-        if candidate["error"] is None and of_candidate["size"] == labels["size"] and is_same_seed:
+        if "error" not in candidate and of_candidate["size"] == labels["size"] and is_same_seed:
             return candidate
     return None
 
@@ -65,13 +65,14 @@ def get_relearned(line: Line | None, attack: str = RELEARNING[0]) -> float | Non
 
 def get_nll_share(line: Line) -> float | None:
     """Return the retain NLL of the kept model divided by epsilon."""
-    value, epsilon = (get_value(line, "report", "constraints", "nll", key) for key in ("value", "epsilon"))
+    value = get_value(line, "report", "constraints", "nll", "value")
+    epsilon = get_value(line, "report", "constraints", "nll", "epsilon")
     return None if value is None or epsilon is None else value / epsilon
 
 
 def compute_fluency(line: Line, reference: Line) -> float | None:
     """Return the share of fluent answers, empty ones counted as not fluent; ``None`` if it was not measured."""
-    rows, reference_rows = (each.get("tofu", {}).get("forget", {}) for each in (line, reference))
+    rows, reference_rows = _get_forget_rows(line), _get_forget_rows(reference)
     if "fluency_nll" not in rows or "fluency_nll" not in reference_rows:
         return None
     losses, repetitions = [], []
@@ -83,6 +84,11 @@ def compute_fluency(line: Line, reference: Line) -> float | None:
     if not losses or not references:
         return 0.0
     return fluency_share(losses, references, repetitions) * len(losses) / len(rows["fluency_nll"])
+
+
+def _get_forget_rows(line: Line) -> dict[str, list[float | None]]:
+    rows: dict[str, list[float | None]] = line.get("tofu", {}).get("forget", {})
+    return rows
 
 
 def compute_parts(line: Line, reference: Line | None, target: Line | None) -> Parts:
@@ -107,8 +113,8 @@ def compute_parts(line: Line, reference: Line | None, target: Line | None) -> Pa
         parts["privacy"] = privacy_score(attacks, uds)  # type: ignore[arg-type]
 
     utilities = []
-    for each in (line, target):
-        utility, fluency = get_tofu(each, "model_utility"), compute_fluency(each, reference)
+    for of_model in (line, target):
+        utility, fluency = get_tofu(of_model, "model_utility"), compute_fluency(of_model, reference)
         if utility is not None and fluency is not None:
             utilities.append(utility_score(utility, fluency))
     if len(utilities) == 2 and utilities[1] > 0:
@@ -146,11 +152,11 @@ def _is_fluent(line: Line, reference: Line | None) -> bool | None:
         "empty": MAX_SHARE_DIFFERENCE,
     }
     for name, limit in limits.items():
-        value, wanted = (get_tofu(each, f"forget/{name}") for each in (line, reference))
-        if value is None or wanted is None:
+        value, of_reference = get_tofu(line, f"forget/{name}"), get_tofu(reference, f"forget/{name}")
+        if value is None or of_reference is None:
             return None
         # Answers that are more likely than ordinary ones are not fluent either; less repetition is no fault.
-        difference = abs(value - wanted) if name == "fluency_nll" else value - wanted
+        difference = abs(value - of_reference) if name == "fluency_nll" else value - of_reference
         if difference > limit:
             return False
     return True
@@ -158,10 +164,10 @@ def _is_fluent(line: Line, reference: Line | None) -> bool | None:
 
 def _withstands_relearning(line: Line, reference: Line | None) -> bool | None:
     for attack in RELEARNING:
-        value, wanted = get_relearned(line, attack), get_relearned(reference, attack)
-        if value is None or wanted is None:
+        value, of_reference = get_relearned(line, attack), get_relearned(reference, attack)
+        if value is None or of_reference is None:
             return None
-        if value > MAX_RELEARNED * wanted:
+        if value > MAX_RELEARNED * of_reference:
             return False
     return True
 
@@ -169,8 +175,11 @@ def _withstands_relearning(line: Line, reference: Line | None) -> bool | None:
 def _is_best(method: str, overalls: Mapping[str, float], published: Collection[str]) -> bool | None:
     if method not in overalls or "" not in overalls:
         return None
-    best = max((overalls[name] for name in published if name != method and name in overalls), default=0.0)
-    return overalls[method] > best and overalls[method] >= MIN_OVERALL * overalls[""]
+    for name in published:
+        # One that failed has no Overall to exceed.
+        if name != method and overalls.get(name, -math.inf) >= overalls[method]:
+            return False
+    return overalls[method] >= MIN_OVERALL * overalls[""]
 
 
 def choose_run(lines: Sequence[Line], references: Sequence[Line]) -> Line:

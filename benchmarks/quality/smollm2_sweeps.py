@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any, ClassVar
 import yaml
 
 from benchmarks.quality import smollm2 as protocol
-from benchmarks.quality.collecting import read_lines
+from benchmarks.quality.collecting import read_lines, select_lines
 from benchmarks.quality.measuring import CELL, Sweep, attack, depth, evaluate, measure, prepare
-from benchmarks.quality.tofu_rows import write_rows
+from benchmarks.quality.results_files import drop_failed
+from benchmarks.quality.tofu_rows import write_entities, write_rows
 
 _LR = "model.optimizer.init_args.lr"
 _UNLEARNED = f"{CELL}/model"
@@ -80,7 +82,10 @@ class SmolLM2:
         """Find the model, and write rows and attacks, unless they are there."""
         from benchmarks.smollm2 import find_model
 
-        write_rows(options.tofu, self.folder / "rows", self._grid.selection, options.entities, protocol.MAX_ENTITIES)
+        rows = options.tofu, self.folder / "rows", self._grid.selection
+        write_rows(*rows)
+        if options.entities is not None:
+            write_entities(*rows, options.entities, protocol.MAX_ENTITIES)
         attacks = yaml.safe_dump(protocol.ATTACKS, sort_keys=False)
         (self.folder / "attacks.yaml").write_text(attacks, encoding="utf-8")
         base = self.folder / "base"
@@ -152,8 +157,8 @@ class SmolLM2:
     def _finetune(self) -> Sweep:
         """Return the sweep of all target models and retain-only models: one axis, because no grid has exactly these."""
         models: dict[str, dict[str, Any]] = {}
-        judged = [(seed, size) for seed in self.seeds for size in self._grid.selection.sizes]
-        for seed, size in [*judged, (protocol.TUNING_SEED, self._grid.tuning_size)]:
+        pairs = list(itertools.product(self.seeds, self._grid.selection.sizes))
+        for seed, size in [*pairs, (protocol.TUNING_SEED, self._grid.tuning_size)]:
             seeds = dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed)
             rows = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
             # The rows of all sizes are the same in total.
@@ -205,7 +210,9 @@ class SmolLM2:
     def _settings(self, method: str, *streams: str) -> dict[str, Any]:
         """Return the settings of a method beside its file, with the sets that it reads beside forget and retain rows."""
         places = {"BASE": self._base, "ANSWERS": f"{self.folder}/answers/size={{size}}/alternates.jsonl"}
-        settings = {key: places.get(value, value) for key, value in protocol.METHODS[method].items()}
+        settings = {}
+        for key, value in protocol.METHODS[method].items():
+            settings[key] = places.get(value, value)
         if method == "match_unseen":
             streams = ("unseen", *streams)
         # null, because the file to begin with names a set that is not here.
@@ -214,7 +221,10 @@ class SmolLM2:
 
     def _choose_settings(self, *streams: str) -> dict[str, dict[str, Any]]:
         """Return the settings of all methods, with the chosen learning rates."""
-        return {name: self._settings(name, *streams) | {_LR: self._choose_rate(name)} for name in self.methods}
+        settings = {}
+        for name in self.methods:
+            settings[name] = {**self._settings(name, *streams), _LR: self._choose_rate(name)}
+        return settings
 
     def _choose_rate(self, method: str) -> float:
         """Return the learning rate of the tuning run that the rule chooses.
@@ -224,15 +234,11 @@ class SmolLM2:
         """
         from benchmarks.quality.goals import choose_run
 
-        lines = [
-            line
-            for line in read_lines(self.results / "tuning.jsonl", self.digest)
-            if line["labels"]["method"] == method
-        ]
-        succeeded = [line for line in lines if line["error"] is None]
-        if len(lines) < len(protocol.RATES) or not succeeded:
+        runs = select_lines(read_lines(self.results / "tuning.jsonl", self.digest), method=method)
+        succeeded = drop_failed(runs)
+        if len(runs) < len(protocol.RATES) or not succeeded:
             raise ValueError(
-                f"'{method}' has {len(lines)} of {len(protocol.RATES)} tuning runs, {len(succeeded)} of them without an error: run the "
+                f"'{method}' has {len(runs)} of {len(protocol.RATES)} tuning runs, {len(succeeded)} of them without an error: run the "
                 "stage 'tuning' first, or leave the method out."
             )
         chosen = choose_run(succeeded, read_lines(self.results / "tuning_reference.jsonl", self.digest))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.markdown_blocks import markdown_table
 from benchmarks.quality import smollm2, tofu_1b
-from benchmarks.quality.collecting import Line, read_lines
+from benchmarks.quality.collecting import Line, read_lines, select_lines
 from benchmarks.quality.goals import (
     Goals,
     Parts,
@@ -22,12 +22,12 @@ from benchmarks.quality.goals import (
     judge,
 )
 from benchmarks.quality.measuring import RELEARNING
+from benchmarks.quality.results_files import drop_failed
 from lit_unlearn.evaluation.verdict import is_feasible
 from lit_unlearn.metrics.intervals import seeds_interval
 
 NOT_RUN = "not run yet"
 GOALS = ("a", "b", "c", "d", "e")
-_RETAIN_ONLY, _TARGET = "retain-only", "target"
 
 Column = Callable[[Line, Parts], float | None]
 
@@ -54,17 +54,18 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-class Kept(NamedTuple):
-    """The results files of a tier: of its retain-only models, its target models, and of unlearned ones."""
+class TierResults(NamedTuple):
+    """The results files of a tier: of its retain-only models, its target models, and unlearned ones."""
 
     reference: list[Line]
     target: list[Line]
     unlearned: list[Line]
 
     @classmethod
-    def read(cls, folder: Path, digest: str, stage: str = "final") -> Kept:
+    def read(cls, folder: Path, digest: str, stage: str = "final") -> TierResults:
         """Read what is there."""
-        return cls(*(read_lines(folder / f"{name}.jsonl", digest) for name in ("reference", "target", stage)))
+        files = [folder / f"{name}.jsonl" for name in ("reference", "target", stage)]
+        return cls(*[read_lines(file, digest) for file in files])
 
     def compute_parts(self, line: Line) -> Parts:
         """Compute the parts of Overall for a line."""
@@ -72,7 +73,7 @@ class Kept(NamedTuple):
 
     def select(self, **labels: str) -> list[Line]:
         """Return the lines of unlearned models with these labels."""
-        return [line for line in self.unlearned if labels.items() <= line["labels"].items()]
+        return select_lines(self.unlearned, **labels)
 
 
 def make_blocks(results: Path) -> dict[str, str]:
@@ -86,77 +87,82 @@ def make_blocks(results: Path) -> dict[str, str]:
         folder, digest = results / f"smollm2-{size}", smollm2.digest(size)
         authors = list(map(str, grid.selection.sizes))
         published = [name for name in smollm2.METHODS if name not in smollm2.OURS]
-        blocks[f"smollm2-{size}"] = make_tier(Kept.read(folder, digest), authors, published)
-        matched = Kept.read(folder, digest, "matched")
+        blocks[f"smollm2-{size}"] = make_tier(TierResults.read(folder, digest), authors, published)
+        matched = TierResults.read(folder, digest, "matched")
         blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.tuning_size))
-    kept = Kept.read(results / "tofu-1b", tofu_1b.digest())
-    blocks["tofu-1b-grid"] = make_grid_table(kept)
-    tables = make_tier(kept, [str(tofu_1b.AUTHORS)], list(tofu_1b.PUBLISHED), tofu_1b.PUBLISHED)
+    tier = TierResults.read(results / "tofu-1b", tofu_1b.digest())
+    blocks["tofu-1b-grid"] = make_grid_table(tier)
+    tables = make_tier(tier, [str(tofu_1b.AUTHORS)], list(tofu_1b.PUBLISHED), tofu_1b.PUBLISHED)
     blocks["tofu-1b"] = tables
     return blocks
 
 
 def make_tier(
-    kept: Kept, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float] | None = None
+    tier: TierResults, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float] | None = None
 ) -> str:
     """Return the table of goals, and for each forget set that of all methods.
 
     Args:
-        kept: The results.
+        tier: The results.
         sizes: Forget sets, in authors.
         published: Names of the methods to exceed.
         elsewhere: Overall of methods whose models are not here.
     """
-    if not kept.unlearned:
+    if not tier.unlearned:
         return f"{NOT_RUN.capitalize()}."
-    tables = [make_goals_table(kept, sizes, published, elsewhere or {})]
+    tables = [make_goals_table(tier, sizes, published, elsewhere or {})]
     for size in sizes:
-        tables += [f"{size} of the authors forgotten:", make_comparison(kept, size)]
-    commits = sorted({line["commit"] for line in [*kept.reference, *kept.target, *kept.unlearned]})
+        tables += [f"{size} of the authors forgotten:", make_comparison(tier, size)]
+    lines = [*tier.reference, *tier.target, *tier.unlearned]
+    commits = sorted({line["commit"] for line in lines})
     tables.append(f"Commits: {', '.join(commits)}.")
     return "\n\n".join(tables)
 
 
-def make_goals_table(kept: Kept, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float]) -> str:
+def make_goals_table(
+    tier: TierResults, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float]
+) -> str:
     """Show which goals each method reaches on each forget set and seed."""
     rows = []
     for size in sizes:
-        seeds = sorted({line["labels"]["seed"] for line in kept.select(size=size)}, key=int)
-        for seed in seeds:
-            goals = judge_methods(kept, kept.select(size=size, seed=seed), published, elsewhere)
-            for method in list_methods(kept.unlearned):
+        seeds = {line["labels"]["seed"] for line in tier.select(size=size)}
+        for seed in sorted(seeds, key=int):
+            goals = judge_methods(tier, tier.select(size=size, seed=seed), published, elsewhere)
+            for method in list_methods(tier.unlearned):
                 reached = goals.get(method, NOT_RUN)
                 if isinstance(reached, str):
                     cells = [reached, *[""] * (len(GOALS) - 1)]
                 else:
-                    cells = [format_goal(reached[goal]) for goal in GOALS]
+                    cells = list(map(format_goal, reached.values()))
                 rows.append([size, seed, method, *cells])
-    return markdown_table(["authors", "seed", "method", *(f"({goal})" for goal in GOALS)], rows)
+    return markdown_table(["authors", "seed", "method", *map("({})".format, GOALS)], rows)
 
 
 def judge_methods(
-    kept: Kept, lines: Sequence[Line], published: Sequence[str], elsewhere: Mapping[str, float]
+    tier: TierResults, lines: Sequence[Line], published: Sequence[str], elsewhere: Mapping[str, float]
 ) -> dict[str, Goals | str]:
     """Return the goals of each method on one forget set and seed, or why it failed.
 
     Args:
-        kept: All results.
+        tier: All results.
         lines: Of the methods, on this forget set and seed.
         published: As for `make_tier`.
         elsewhere: As for `make_tier`.
     """
-    succeeded = [line for line in lines if line["error"] is None]
+    succeeded = drop_failed(lines)
     overalls = dict(elsewhere)
-    references = [find_line(kept.reference, line) for line in succeeded[:1]]
-    for line in [*references, *succeeded]:
-        overall = None if line is None else kept.compute_parts(line).get("overall")
-        if line is not None and overall is not None:
-            # That of the retain-only model has no method's name.
-            overalls[line["labels"].get("method", "")] = overall
+    reference = find_line(tier.reference, lines[0])
+    for line in succeeded if reference is None else [reference, *succeeded]:
+        # The retain-only model has no method's name.
+        method = line["labels"].get("method", "")
+        if (overall := tier.compute_parts(line).get("overall")) is not None:
+            overalls[method] = overall
 
-    goals: dict[str, Goals | str] = {line["labels"]["method"]: f"failed: {line['error']}" for line in lines}
-    for line in succeeded:
-        goals[line["labels"]["method"]] = judge(line, references[0], overalls, published)
+    goals: dict[str, Goals | str] = {}
+    for line in lines:
+        method = line["labels"]["method"]
+        is_failed = "error" in line
+        goals[method] = f"failed: {line['error']}" if is_failed else judge(line, reference, overalls, published)
     return goals
 
 
@@ -165,52 +171,64 @@ def format_goal(reached: bool | None) -> str:
     return "–" if reached is None else "yes" if reached else "NO"
 
 
-def make_comparison(kept: Kept, size: str) -> str:
+def make_comparison(tier: TierResults, size: str) -> str:
     """Show every method on one forget set, mean ± half the 95 % interval over seeds; what failed keeps its line."""
-    if not kept.select(size=size):
+    if not tier.select(size=size):
         return f"{NOT_RUN.capitalize()}."
-    of_size = {
-        _RETAIN_ONLY: [line for line in kept.reference if line["labels"]["size"] == size],
-        _TARGET: [line for line in kept.target if line["labels"]["size"] == size],
+    groups = {
+        "retain-only": select_lines(tier.reference, size=size),
+        "target": select_lines(tier.target, size=size),
     }
-    of_size |= {method: kept.select(size=size, method=method) for method in list_methods(kept.unlearned)}
-    rows = []
-    for name, lines in of_size.items():
-        succeeded = [line for line in lines if line["error"] is None]
-        if not succeeded:
-            reason = f"failed: {lines[0]['error']}" if lines else NOT_RUN
-            rows.append([name, reason, *[""] * len(COLUMNS)])
-            continue
-        failures = len(lines) - len(succeeded)
-        holds = [is_feasible(get_nll_share(line), 1.0) for line in succeeded if get_nll_share(line) is not None]
-        row = [f"{name} ({failures} failed)" if failures else name, f"{sum(holds)} of {len(holds)}" if holds else "–"]
-        parts = [kept.compute_parts(line) for line in succeeded]
-        for column in COLUMNS.values():
-            row.append(format_mean(column(*each) for each in zip(succeeded, parts, strict=True)))
-        rows.append(row)
+    for method in list_methods(tier.unlearned):
+        groups[method] = tier.select(size=size, method=method)
+    rows = [make_row(tier, name, lines) for name, lines in groups.items()]
     return markdown_table(["", "holds", *COLUMNS], rows)
 
 
-def make_grid_table(kept: Kept) -> str:
+def make_row(tier: TierResults, name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the row of a method, or of a kind of model, on one forget set.
+
+    Args:
+        tier: All results.
+        name: To show.
+        lines: By seed.
+    """
+    succeeded = drop_failed(lines)
+    if not succeeded:
+        reason = f"failed: {lines[0]['error']}" if lines else NOT_RUN
+        return [name, reason, *[""] * len(COLUMNS)]
+
+    failures = len(lines) - len(succeeded)
+    shares = list(map(get_nll_share, succeeded))
+    # A model that was fine-tuned has no bound to hold.
+    has_bound = any(share is not None for share in shares)
+    holds = sum(is_feasible(share, 1.0) for share in shares)
+    row = [f"{name} ({failures} failed)" if failures else name, f"{holds} of {len(shares)}" if has_bound else "–"]
+    parts = list(map(tier.compute_parts, succeeded))
+    for column in COLUMNS.values():
+        row.append(format_mean(map(column, succeeded, parts)))
+    return row
+
+
+def make_grid_table(tier: TierResults) -> str:
     """Show the public grid's best row of each method, and ours beside them."""
     rows = [["retain-only", f"{tofu_1b.PUBLISHED_RETAIN_ONLY:.3f}", "", "", "", "grid"]]
     for name, overall in tofu_1b.PUBLISHED.items():
         rows.append([name, f"{overall:.3f}", "", "", "", "grid"])
     for method in tofu_1b.METHODS:
         label = f"{method} (recommended)" if method == tofu_1b.RECOMMENDED else method
-        lines = [line for line in kept.select(method=method) if line["error"] is None]
-        parts = [kept.compute_parts(line) for line in lines]
+        lines = drop_failed(tier.select(method=method))
         values = []
-        for name in ("overall", "memorization", "privacy", "utility"):
-            values.append(format_mean(part.get(name) for part in parts))
+        for name in ("Overall", "Memorization", "Privacy", "Utility"):
+            values.append(format_mean(map(COLUMNS[name], lines, map(tier.compute_parts, lines))))
         rows.append([label, *values, "ours"] if lines else [label, NOT_RUN, "", "", "", "ours"])
     return markdown_table(["method", "Overall", "Memorization", "Privacy", "Utility", "source"], rows)
 
 
 def list_methods(lines: Iterable[Line]) -> list[str]:
     """Return the methods of lines in the order of the protocols, the recommended one first."""
-    present = {line["labels"]["method"] for line in lines}
-    order = list({**smollm2.METHODS, **tofu_1b.METHODS})
+    present = [line["labels"]["method"] for line in lines]
+    order = {**smollm2.METHODS, **tofu_1b.METHODS}
     return [name for name in order if name in present]
 
 

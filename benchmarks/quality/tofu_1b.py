@@ -34,7 +34,7 @@ import yaml
 
 from benchmarks.quality.collecting import digest_settings
 from benchmarks.quality.measuring import CELL, RELEARNING, Sweep, attack, depth, evaluate, measure, prepare
-from benchmarks.quality.tofu_rows import Selection, write_rows
+from benchmarks.quality.tofu_rows import Selection, write_entities, write_rows
 
 RECOMMENDED = "match_unseen"
 TARGET = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
@@ -129,7 +129,10 @@ class TOFU1B:
 
     def write_inputs(self, options: Namespace) -> None:
         """Write rows and attacks, unless they are there."""
-        write_rows(options.tofu, self.folder / "rows", SELECTION, options.entities, max_entities=None)
+        rows = options.tofu, self.folder / "rows", SELECTION
+        write_rows(*rows)
+        if options.entities is not None:
+            write_entities(*rows, options.entities, max_rows=None)
         attacks = yaml.safe_dump(ATTACKS, sort_keys=False)
         (self.folder / "attacks.yaml").write_text(attacks, encoding="utf-8")
 

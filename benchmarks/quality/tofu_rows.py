@@ -30,9 +30,7 @@ class Selection(NamedTuple):
     measured: int | None
 
 
-def write_rows(
-    tofu: str, folder: Path, selection: Selection, entities: str | None = None, max_entities: int = 10
-) -> None:
+def write_rows(tofu: str, folder: Path, selection: Selection) -> None:
     """Write the rows of every forget set, unless they are there.
 
     Of each size there is ``<size>/forget10_perturbed.json`` and ``<size>/retain.jsonl``, which together are the rows of the target
@@ -43,61 +41,80 @@ def write_rows(
         tofu: Folder with TOFU's files, or its name on the hub.
         folder: Folder to write.
         selection: The rows to take.
-        entities: File with the entity in each answer of ``forget10``, for the Unlearning Depth Score; ``None`` for none.
-        max_entities: Rows with an entity to take of each forget set, spread over it; ``None`` for all.
+
+    Raises:
+        MissingFileError: If a file is not there.
+    """
+    # Written last, so that an interruption is noticed.
+    last = folder / "general.jsonl"
+    if last.is_file():
+        return
+    first_authors, last_authors = _read(tofu, "retain90"), _read(tofu, "forget10_perturbed")
+    aside = selection.aside * ROWS_PER_AUTHOR
+    files: dict[str, list[Row]] = {}
+    if aside:
+        files["unseen.jsonl"] = first_authors[-2 * aside : -aside]
+        files["holdout.jsonl"] = first_authors[-aside:]
+    else:
+        # Not every copy of TOFU has it.
+        with suppress(MissingFileError):
+            files["holdout.jsonl"] = _read(tofu, "holdout10")
+
+    # No forget set has more than the largest, and all others are retained by every size.
+    num_retained = (selection.authors - max(selection.sizes)) * ROWS_PER_AUTHOR
+    measured = {
+        "real_authors_perturbed": _read(tofu, "real_authors_perturbed"),
+        "world_facts_perturbed": _read(tofu, "world_facts_perturbed"),
+        # It has TOFU's first twenty authors.
+        "retain_perturbed": _read(tofu, "retain_perturbed")[:num_retained],
+    }
+    for size in selection.sizes:
+        num_forgotten = size * ROWS_PER_AUTHOR
+        not_forgotten = last_authors[-max(selection.sizes) * ROWS_PER_AUTHOR : -num_forgotten]
+        files[f"{size}/forget10_perturbed.json"] = last_authors[-num_forgotten:]
+        files[f"{size}/retain.jsonl"] = keep_columns([*first_authors[:num_retained], *not_forgotten])
+        for name, rows in measured.items():
+            files[f"{size}/{name}.json"] = spread(rows, selection.measured)
+    for name, rows in files.items():
+        write_json_lines(folder / name, rows)
+    general = [*measured["real_authors_perturbed"], *measured["world_facts_perturbed"]]
+    write_json_lines(last, keep_columns(general))
+
+
+def write_entities(tofu: str, folder: Path, selection: Selection, file: str, max_rows: int | None) -> None:
+    """Write ``<size>/entities.jsonl``, rows of every forget set with the entity in their answers.
+
+    Args:
+        tofu: As for `write_rows`, like the following.
+        folder: As there.
+        selection: As there.
+        file: Has the entities of ``forget10`` in the column ``entity``.
+        max_rows: Rows to take of each forget set, spread over it; ``None`` for all.
 
     Raises:
         MissingFileError: If a file is not there.
     """
     from lit_unlearn.data.source import Source
+
+    with_entity = Source(file).load("entities", argument="entities").to_list()
+    last_authors = _read(tofu, "forget10_perturbed")
+    for size in selection.sizes:
+        questions = [row["question"] for row in last_authors[-size * ROWS_PER_AUTHOR :]]
+        of_size = [row for row in with_entity if row["question"] in questions]
+        rows = keep_columns(spread(of_size, max_rows), ("question", "answer", "entity"))
+        write_json_lines(folder / str(size) / "entities.jsonl", rows)
+
+
+def _read(tofu: str, split: str) -> list[Row]:
     from lit_unlearn.data.tofu import tofu_source
 
-    def read(split: str) -> list[Row]:
-        return tofu_source(tofu, split).load(split, argument="source").to_list()
-
-    last = folder / "general.jsonl"
-    if not last.is_file():
-        first_authors, last_authors = read("retain90"), read("forget10_perturbed")
-        kept = selection.authors - max(selection.sizes)
-        aside = selection.aside * ROWS_PER_AUTHOR
-        files: dict[str, list[Row]] = {}
-        if aside:
-            files["unseen.jsonl"] = first_authors[-2 * aside : -aside]
-            files["holdout.jsonl"] = first_authors[-aside:]
-        else:
-            # Not every copy of TOFU has it.
-            with suppress(MissingFileError):
-                files["holdout.jsonl"] = read("holdout10")
-        others = {f"{name}_perturbed.json": read(f"{name}_perturbed") for name in ("real_authors", "world_facts")}
-        # TOFU's retain_perturbed has its first twenty authors.
-        others["retain_perturbed.json"] = read("retain_perturbed")[: kept * ROWS_PER_AUTHOR]
-        for size in selection.sizes:
-            forget = last_authors[-size * ROWS_PER_AUTHOR :]
-            not_forgotten = last_authors[-max(selection.sizes) * ROWS_PER_AUTHOR : -size * ROWS_PER_AUTHOR]
-            files[f"{size}/forget10_perturbed.json"] = forget
-            files[f"{size}/retain.jsonl"] = keep_pairs([*first_authors[: kept * ROWS_PER_AUTHOR], *not_forgotten])
-            for name, rows in others.items():
-                files[f"{size}/{name}"] = spread(rows, selection.measured)
-        for name, rows in files.items():
-            write_json_lines(folder / name, rows)
-        # Written last, so that an interruption is noticed.
-        write_json_lines(
-            last, keep_pairs([*others["real_authors_perturbed.json"], *others["world_facts_perturbed.json"]])
-        )
-
-    if entities is not None:
-        with_entity = Source(entities).load("entities", argument="entities").to_list()
-        last_authors = read("forget10")
-        for size in selection.sizes:
-            questions = {row["question"] for row in last_authors[-size * ROWS_PER_AUTHOR :]}
-            of_size = [{key: row[key] for key in ("question", "answer", "entity")} for row in with_entity]
-            of_size = [row for row in of_size if row["question"] in questions]
-            write_json_lines(folder / str(size) / "entities.jsonl", spread(of_size, max_entities))
+    rows: list[Row] = tofu_source(tofu, split).load(split, argument="source").to_list()
+    return rows
 
 
-def keep_pairs(rows: Sequence[Row]) -> list[Row]:
-    """Return the questions and answers of rows, without other columns."""
-    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+def keep_columns(rows: Sequence[Row], columns: Sequence[str] = ("question", "answer")) -> list[Row]:
+    """Return rows without other columns than these."""
+    return [{column: row[column] for column in columns} for row in rows]
 
 
 def spread(rows: Sequence[Row], count: int | None) -> list[Row]:
