@@ -159,7 +159,7 @@ class TOFU1B:
         settings = {
             "model.lm.model": target,
             "model.constraints.nll.epsilon": EPSILON,
-            "data.class_path": "ForgetRetain",
+            "data": "ForgetRetain",
             "data.forget": self._rows("forget10_perturbed.json"),
             "data.retain": self._rows("retain.jsonl"),
             "picture.answers": 0,
