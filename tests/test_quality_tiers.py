@@ -365,6 +365,13 @@ def test_the_public_grid_runs_on_local_models(run: Any) -> None:
     assert "| npo_constrained | not run yet |" in blocks["tofu-1b-grid"]
 
 
+@pytest.mark.parametrize(("option", "name"), [("--stages", "tuning"), ("--methods", "npo")])
+def test_names_of_another_tier_are_refused(option: str, name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--model=tofu-1b", option, name])
+    assert f"{option}: tofu-1b has no '{name}'" in capsys.readouterr().err
+
+
 def test_the_small_tier_has_its_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
     passed_on: list[Any] = []
     monkeypatch.setattr(runner.sweep, "main", passed_on.append)

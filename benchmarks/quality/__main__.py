@@ -26,6 +26,7 @@ from lit_unlearn.utils.io import atomic_file
 
 Tier = SmolLM2 | TOFU1B
 TIERS: dict[str, type[SmolLM2] | type[TOFU1B]] = {"smollm2": SmolLM2, "tofu-1b": TOFU1B}
+METHODS = {"smollm2": smollm2.METHODS, "tofu-1b": tofu_1b.METHODS}
 SMALL = "small"
 
 CELLS_FAILED = 1
@@ -45,10 +46,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         "--size", choices=smollm2.GRIDS, default="10", help="smollm2: number of authors, or full for a GPU"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds that judge; by default those of the protocol")
-    methods = {**smollm2.METHODS, **tofu_1b.METHODS}
-    parser.add_argument(
-        "--methods", nargs="+", choices=methods, metavar="NAME", help="by default those of the protocol"
-    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="by default those of the protocol")
     parser.add_argument(
         "--rate", type=float, help="smollm2: tokens per second of a fit, by which the number of methods is chosen"
     )
@@ -63,9 +61,11 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder of rows, models and sweeps")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args(arguments)
-    for stage in options.stages or ():
-        if stage not in TIERS[options.model].STAGES:
-            parser.error(f"--stages: there is no '{stage}', but {', '.join(TIERS[options.model].STAGES)}")
+    allowed = {"stages": TIERS[options.model].STAGES, "methods": METHODS[options.model]}
+    for option, names in allowed.items():
+        for name in getattr(options, option) or ():
+            if name not in names:
+                parser.error(f"--{option}: {options.model} has no '{name}', but {', '.join(names)}")
     return options
 
 
@@ -124,7 +124,7 @@ def list_stage(tier: Tier, stage: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages of a tier in their order: later ones read the models and the results of earlier ones."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model")
     chosen, others = first.parse_known_args(arguments)
     if chosen.model == SMALL:
