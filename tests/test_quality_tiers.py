@@ -112,7 +112,7 @@ def check_command(words: Sequence[str], folder: str, monkeypatch: pytest.MonkeyP
     if command in ("fit", "test"):
         with pytest.raises(SystemExit) as end:
             cli.main([command, *options, "--print_config"])
-        assert end.value.code == 0
+        assert not end.value.code, end.value
     else:
         {"attack": attack, "depth": depth, "prepare": prepare}[command].build_parser().parse_args(options)
 
