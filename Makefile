@@ -92,7 +92,7 @@ readme: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.readme
 
-# Write the tables and pictures of docs/results.md from the stored results of benchmarks.quality.sweep.
+# Write the tables and pictures of docs/results.md from the stored results of benchmarks.quality.
 results: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.gradients
 	$(BIN)/python -m benchmarks.quality.bound_pictures

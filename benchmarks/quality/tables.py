@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.markdown_blocks import fill_page, markdown_table
-from benchmarks.quality import protocol
+from benchmarks.quality import protocol, tier_tables
 from benchmarks.quality.bound_pictures import FIXED, RELATIVE_BOUNDS, read_series, relative_growth
 from benchmarks.quality.results_files import RESULTS, Result, drop_failed, read_results, select_results
 from benchmarks.quality.selection_rule import (
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in protocol.SIZES:
         contents[f"final{size}"] = make_comparison_table(results, "final", size)
         contents[f"calibrated{size}"] = make_comparison_table(results, "calibrated", size)
-    fill_page(options.page, contents)
+    fill_page(options.page, contents | tier_tables.make_blocks(results))
 
 
 if __name__ == "__main__":

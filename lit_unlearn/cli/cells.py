@@ -258,7 +258,7 @@ def run_cell(cell: Cell, folder: Path, run_command: RunCommand, retry: bool = Fa
 
 def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_command: RunCommand, held: int) -> bool:
     """Run one command, write what came of it into the state, and return whether the cell continues."""
-    is_fit = not state.seconds
+    is_fit = not state.seconds and command[0] == "fit"
     begun, ended = state.commands, state.commands[: len(state.seconds)]
     # A fit that is resumed must be the same one. What measures its model may be corrected until it has ended.
     if is_fit:

@@ -27,7 +27,9 @@ MODEL, RUN = "model", "fit"
 
 Keep = Literal["all", "model", "results"]
 
-_KEYS = ("output", "config", "settings", "grid", "matched", "after", "keep")
+_KEYS = ("output", "fit", "config", "settings", "grid", "matched", "after", "keep")
+# They say nothing where there is no fit.
+_FIT_KEYS = ("config", "settings", "matched")
 _METHOD, _SEED = "method", "seed"
 # One number decides the order of the rows, dropout, and whatever else draws at random.
 _SEED_KEYS = ("seed_everything", "model.seed", "data.seed")
@@ -57,7 +59,7 @@ class Cell:
 
     Args:
         name: Of its folder, such as ``method=pdu,seed=0``.
-        commands: What it runs: a fit, and the commands that measure its model.
+        commands: What it runs: a fit, unless the sweep has none, and the commands that measure a model.
         digests: Of the configuration files of the fit, by name: an edit would give the same command another meaning.
         is_matched: Whether its fit has to end at a limit of damage.
         keep: What stays when all has ended: everything, all but checkpoints, or neither checkpoints nor the model.
@@ -100,6 +102,7 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
     keep = content.get("keep", "all")
     if keep not in get_args(Keep):
         raise ConfigError(f"'{name}': `keep` must be {', '.join(get_args(Keep))}, not {keep!r}.")
+    has_fit = _read_fit(name, content)
 
     axes = _read_axes(content.get("grid"))
     cells = []
@@ -107,8 +110,10 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
     digests: dict[str, str] = {}
     for choices in itertools.product(*axes.values()):
         labels = {axis: choice.label for axis, choice in zip(axes, choices, strict=True)}
-        fit = _build_fit(content, choices, labels)
-        configs = _list_configs(fit)
+        commands = _build_after(content.get("after"), labels)
+        if has_fit:
+            commands.insert(0, _build_fit(content, choices, labels))
+        configs = _list_configs(commands[0]) if has_fit else []
         for config in configs:
             # A name that there is no file of is refused now, not in the middle of the night.
             if config not in digests:
@@ -116,13 +121,32 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         cells.append(
             Cell(
                 ",".join(f"{axis}={label}" for axis, label in labels.items()),
-                (fit, *_build_after(content.get("after"), labels)),
+                tuple(commands),
                 {config: digests[config] for config in configs},
                 content.get("matched") is not None,
                 keep,
             )
         )
     return expand_path(output), cells
+
+
+def _read_fit(name: str, content: Mapping[str, Any]) -> bool:
+    """Return whether cells begin with a fit; without one they only measure models that are there already.
+
+    Raises:
+        ConfigError: If ``fit`` is neither true nor false, or is false in a file that has settings of a fit or no command.
+    """
+    has_fit = content.get("fit", True)
+    if not isinstance(has_fit, bool):
+        raise ConfigError(f"'{name}': `fit` must be true or false, not {has_fit!r}.")
+    if has_fit:
+        return True
+    for key in _FIT_KEYS:
+        if content.get(key) is not None:
+            raise ConfigError(f"'{name}': `fit` is false, and `{key}` is of a fit: leave one of both out.")
+    if not content.get("after"):
+        raise ConfigError(f"'{name}': `fit` is false, so that `after` must have a command, and has none.")
+    return False
 
 
 def _find_file(name: str) -> str:

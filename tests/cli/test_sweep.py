@@ -157,12 +157,29 @@ def test_commands_after_the_fit_name_the_cell_and_its_labels(in_tmp: Path) -> No
     )
 
 
+def test_without_a_fit_cells_only_measure(run: Any) -> None:
+    write_sweep(fit=False, config=None, settings=None, after=["data models/{seed}/{method}", "export {cell}/x"])
+    first = run("--only", NAMES[1], commands=FakeCommands({"export": (143, "")}))
+    assert first.ran == ["data models/0/npo", f"export sweep/{NAMES[1]}/x"]
+    assert run("--only", NAMES[1]).starts() == [f"export {NAMES[1]}"]
+    state = read_state(Path("sweep", NAMES[1]))
+    assert (state.status, len(state.commands), state.digests) == ("done", 2, {})
+    # As after a fit, what has ended stays what it was.
+    write_sweep(fit=False, config=None, settings=None, after=["data other/{seed}", "export {cell}/x"])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sweep", "sweep.yaml"])
+    assert end.value.code == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"gird": {}}, "'gird': did you mean 'grid'"),
         ({"output": None}, "`output`"),
         ({"keep": "some"}, "`keep` must be all, model, results, not 'some'"),
+        ({"fit": "no"}, "`fit` must be true or false, not 'no'"),
+        ({"fit": False}, "`config` is of a fit"),
+        ({"fit": False, "config": None, "settings": None}, "`after` must have a command"),
         ({"grid": {}}, "`grid` must have an entry"),
         ({"grid": {"seed": 3}}, "axis 'seed' must be a list"),
         ({"grid": {"seed": [1, 1]}}, "'1' twice"),

@@ -1,0 +1,151 @@
+"""Protocol of the comparison on a pretrained model, SmolLM2-135M-Instruct. It was written before any of its runs.
+
+Data. TOFU's first authors and its last ones, of which the last 1 or 2 are forgotten (with ``--size 20`` also 4), and all others
+retained. Two sets of further authors are in no model: ``unseen`` gives `MatchUnseen` its level, ``holdout`` is what membership attacks
+compare with. ``--size full`` has all of TOFU but for these ten authors, and its forget01, forget05 and forget10: 2, 10 and 20 authors.
+
+Models. For each seed a target model, fine-tuned as in configs/real/target.yaml on all authors, and for each forget set a retain-only
+model, fine-tuned in the same way without it. Seed 0 judges (with ``--size full`` 0, 1 and 2). Seed 100 tunes, and judges nothing.
+
+Methods. Every file of configs/method that ``METHODS`` names, the constrained ones and those as published, over
+configs/real/unlearn.yaml: 60 steps of AdamW with 5 examples of each forgotten author and 8 retained ones or more, epsilon 1.1 times the
+retain NLL before. λ begins at 10 where the objective is in nats per token, and at 100 where it is a sum over the answer or the margin
+squared, whose gradients are as much larger. Tuned are the learning rates of `RATES`, on one forget set of seed 100.
+
+Rule. Of a method's tuning runs, the one that reaches most of the goals (a) to (c) of `goals`; among equals, that with the highest
+forget quality. No method sees the retain-only model before it is judged by it; the rule does, on seed 100.
+
+Measured. TOFU's benchmark (all forget rows, 20 of each other set, answers of up to 80 tokens, their NLL under the base model); what
+comes back after 20 steps on 10 forget rows, of all weights and of LoRA, with weights of 4 bits, and in 8 samples; the Unlearning Depth
+Score of 10 rows, if ``--entities`` has their entities; seconds and memory of the fit. The goals (a) to (e) are in `goals`.
+
+Matched damage. The stage ``matched`` runs every method again with its chosen learning rate, on the forget set that was tuned on, until
+KL(p_ref‖p) on answers about real authors and world facts is 0.01, where RepSelect compares (arXiv 2606.17168). Not on retain rows: more
+training on these moves the KL, too. A method that stops before does less damage, and its line is a failure that says so.
+
+Cost, in thousands of tokens that pass through a training step or its equivalent (a pass without gradient is a third of one):
+
+| | 10 authors: fits | measuring | 20 authors: fits | measuring |
+|---|---|---|---|---|
+| models, the base model's answers, and their measurements | 398 | 182 | 981 | 318 |
+| each method: two tuning runs, and the final ones | 456 | 207 | 784 | 327 |
+
+A row has 78 tokens in the chat template, so 5 epochs of 200 rows have 78 thousand, and measuring them before and after 10. 60 steps of
+20 rows with 85 tokens have 102, and four measurements of 200 rows 21. TOFU's benchmark has 21 on 2 authors, relearning 32, the other
+attacks 18, depth 20. Two cores do 93 tokens per second in 32 bits, and 260 in bf16-mixed where the processor has it; measurements stay
+in 32 bits. In hours:
+
+| | 10 authors, 32 bits | bf16-mixed | 20 authors, 32 bits | bf16-mixed |
+|---|---|---|---|---|
+| models | 1.7 | 1.0 | 3.9 | 2.0 |
+| each method | 2.0 | 1.1 | 3.3 | 1.8 |
+| methods in `HOURS` | 4 | 8 | 1 | 4 |
+
+Where ``--methods`` names none, that many run, in the order of `METHODS`; ``--rate`` gives the tokens per second of another machine. On
+a GPU (``--size full``) all run. ``matched`` is no part of these hours: in 32 bits, it takes up to 0.8 for each method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from benchmarks.quality.collecting import digest_settings
+from benchmarks.quality.measuring import RELEARNING
+from benchmarks.quality.tofu_rows import Selection
+
+HOURS = 10
+# Tokens per second of a training step on two cores, by precision.
+TOKENS_PER_SECOND = {"32-true": 93.0, "bf16-mixed": 260.0}
+TUNING_SEED = 100
+RATES = (1e-4, 2e-4)
+EPSILON = 0.1  # relative to the target model's retain NLL
+MAX_LENGTH, MAX_NEW_TOKENS, MAX_ENTITIES = 256, 80, 10
+BATCH_PER_AUTHOR, MIN_RETAIN_BATCH = 5, 8
+
+
+class Grid(NamedTuple):
+    """What ``--size`` chooses.
+
+    Args:
+        selection: Rows and forget sets.
+        seeds: Seeds that judge.
+        tuning_size: Number of authors that is tuned on.
+        fixed: Thousands of tokens of everything but the methods: of fits, and of measurements.
+        per_method: The same of each method; ``None`` where all methods run.
+    """
+
+    selection: Selection
+    seeds: tuple[int, ...]
+    tuning_size: int
+    fixed: tuple[int, int]
+    per_method: tuple[int, int] | None
+
+
+GRIDS = {
+    "10": Grid(Selection(10, (1, 2), aside=2, measured=20), (0,), 2, (398, 182), (456, 207)),
+    "20": Grid(Selection(20, (1, 2, 4), aside=2, measured=20), (0,), 2, (981, 318), (784, 327)),
+    "full": Grid(Selection(190, (2, 10, 20), aside=5, measured=None), (0, 1, 2), 10, (0, 0), None),
+}
+
+_RELEARN = {"attack": "relearn", "source": "forget", "rows": 10, "steps": 20, "seed": 0}
+ATTACKS: dict[str, Any] = {
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "value": "probability",
+    "attacks": {
+        RELEARNING[0]: {**_RELEARN, "lr": 1e-5, "lora_rank": None},
+        RELEARNING[1]: {**_RELEARN, "lr": 1e-4, "lora_rank": 16},
+        "4 bits": {"attack": "rounding", "bits": 4, "backend": "round"},
+        "sampled": {"attack": "repeated_sampling", "samples": 8, "temperature": 1.0, "top_p": 1.0, "seed": 0},
+    },
+}
+
+_MULTIPLIER = "model.constraints.nll.multiplier.init_args"
+_NATS = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 10}
+_LARGE = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 100}
+_AS_IT_IS: dict[str, Any] = {}
+# What each file is given, in the order in which methods are worth their time. BASE is the base model; ANSWERS are the forget rows
+# with its own answers.
+METHODS: dict[str, dict[str, Any]] = {
+    "match_unseen": {**_NATS, "model.forget.init_args.factor": 1},
+    "kl_to_teacher": {**_NATS, "model.lm.teacher": "BASE"},
+    "pdu": _LARGE,
+    "npo": _AS_IT_IS,
+    "teacher_answers": {**_NATS, "data.forget": "ANSWERS"},
+    "grad_diff": _AS_IT_IS,
+    "altpo_constrained": {**_LARGE, "data.forget": "ANSWERS"},
+    "simnpo": _AS_IT_IS,
+    "npo_constrained": _LARGE,
+    "nll_floor": _AS_IT_IS,
+    "wga": _AS_IT_IS,
+    "idk_dpo": _AS_IT_IS,
+    "simnpo_constrained": _NATS,
+    "grad_ascent_constrained": _NATS,
+}
+_OTHERS = ("rmu", "satimp", "kl_to_uniform", "jensun", "dpo", "idk_nll", "ceu", "undial", "grad_ascent")
+METHODS |= dict.fromkeys(_OTHERS, _AS_IT_IS)
+# Of this package: all others are published, and the ones to exceed.
+OURS = (
+    *("match_unseen", "kl_to_teacher", "teacher_answers", "nll_floor"),
+    *("altpo_constrained", "npo_constrained", "simnpo_constrained", "grad_ascent_constrained"),
+)
+
+
+def count_methods(grid: Grid, rate: float) -> int:
+    """Return how many methods fit into `HOURS`, at least one.
+
+    Args:
+        grid: The grid.
+        rate: Tokens per second of a fit.
+    """
+    if grid.per_method is None:
+        return len(METHODS)
+    seconds = []
+    for fits, measuring in (grid.fixed, grid.per_method):
+        seconds.append(1000 * (fits / rate + measuring / TOKENS_PER_SECOND["32-true"]))
+    return max(1, int((3600 * HOURS - seconds[0]) // seconds[1]))
+
+
+def digest(size: str) -> str:
+    """Return the digest of the settings that decide the results of all methods; a change of them starts a new comparison."""
+    names = ("EPSILON", "RATES", "TUNING_SEED", "MAX_LENGTH", "MAX_NEW_TOKENS", "ATTACKS", "MAX_ENTITIES")
+    return digest_settings([GRIDS[size].selection, *[globals()[name] for name in names]])

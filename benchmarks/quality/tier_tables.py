@@ -1,0 +1,242 @@
+"""Tables of the tiers on real models, from their results files: the goals as yes or no, and what is behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.markdown_blocks import markdown_table
+from benchmarks.quality import smollm2, tofu_1b
+from benchmarks.quality.collecting import Line, read_lines, select_lines
+from benchmarks.quality.goals import (
+    Goals,
+    Parts,
+    compute_parts,
+    find_line,
+    get_nll_share,
+    get_relearned,
+    get_tofu,
+    get_value,
+    judge,
+)
+from benchmarks.quality.measuring import RELEARNING
+from benchmarks.quality.results_files import drop_failed
+from lit_unlearn.evaluation.verdict import is_feasible
+from lit_unlearn.metrics.intervals import seeds_interval
+
+NOT_RUN = "not run yet"
+GOALS = ("a", "b", "c", "d", "e")
+
+Column = Callable[[Line, Parts], float | None]
+
+COLUMNS: dict[str, Column] = {
+    "Overall": lambda line, parts: parts.get("overall"),
+    "Memorization": lambda line, parts: parts.get("memorization"),
+    "Privacy": lambda line, parts: parts.get("privacy"),
+    "Utility": lambda line, parts: parts.get("utility"),
+    "forget quality": lambda line, parts: get_tofu(line, "forget_quality"),
+    "truth ratio": lambda line, parts: get_tofu(line, "forget/truth_ratio"),
+    "forget p": lambda line, parts: get_tofu(line, "forget/probability"),
+    "extraction": lambda line, parts: get_tofu(line, "forget/extraction_strength"),
+    "model utility": lambda line, parts: get_tofu(line, "model_utility"),
+    "fluency": lambda line, parts: get_tofu(line, "forget/fluency_nll"),
+    "repetition": lambda line, parts: get_tofu(line, "forget/repetition"),
+    "retain NLL / ε": lambda line, parts: get_nll_share(line),
+    "relearned p": lambda line, parts: get_relearned(line, RELEARNING[0]),
+    "by LoRA": lambda line, parts: get_relearned(line, RELEARNING[1]),
+    "4-bit p": lambda line, parts: get_value(line, "attack", "4 bits", "probability"),
+    "leak@8": lambda line, parts: get_value(line, "attack", "sampled", "rougeL_recall"),
+    "UDS": lambda line, parts: get_value(line, "depth", "unlearning_depth"),
+    "s": lambda line, parts: get_value(line, "report", "seconds"),
+    "MiB": lambda line, parts: get_value(line, "report", "peak_memory_mib"),
+}
+
+
+class TierResults(NamedTuple):
+    """The results files of a tier: of its retain-only models, its target models, and unlearned ones."""
+
+    reference: list[Line]
+    target: list[Line]
+    unlearned: list[Line]
+
+    @classmethod
+    def read(cls, folder: Path, digest: str, stage: str = "final") -> TierResults:
+        """Read what is there."""
+        files = [folder / f"{name}.jsonl" for name in ("reference", "target", stage)]
+        return cls(*[read_lines(file, digest) for file in files])
+
+    def compute_parts(self, line: Line) -> Parts:
+        """Compute the parts of Overall for a line."""
+        return compute_parts(line, find_line(self.reference, line), find_line(self.target, line))
+
+    def select(self, **labels: str) -> list[Line]:
+        """Return the lines of unlearned models with these labels."""
+        return select_lines(self.unlearned, **labels)
+
+
+def make_blocks(results: Path) -> dict[str, str]:
+    """Return the contents of the page's blocks, by name.
+
+    Args:
+        results: Folder of all results files.
+    """
+    blocks = {}
+    for size, grid in smollm2.GRIDS.items():
+        folder, digest = results / f"smollm2-{size}", smollm2.digest(size)
+        authors = list(map(str, grid.selection.sizes))
+        published = [name for name in smollm2.METHODS if name not in smollm2.OURS]
+        blocks[f"smollm2-{size}"] = make_tier(TierResults.read(folder, digest), authors, published)
+        matched = TierResults.read(folder, digest, "matched")
+        blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.tuning_size))
+    tier = TierResults.read(results / "tofu-1b", tofu_1b.digest())
+    blocks["tofu-1b-grid"] = make_grid_table(tier)
+    tables = make_tier(tier, [str(tofu_1b.AUTHORS)], list(tofu_1b.PUBLISHED), tofu_1b.PUBLISHED)
+    blocks["tofu-1b"] = tables
+    return blocks
+
+
+def make_tier(
+    tier: TierResults, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float] | None = None
+) -> str:
+    """Return the table of goals, and for each forget set that of all methods.
+
+    Args:
+        tier: The results.
+        sizes: Forget sets, in authors.
+        published: Names of the methods to exceed.
+        elsewhere: Overall of methods whose models are not here.
+    """
+    if not tier.unlearned:
+        return f"{NOT_RUN.capitalize()}."
+    tables = [make_goals_table(tier, sizes, published, elsewhere or {})]
+    for size in sizes:
+        tables += [f"{size} of the authors forgotten:", make_comparison(tier, size)]
+    lines = [*tier.reference, *tier.target, *tier.unlearned]
+    commits = sorted({line["commit"] for line in lines})
+    tables.append(f"Commits: {', '.join(commits)}.")
+    return "\n\n".join(tables)
+
+
+def make_goals_table(
+    tier: TierResults, sizes: Sequence[str], published: Sequence[str], elsewhere: Mapping[str, float]
+) -> str:
+    """Show which goals each method reaches on each forget set and seed."""
+    rows = []
+    for size in sizes:
+        seeds = {line["labels"]["seed"] for line in tier.select(size=size)}
+        for seed in sorted(seeds, key=int):
+            goals = judge_methods(tier, tier.select(size=size, seed=seed), published, elsewhere)
+            for method in list_methods(tier.unlearned):
+                reached = goals.get(method, NOT_RUN)
+                if isinstance(reached, str):
+                    cells = [reached, *[""] * (len(GOALS) - 1)]
+                else:
+                    cells = list(map(format_goal, reached.values()))
+                rows.append([size, seed, method, *cells])
+    return markdown_table(["authors", "seed", "method", *map("({})".format, GOALS)], rows)
+
+
+def judge_methods(
+    tier: TierResults, lines: Sequence[Line], published: Sequence[str], elsewhere: Mapping[str, float]
+) -> dict[str, Goals | str]:
+    """Return the goals of each method on one forget set and seed, or why it failed.
+
+    Args:
+        tier: All results.
+        lines: Of the methods, on this forget set and seed.
+        published: As for `make_tier`.
+        elsewhere: As for `make_tier`.
+    """
+    succeeded = drop_failed(lines)
+    overalls = dict(elsewhere)
+    reference = find_line(tier.reference, lines[0])
+    for line in succeeded if reference is None else [reference, *succeeded]:
+        # The retain-only model has no method's name.
+        method = line["labels"].get("method", "")
+        if (overall := tier.compute_parts(line).get("overall")) is not None:
+            overalls[method] = overall
+
+    goals: dict[str, Goals | str] = {}
+    for line in lines:
+        method = line["labels"]["method"]
+        is_failed = "error" in line
+        goals[method] = f"failed: {line['error']}" if is_failed else judge(line, reference, overalls, published)
+    return goals
+
+
+def format_goal(reached: bool | None) -> str:
+    """Format whether a goal is reached; a dash where it was not measured."""
+    return "–" if reached is None else "yes" if reached else "NO"
+
+
+def make_comparison(tier: TierResults, size: str) -> str:
+    """Show every method on one forget set, mean ± half the 95 % interval over seeds; what failed keeps its line."""
+    if not tier.select(size=size):
+        return f"{NOT_RUN.capitalize()}."
+    groups = {
+        "retain-only": select_lines(tier.reference, size=size),
+        "target": select_lines(tier.target, size=size),
+    }
+    for method in list_methods(tier.unlearned):
+        groups[method] = tier.select(size=size, method=method)
+    rows = [make_row(tier, name, lines) for name, lines in groups.items()]
+    return markdown_table(["", "holds", *COLUMNS], rows)
+
+
+def make_row(tier: TierResults, name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the row of a method, or of a kind of model, on one forget set.
+
+    Args:
+        tier: All results.
+        name: To show.
+        lines: By seed.
+    """
+    succeeded = drop_failed(lines)
+    if not succeeded:
+        reason = f"failed: {lines[0]['error']}" if lines else NOT_RUN
+        return [name, reason, *[""] * len(COLUMNS)]
+
+    failures = len(lines) - len(succeeded)
+    shares = list(map(get_nll_share, succeeded))
+    # A model that was fine-tuned has no bound to hold.
+    has_bound = any(share is not None for share in shares)
+    holds = sum(is_feasible(share, 1.0) for share in shares)
+    row = [f"{name} ({failures} failed)" if failures else name, f"{holds} of {len(shares)}" if has_bound else "–"]
+    parts = list(map(tier.compute_parts, succeeded))
+    for column in COLUMNS.values():
+        row.append(format_mean(map(column, succeeded, parts)))
+    return row
+
+
+def make_grid_table(tier: TierResults) -> str:
+    """Show the public grid's best row of each method, and ours beside them."""
+    rows = [["retain-only", f"{tofu_1b.PUBLISHED_RETAIN_ONLY:.3f}", "", "", "", "grid"]]
+    for name, overall in tofu_1b.PUBLISHED.items():
+        rows.append([name, f"{overall:.3f}", "", "", "", "grid"])
+    for method in tofu_1b.METHODS:
+        label = f"{method} (recommended)" if method == tofu_1b.RECOMMENDED else method
+        lines = drop_failed(tier.select(method=method))
+        values = []
+        for name in ("Overall", "Memorization", "Privacy", "Utility"):
+            values.append(format_mean(map(COLUMNS[name], lines, map(tier.compute_parts, lines))))
+        rows.append([label, *values, "ours"] if lines else [label, NOT_RUN, "", "", "", "ours"])
+    return markdown_table(["method", "Overall", "Memorization", "Privacy", "Utility", "source"], rows)
+
+
+def list_methods(lines: Iterable[Line]) -> list[str]:
+    """Return the methods of lines in the order of the protocols, the recommended one first."""
+    present = [line["labels"]["method"] for line in lines]
+    order = {**smollm2.METHODS, **tofu_1b.METHODS}
+    return [name for name in order if name in present]
+
+
+def format_mean(numbers: Iterable[float | None]) -> str:
+    """Format the mean over seeds ± half of Student's 95 % interval; of one seed, the number; a dash where there is none."""
+    measured = [number for number in numbers if number is not None]
+    if not measured:
+        return "–"
+    mean, low, high = seeds_interval(measured, 0.95)
+    text = f"{mean:.3g}" if abs(mean) < 1000 else f"{mean:.0f}"
+    return f"{text} ± {(high - low) / 2:.2g}" if math.isfinite(low) else text
