@@ -159,7 +159,7 @@ def test_commands_after_the_fit_name_the_cell_and_its_labels(in_tmp: Path) -> No
 
 def test_without_a_fit_cells_only_measure(run: Any) -> None:
     write_sweep(fit=False, config=None, settings=None, after=["data models/{seed}/{method}", "export {cell}/x"])
-    first = run("--only", NAMES[1], commands=FakeCommands({"export": (143, "")}))
+    first = run("--only", NAMES[1], commands=FakeCommands({"export": (143, "")}), fails=True)
     assert first.ran == ["data models/0/npo", f"export sweep/{NAMES[1]}/x"]
     assert run("--only", NAMES[1]).starts() == [f"export {NAMES[1]}"]
     state = read_state(Path("sweep", NAMES[1]))
