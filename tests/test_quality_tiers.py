@@ -59,7 +59,8 @@ def write_stage(tier: Tier, stage: str) -> str:
 
 def test_every_method_has_its_settings() -> None:
     methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
-    assert methods == smollm2.METHODS.keys()
+    # One is another method's file with a setting.
+    assert methods == smollm2.METHODS.keys() - {"kl_to_teacher_rewound"}
     assert smollm2.METHODS.keys() > set(smollm2.OURS)
     assert tofu_1b.RECOMMENDED in tofu_1b.METHODS.keys() <= methods
 
@@ -131,11 +132,11 @@ def test_parsers_accept_a_cell_of_each_stage(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-10", "tofu-1b"])
 def test_parsers_accept_every_method(name: str, tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = {"smollm2-10": ("final", "matched"), "tofu-1b": ("final",)}[name]
-    for stage in stages:
-        _, cells = read_sweep(write_stage(TIERS[name](), stage))
-        for cell in cells:
-            check_command(cell.commands[0], "cell", monkeypatch)
+    _, cells = read_sweep(write_stage(TIERS[name](), "final"))
+    # One forget set and seed: the others change names of files alone.
+    of_methods = {cell.name.rpartition("method=")[2]: cell for cell in cells}
+    for cell in of_methods.values():
+        check_command(cell.commands[0], "cell", monkeypatch)
 
 
 @pytest.mark.parametrize("attacks", [smollm2.ATTACKS, tofu_1b.ATTACKS])
@@ -528,7 +529,7 @@ def test_a_miniature_of_each_tier_runs_from_rows_to_tables(
     assert [line.get("error") for line in lines] == [None] * 4
     for line in lines:
         assert {"report", "tofu", "attack", "depth"} <= line.keys()
-        assert {"forget_quality", "privacy", "model_utility", "memorization"} <= line["tofu"]["aggregate"].keys()
+        assert {"forget_quality", "model_utility", "memorization"} <= line["tofu"]["aggregate"].keys()
         assert set(line["attack"]) == {"no attack", *smollm2.ATTACKS["attacks"]}
         assert not any("not_tested" in outcome for outcome in line["attack"].values())
     block = tier_tables.make_blocks(Path("results"))["smollm2-10"]

@@ -7,10 +7,11 @@ compare with. ``--size full`` has all of TOFU but for these ten authors, and its
 Models. For each seed a target model, fine-tuned as in configs/real/target.yaml on all authors, and for each forget set a retain-only
 model, fine-tuned in the same way without it. Seed 0 judges (with ``--size full`` 0, 1 and 2). Seed 100 tunes, and judges nothing.
 
-Methods. Every file of configs/method that ``METHODS`` names, the constrained ones and those as published, over
-configs/real/unlearn.yaml: 60 steps of AdamW with 5 examples of each forgotten author and 8 retained ones or more, epsilon 1.1 times the
-retain NLL before. λ begins at 10 where the objective is in nats per token, and at 100 where it is a sum over the answer or the margin
-squared, whose gradients are as much larger. Tuned are the learning rates of `RATES`, on one forget set of seed 100.
+Methods. Every file of configs/method that ``METHODS`` names, the constrained ones and those as published, and one of them from halfway
+back to the base model, over configs/real/unlearn.yaml: 60 steps of AdamW with 5 examples of each forgotten author and 8 retained ones
+or more, epsilon 1.1 times the retain NLL before. λ begins at 10 where the objective is in nats per token, and at 100 where it is a sum
+over the answer or the margin squared, whose gradients are as much larger. Tuned are the learning rates of `RATES`, on one forget set of
+seed 100.
 
 Rule. Of a method's tuning runs, the one that reaches most of the goals (a) to (c) of `goals`; among equals, that with the highest
 forget quality. No method sees the retain-only model before it is judged by it; the rule does, on seed 100.
@@ -103,11 +104,12 @@ _MULTIPLIER = "model.constraints.nll.multiplier.init_args"
 _NATS = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 10}
 _LARGE = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 100}
 _AS_IT_IS: dict[str, Any] = {}
-# What each file is given, in the order in which methods are worth their time. BASE is the base model; ANSWERS are the forget rows
-# with its own answers.
+# What each file is given, in the order in which methods are worth their time. ANSWERS are the forget rows with the base model's own
+# answers.
 METHODS: dict[str, dict[str, Any]] = {
     "match_unseen": {**_NATS, "model.forget.init_args.factor": 1},
-    "kl_to_teacher": {**_NATS, "model.lm.teacher": "BASE"},
+    "kl_to_teacher": _NATS,
+    "kl_to_teacher_rewound": {**_NATS, "config": "method/kl_to_teacher.yaml", "model.rewind": 0.5},
     "pdu": _LARGE,
     "npo": _AS_IT_IS,
     "teacher_answers": {**_NATS, "data.forget": "ANSWERS"},
@@ -125,7 +127,7 @@ _OTHERS = ("rmu", "satimp", "kl_to_uniform", "jensun", "dpo", "idk_nll", "ceu", 
 METHODS |= dict.fromkeys(_OTHERS, _AS_IT_IS)
 # Of this package: all others are published, and the ones to exceed.
 OURS = (
-    *("match_unseen", "kl_to_teacher", "teacher_answers", "nll_floor"),
+    *("match_unseen", "kl_to_teacher", "kl_to_teacher_rewound", "teacher_answers", "nll_floor"),
     *("altpo_constrained", "npo_constrained", "simnpo_constrained", "grad_ascent_constrained"),
 )
 

@@ -190,6 +190,9 @@ class SmolLM2:
             batches[str(size)] = {"data.batch_size": batch, "data.retain_batch_size": retain}
         settings = {
             "model.lm.model": self._target,
+            "model.lm.teacher": self._base,
+            # Only where a method's own file has it.
+            "model.rewind": 0,
             "model.constraints.nll.epsilon.relative": protocol.EPSILON,
             "model.constraints.nll.warmup_epochs": 1,
             "data.forget": self._rows("forget"),
@@ -209,10 +212,9 @@ class SmolLM2:
 
     def _settings(self, method: str, *streams: str) -> dict[str, Any]:
         """Return the settings of a method beside its file, with the sets that it reads beside forget and retain rows."""
-        places = {"BASE": self._base, "ANSWERS": f"{self.folder}/answers/size={{size}}/alternates.jsonl"}
-        settings = {}
-        for key, value in protocol.METHODS[method].items():
-            settings[key] = places.get(value, value)
+        settings = dict(protocol.METHODS[method])
+        if settings.get("data.forget") == "ANSWERS":
+            settings["data.forget"] = f"{self.folder}/answers/size={{size}}/alternates.jsonl"
         if method == "match_unseen":
             streams = ("unseen", *streams)
         # null, because the file to begin with names a set that is not here.
