@@ -132,7 +132,6 @@ def test_the_time_left_follows_the_pace_of_the_machine() -> None:
 
 def test_the_stages_are_commands_that_exist() -> None:
     stages = {stage.name: stage for stage in real.list_stages("model", "32-true")}
-    assert sum(stage.minutes for stage in stages.values()) < 25
     options = audit.build_parser().parse_args(stages["audit"].command[1:])
     assert read_policy(ROOT / options.policy).name == "real"
     assert options.model == "runs/real/unlearned"
