@@ -46,7 +46,7 @@ def complete(script: Path, *words: str) -> list[str]:
         (["f"], {"fit"}),
         (["comp"], {"compare", "completion"}),
         (["fit", "--trainer.max_e"], {"--trainer.max_epochs"}),
-        (["fit", "--model.lm.t"], {"--model.lm.tokenizer", "--model.lm.trust_remote_code"}),
+        (["fit", "--model.lm.t"], {"--model.lm.teacher", "--model.lm.tokenizer", "--model.lm.trust_remote_code"}),
         (["fit", "--data.forget_s"], {"--data.forget_split", "--data.forget_set"}),
         (["fit", "--model.benchmark.so"], {"--model.benchmark.source"}),
         (["evaluate", "m", "--suite", "t"], {"tofu"}),
