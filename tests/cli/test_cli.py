@@ -141,6 +141,7 @@ def test_every_config_parses_and_instantiates(
         "hardware": "demo/unlearn.yaml",
         "method": "demo/unlearn.yaml",
         "matched": "demo/unlearn.yaml",
+        "robust": "demo/unlearn.yaml",
         "paper": f"{config.stem.split('_')[0]}.yaml",
     }
     base = bases.get(config.name) or families.get(config.parent.name)
@@ -154,7 +155,7 @@ def test_every_config_parses_and_instantiates(
     if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]
-        keys = {"LogitMargin": {"power", "alignment"}, "MatchUnseen": {"stream", "factor"}}
+        keys = {"LogitMargin": {"power", "alignment"}, "KLToTeacher": {"reads"}}
         assert settings["forget"]["init_args"].keys() == keys[settings["forget"]["class_path"]]
         assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
         assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
