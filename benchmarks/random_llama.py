@@ -38,7 +38,8 @@ SHAPES = {
     "toy": Shape(1_000, hidden=64, intermediate=128, layers=2, heads=2, kv_heads=2),
     "32k": Shape(32_000),
     "128k": Shape(128_256),
-    # The sizes of Llama-3.2-1B.
+    # The sizes of SmolLM2-135M, and of Llama-3.2-1B.
+    "135m": Shape(49_152, hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, tied=True),
     "1b": Shape(128_256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, tied=True),
 }
 
