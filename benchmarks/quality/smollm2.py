@@ -8,10 +8,10 @@ Models. For each seed a target model, fine-tuned as in configs/real/target.yaml 
 model, fine-tuned in the same way without it. Seed 0 judges (with ``--size full`` 0, 1 and 2). Seed 100 tunes, and judges nothing.
 
 Methods. Every file of configs/method that ``METHODS`` names, the constrained ones and those as published, and one of them from halfway
-back to the base model, over configs/real/unlearn.yaml: 60 steps of AdamW with 5 examples of each forgotten author and 8 retained ones
-or more, epsilon 1.1 times the retain NLL before. λ begins at 10 where the objective is in nats per token, and at 100 where it is a sum
-over the answer or the margin squared, whose gradients are as much larger. Tuned are the learning rates of `RATES`, on one forget set of
-seed 100.
+back to the base model, with and without sharpness-aware steps, over configs/real/unlearn.yaml: 60 steps of AdamW with 5 examples of
+each forgotten author and 8 retained ones or more, epsilon 1.1 times the retain NLL before. λ begins at 10, with dual steps of 5, where
+the objective is in nats per token; at 100, with dual steps of 50, where it is a sum over the answer or the margin squared, whose
+gradients are as much larger. Tuned are the learning rates of `RATES`, on one forget set of seed 100.
 
 Rule. Of a method's tuning runs, the one that reaches most of the goals (a) to (c) of `goals`; among equals, that with the highest
 forget quality. No method sees the retain-only model before it is judged by it; the rule does, on seed 100.
@@ -101,21 +101,24 @@ ATTACKS: dict[str, Any] = {
 }
 
 _MULTIPLIER = "model.constraints.nll.multiplier.init_args"
-_NATS = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 10}
+_NATS = {f"{_MULTIPLIER}.lr": 5, f"{_MULTIPLIER}.init": 10}
 _LARGE = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 100}
+# Its retain NLL begins far above the bound: with larger dual steps, λ would rise until it stands in the way of forgetting.
+_REWOUND = {**_NATS, f"{_MULTIPLIER}.lr": 1, "model.rewind": 0.5}
 _AS_IT_IS: dict[str, Any] = {}
 # What each file is given, in the order in which methods are worth their time. ANSWERS are the forget rows with the base model's own
 # answers.
 METHODS: dict[str, dict[str, Any]] = {
     "match_unseen": {**_NATS, "model.forget.init_args.factor": 1},
     "kl_to_teacher": _NATS,
-    "kl_to_teacher_rewound": {**_NATS, "config": "method/kl_to_teacher.yaml", "model.rewind": 0.5},
+    "kl_to_teacher_rewound": {**_REWOUND, "config": "method/kl_to_teacher.yaml"},
     "pdu": _LARGE,
     "npo": _AS_IT_IS,
     "teacher_answers": {**_NATS, "data.forget": "ANSWERS"},
     "grad_diff": _AS_IT_IS,
     "altpo_constrained": {**_LARGE, "data.forget": "ANSWERS"},
     "simnpo": _AS_IT_IS,
+    "kl_to_teacher_rewound_sam": {**_REWOUND, "config": ["method/kl_to_teacher.yaml", "method/robust/sam.yaml"]},
     "npo_constrained": _LARGE,
     "nll_floor": _AS_IT_IS,
     "wga": _AS_IT_IS,
@@ -127,7 +130,8 @@ _OTHERS = ("rmu", "satimp", "kl_to_uniform", "jensun", "dpo", "idk_nll", "ceu", 
 METHODS |= dict.fromkeys(_OTHERS, _AS_IT_IS)
 # Of this package: all others are published, and the ones to exceed.
 OURS = (
-    *("match_unseen", "kl_to_teacher", "kl_to_teacher_rewound", "teacher_answers", "nll_floor"),
+    *("match_unseen", "kl_to_teacher", "kl_to_teacher_rewound", "kl_to_teacher_rewound_sam"),
+    *("teacher_answers", "nll_floor"),
     *("altpo_constrained", "npo_constrained", "simnpo_constrained", "grad_ascent_constrained"),
 )
 
