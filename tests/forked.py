@@ -11,6 +11,7 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -89,3 +90,18 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> tuple[int 
     before = len(printed(folder))
     code = wait(start_command(folder, *arguments, **environment), timeout=300)
     return code, printed(folder)[before:]
+
+
+class ForkedCommands:
+    """Stands for the processes of a sweep. For one cell at a time: threads that wait for processes take exit codes from each other."""
+
+    def __call__(self, arguments: Sequence[str], log: Path, held: int) -> int:
+        device = ["--trainer.accelerator=cpu"] if arguments[0] in ("fit", "evaluate") else []
+        code, text = run_command(Path.cwd(), *arguments, *device)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+        assert code is not None, text
+        return code
+
+    def stop(self) -> None:
+        pass

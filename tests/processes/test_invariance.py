@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import runner
+from shared_folders import make_once
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,8 @@ SAME_METHOD: dict[str, Result] = {
 }
 SAME |= {f"{m}, {name}": {**plan, **method} for m, method in METHODS.items() for name, plan in SAME_METHOD.items()}
 SAME |= {f"{m}, lora, ddp": {"strategy": "ddp", "adapter": ADAPTER, **METHODS[m]} for m in ("npo", "dpo, kl", "rmu")}
+# Measuring takes a third of a run, and no part in the trajectory: the plain runs beside them measure after every epoch.
+SAME = {name: {**plan, "measure_every": 3} for name, plan in SAME.items()}
 OF_THE_RUN = ("adapter", "forget", "forget_weight", "general", "robustness")  # what is not the way it is run
 NOISY = {"model": "dropout", "optimizer": "adamw", "update_every": "step"}
 ADAPTED = {"adapter": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}
@@ -97,18 +100,21 @@ def scenarios(models: dict[str, str], rows: str, folder: Path) -> dict[str, Resu
 @pytest.fixture(scope="session")
 def pairs(models: dict[str, str], rows_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
     """What both processes saw in every scenario that has a strategy; one start of two processes runs them all."""
-    folder = tmp_path_factory.mktemp("processes")
-    plans = {name: plan for name, plan in scenarios(models, rows_dir, folder).items() if "strategy" in plan}
-    (folder / "scenarios.json").write_text(json.dumps(plans), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", runner.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, env=environment)
+
+    def run_scenarios(folder: Path) -> None:
+        plans = {name: plan for name, plan in scenarios(models, rows_dir, folder).items() if "strategy" in plan}
+        (folder / "scenarios.json").write_text(json.dumps(plans), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", runner.__file__]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, env=environment)
+        for name in plans:
+            if not all((folder / f"{name}-rank{rank}.pt").is_file() for rank in (0, 1)):
+                pytest.fail(f"'{name}' left no result; they said: {done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+
+    folder = make_once(tmp_path_factory, "invariance", run_scenarios)
     results = {}
-    for name in plans:
-        files = [folder / f"{name}-rank{rank}.pt" for rank in (0, 1)]
-        if not all(file.is_file() for file in files):
-            pytest.fail(f"'{name}' left no result; the processes said: {done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-        results[name] = [torch.load(file, weights_only=True) for file in files]
+    for name in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")):
+        results[name] = [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
         assert [result["world_size"] for result in results[name]] == [2, 2]  # never silently in one process
         assert [result["rank"] for result in results[name]] == [0, 1]
     return results
