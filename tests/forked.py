@@ -93,11 +93,17 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> tuple[int 
 
 
 class ForkedCommands:
-    """Stands for the processes of a sweep. For one cell at a time: threads that wait for processes take exit codes from each other."""
+    """Stands for the processes of a sweep. For one cell at a time: threads that wait for processes take exit codes from each other.
+
+    Args:
+        **options: Further arguments, by the name of the command.
+    """
+
+    def __init__(self, **options: Sequence[str]) -> None:
+        self.options = options
 
     def __call__(self, arguments: Sequence[str], log: Path, held: int) -> int:
-        device = ["--trainer.accelerator=cpu"] if arguments[0] in ("fit", "evaluate") else []
-        code, text = run_command(Path.cwd(), *arguments, *device)
+        code, text = run_command(Path.cwd(), *arguments, *self.options.get(arguments[0], ()))
         with log.open("a", encoding="utf-8") as file:
             file.write(text)
         assert code is not None, text

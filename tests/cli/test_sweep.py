@@ -505,7 +505,7 @@ def test_two_real_cells(
         "trainer.accelerator": "cpu",
     }
     measure = f"evaluate {{cell}}/model --suite qa --forget {rows_dir}/forget.jsonl --retain {rows_dir}/retain.jsonl"
-    after = f"{measure} --output {{cell}}/qa.json --max_new_tokens=4"
+    after = f"{measure} --output {{cell}}/qa.json --max_new_tokens=4 --trainer.accelerator=cpu"
     sweep_of_fits = {"settings": settings, "grid": {"method": ["pdu"], "seed": [0, 1]}, "keep": "model"}
     write_sweep(**sweep_of_fits)
     cli.main(["sweep", "sweep.yaml", "--jobs=2"])
