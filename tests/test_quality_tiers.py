@@ -131,11 +131,20 @@ def test_parsers_accept_a_cell_of_each_stage(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-10", "tofu-1b"])
-def test_parsers_accept_every_method(name: str, tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"), [("smollm2-10", smollm2.METHODS), ("tofu-1b", tofu_1b.METHODS)], ids=["smollm2-10", "tofu-1b"]
+)
+def test_parsers_accept_the_settings_of_every_method(
+    name: str, settings: dict[str, Any], tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, cells = read_sweep(write_stage(TIERS[name](), "final"))
     # One forget set and seed: the others change names of files alone.
     of_methods = {cell.name.rpartition("method=")[2]: cell for cell in cells}
+    assert of_methods.keys() == settings.keys()
+    # Files as they are differ in nothing that is set here, and test_cli.py reads each of them.
+    as_they_are = [method for method in of_methods if not settings[method]]
+    for method in as_they_are[1:]:
+        del of_methods[method]
     for cell in of_methods.values():
         check_command(cell.commands[0], "cell", monkeypatch)
 
