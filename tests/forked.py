@@ -11,6 +11,7 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -89,3 +90,24 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> tuple[int 
     before = len(printed(folder))
     code = wait(start_command(folder, *arguments, **environment), timeout=300)
     return code, printed(folder)[before:]
+
+
+class ForkedCommands:
+    """Stands for the processes of a sweep. For one cell at a time: threads that wait for processes take exit codes from each other.
+
+    Args:
+        **options: Further arguments, by the name of the command.
+    """
+
+    def __init__(self, **options: Sequence[str]) -> None:
+        self.options = options
+
+    def __call__(self, arguments: Sequence[str], log: Path, held: int) -> int:
+        code, text = run_command(Path.cwd(), *arguments, *self.options.get(arguments[0], ()))
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+        assert code is not None, text
+        return code
+
+    def stop(self) -> None:
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import ROOT
-from forked import run_command
+from forked import ForkedCommands
 
 from benchmarks.markdown_blocks import fill_page
 from benchmarks.quality import __main__ as runner
@@ -130,11 +131,20 @@ def test_parsers_accept_a_cell_of_each_stage(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-10", "tofu-1b"])
-def test_parsers_accept_every_method(name: str, tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"), [("smollm2-10", smollm2.METHODS), ("tofu-1b", tofu_1b.METHODS)], ids=["smollm2-10", "tofu-1b"]
+)
+def test_parsers_accept_the_settings_of_every_method(
+    name: str, settings: dict[str, Any], tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, cells = read_sweep(write_stage(TIERS[name](), "final"))
     # One forget set and seed: the others change names of files alone.
     of_methods = {cell.name.rpartition("method=")[2]: cell for cell in cells}
+    assert of_methods.keys() == settings.keys()
+    # Files as they are differ in nothing that is set here, and test_cli.py reads each of them.
+    as_they_are = [method for method in of_methods if not settings[method]]
+    for method in as_they_are[1:]:
+        del of_methods[method]
     for cell in of_methods.values():
         check_command(cell.commands[0], "cell", monkeypatch)
 
@@ -284,7 +294,7 @@ def run(tofu: str, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> Callable[
     monkeypatch.setattr("benchmarks.smollm2.find_model", lambda: Path(model_dir))
     monkeypatch.setattr("benchmarks.real.choose_precision", lambda: "32-true")
 
-    def run_tier(*options: str, model: str = "smollm2", commands: FakeCommands | None = None) -> FakeCommands:
+    def run_tier(*options: str, model: str = "smollm2", commands: Any = None) -> Any:
         fake = commands or FakeCommands()
         monkeypatch.setattr(sweep, "Processes", lambda jobs: fake)
         runner.main(
@@ -483,19 +493,6 @@ def test_the_page_has_the_tables_of_the_kept_results(tmp_path: Path) -> None:
 # End to end -----------------------------------------------------------------------------------------------------------
 
 
-class ForkedCommands(FakeCommands):
-    """Runs the commands of a sweep in processes that start at once."""
-
-    def __call__(self, arguments: Sequence[str], log: Path, held: int) -> int:
-        self.ran.append(" ".join(arguments))
-        device = ["--trainer.accelerator=cpu"] if arguments[0] in ("fit", "evaluate") else []
-        code, printed = run_command(Path.cwd(), *arguments, *device)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(printed)
-        assert code is not None
-        return code
-
-
 def write_chat_model(folder: Path, tokenizer_dir: str) -> None:
     """Write a tiny model whose tokenizer has a chat template, as the published ones have."""
     from transformers import AutoTokenizer
@@ -514,33 +511,64 @@ def write_chat_model(folder: Path, tokenizer_dir: str) -> None:
     lm.save(folder / "model")
 
 
-@pytest.mark.slow
-def test_a_miniature_of_each_tier_runs_from_rows_to_tables(
-    run: Any, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole command on tiny models: every stage, every kind of cell, the tables."""
-    for attacks in (smollm2.ATTACKS["attacks"], tofu_1b.ATTACKS["attacks"]):
+# Each tier's evaluation writes answers of its own length, and fits take the epochs of their configurations.
+ON_CPU = {
+    "fit": ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2"],
+    "evaluate": ["--trainer.accelerator=cpu", "--max_new_tokens=4"],
+}
+
+
+@pytest.fixture
+def small_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tiers with one forget set, one learning rate, few rows and short answers; all stages and kinds of cells stay."""
+    grid = smollm2.GRIDS["10"]
+    selection = grid.selection._replace(authors=4, sizes=(1,), aside=1, measured=4)
+    monkeypatch.setitem(smollm2.GRIDS, "10", grid._replace(selection=selection, tuning_size=1))
+    monkeypatch.setattr(smollm2, "RATES", smollm2.RATES[:1])
+    monkeypatch.setattr(tofu_1b, "AUTHORS", 2)
+    monkeypatch.setattr(tofu_1b, "SELECTION", tofu_1b.SELECTION._replace(authors=6, sizes=(2,), measured=4))
+    for attacks in (smollm2.ATTACKS, tofu_1b.ATTACKS):
+        monkeypatch.setitem(attacks, "max_new_tokens", 4)
         for label in tier_tables.RELEARNING:
             # An author has two rows here.
-            monkeypatch.setitem(attacks[label], "rows", 1)
-            monkeypatch.setitem(attacks[label], "steps", 2)
-    run("--methods", "match_unseen", "teacher_answers", commands=ForkedCommands())
-    lines = read_json_lines(Path("results/smollm2-10/final.jsonl"))
-    assert [line.get("error") for line in lines] == [None] * 4
+            monkeypatch.setitem(attacks["attacks"][label], "rows", 1)
+            monkeypatch.setitem(attacks["attacks"][label], "steps", 2)
+
+
+def check_measured(lines: list[dict[str, Any]], attacks: dict[str, Any]) -> None:
     for line in lines:
         assert {"report", "tofu", "attack", "depth"} <= line.keys()
         assert {"forget_quality", "model_utility", "memorization"} <= line["tofu"]["aggregate"].keys()
-        assert set(line["attack"]) == {"no attack", *smollm2.ATTACKS["attacks"]}
+        assert set(line["attack"]) == {"no attack", *attacks}
         assert not any("not_tested" in outcome for outcome in line["attack"].values())
+
+
+@pytest.mark.slow
+def test_a_miniature_of_smollm2_runs_from_rows_to_tables(run: Any, small_protocols: None) -> None:
+    """The whole command on a tiny model: every stage, every kind of cell, the tables. This method reads the base model's answers."""
+    run("--methods", "teacher_answers", commands=ForkedCommands(**ON_CPU))
+    lines = read_json_lines(Path("results/smollm2-10/final.jsonl"))
+    assert [line.get("error") for line in lines] == [None]
+    check_measured(lines, smollm2.ATTACKS["attacks"])
     block = tier_tables.make_blocks(Path("results"))["smollm2-10"]
     assert "failed" not in block
-    assert block.count("| match_unseen |") == 4  # goals and values on two forget sets
+    assert block.count("| teacher_answers |") == 2  # goals and values
 
+
+@pytest.mark.slow
+def test_a_miniature_of_the_public_grid_runs_from_rows_to_tables(
+    run: Any, small_protocols: None, tokenizer_dir: str
+) -> None:
+    """The same with models of their hub names, in their prompt. This method reads rows that the target model wrote."""
     published = Path("published/open-unlearning")
     for name in (tofu_1b.TARGET, tofu_1b.RETAIN_ONLY):
         write_chat_model(Path("made", name), tokenizer_dir)
         shutil.copytree(Path("made", name, "model"), published / Path(name).name)
-    methods = ("--methods", "match_unseen", "altpo_constrained")
-    run("--models=published", *methods, model="tofu-1b", commands=ForkedCommands())
+    run("--models=published", "--methods", "match_unseen", model="tofu-1b", commands=ForkedCommands(**ON_CPU))
     lines = read_json_lines(Path("results/tofu-1b/final.jsonl"))
-    assert [line.get("error") for line in lines] == [None] * 2
+    assert [line.get("error") for line in lines] == [None]
+    check_measured(lines, tofu_1b.ATTACKS["attacks"])
+    blocks = tier_tables.make_blocks(Path("results"))
+    assert "failed" not in blocks["tofu-1b"]
+    # These models know no entity, so there is no depth, and no Overall without it.
+    assert re.search(r"^\| match_unseen \(recommended\) \| – \| 0\.\d+ \|", blocks["tofu-1b-grid"], re.MULTILINE)

@@ -211,6 +211,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=settings.get("max_epochs", 3),
+        check_val_every_n_epoch=settings.get("measure_every", 1),
         precision=settings.get("precision", "32-true"),
         callbacks=callbacks,
         logger=False,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import runner
+from shared_folders import make_once
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,9 @@ METHODS: dict[str, Result] = {  # whose objectives need the reference model, oth
     "sam": {"robustness": "sam"},
     "projection": {"robustness": "projection"},
 }
+# Two epochs have what three have: steps of full and of smaller batches, before and after the warm-up, and a second epoch's order.
+SHORT = {"max_epochs": 2}
+METHODS = {name: {**method, **SHORT} for name, method in METHODS.items()}
 # Padded batches and passes one after the other are tried above, where they are cheaper.
 SAME_METHOD: dict[str, Result] = {
     "micro 2": {"micro_batch_size": 2},
@@ -60,17 +64,20 @@ SAME_METHOD: dict[str, Result] = {
 }
 SAME |= {f"{m}, {name}": {**plan, **method} for m, method in METHODS.items() for name, plan in SAME_METHOD.items()}
 SAME |= {f"{m}, lora, ddp": {"strategy": "ddp", "adapter": ADAPTER, **METHODS[m]} for m in ("npo", "dpo, kl", "rmu")}
-OF_THE_RUN = ("adapter", "forget", "forget_weight", "general", "robustness")  # what is not the way it is run
+# Measuring takes a third of a run, and no part in the trajectory: the plain runs beside them measure after every epoch.
+SAME = {name: {**plan, "measure_every": plan.get("max_epochs", 3)} for name, plan in SAME.items()}
+# What is not the way it is run.
+OF_THE_RUN = ("adapter", "forget", "forget_weight", "general", "robustness", "max_epochs")
 NOISY = {"model": "dropout", "optimizer": "adamw", "update_every": "step"}
 ADAPTED = {"adapter": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}
 RESUMED_AFTER = [2, 3, 5, 6, 7]  # 3 steps an epoch: in its midst and at its end
 RESUME: dict[str, Result] = {
     "ddp": {"strategy": "ddp"},
-    "fsdp2": {"strategy": "fsdp2"},
-    "fsdp2-file": {"strategy": "fsdp2-file"},
-    "ddp, lora": {"strategy": "ddp", **ADAPTED},
-    "fsdp2, lora": {"strategy": "fsdp2", **ADAPTED},
-    "fsdp2-file, lora": {"strategy": "fsdp2-file", **ADAPTED},
+    "fsdp2": {"strategy": "fsdp2", **SHORT},
+    "fsdp2-file": {"strategy": "fsdp2-file", **SHORT},
+    "ddp, lora": {"strategy": "ddp", **ADAPTED, **SHORT},
+    "fsdp2, lora": {"strategy": "fsdp2", **ADAPTED, **SHORT},
+    "fsdp2-file, lora": {"strategy": "fsdp2-file", **ADAPTED, **SHORT},
     "ddp, dpo, kl": {"strategy": "ddp", **METHODS["dpo, kl"]},
     "fsdp2, dpo, kl": {"strategy": "fsdp2", **METHODS["dpo, kl"]},
     "fsdp2-file, dpo, kl": {"strategy": "fsdp2-file", **METHODS["dpo, kl"]},
@@ -97,18 +104,21 @@ def scenarios(models: dict[str, str], rows: str, folder: Path) -> dict[str, Resu
 @pytest.fixture(scope="session")
 def pairs(models: dict[str, str], rows_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
     """What both processes saw in every scenario that has a strategy; one start of two processes runs them all."""
-    folder = tmp_path_factory.mktemp("processes")
-    plans = {name: plan for name, plan in scenarios(models, rows_dir, folder).items() if "strategy" in plan}
-    (folder / "scenarios.json").write_text(json.dumps(plans), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", runner.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, env=environment)
+
+    def run_scenarios(folder: Path) -> None:
+        plans = {name: plan for name, plan in scenarios(models, rows_dir, folder).items() if "strategy" in plan}
+        (folder / "scenarios.json").write_text(json.dumps(plans), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", runner.__file__]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, env=environment)
+        for name in plans:
+            if not all((folder / f"{name}-rank{rank}.pt").is_file() for rank in (0, 1)):
+                pytest.fail(f"'{name}' left no result; they said: {done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+
+    folder = make_once(tmp_path_factory, "invariance", run_scenarios)
     results = {}
-    for name in plans:
-        files = [folder / f"{name}-rank{rank}.pt" for rank in (0, 1)]
-        if not all(file.is_file() for file in files):
-            pytest.fail(f"'{name}' left no result; the processes said: {done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-        results[name] = [torch.load(file, weights_only=True) for file in files]
+    for name in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")):
+        results[name] = [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
         assert [result["world_size"] for result in results[name]] == [2, 2]  # never silently in one process
         assert [result["rank"] for result in results[name]] == [0, 1]
     return results
@@ -141,7 +151,8 @@ def test_the_same_trajectory(name: str, alone: Any, pairs: dict[str, list[Result
     assert result["trained"] == plain["trained"]
     assert result["reference_logp"] == pytest.approx(plain["reference_logp"], rel=1e-6)
     assert len(plain["reference_logp"]) == {"npo": 10, "dpo": 20}.get(SAME[name].get("forget", ""), 0)
-    assert len(plain["steps"]) == len(result["steps"]) == 9
+    num_steps = 3 * SAME[name].get("max_epochs", 3)
+    assert len(plain["steps"]) == len(result["steps"]) == num_steps
     weights = difference(result, plain)
     multipliers = max(
         abs(step["multipliers"][key] - value) / value
@@ -152,8 +163,8 @@ def test_the_same_trajectory(name: str, alone: Any, pairs: dict[str, list[Result
     assert weights <= 1e-6
     assert multipliers <= 1e-6
     moved = {key: {step["multipliers"][key] for step in plain["steps"]} for key in ("nll", "general")}
-    assert len(moved["general"]) == 9  # λ moved at every step
-    assert len(moved["nll"]) == 7  # and after the warm-up epoch
+    assert len(moved["general"]) == num_steps  # λ moved at every step
+    assert len(moved["nll"]) == num_steps - 2  # and after the warm-up epoch
 
 
 @pytest.mark.parametrize("name", [name for name, plan in SAME.items() if "strategy" in plan])
@@ -193,6 +204,7 @@ def test_resuming_two_processes_equals_the_uninterrupted_run_bit_for_bit(
     whole = pairs[f"whole {name}"]
     resumed = {step: pairs[key] for step in RESUMED_AFTER if (key := f"resumed {name} {step}") in pairs}
     assert len(resumed) >= 2
+    assert all(len(result["steps"]) > max(resumed) for result in whole)
     for start, results in resumed.items():
         for result, expected in zip(results, whole, strict=True):
             assert "error" not in result
