@@ -109,7 +109,7 @@ def list_stages(model: str, precision: str) -> list[Stage]:
                 f"--trainer.precision={precision}",
             ],
         ),
-        Stage("audit", "audit the unlearned model", 9.0, audit, page=AUDIT / "audit.html"),
+        Stage("audit", "audit the unlearned model", 12.0, audit, page=AUDIT / "audit.html"),
         Stage("answers", "ask the three models", 0.8, ["inspect", *models.values(), *questions]),
     ]
 

@@ -103,7 +103,7 @@ ATTACKS: dict[str, Any] = {
 _MULTIPLIER = "model.constraints.nll.multiplier.init_args"
 _NATS = {f"{_MULTIPLIER}.lr": 5, f"{_MULTIPLIER}.init": 10}
 _LARGE = {f"{_MULTIPLIER}.lr": 50, f"{_MULTIPLIER}.init": 100}
-# Its retain NLL begins far above the bound: with larger dual steps, λ would rise until it stands in the way of forgetting.
+# Its retain NLL begins far above the bound, and λ would rise with larger dual steps, to no other end (docs/real.md).
 _REWOUND = {**_NATS, f"{_MULTIPLIER}.lr": 1, "model.rewind": 0.5}
 _AS_IT_IS: dict[str, Any] = {}
 # What each file is given, in the order in which methods are worth their time. ANSWERS are the forget rows with the base model's own
