@@ -60,8 +60,8 @@ def write_stage(tier: Tier, stage: str) -> str:
 
 def test_every_method_has_its_settings() -> None:
     methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
-    # Two are another method's file with settings.
-    assert methods == smollm2.METHODS.keys() - {"kl_to_teacher_rewound", "kl_to_teacher_rewound_sam"}
+    # Those that rewind are another method's file with settings.
+    assert methods == {name for name in smollm2.METHODS if "rewound" not in name}
     assert smollm2.METHODS.keys() > set(smollm2.OURS)
     assert tofu_1b.RECOMMENDED in tofu_1b.METHODS.keys() <= methods
 
@@ -96,7 +96,7 @@ def test_the_number_of_methods_follows_from_the_cost_of_a_step() -> None:
     small, large, full = smollm2.GRIDS["10"], smollm2.GRIDS["20"], smollm2.GRIDS["full"]
     rates = smollm2.TOKENS_PER_SECOND.values()
     # As the protocol's table says.
-    assert [smollm2.count_methods(small, rate) for rate in rates] == [4, 8]
+    assert [smollm2.count_methods(small, rate) for rate in rates] == [7, 12]
     assert [smollm2.count_methods(large, rate) for rate in rates] == [1, 4]
     assert smollm2.count_methods(small, 1) == 1
     assert smollm2.count_methods(full, 1) == len(smollm2.METHODS)
@@ -523,7 +523,7 @@ def small_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both tiers with one forget set, one learning rate, few rows and short answers; all stages and kinds of cells stay."""
     grid = smollm2.GRIDS["10"]
     selection = grid.selection._replace(authors=4, sizes=(1,), aside=1, measured=4)
-    monkeypatch.setitem(smollm2.GRIDS, "10", grid._replace(selection=selection, tuning_size=1))
+    monkeypatch.setitem(smollm2.GRIDS, "10", grid._replace(selection=selection, is_tuned=True))
     monkeypatch.setattr(smollm2, "RATES", smollm2.RATES[:1])
     monkeypatch.setattr(tofu_1b, "AUTHORS", 2)
     monkeypatch.setattr(tofu_1b, "SELECTION", tofu_1b.SELECTION._replace(authors=6, sizes=(2,), measured=4))

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options = parse_options(arguments)
     tier = TIERS[options.model].from_options(options)
-    stages = options.stages or [stage for stage in tier.STAGES if stage not in tier.NOT_BY_DEFAULT]
+    stages = options.stages or tier.default_stages
     if options.list:
         for stage in stages:
             list_stage(tier, stage)

@@ -50,7 +50,6 @@ class SmolLM2:
     )
     MAY_FAIL: ClassVar[tuple[str, ...]] = ("tuning", "final", "matched")
     """Stages whose cells are results even if they fail; later stages need all cells of the others."""
-    NOT_BY_DEFAULT: ClassVar[tuple[str, ...]] = ("matched",)
 
     @classmethod
     def from_options(cls, options: Namespace) -> SmolLM2:
@@ -68,6 +67,12 @@ class SmolLM2:
             precision,
             options.entities is not None,
         )
+
+    @property
+    def default_stages(self) -> tuple[str, ...]:
+        """The stages that run where ``--stages`` names none."""
+        others = ("matched",) if self._grid.is_tuned else ("matched", "tuning_reference", "tuning")
+        return tuple(stage for stage in self.STAGES if stage not in others)
 
     @property
     def digest(self) -> str:
@@ -102,7 +107,7 @@ class SmolLM2:
         """
         output, sizes = f"{self.folder}/{stage}", self._grid.selection.sizes
         judging = {"seed": self.seeds, "size": sizes}
-        tuning = {"seed": [protocol.TUNING_SEED], "size": [self._grid.tuning_size]}
+        tuning = {"seed": [protocol.TUNING_SEED], "size": [self._grid.one_size]}
         match stage:
             case "answers":
                 rows = {"model": self._base, "forget": self._rows("forget"), "count": 0, "max_new_tokens": 60}
@@ -158,7 +163,9 @@ class SmolLM2:
         """Return the sweep of all target models and retain-only models: one axis, because no grid has exactly these."""
         models: dict[str, dict[str, Any]] = {}
         pairs = list(itertools.product(self.seeds, self._grid.selection.sizes))
-        for seed, size in [*pairs, (protocol.TUNING_SEED, self._grid.tuning_size)]:
+        if self._grid.is_tuned:
+            pairs.append((protocol.TUNING_SEED, self._grid.one_size))
+        for seed, size in pairs:
             seeds = dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed)
             rows = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
             # The rows of all sizes are the same in total.
@@ -229,13 +236,15 @@ class SmolLM2:
         return settings
 
     def _choose_rate(self, method: str) -> float:
-        """Return the learning rate of the tuning run that the rule chooses.
+        """Return the learning rate that all methods have, or that of the tuning run that the rule chooses.
 
         Raises:
             ValueError: If a run is missing, or all failed.
         """
         from benchmarks.quality.goals import choose_run
 
+        if not self._grid.is_tuned:
+            return protocol.FIXED_RATE
         runs = select_lines(read_lines(self.results / "tuning.jsonl", self.digest), method=method)
         succeeded = drop_failed(runs)
         if len(runs) < len(protocol.RATES) or not succeeded:
@@ -253,6 +262,7 @@ class SmolLM2:
             "fluency_model": self._base,
             "max_length": protocol.MAX_LENGTH,
             "max_new_tokens": protocol.MAX_NEW_TOKENS,
+            "trainer.precision": self.precision,
         }
         if reference is not None:
             settings["retain_results"] = f"{self.folder}/{reference}/seed={{seed}},size={{size}}/tofu.json"

@@ -89,7 +89,7 @@ def make_blocks(results: Path) -> dict[str, str]:
         published = [name for name in smollm2.METHODS if name not in smollm2.OURS]
         blocks[f"smollm2-{size}"] = make_tier(TierResults.read(folder, digest), authors, published)
         matched = TierResults.read(folder, digest, "matched")
-        blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.tuning_size))
+        blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.one_size))
     tier = TierResults.read(results / "tofu-1b", tofu_1b.digest())
     blocks["tofu-1b-grid"] = make_grid_table(tier)
     tables = make_tier(tier, [str(tofu_1b.AUTHORS)], list(tofu_1b.PUBLISHED), tofu_1b.PUBLISHED)

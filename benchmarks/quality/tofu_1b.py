@@ -113,7 +113,6 @@ class TOFU1B:
 
     STAGES: ClassVar[tuple[str, ...]] = ("answers", "reference", "target", "final")
     MAY_FAIL: ClassVar[tuple[str, ...]] = ("final",)
-    NOT_BY_DEFAULT: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_options(cls, options: Namespace) -> TOFU1B:
@@ -121,6 +120,11 @@ class TOFU1B:
         folder, results = options.work / "tofu-1b", options.results / "tofu-1b"
         seeds, methods = tuple(options.seeds or (0,)), tuple(options.methods or METHODS)
         return cls(folder, results, seeds, methods, options.models, options.entities is not None)
+
+    @property
+    def default_stages(self) -> tuple[str, ...]:
+        """The stages that run where ``--stages`` names none: all."""
+        return self.STAGES
 
     @property
     def digest(self) -> str:
