@@ -312,7 +312,13 @@ def run(tofu: str, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> Callable[
     return run_tier
 
 
-def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, in_tmp: Path) -> None:
+@pytest.fixture
+def tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small grid tunes, as larger ones do."""
+    monkeypatch.setitem(smollm2.GRIDS, "10", smollm2.GRIDS["10"]._replace(is_tuned=True, one_size=2))
+
+
+def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, tuning: None, in_tmp: Path) -> None:
     methods = ("--methods", "pdu", "npo")
     first = run(*methods)
     counts = {path.stem: len(read_json_lines(path)) for path in Path("results/smollm2-10").iterdir()}
@@ -344,7 +350,17 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, in_tmp: 
     assert len(run(*methods, "--stages", "matched").ran) == 2 * 3
 
 
-def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any) -> None:
+def test_a_grid_that_tunes_nothing_gives_every_method_the_fixed_rate(run: Any) -> None:
+    ran = run("--methods", "pdu", "npo").ran
+    stages = {path.stem for path in Path("results/smollm2-10").iterdir()}
+    assert stages == {"answers", "models", "reference", "target", "final"}
+    assert not any(f"seed={smollm2.TUNING_SEED}" in command for command in ran)
+    fits = [command for command in ran if command.startswith("fit") and "/final/" in command]
+    assert len(fits) == 4
+    assert all(f"--model.optimizer.init_args.lr={smollm2.FIXED_RATE}" in command for command in fits)
+
+
+def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any, tuning: None) -> None:
     run("--methods", "pdu", "npo", commands=FakeCommands("/tuning/seed=100,size=2,method=npo,lr=0.0001"))
     lines = read_json_lines(Path("results/smollm2-10/tuning.jsonl"))
     assert ["error" in line for line in lines] == [True, False, False, False]
@@ -355,7 +371,7 @@ def test_a_failed_method_is_a_line_and_a_failed_model_ends_the_run(run: Any) -> 
         run("--methods", "pdu", commands=FakeCommands("/models/model=target-0"))
 
 
-def test_final_runs_need_their_tuning(run: Any, capsys: Any) -> None:
+def test_final_runs_need_their_tuning(run: Any, tuning: None, capsys: Any) -> None:
     run("--methods", "pdu", "--list")
     printed = capsys.readouterr().out
     assert "final: 'pdu' has 0 of 2 tuning runs" in printed
