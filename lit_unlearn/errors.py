@@ -95,6 +95,10 @@ class OutputError(LitUnlearnError, OSError):
     """A file cannot be written, or an upload failed."""
 
 
+class ProcessLostError(LitUnlearnError, RuntimeError):
+    """Another process of a run has ended, or cannot be reached."""
+
+
 class EndpointError(LitUnlearnError, ConnectionError):
     """A judge's endpoint refuses, cannot be reached, or answered no request."""
 

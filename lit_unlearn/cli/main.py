@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lit_unlearn import __version__
-from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError, OutputError, StoppedBySignal
+from lit_unlearn.errors import (
+    ConfigError,
+    LitUnlearnError,
+    MissingFileError,
+    OutputError,
+    ProcessLostError,
+    StoppedBySignal,
+)
 from lit_unlearn.utils.io import NO_SPACE, describe_os_error, expand_home
 
 _STDOUT = 1
@@ -139,12 +147,30 @@ def _run_with_exit_code(arguments: list[str]) -> None:
         sys.exit(1)
     except LitUnlearnError as error:
         _exit_with_error(error)
+    except RuntimeError as error:
+        _exit_if_process_lost(error)
+        raise
     except OSError as error:
         # A full disk can show anywhere, in the loggers for example. Every other exception is a bug, and keeps its traceback.
         if error.errno not in NO_SPACE:
             raise
         place = f"'{error.filename}'" if error.filename else "a file"
         _exit_with_error(OutputError(f"{place} cannot be written: {describe_os_error(error)}"))
+
+
+def _exit_if_process_lost(error: RuntimeError) -> None:
+    # torch raised it, so importing torch costs nothing now; of another error, nothing is imported.
+    if "torch" not in sys.modules:
+        return
+    from lit_unlearn.utils.distributed import is_lost_process
+
+    if is_lost_process(error):
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        message = (
+            f"another process of the run has ended, or cannot be reached ({reason}). What it printed last says why. Then start the "
+            "run again on all nodes, with --ckpt_path=last to continue from its newest checkpoint."
+        )
+        _exit_with_error(ProcessLostError(message))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,13 +84,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Whether every process writes its shard (a folder), or the first one everything (a
             file, for which it must hold the whole model and optimizer in its memory).
         process_group_backend: ``None`` for NCCL on GPUs and Gloo on CPUs.
+        timeout: How long a process waits for the others, at the start and in every collective call, before it gives up.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
 
     def setup_environment(self) -> None:

@@ -27,6 +27,13 @@ def gather_objects(value: Value) -> list[Value]:
     return gathered
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an error says that another process of a run has ended, or cannot be reached within the time limit."""
+    # Gloo has no class for it; its messages begin with the file of its source.
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or is_of_gloo
+
+
 def measure_shares(items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]]) -> list[Value]:
     """Measure every item on exactly one process, and return all values in the order of the items; a collective call.
 
