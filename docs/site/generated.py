@@ -50,7 +50,7 @@ PLACES = (
 
 
 class Sources:
-    """The package as griffe reads it, and the texts that generated pages quote."""
+    """The package as griffe reads it, and its names."""
 
     def __init__(self) -> None:
         package = griffe.load("lit_unlearn", search_paths=[ROOT], docstring_parser="google")

@@ -16,6 +16,8 @@ FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md
 SECTIONS = ("method", "metric", "api")
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+")
 _pages = generated.build_pages()
 
 
@@ -60,6 +62,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[0]
 
     return _LINK.sub(rewrite, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let names in tables break behind their separators, and nowhere else: a column is as wide as its longest unbroken name."""
+
+    def split(cell: re.Match[str]) -> str:
+        return _CODE.sub(lambda code: re.sub(r"([_./:]+)(?=\w)", r"\1<wbr>", code[0]), cell[0])
+
+    return _CELL.sub(split, html)
 
 
 def _find_folder(uri: str) -> Path:
