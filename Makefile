@@ -103,7 +103,8 @@ results: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.bound_pictures
 	$(BIN)/python -m benchmarks.quality.tables
 
-# Build the documentation site into build/site; a broken link, anchor or reference is an error.
+# Build the documentation site into build/site; a broken link, anchor or reference is an error. Not with --quiet: only warnings that are
+# printed count.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

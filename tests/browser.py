@@ -31,7 +31,7 @@ def measure_widths(frames: Sequence[tuple[str, int]], wrapper: Path, address: st
     quiet.append("--hide-scrollbars")
     profile = wrapper.with_name("profile")
     command = [browser, *quiet, f"--user-data-dir={profile}", "--dump-dom", address or wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     title = re.search(r"<title>widths ([\d,]+)</title>", done.stdout)
     assert title, done.stdout[-200:] + done.stderr[-500:]
     return [int(width) for width in title[1].split(",")]
