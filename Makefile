@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo real tofu test slow lint bench examples wheel readme results clean
+.PHONY: demo real tofu test slow lint bench examples wheel readme results docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev]
+	touch $@
+
+# Builds the documentation; the package's own libraries are not needed for it, but are there for `make test` anyway.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[docs]
 	touch $@
 
 # Reads models in GGUF.
@@ -97,6 +102,11 @@ results: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.gradients
 	$(BIN)/python -m benchmarks.quality.bound_pictures
 	$(BIN)/python -m benchmarks.quality.tables
+
+# Build the documentation site into build/site; a broken link, anchor or reference is an error. Not with --quiet: only warnings that are
+# printed count.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs build

