@@ -150,12 +150,18 @@ def _scatter_centred(total: Tensor, started: bool, rows: Tensor, index: Tensor) 
     a half precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
     """
     shared = rows.sum(dim=0) / -len(total)
-    entries, group = torch.unique(index, return_inverse=True)
-    sums = rows.new_zeros((len(entries), *rows.shape[1:])).index_add_(0, group, rows) + shared
+    # Not `unique`, whose number of entries the CPU would wait for. Of the tokens that share an entry, one stands for all.
+    number = torch.arange(len(index), device=index.device)
+    standing = index.new_empty(len(total))
+    standing[index] = number
+    group = standing[index]
+    # Tokens of one group write the same sum to their entry.
+    sums = torch.zeros_like(rows).index_add_(0, group, rows)[group]
+    sums += shared
     if started:
-        sums += total[entries]
+        sums += total[index]
         total += shared
     else:
         total.copy_(shared)
-    total[entries] = sums.to(total.dtype)
+    total[index] = sums.to(total.dtype)
     return total
