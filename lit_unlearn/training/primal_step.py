@@ -186,7 +186,7 @@ class PrimalStep:
 
 def read_back(values: Tensor) -> list[float]:
     """Return values that are on the device, which waits for all work that they depend on; called once per step."""
-    return values.tolist()  # type: ignore[no-any-return]
+    return values.tolist()
 
 
 def _compute_means(sums: Sequence[float], terms: Sequence[Term]) -> list[float]:
