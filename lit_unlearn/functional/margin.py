@@ -150,12 +150,11 @@ def _scatter_centred(total: Tensor, started: bool, rows: Tensor, index: Tensor) 
     a half precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
     """
     shared = rows.sum(dim=0) / -len(total)
-    # Not `unique`, whose number of entries the CPU would wait for. Of the tokens that share an entry, one stands for all.
-    number = torch.arange(len(index), device=index.device)
-    standing = index.new_empty(len(total))
-    standing[index] = number
-    group = standing[index]
-    # Tokens of one group write the same sum to their entry.
+    # Any one of the tokens that share an entry numbers their group. Not `unique`: the CPU would wait for the number of entries.
+    token_of_entry = index.new_empty(len(total))
+    token_of_entry[index] = torch.arange(len(index), device=index.device)
+    group = token_of_entry[index]
+    # Tokens of a group write the same sum to their entry.
     sums = torch.zeros_like(rows).index_add_(0, group, rows)[group]
     sums += shared
     if started:

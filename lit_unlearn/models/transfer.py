@@ -1,4 +1,4 @@
-"""Sending a batch to the device, with what the CPU knows about it: on a GPU, a value that is read back waits for all work before it."""
+"""Sending a batch to the device, together with what transformers would otherwise read back from there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _packed_sequences: ContextVar[Tensor | None] = ContextVar("packed_sequences")
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, where it can be used at once, without waiting for the copy."""
+    """Return a tensor on a device, without waiting for the copy."""
     # Only from pinned memory does a copy run beside the computation.
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()

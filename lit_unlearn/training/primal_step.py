@@ -185,7 +185,7 @@ class PrimalStep:
 
 
 def read_back(values: Tensor) -> list[float]:
-    """Return values that are on the device, which waits for all work that they depend on; called once per step."""
+    """Return values that are on the device; called once per step, because it waits for all work that they depend on."""
     return values.tolist()
 
 
