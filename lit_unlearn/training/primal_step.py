@@ -79,7 +79,9 @@ class PrimalStep:
                     loss = torch.zeros((), device=module.device)
                     for i, total in zip(forward_pass.terms, sums, strict=True):
                         # DDP and FSDP2 average gradients over processes, so the mean needs this factor.
-                        factor = terms[i].weight * world_size / counts[i]
+                        weight = torch.full_like(counts[i], terms[i].weight * world_size)
+                        # Not a number divided by a tensor, which torch rounds twice.
+                        factor = weight / counts[i]
                         loss = loss + total * factor.to(total.dtype)
                     if is_last and skips_layers:
                         loss = loss + self._touch_all_weights()
