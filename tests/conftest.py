@@ -13,7 +13,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lit-unlearn-tests-")
 os.environ["LIT_UNLEARN_CACHE"] = tempfile.mkdtemp(prefix="lit-unlearn-cache-")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "gpu" not in sys.argv:  # with `-m gpu`, only tests that need one run
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import lightning as L
 import pytest

@@ -150,12 +150,17 @@ def _scatter_centred(total: Tensor, started: bool, rows: Tensor, index: Tensor) 
     a half precision buffer would lose most of them, and a wide ``(V, D)`` buffer would double the memory.
     """
     shared = rows.sum(dim=0) / -len(total)
-    entries, group = torch.unique(index, return_inverse=True)
-    sums = rows.new_zeros((len(entries), *rows.shape[1:])).index_add_(0, group, rows) + shared
+    # Any one of the tokens that share an entry numbers their group. Not `unique`: the CPU would wait for the number of entries.
+    token_of_entry = index.new_empty(len(total))
+    token_of_entry[index] = torch.arange(len(index), device=index.device)
+    group = token_of_entry[index]
+    # Tokens of a group write the same sum to their entry.
+    sums = torch.zeros_like(rows).index_add_(0, group, rows)[group]
+    sums += shared
     if started:
-        sums += total[entries]
+        sums += total[index]
         total += shared
     else:
         total.copy_(shared)
-    total[entries] = sums.to(total.dtype)
+    total[index] = sums.to(total.dtype)
     return total

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models.packing import is_packed
+from lit_unlearn.models.transfer import send
 
 Alignment = Literal["next_token", "label"]
 
@@ -61,7 +62,7 @@ class TokenIndex(NamedTuple):
         moved: dict[str, Any] = {}
         for name, value in self._asdict().items():
             if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = send(value, device)
             elif isinstance(value, TokenIndex):
                 moved[name] = value.to(device)
         return self._replace(**moved)

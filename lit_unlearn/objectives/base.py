@@ -144,7 +144,8 @@ def compute_answer_logp(lm: TokenModel, tokens: SupervisedTokens) -> tuple[Tenso
 
 def count_answer_tokens(tokens: SupervisedTokens) -> Tensor:
     """Return the number of tokens of each answer, shape ``(S,)``."""
-    return torch.bincount(tokens.sequence, minlength=tokens.num_sequences)
+    # Not `bincount`, which reads its largest value back from the device.
+    return tokens.by_sequence(torch.ones_like(tokens.sequence))
 
 
 def get_layer_output(tokens: SupervisedTokens, layer: int) -> Tensor:

@@ -48,4 +48,4 @@ class RMU(Objective):
         generator = torch.Generator().manual_seed(self.seed)
         direction = torch.rand(states.shape[-1], generator=generator, dtype=torch.float32)
         target = self.coefficient * direction / direction.norm()
-        return activation_distance(states, target.to(states))
+        return activation_distance(states, target.to(states, non_blocking=True))

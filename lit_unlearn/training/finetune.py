@@ -61,8 +61,7 @@ class LitFinetune(LitLanguageModel):
         terms = [Term(stream, stream, self._nll, 1.0) for stream in batch]
         plan = self.plan_step(batch, terms)
         sums = self.primal_step.backward(plan, terms)
-        losses = (sums[:, 0] / sums[:, 1]).tolist()
 
-        self.primal_step.step()
-        for stream, loss in zip(batch, losses, strict=True):
-            self.log(f"{stream}/nll", loss, prog_bar=True)
+        step = self.primal_step.step(sums, terms)
+        for stream, loss in zip(batch, step.losses, strict=True):
+            self.log_numbers({f"{stream}/nll": loss}, prog_bar=True)

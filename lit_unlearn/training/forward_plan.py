@@ -18,6 +18,7 @@ from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.packing import divide_evenly, is_packed
 from lit_unlearn.models.tokens import check_batch
+from lit_unlearn.models.transfer import drop_full_mask, known_packing, send
 from lit_unlearn.objectives import Need, Objective
 
 PassOrder = Literal["joint", "sequential"]
@@ -86,10 +87,12 @@ class ForwardPass(NamedTuple):
         def read(*tokens: SupervisedTokens) -> list[Value]:
             return [readers[term](lm, seen) for term, seen in zip(self.terms, tokens, strict=True)]
 
-        batch = {key: _send(value, device) for key, value in self.batch.items()}
+        batch = drop_full_mask(self.batch)
+        sent = {key: send(value, device) for key, value in batch.items()}
         indices = [index.to(device) for index in self.indices]
         others = {"reference": self.reference, "teacher": self.teacher}
-        return lm(batch, read, index=indices, layers=self.layers, **others)  # type: ignore[no-any-return]
+        with known_packing(batch, device):
+            return lm(sent, read, index=indices, layers=self.layers, **others)  # type: ignore[no-any-return]
 
 
 def build_forward_plan(
@@ -363,10 +366,3 @@ def _to_cpu(batch: Mapping[str, Any]) -> dict[str, Any]:
         else:
             moved[key] = value.cpu() if isinstance(value, Tensor) else value
     return moved
-
-
-def _send(value: Tensor, device: torch.device) -> Tensor:
-    # Only from pinned memory does a copy run beside the computation.
-    if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)

@@ -268,7 +268,24 @@ class LitLanguageModel(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure and clip the gradient here, where a gradient scaler has unscaled it."""
-        self.log("grad_norm", self.primal_step.clip_gradients())
+        self.log_numbers({"grad_norm": self.primal_step.clip_gradients()})
+
+    def check_losses(self, losses: list[float]) -> None:
+        """Raise if the step that measured these losses must not be taken; called before the weights change.
+
+        Args:
+            losses: Of the step's terms, in their order.
+        """
+
+    def log_numbers(self, numbers: Mapping[str, float], prog_bar: bool = False) -> None:
+        """Log numbers of a step.
+
+        Lightning sends a number to the device, from where progress bar and loggers read it back. A tensor stays where it is.
+        """
+        # At half precision, that is the default.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for name, number in numbers.items():
+            self.log(name, torch.tensor(number, dtype=dtype), prog_bar=prog_bar)
 
     def on_train_end(self) -> None:
         """Leave the gradients to autograd again."""

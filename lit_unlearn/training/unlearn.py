@@ -142,15 +142,20 @@ class LitUnlearn(LitLanguageModel):
             sums = self.primal_step.backward(self.plan_step(batch, terms), terms)
         else:
             sums = self.robustness.backward(self, batch, terms)
-        forget_loss, *values = (sums[:, 0] / sums[:, 1]).tolist()
 
-        self._check_finite(forget_loss, values)  # before the step: the weights are still good
-        step_taken = self.primal_step.step()
+        step = self.primal_step.step(sums, terms)
+        forget_loss, *values = step.losses
         self._log_step(forget_loss, values)
-        if step_taken:  # a gradient scaler that skips the primal step skips the dual one
+        if step.is_taken:  # a gradient scaler that skips the primal step skips the dual one
             self._take_dual_steps(values)
 
-    def _check_finite(self, forget_loss: float, values: list[float]) -> None:
+    def check_losses(self, losses: list[float]) -> None:
+        """Refuse a step whose losses are not finite.
+
+        Raises:
+            DivergedError: With the loss.
+        """
+        forget_loss, *values = losses
         for constraint, value in zip(self.constraints.values(), values, strict=True):
             constraint.check(value)
         if not math.isfinite(forget_loss):
@@ -161,12 +166,12 @@ class LitUnlearn(LitLanguageModel):
 
     def _log_step(self, forget_loss: float, values: list[float]) -> None:
         """Log what the step measured, and the λ that it used."""
-        self.log("forget/loss", forget_loss)
+        self.log_numbers({"forget/loss": forget_loss})
         for (name, constraint), value in zip(self.constraints.items(), values, strict=True):
             violation = constraint.violation(value)
-            self.log_dict({f"constraint/{name}/value": value, f"constraint/{name}/violation": violation})
-            self.log(f"constraint/{name}/slack", -violation, prog_bar=True)
-            self.log(f"multiplier/{name}", constraint.multiplier.value, prog_bar=True)
+            self.log_numbers({f"constraint/{name}/value": value, f"constraint/{name}/violation": violation})
+            shown = {f"constraint/{name}/slack": -violation, f"multiplier/{name}": constraint.multiplier.value}
+            self.log_numbers(shown, prog_bar=True)
 
     def _take_dual_steps(self, values: list[float]) -> None:
         """Move the multipliers by the step's values, which are the same on every process."""
