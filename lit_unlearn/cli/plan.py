@@ -71,10 +71,10 @@ class PlanCLI(UnlearnCLI):
         super().add_arguments_to_parser(parser)
         parser.description = _DESCRIPTION
         parser.add_argument("--rows", type=PositiveInt | None, help="Number of forget rows: they are not read then.")
-        parser.add_argument("--length", type=PositiveInt | None, help="Tokens of every example: rows are not read then.")
         parser.add_argument(
-            "--format", type=Literal["text", "markdown", "json"], default="text", help="Of the output."
+            "--length", type=PositiveInt | None, help="Tokens of every example: rows are not read then."
         )
+        parser.add_argument("--format", type=Literal["text", "markdown", "json"], default="text", help="Of the output.")
 
     def instantiate_classes(self) -> None:
         """Build the module and the data without the model, and print the plan.

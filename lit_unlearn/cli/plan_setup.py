@@ -96,6 +96,12 @@ def build_setup(
     dtype = TRUE_PRECISION.get(precision, torch.float32)
     optimizer_bytes, is_fused = measure_optimizer(module, model)
     strategy = find_strategy(config.trainer)
+    if strategy == "fsdp2" and settings.get("quantization") is not None:
+        raise ConfigError(
+            "a quantised model cannot be sharded: use `ddp`, with which every device holds it, or leave out `quantization`.",
+            owner=LanguageModel,
+            argument="quantization",
+        )
     robustness = getattr(module, "robustness", None)
     copies = 0
     if robustness is not None:
@@ -143,7 +149,8 @@ def _find_frozen(
 
 def _is_rounded(config: Namespace, settings: Mapping[str, Any], model: ModelSizes, dtype: torch.dtype) -> bool:
     """Return whether validations measure weights that are rounded, as `LanguageModel.is_rounded_by` says of a loaded model."""
-    if settings.get("quantization") is not None:
+    # A sharded model with an adapter is exported, and so measured, in float32.
+    if settings.get("quantization") is not None or (model.has_adapter and find_strategy(config.trainer) == "fsdp2"):
         return False
     name = config.export.dtype
     target = read_files_dtype(settings) if name is None else getattr(torch, name)

@@ -206,6 +206,7 @@ class UnlearnCLI(LightningCLI):
 
 @contextmanager
 def refusals_as_config_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of these kinds within the block into a `ConfigError` that names the setting."""
     try:
         yield
     except LitUnlearnError:

@@ -32,7 +32,7 @@ import torch
 
 from lit_unlearn.functional.chunks import ENTRY_BUDGET, LOGIT_BUDGET, chunk_length
 from lit_unlearn.functional.likelihood import KEEP_BUDGET
-from lit_unlearn.models.model_sizes import BlockSizes, ModelSizes
+from lit_unlearn.models.model_sizes import ModelSizes
 
 HeadKind = Literal["nll", "margin", "dense"]
 """What an objective makes of the logits: log-probabilities, margins, or a function of whole logits in blocks of tokens."""

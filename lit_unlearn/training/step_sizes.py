@@ -36,7 +36,9 @@ class RunSizes(NamedTuple):
 
 def can_read(data: ForgetRetain, has_tokenizer: bool) -> bool:
     """Return whether all rows are on this machine, and a tokenizer for them."""
-    return has_tokenizer and all(source.digest() is not None or source.rows is not None for source in data.sources.values())
+    return has_tokenizer and all(
+        source.digest() is not None or source.rows is not None for source in data.sources.values()
+    )
 
 
 def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int) -> RunSizes:
