@@ -83,18 +83,20 @@ class PlanCLI(UnlearnCLI):
             ConfigError: If the module or the data are classes of the user's.
         """
         config = self.config[self.subcommand]
+        if config.get("data") is None:
+            raise ConfigError("`data` is missing: a plan is that of a fit.")
         lm = config.model.init_args.lm
         settings = (lm.init_args if "class_path" in lm else lm).as_dict()
         precision = find_precision(config.trainer.precision)
         model = measure_model(settings, TRUE_PRECISION.get(precision, torch.float32))
         tokenizer = find_tokenizer(settings)
         # `LanguageModel` would ask for weights, which need not be there.
-        config.model.init_args.lm = Namespace(config={"model_type": "none"})
+        config.model.init_args.lm = Namespace({"config": {"model_type": "none"}})  # type: ignore[no-untyped-call]
         if config.data.init_args.get("tokenizer") is None:
             config.data.init_args.tokenizer = tokenizer
         with refusals_as_config_errors(ValueError, OSError, ImportError):
-            chosen = Namespace(model=config.model, data=config.data)
-            built = self.parser.instantiate(Namespace({self.subcommand: chosen}))[self.subcommand]
+            chosen: Any = Namespace({self.subcommand: Namespace(model=config.model, data=config.data)})  # type: ignore[no-untyped-call]
+            built = self.parser.instantiate(chosen)[self.subcommand]
         if not isinstance(built.model, LitLanguageModel) or not isinstance(built.data, ForgetRetain):
             raise ConfigError(
                 "only runs of this package's modules on its data can be planned: set `model` to LitUnlearn or LitFinetune, and `data` to "

@@ -116,7 +116,8 @@ def read_model_config(settings: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    name, fields = settings.get("model"), settings.get("config")
+    name: str | None = settings.get("model")
+    fields = settings.get("config")
     if (name is None) == (fields is None):
         raise ConfigError("give exactly one of `model` and `config`.", owner=LanguageModel, argument="model")
     if name is None:
@@ -127,7 +128,7 @@ def read_model_config(settings: Mapping[str, Any]) -> Any:
         message = f"there is no folder '{name}': a plan reads its config.json alone, without weights. Check `model`."
         raise MissingFileError(message, owner=LanguageModel, argument="model")
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        name = adapters.read_config(str(folder), LanguageModel).base_model_name_or_path
+        name = str(adapters.read_config(str(folder), LanguageModel).base_model_name_or_path)
     loading.check_hub(name, LanguageModel, "model", settings.get("gguf_file") or "config.json")
     keys = ("revision", "trust_remote_code", "gguf_file")
     return loading.read_config(name, LanguageModel, **{key: settings[key] for key in keys if settings.get(key)})
@@ -190,10 +191,11 @@ def _adapter_config(settings: Mapping[str, Any]) -> Any:
     fields, name = settings.get("adapter"), settings.get("model")
     if fields is not None:
         return adapter_configs.adapter_config(fields, owner=LanguageModel)
-    is_adapter = name is not None and (Path(name) / ADAPTER_CONFIG).is_file()
-    if is_adapter and not (Path(name) / "config.json").is_file() and not settings.get("merge_adapter"):
-        return adapters.read_config(str(name), LanguageModel)
-    return None
+    if name is None or settings.get("merge_adapter"):
+        return None
+    folder = Path(name)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return adapters.read_config(name, LanguageModel) if is_adapter else None
 
 
 def _attach(model: nn.Module, adapter: Any) -> Any:
@@ -201,7 +203,7 @@ def _attach(model: nn.Module, adapter: Any) -> Any:
 
     with reading("the adapter config", str(adapter.peft_type), "Check `adapter`.", ModelError):
         adapter.inference_mode = False
-        adapted: Any = get_peft_model(model, adapter)  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(model, adapter)
     for parameter in adapted.parameters():
         # Adapters are trained in float32 or wider, see `attach_adapter`.
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
