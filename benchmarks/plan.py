@@ -195,7 +195,8 @@ def measure_cases(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             results[name] = measure_case(CASES[name], folder)
         own = measure_case(TOY, folder)
     for values in results.values():
-        values["process"] = own["measured"] - own["plan"]
+        # Its validation has few tokens, and so no block of the size that is planned.
+        values["process"] = own["measured"] - sum(own["parts"]["backward begins"].values())
         values["measured"] -= values["process"]
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -108,6 +109,7 @@ class PlanCLI(UnlearnCLI):
             run = assume_run(built.data, built.model, devices, config.rows, config.length)
         else:
             run = read_run(built.data, built.model, devices)
+        setup = replace(setup, validation_tokens=run.validation_tokens)
         plan = make_plan(config, model, setup, run, built.model, per_node)
         print(format_plan(plan, config.format))
 

@@ -1,10 +1,11 @@
 """How much memory a training step takes, by formulas: from the sizes of a model and of its passes, before anything is loaded.
 
-At three moments a step may need the most, and the plan is that of the largest:
+At four moments a step may need the most, and the plan is that of the largest:
 
 * *backward begins*: every activation of a pass exists, and gradients as far as earlier passes, or the head, have made them;
 * *backward ends*: every gradient exists, and the embeddings have just added theirs;
-* *optimizer step*: every gradient exists, and the optimizer's temporaries.
+* *optimizer step*: every gradient exists, and the optimizer's temporaries;
+* *validation*: no gradients, but blocks of whole logits and, where an export rounds or merges the weights, a copy of them.
 
 Terms, in bytes, with P parameters, of which T are trained, L layers of width D, MLP width I, heads of H · d, vocabulary V, and N
 supervised tokens of a pass:
@@ -80,6 +81,7 @@ class Setup:
         weight_bits: 4 or 8 for quantised linear layers of the blocks, else 0.
         frozen: Frozen models beside the trained one.
         gradient_copies: Further copies of the gradients, or of the trained weights, that `robustness` keeps.
+        validation_tokens: Supervised tokens of a validation batch, at most.
         rounds: Whether validations measure other weights than those that are trained, and so keep a copy of the latter.
     """
 
@@ -94,6 +96,7 @@ class Setup:
     weight_bits: int = 0
     frozen: tuple[ModelSizes, ...] = ()
     gradient_copies: int = 0
+    validation_tokens: int = 1
     rounds: bool = False
 
     @property
@@ -187,9 +190,12 @@ def plan_memory(model: ModelSizes, setup: Setup, passes: Sequence[PassSizes]) ->
         "backward ends": {**standing, "gradients": gradients // shards, "head": ended, **shared},
         "optimizer step": {**standing, "gradients": gradients // shards, **shared, "temporaries": temporaries},
     }
-    if setup.rounds:
-        # Gradients are freed between steps. What is measured are rounded weights; the present ones are kept beside them.
-        moments["validation"] = {**standing, "copies": weights // shards, "gathered for sharding": gathered}
+    # Gradients are freed between steps. What is measured may be rounded weights; the present ones are then kept beside them.
+    copies = weights // shards if setup.rounds else 0
+    # The suite reads whole logits in blocks, and makes about ten tensors of their size (fitted to one measured run).
+    block_tokens = chunk_length(setup.validation_tokens, model.vocabulary, budget=LOGIT_BUDGET)
+    suite = 10 * 4 * block_tokens * model.vocabulary
+    moments["validation"] = {**standing, "copies": copies, "head": suite, "gathered for sharding": gathered}
     return MemoryPlan(moments)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.example import Example
+from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.models.memory_plan import HeadKind, PassSizes
 from lit_unlearn.objectives import NLL, Objective
 from lit_unlearn.training.forward_plan import ForwardPass, Term, build_forward_plan
@@ -26,11 +26,13 @@ class RunSizes(NamedTuple):
     Args:
         steps: Of those looked at, the passes of one device.
         per_epoch: Optimizer steps of an epoch; ``None`` if the number of rows is unknown.
+        validation_tokens: Supervised tokens of a validation batch, at most.
         source: Where rows and lengths come from, in words.
     """
 
     steps: list[list[PassSizes]]
     per_epoch: int | None
+    validation_tokens: int
     source: str
 
 
@@ -61,7 +63,13 @@ def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int) -> RunS
     limit = data.examples["forget"] if data.train_on == "pairs" else _trained_examples(data)
     rows = ", ".join(f"{len(examples)} {name}" for name, examples in data.examples.items())
     longest = max(len(example.input_ids) for examples in data.examples.values() for example in examples)
-    return RunSizes(steps, -(-len(limit) // data.batch_size), f"{rows} examples as read, up to {longest} tokens")
+    validated = 0
+    for examples in data.examples.values():
+        counts = sorted((len(example.labels) - example.labels.count(IGNORED) for example in examples), reverse=True)
+        validated = max(validated, sum(counts[: data.eval_batch_size]))
+    return RunSizes(
+        steps, -(-len(limit) // data.batch_size), validated, f"{rows} examples as read, up to {longest} tokens"
+    )
 
 
 def _trained_examples(data: ForgetRetain) -> list[Example]:
@@ -98,7 +106,7 @@ def assume_run(
     number = "an unknown number of" if rows is None else str(rows)
     said = "--length" if length is not None else "the largest length, data.max_length"
     source = f"assumed, not read: {number} rows of {tokens} tokens ({said}), all supervised"
-    return RunSizes([count_passes(batch, module)], per_epoch, source)
+    return RunSizes([count_passes(batch, module)], per_epoch, data.eval_batch_size * tokens, source)
 
 
 def _make_example(length: int) -> Example:
