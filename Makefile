@@ -95,6 +95,7 @@ readme: $(VENV)/.installed-dev
 	$(MAKE) demo tofu bench
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.readme
 
 # Write the tables and pictures of docs/results.md from the stored results of benchmarks.quality.

@@ -63,10 +63,10 @@ class _HighWaterMark:
     def start(self) -> int:
         _return_free_memory()
         _reset_high_water_mark()
-        return _read_status("VmRSS")
+        return read_status("VmRSS")
 
     def stop(self) -> int:
-        return _read_status("VmHWM")
+        return read_status("VmHWM")
 
 
 class _Sampler:
@@ -76,7 +76,7 @@ class _Sampler:
 
     def start(self) -> int:
         _return_free_memory()
-        self._highest = baseline = _read_status("VmRSS")
+        self._highest = baseline = read_status("VmRSS")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
         self._thread.start()
@@ -84,7 +84,7 @@ class _Sampler:
 
     def _sample_until_stopped(self) -> None:
         while not self._stopped.wait(0.001):
-            self._highest = max(self._highest, _read_status("VmRSS"))
+            self._highest = max(self._highest, read_status("VmRSS"))
 
     def stop(self) -> int:
         self._stopped.set()
@@ -118,7 +118,8 @@ def _reset_high_water_mark() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _read_status(key: str) -> int:
+def read_status(key: str) -> int:
+    """Return a size that the kernel states of this process, such as ``VmRSS``, in bytes."""
     for line in STATUS_FILE.read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             # The kernel writes "kB" and means KiB.

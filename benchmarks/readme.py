@@ -1,4 +1,4 @@
-"""Write the tables of the README and of two pages of docs/ from the files that `make readme` leaves, and the demo's plots.
+"""Write the tables of the README and of three pages of docs/ from the files that `make readme` leaves, and the demo's plots.
 
     make readme                              # all of them, after running the commands they come from
     python -m benchmarks.readme demo inspect # some, from the files that exist
@@ -19,6 +19,9 @@ from pathlib import Path
 from benchmarks.markdown_blocks import fill_page, markdown_table
 from benchmarks.memory import format_mib
 from benchmarks.methods import HEADERS, format_epsilon, format_row
+from benchmarks.plan import HEADERS as PLAN_HEADERS
+from benchmarks.plan import list_rows
+from benchmarks.plan_table import make_table
 from lit_unlearn.cli import main as lit_unlearn
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.utils.io import read_json
@@ -122,9 +125,15 @@ def startup_block() -> str:
     return f"{table}\n\nThe median ratio to Lightning's own command line is {ratio:.2f}."
 
 
+def plan_block() -> str:
+    """Return the table of `benchmarks.plan`."""
+    return markdown_table(PLAN_HEADERS, list_rows(read_json(BENCH / "plan.json")))
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo_block, "inspect": inspect_block, "tofu": tofu_block},
     "docs/choosing_a_method.md": {"methods": methods_block},
+    "docs/scale.md": {"scale": make_table, "plan": plan_block},
     "docs/speed.md": {"step": step_block, "startup": startup_block},
 }
 """The blocks of each page by name, in the order in which they stand there."""

@@ -42,11 +42,11 @@ def build_script(shell: str) -> str:
     from lit_unlearn.cli.trainer import build_parsers
 
     parsers: dict[str, Any] = {**build_parsers()}
-    for parser in parsers.values():
-        _stop_at_nested_benchmark(parser)
     for command in COMMANDS:
         if command not in TRAINER_COMMANDS:
             parsers[command] = importlib.import_module(f"lit_unlearn.cli.{command}").build_parser()
+    for command in (*TRAINER_COMMANDS, "plan"):
+        _stop_at_nested_benchmark(parsers[command])
 
     root = CommandParser(prog="lit-unlearn")
     commands = root.add_subcommands()

@@ -39,6 +39,7 @@ Removes selected training examples from a language model while keeping its loss 
 
 train:
   fit         unlearn (or, with LitFinetune, fine-tune) as --config FILE says
+  plan        show the memory and the steps that such a fit would need, before anything is loaded
   validate    measure the forget and retain sets and the slack of every constraint
   test        run the suite, or with LitEvaluate a benchmark on any model
   sweep       run fit, and what measures its model, for every combination of a grid: seeds, methods, any setting; resumable
@@ -89,7 +90,7 @@ COMMANDS = (
         "ledger",
         "methods",
     ),
-    *("plot", "prepare", "sweep", "tokenizer", "verify"),
+    *("plan", "plot", "prepare", "sweep", "tokenizer", "verify"),
 )
 
 

@@ -32,6 +32,7 @@ from lit_unlearn.callbacks import (
 from lit_unlearn.callbacks.audit import AuditPlan
 from lit_unlearn.callbacks.signals import replace_signal_handling
 from lit_unlearn.cli.keys import find_keys
+from lit_unlearn.cli.main import TRAINER_COMMANDS
 from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
 from lit_unlearn.cli.settings import SaveSettings, check_constraint_names, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, lume, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
@@ -85,13 +86,15 @@ class UnlearnCLI(LightningCLI):
 
     Args:
         commands: The commands to build parsers for. All three take three times as long as the one that runs.
+        trainer_class: Has a method for each.
     """
 
-    def __init__(self, commands: tuple[str, ...]) -> None:
+    def __init__(self, commands: tuple[str, ...], trainer_class: type[L.Trainer] = L.Trainer) -> None:
         self._commands = commands
         try:
             super().__init__(
                 L.LightningModule,
+                trainer_class=trainer_class,
                 subclass_mode_model=True,
                 auto_configure_optimizers=False,
                 parser_class=Parser,
@@ -165,7 +168,7 @@ class UnlearnCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all objects, and turn a refusal of their arguments into a `ConfigError`."""
         # Not every exception: the bugs of a user's own class keep their traceback.
-        with _refusals_as_config_errors(ValueError, MisconfigurationException, OSError, ImportError):
+        with refusals_as_config_errors(ValueError, MisconfigurationException, OSError, ImportError):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -189,7 +192,7 @@ class UnlearnCLI(LightningCLI):
         )
         plugins = _as_list(config.trainer.plugins)
         plugins += default_plugins(plugins)
-        with _refusals_as_config_errors(Exception):
+        with refusals_as_config_errors(Exception):
             trainer = super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
         replace_signal_handling(trainer)
         if not is_dry_run(trainer):
@@ -202,7 +205,8 @@ class UnlearnCLI(LightningCLI):
 
 
 @contextmanager
-def _refusals_as_config_errors(*kinds: type[Exception]) -> Iterator[None]:
+def refusals_as_config_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of these kinds within the block into a `ConfigError` that names the setting."""
     try:
         yield
     except LitUnlearnError:
@@ -218,18 +222,26 @@ def _as_list(value: Any) -> list[Any]:
     return [*value] if isinstance(value, list) else [value]
 
 
-def build_parsers() -> dict[str, LightningArgumentParser]:
-    """Return the parsers of the three commands, for shell completion."""
+def build_parsers(
+    cli_class: type[UnlearnCLI] = UnlearnCLI, commands: tuple[str, ...] = TRAINER_COMMANDS, **settings: Any
+) -> dict[str, LightningArgumentParser]:
+    """Return the parsers of commands that are built on a Trainer's, for shell completion.
+
+    Args:
+        cli_class: Whose commands they are.
+        commands: Their names.
+        **settings: Further arguments of ``cli_class``.
+    """
 
     class ParsersBuilt(Exception):
         """Ends LightningCLI, which would go on to run a command."""
 
-    class ParserBuilder(UnlearnCLI):
+    class ParserBuilder(cli_class):  # type: ignore[valid-type, misc]
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
             raise ParsersBuilt(self._subcommand_parsers)
 
     try:
-        ParserBuilder(("fit", "validate", "test"))
+        ParserBuilder(commands, **settings)
     except ParsersBuilt as built:
         parsers: dict[str, LightningArgumentParser] = built.args[0]
     return parsers
@@ -237,7 +249,7 @@ def build_parsers() -> dict[str, LightningArgumentParser]:
 
 def run(arguments: list[str]) -> None:
     """Parse and run one command."""
-    _silence_libraries()
+    silence_libraries()
     # Where LightningCLI, and the processes that it may start, look for them.
     sys.argv[1:] = arguments
     check_constraint_names(arguments)
@@ -276,7 +288,8 @@ _IRRELEVANT_WARNINGS = (
 _format_warning = warnings.formatwarning
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
+    """Hide what libraries say of themselves, and make our warnings one line each."""
     # One line per phase and per warning is left; what libraries say of themselves is nothing that a user can act on.
     for name in _CHATTERERS:
         logging.getLogger(name).addFilter(lambda record: not _CHATTER.match(record.getMessage()))

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from lit_unlearn.models.files import ADAPTER_CONFIG, ModelFiles, count_parameter
 from lit_unlearn.utils.distributed import rank_and_world_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # What git checks out in place of a large file begins so where git-lfs is not installed.
@@ -52,7 +52,7 @@ def locate_model(
         name, gguf_file = str(path.parent), path.name
     if gguf_file is not None:
         gguf.check_package(owner)
-        if _is_local(name):
+        if is_local(name):
             _check_lfs_pointers(Path(name), owner, "gguf_file")
             gguf.check_file(Path(name), gguf_file, owner)
         return ModelFiles(name, revision, use_safetensors=False, gguf_file=gguf_file)
@@ -81,7 +81,7 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
     """
     path = Path(name)
     if not path.exists():
-        if _is_local(name):
+        if is_local(name):
             message = f"there is no model directory '{name}': check `{argument}`, or train it first."
             raise MissingFileError(message, owner=owner, argument=argument)
         return
@@ -110,7 +110,7 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
             check_model_directory(base, use_safetensors, owner, argument)
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Return whether a name is a path, be there something or not; a hub name has one slash at most."""
     path = Path(name)
     return path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2
@@ -325,7 +325,7 @@ def load_pretrained(name: str, use_safetensors: bool, owner: object = None, **se
     gguf_file = settings.get("gguf_file")
     check_hub(name, owner, "model", gguf_file or "config.json")
     config_settings = {key: settings[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in settings}
-    _check_architecture(name, owner, **config_settings)
+    read_config(name, owner, **config_settings)
     kind = "safetensors" if use_safetensors else "weights"
     remedy = f"Set `model` to a local directory or to a hub name with {kind}."
     with (
@@ -414,7 +414,18 @@ def _weigh(files: list[Path], dtype: Any) -> tuple[int, list[str]]:
     return size + parameters * item_size, [file.name for file in files]
 
 
-def _check_architecture(name: str, owner: object, **settings: Any) -> None:
+def read_config(name: str, owner: object, **settings: Any) -> PretrainedConfig:
+    """Return the config of a causal language model whose weights can be trained.
+
+    Args:
+        name: Hub name or local directory.
+        owner: The object whose argument ``model`` the name is, for errors.
+        **settings: For ``AutoConfig.from_pretrained``.
+
+    Raises:
+        MissingFileError: If there is none.
+        ModelError: If it is of another kind of model, or of one with packed integers.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     remedy = "Check `model`, and `trust_remote_code` if it comes with code."
@@ -423,7 +434,7 @@ def _check_architecture(name: str, owner: object, **settings: Any) -> None:
     _check_packing(name, config, owner)
     # Code that comes with a model and that the user trusts may define any class.
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
-        return
+        return cast("PretrainedConfig", config)
     kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
     raise ModelError(
         f"'{name}' is {kind} (model type '{config.model_type}'): unlearning here needs a model that predicts each token "

@@ -199,7 +199,7 @@ class LitLanguageModel(L.LightningModule):
             ConfigError: If they refuse their arguments, the limits do not fit the loaders, or a schedule has no end.
         """
         parameters = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
-        optimizer = self._build("optimizer", lambda: self._optimizer(parameters))
+        optimizer = self.build_optimizer(parameters)
         self._settings = []
         for group in optimizer.param_groups:
             self._settings.append({key: value for key, value in group.items() if key != "params"})
@@ -219,6 +219,14 @@ class LitLanguageModel(L.LightningModule):
                 self._build("scheduler", lambda: get_scheduler(schedule.name, optimizer, warmup, total))
             ]
         return [optimizer], [self._build("scheduler", lambda: schedule(optimizer))]
+
+    def build_optimizer(self, parameters: list[torch.nn.Parameter]) -> Any:
+        """Return a new optimizer over some parameters.
+
+        Raises:
+            ConfigError: If it refuses its settings.
+        """
+        return self._build("optimizer", lambda: self._optimizer(parameters))
 
     def _build(self, argument: str, build: Callable[[], Any]) -> Any:
         try:

@@ -13,7 +13,8 @@ from lit_unlearn.errors import CheckpointError
 from lit_unlearn.models import LanguageModel
 
 # Mixed precision keeps float32 weights.
-_TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+TRUE_PRECISION = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Dtypes of the weights by the Trainer's precision; float32 with any other one."""
 
 
 def load_for_trainer(lm: LanguageModel, trainer: L.Trainer | None) -> None:
@@ -23,7 +24,7 @@ def load_for_trainer(lm: LanguageModel, trainer: L.Trainer | None) -> None:
         # It may take minutes, and the hub's own bar is there only while files are fetched.
         rank_zero_info(f"loading the model {lm.name or 'from its config, with random weights'}")
         # The strategy moves the weights to its device.
-        lm.load(_TRUE_PRECISION.get(precision, torch.float32), device="cpu")
+        lm.load(TRUE_PRECISION.get(precision, torch.float32), device="cpu")
         rank_zero_info(f"model: {describe_model(lm)}")
 
 
