@@ -111,8 +111,9 @@ def test_adapters_are_the_same_on_every_process():
     assert_equal(found, expected)
 
 
-# In float64 the padded rows of Gemma 2 are nan in transformers, and the experts of GPT-OSS have no kernel.
-FLOAT32_ONLY = {"gemma2", "gpt_oss"}
+# In float64 the padded rows of Gemma 2 are nan in transformers, and the experts of GPT-OSS have no kernel. Gemma 2's own attention takes
+# its softmax in float32 whatever the weights are, which AVX-512 rounds by the place in a row: packed and padded rows differed by 8e-8.
+FLOAT32_ONLY = {"gemma2", "gemma2:default", "gpt_oss"}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
