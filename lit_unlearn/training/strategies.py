@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.checkpoint_files import check_checkpoint
+from lit_unlearn.utils.distributed import is_lost_process
 from lit_unlearn.utils.io import describe_os_error
 
 _REASONS = {
@@ -119,6 +120,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         except LitUnlearnError:
             raise
         except (OSError, RuntimeError, CheckpointException) as error:
+            if is_lost_process(error):
+                raise
             # Of all processes, if one of them fails: torch tells the others.
             if self.is_global_zero:
                 shutil.rmtree(unfinished, ignore_errors=True)
