@@ -44,7 +44,7 @@ ADAPTED = {
     "rmu": ["--model.forget.layer=1", "--model.constraints.activations.objective.layer=1"],
     "match_unseen": ["--data.unseen_authors=10"],
 }
-NEED_BASE_MODEL = ("altpo_constrained", "kl_to_teacher", "teacher_answers")
+NEED_BASE_MODEL = ("altpo_constrained", "kl_to_teacher", "match_calibrated", "teacher_answers")
 DUAL_STEP = 20
 HEADERS = ["method", "forget p", "forget ROUGE", "retain p", "retain NLL", "holds", "λ", "s", "MiB"]
 

@@ -55,6 +55,7 @@ from lit_unlearn.objectives import KLToReference as KLToReference
 from lit_unlearn.objectives import KLToTeacher as KLToTeacher
 from lit_unlearn.objectives import KLToUniform as KLToUniform
 from lit_unlearn.objectives import LogitMargin as LogitMargin
+from lit_unlearn.objectives import MatchCalibrated as MatchCalibrated
 from lit_unlearn.objectives import MatchUnseen as MatchUnseen
 from lit_unlearn.objectives import NLLFloor as NLLFloor
 from lit_unlearn.objectives import Objective as Objective

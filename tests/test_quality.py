@@ -93,6 +93,7 @@ def test_the_sweep_plans_every_method(results: Path) -> None:
     methods = {path.stem for path in (ROOT / "configs/method").glob("*.yaml")}
     candidates = {
         "match_unseen",
+        "match_calibrated",
         "kl_to_teacher",
         "teacher_answers",
         "altpo_constrained",

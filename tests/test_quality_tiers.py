@@ -29,8 +29,17 @@ Tier = SmolLM2 | TOFU1B
 
 
 def make_smollm2(size: str = "10", methods: Sequence[str] = tuple(smollm2.METHODS)) -> SmolLM2:
-    seeds = smollm2.GRIDS[size].seeds
-    return SmolLM2(size, Path("work"), Path("results"), seeds, tuple(methods), "32-true", measures_depth=True)
+    grid = smollm2.GRIDS[size]
+    return SmolLM2(
+        size,
+        Path("work"),
+        Path("results"),
+        grid.seeds,
+        grid.selection.sizes,
+        tuple(methods),
+        "32-true",
+        measures_depth=True,
+    )
 
 
 def make_tofu_1b() -> TOFU1B:
@@ -349,6 +358,12 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, tuning: 
     assert Path("results/smollm2-10/final.jsonl").read_text(encoding="utf-8") == content
     assert len(run(*methods, "--stages", "matched").ran) == 2 * 3
 
+    ceiling = run("--stages", "ceiling", "--sizes", "2").ran
+    assert [command.split()[0] for command in ceiling] == ["fit", "evaluate", "depth"]
+    assert f"--model.seed={smollm2.OTHER_SEEDS}" in ceiling[0]
+    # Beside the retain-only model of the cell's own seed.
+    assert "reference/seed=0,size=2/tofu.json" in ceiling[1]
+
 
 def test_a_grid_that_tunes_nothing_gives_every_method_the_fixed_rate(run: Any) -> None:
     ran = run("--methods", "pdu", "npo").ran
@@ -390,6 +405,12 @@ def test_the_public_grid_runs_on_local_models(run: Any) -> None:
     blocks = tier_tables.make_blocks(Path("results"))
     assert "| pdu | 0.7" in blocks["tofu-1b-grid"]
     assert "| npo_constrained | not run yet |" in blocks["tofu-1b-grid"]
+
+
+def test_forget_sets_that_are_not_there_are_refused(run: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run("--sizes", "3")
+    assert "--sizes: with --size 10, there are 1, 2, not [3]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "name"), [("--stages", "tuning"), ("--methods", "npo")])
@@ -445,7 +466,7 @@ def test_each_goal_can_be_missed(changes: dict[str, Any], expected: str) -> None
     for_all = {f"attack_score/{name}".replace("/", "__"): 0.99 for name in ("min_k", "min_k_plus_plus", "loss", "zlib")}
     values["tofu"] = {**for_all, **values["tofu"]}
     line, reference = make_line("ours", **values), make_line()
-    results = tier_tables.TierResults([reference], [make_line()], [line, make_line("theirs", uds=0.5)])
+    results = tier_tables.TierResults([reference], [make_line()], [line, make_line("theirs", uds=0.5)], [])
     reached = tier_tables.judge_methods(results, results.unlearned, ["theirs"], {})["ours"]
     assert "".join(name for name, value in reached.items() if value is True) == expected
     assert None not in reached.values()
@@ -482,12 +503,16 @@ def test_tables_keep_failures_and_say_what_was_not_run(in_tmp: Path) -> None:
     write_json_lines(folder / "final.jsonl", [make_line("pdu", uds=0.7, tofu={"forget_quality": 0.3}), failed])
     write_json_lines(folder / "reference.jsonl", [make_line()])
     write_json_lines(folder / "target.jsonl", [make_line()])
+    ceiling = make_line(uds=0.6)
+    del ceiling["report"]
+    write_json_lines(folder / "ceiling.jsonl", [ceiling])
     blocks = tier_tables.make_blocks(Path("results"))
     lines = blocks["smollm2-10"].splitlines()
     assert "| 1 | 0 | pdu | yes | yes | yes | yes | NO |" in lines
     assert any(line.startswith("| 1 | 0 | npo | failed: fit ended with exit code 1: it diverged |") for line in lines)
     assert any(line.startswith("| pdu | 1 of 1 | 0.7") for line in lines)
     assert any(line.startswith("| retain-only |") for line in lines)
+    assert any(line.startswith("| retain-only, another seed | – | 0.7") for line in lines)
     assert lines.count("Not run yet.") == 1  # on 2 authors
     assert lines[-1] == "Commits: abc."
     assert blocks["smollm2-20"] == blocks["tofu-1b"] == "Not run yet."

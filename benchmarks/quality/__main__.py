@@ -46,6 +46,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         "--size", choices=smollm2.GRIDS, default="10", help="smollm2: number of authors, or full for a GPU"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds that judge; by default those of the protocol")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, metavar="AUTHORS", help="smollm2: forget sets; by default all of the protocol"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="by default those of the protocol")
     parser.add_argument(
         "--rate", type=float, help="smollm2: tokens per second of a fit, by which the number of methods is chosen"
@@ -66,6 +69,11 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         for name in getattr(options, option) or ():
             if name not in names:
                 parser.error(f"--{option}: {options.model} has no '{name}', but {', '.join(names)}")
+    sizes = smollm2.GRIDS[options.size].selection.sizes
+    if not set(options.sizes or ()) <= set(sizes):
+        parser.error(
+            f"--sizes: with --size {options.size}, there are {', '.join(map(str, sizes))}, not {options.sizes}"
+        )
     return options
 
 

@@ -31,6 +31,7 @@ class SmolLM2:
         folder: Folder of rows, sweeps and models.
         results: Folder of the results files.
         seeds: Seeds that judge.
+        sizes: Forget sets, in authors.
         methods: Files of configs/method, without suffix.
         precision: The Trainer's, of every fit.
         measures_depth: Whether there are entities for the Unlearning Depth Score.
@@ -40,15 +41,16 @@ class SmolLM2:
     folder: Path
     results: Path
     seeds: tuple[int, ...]
+    sizes: tuple[int, ...]
     methods: tuple[str, ...]
     precision: str
     measures_depth: bool
 
     STAGES: ClassVar[tuple[str, ...]] = (
         *("answers", "models", "tuning_reference", "tuning"),
-        *("reference", "target", "final", "matched"),
+        *("reference", "target", "final", "ceiling", "matched"),
     )
-    MAY_FAIL: ClassVar[tuple[str, ...]] = ("tuning", "final", "matched")
+    MAY_FAIL: ClassVar[tuple[str, ...]] = ("tuning", "final", "ceiling", "matched")
     """Stages whose cells are results even if they fail; later stages need all cells of the others."""
 
     @classmethod
@@ -63,6 +65,7 @@ class SmolLM2:
             options.work / f"smollm2-{options.size}",
             options.results / f"smollm2-{options.size}",
             tuple(options.seeds or grid.seeds),
+            tuple(options.sizes or grid.selection.sizes),
             tuple(options.methods or list(protocol.METHODS)[:count]),
             precision,
             options.entities is not None,
@@ -71,7 +74,9 @@ class SmolLM2:
     @property
     def default_stages(self) -> tuple[str, ...]:
         """The stages that run where ``--stages`` names none."""
-        others = ("matched",) if self._grid.is_tuned else ("matched", "tuning_reference", "tuning")
+        others = {"ceiling", "matched"}
+        if not self._grid.is_tuned:
+            others |= {"tuning_reference", "tuning"}
         return tuple(stage for stage in self.STAGES if stage not in others)
 
     @property
@@ -105,13 +110,13 @@ class SmolLM2:
         Raises:
             ValueError: If its settings are chosen by results that are not there yet.
         """
-        output, sizes = f"{self.folder}/{stage}", self._grid.selection.sizes
-        judging = {"seed": self.seeds, "size": sizes}
+        output = f"{self.folder}/{stage}"
+        judging = {"seed": self.seeds, "size": self.sizes}
         tuning = {"seed": [protocol.TUNING_SEED], "size": [self._grid.one_size]}
         match stage:
             case "answers":
                 rows = {"model": self._base, "forget": self._rows("forget"), "count": 0, "max_new_tokens": 60}
-                return measure(output, {"size": sizes}, [prepare("alternates", **rows)])
+                return measure(output, {"size": self.sizes}, [prepare("alternates", **rows)])
             case "models":
                 return self._finetune()
             case "tuning_reference":
@@ -133,6 +138,8 @@ class SmolLM2:
                     # So that depth can be added. A model has 0.5 GB, and a GPU's grid hundreds of them.
                     sweep["keep"] = "model"
                 return sweep
+            case "ceiling":
+                return self._finetune_again(output)
             case "matched":
                 after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
                 axes = {"seed": self.seeds, "size": tuning["size"]}
@@ -155,6 +162,11 @@ class SmolLM2:
     def _reference(self) -> str:
         return f"{self.folder}/models/model=retain_only-{{size}}-{{seed}}/model"
 
+    @property
+    def _finetuning(self) -> dict[str, Any]:
+        """Settings of every fine-tuning."""
+        return {"model.lm.model": self._base, "trainer.precision": self.precision, "picture.answers": 0}
+
     def _rows(self, name: str, size: object = "{size}") -> str:
         files = {"forget": f"{size}/forget10_perturbed.json", "retain": f"{size}/retain.jsonl"}
         return f"{self.folder}/rows/{files.get(name, f'{name}.jsonl')}"
@@ -162,11 +174,11 @@ class SmolLM2:
     def _finetune(self) -> Sweep:
         """Return the sweep of all target models and retain-only models: one axis, because no grid has exactly these."""
         models: dict[str, dict[str, Any]] = {}
-        pairs = list(itertools.product(self.seeds, self._grid.selection.sizes))
+        pairs = list(itertools.product(self.seeds, self.sizes))
         if self._grid.is_tuned:
             pairs.append((protocol.TUNING_SEED, self._grid.one_size))
         for seed, size in pairs:
-            seeds = dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed)
+            seeds = _seed_everything(seed)
             rows = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
             # The rows of all sizes are the same in total.
             models.setdefault(f"target-{seed}", {**seeds, **rows, "data.train_on": "all"})
@@ -174,9 +186,29 @@ class SmolLM2:
         return {
             "output": f"{self.folder}/models",
             "config": "real/target.yaml",
-            "settings": {"model.lm.model": self._base, "trainer.precision": self.precision, "picture.answers": 0},
+            "settings": self._finetuning,
             "grid": {"model": models},
             "keep": "model",
+        }
+
+    def _finetune_again(self, output: str) -> Sweep:
+        """Return a sweep of retain-only models of other seeds, each measured like an unlearned model of the seed in its cell's name."""
+        seeds, sizes = {}, {}
+        for seed in self.seeds:
+            seeds[str(seed)] = _seed_everything(seed + protocol.OTHER_SEEDS)
+        for size in self.sizes:
+            sizes[str(size)] = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
+        after = [self._evaluate(_UNLEARNED, "reference")]
+        if self.measures_depth:
+            after.append(self._depth())
+        settings = {**self._finetuning, "data.train_on": "retain"}
+        return {
+            "output": output,
+            "config": "real/target.yaml",
+            "settings": settings,
+            "grid": {"seed": seeds, "size": sizes},
+            "after": after,
+            "keep": "results",
         }
 
     def _unlearn(
@@ -222,7 +254,7 @@ class SmolLM2:
         settings = dict(protocol.METHODS[method])
         if settings.get("data.forget") == "ANSWERS":
             settings["data.forget"] = f"{self.folder}/answers/size={{size}}/alternates.jsonl"
-        if method == "match_unseen":
+        if method.startswith("match_"):
             streams = ("unseen", *streams)
         # null, because the file to begin with names a set that is not here.
         settings["data.streams"] = {name: self._rows(name) for name in streams} or None
@@ -276,3 +308,7 @@ class SmolLM2:
         rows = f"{self.folder}/rows/{{size}}/entities.jsonl"
         models = {"target": self._target, "retain_only": self._reference}
         return depth(_UNLEARNED, **models, rows=rows, max_length=protocol.MAX_LENGTH)
+
+
+def _seed_everything(seed: int) -> dict[str, int]:
+    return dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed)

@@ -55,16 +55,17 @@ COLUMNS: dict[str, Column] = {
 
 
 class TierResults(NamedTuple):
-    """The results files of a tier: of its retain-only models, its target models, and unlearned ones."""
+    """The results files of a tier: of its retain-only models, its target models, unlearned ones, and retain-only models of other seeds."""
 
     reference: list[Line]
     target: list[Line]
     unlearned: list[Line]
+    ceiling: list[Line]
 
     @classmethod
     def read(cls, folder: Path, digest: str, stage: str = "final") -> TierResults:
         """Read what is there."""
-        files = [folder / f"{name}.jsonl" for name in ("reference", "target", stage)]
+        files = [folder / f"{name}.jsonl" for name in ("reference", "target", stage, "ceiling")]
         return cls(*[read_lines(file, digest) for file in files])
 
     def compute_parts(self, line: Line) -> Parts:
@@ -179,6 +180,8 @@ def make_comparison(tier: TierResults, size: str) -> str:
         "retain-only": select_lines(tier.reference, size=size),
         "target": select_lines(tier.target, size=size),
     }
+    if ceiling := select_lines(tier.ceiling, size=size):
+        groups["retain-only, another seed"] = ceiling
     for method in list_methods(tier.unlearned):
         groups[method] = tier.select(size=size, method=method)
     rows = [make_row(tier, name, lines) for name, lines in groups.items()]

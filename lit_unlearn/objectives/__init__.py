@@ -9,6 +9,7 @@ from lit_unlearn.objectives.jensun import JensUn
 from lit_unlearn.objectives.kl_to_teacher import KLToTeacher
 from lit_unlearn.objectives.kl_to_uniform import KLToUniform
 from lit_unlearn.objectives.logit_margin import LogitMargin
+from lit_unlearn.objectives.match_calibrated import MatchCalibrated
 from lit_unlearn.objectives.match_unseen import MatchUnseen
 from lit_unlearn.objectives.nll_floor import NLLFloor
 from lit_unlearn.objectives.npo import NPO
@@ -37,6 +38,7 @@ __all__ = [
     "KLToTeacher",
     "KLToUniform",
     "LogitMargin",
+    "MatchCalibrated",
     "MatchUnseen",
     "NLLFloor",
     "Need",

@@ -22,6 +22,7 @@ ALTERNATE = ["--data.alternate_column=perturbed_answer"]  # the embedded authors
 OWN = {
     "rmu": SHALLOW,
     "match_unseen": ["--data.unseen_authors=2"],
+    "match_calibrated": ["--data.unseen_authors=2", "--model.lm.teacher={model_dir}"],
     "kl_to_teacher": ["--model.lm.teacher={model_dir}"],
     # Above what the tiny model has, so that there is something to forget.
     "nll_floor": ["--model.forget.init_args.floor=9", "--model.constraints.floor.objective.init_args.floor=9"],
@@ -29,7 +30,7 @@ OWN = {
     "altpo_constrained": ALTERNATE,
 }
 # Constrained methods whose name does not say so.
-CONSTRAINED = {"pdu", "match_unseen", "kl_to_teacher", "teacher_answers", "nll_floor"}
+CONSTRAINED = {"pdu", "match_unseen", "match_calibrated", "kl_to_teacher", "teacher_answers", "nll_floor"}
 COLUMNS = {"dpo": "perturbed_answer", "teacher_answers": "alternate", "altpo_constrained": "alternate"}
 LORA = {"model": {"lm": {"adapter": {"r": 4, "lora_dropout": 0.1}, "activation_checkpointing": True}}}
 

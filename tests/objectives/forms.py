@@ -122,6 +122,18 @@ def match_case() -> tuple[Objective, Form]:
     return objective, per_answer(lambda dense, row: (-answer_logp(dense, row) / len(supervised([row])) - 3.0) ** 2)
 
 
+def calibrated_case() -> tuple[Objective, Form]:
+    objective = package.MatchCalibrated(factor=1.5)
+    objective.level.set(0.8)  # so the level is 1.2 times the teacher's NLL
+
+    def form(dense: Dense, row: int) -> Tensor:
+        teacher = dense._replace(logits=dense.reference)
+        nll, teacher_nll = (-answer_logp(x, row) / len(supervised([row])) for x in (dense, teacher))
+        return (nll - 1.2 * teacher_nll) ** 2
+
+    return objective, per_answer(form)
+
+
 CASES: dict[str, tuple[Objective, Form]] = {
     "NLL": (package.NLL(), per_token(lambda x: -logp(x))),
     "LogitMargin": (package.LogitMargin(), per_token(lambda x: reference.logit_margin(x.z) ** 2)),
@@ -143,6 +155,7 @@ CASES: dict[str, tuple[Objective, Form]] = {
         per_answer(lambda dense, row: reference.npo(answer_logp(dense, row), REFERENCE_LOGP[row][None], 0.2)),
     ),
     "MatchUnseen": match_case(),
+    "MatchCalibrated": calibrated_case(),
     "NLLFloor": (
         package.NLLFloor(9.0),
         per_answer(lambda dense, row: (9.0 + answer_logp(dense, row) / len(supervised([row]))).clamp_min(0)),
