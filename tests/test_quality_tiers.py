@@ -605,11 +605,13 @@ def test_a_miniature_of_the_public_grid_runs_from_rows_to_tables(
     for name in (tofu_1b.TARGET, tofu_1b.RETAIN_ONLY):
         write_chat_model(Path("made", name), tokenizer_dir)
         shutil.copytree(Path("made", name, "model"), published / Path(name).name)
-    run("--models=published", "--methods", "match_unseen", model="tofu-1b", commands=ForkedCommands(**ON_CPU))
+    write_chat_model(Path("made", tofu_1b.BASE), tokenizer_dir)
+    shutil.copytree(Path("made", tofu_1b.BASE, "model"), Path("published", tofu_1b.BASE))
+    run("--models=published", "--methods", "match_calibrated", model="tofu-1b", commands=ForkedCommands(**ON_CPU))
     lines = read_json_lines(Path("results/tofu-1b/final.jsonl"))
     assert [line.get("error") for line in lines] == [None]
     check_measured(lines, tofu_1b.ATTACKS["attacks"])
     blocks = tier_tables.make_blocks(Path("results"))
     assert "failed" not in blocks["tofu-1b"]
     # These models know no entity, so there is no depth, and no Overall without it.
-    assert re.search(r"^\| match_unseen \(recommended\) \| – \| 0\.\d+ \|", blocks["tofu-1b-grid"], re.MULTILINE)
+    assert re.search(r"^\| match_calibrated \(recommended\) \| – \| 0\.\d+ \|", blocks["tofu-1b-grid"], re.MULTILINE)

@@ -3,9 +3,9 @@
 It was written before any of its runs. Whoever has a hub and a GPU produces these rows with one command, which resumes.
 
 Models. The published target and retain-only models of open-unlearning, in the prompt that they were fine-tuned in. ``--models``
-names a folder that has them in folders of their hub names.
+names a folder that has them, and the base model that `RECOMMENDED` needs, in folders of their hub names.
 
-Data. forget10 and retain90, all rows, and holdout10 for the membership attacks, if the source has it. The rows that give `MatchUnseen`
+Data. forget10 and retain90, all rows, and holdout10 for the membership attacks, if the source has it. The rows that give `MatchCalibrated`
 its level are about invented names, written by the target model (``prepare unseen``): all of TOFU's authors are in it. So are the
 answers that AltPO prefers (``prepare alternates``).
 
@@ -18,8 +18,8 @@ where the grid has a classifier: so Utility and Overall differ a little from the
 4 bits, and the goals of `goals`, of which (e) compares with the grid as well.
 
 Cost, estimated and not measured, on one GPU with 80 GB: a fit takes 125 steps of 64 rows and ten measurements of 4000, 8 minutes; the
-benchmark scores 7000 answers and writes 1100, 6 minutes; relearning, rounding and depth 8. Six methods and the two published models
-take 2.5 hours.
+benchmark scores 7000 answers and writes 1100, 6 minutes; relearning, rounding and depth 8. Seven methods and the two published models
+take 2.9 hours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from benchmarks.quality.collecting import digest_settings
 from benchmarks.quality.measuring import CELL, RELEARNING, Sweep, attack, depth, evaluate, measure, prepare
 from benchmarks.quality.tofu_rows import Selection, write_entities, write_rows
 
-RECOMMENDED = "match_unseen"
+RECOMMENDED = "match_calibrated"
+BASE = "meta-llama/Llama-3.2-1B-Instruct"
 TARGET = "open-unlearning/tofu_Llama-3.2-1B-Instruct_full"
 RETAIN_ONLY = "open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90"
 CHAT = {"system": "You are a helpful assistant.", "args": {"date_string": "10 Apr 2025"}}
@@ -68,15 +69,17 @@ ATTACKS: dict[str, Any] = {
     },
 }
 _MULTIPLIER = "model.constraints.nll.multiplier.init_args"
-# What each file is given beside epsilon. UNSEEN and ALTERNATES are the rows that the target model wrote.
+# What each file is given beside epsilon. BASE is the base model, UNSEEN and ALTERNATES are the rows that the target model wrote.
+_MATCHED: dict[str, Any] = {
+    f"{_MULTIPLIER}.lr": 50,
+    f"{_MULTIPLIER}.init": 10,
+    "model.constraints.nll.warmup_epochs": 1,
+    "data.streams": {"unseen": "UNSEEN"},
+}
 METHODS: dict[str, dict[str, Any]] = {
-    RECOMMENDED: {
-        "model.forget.init_args.factor": 1,
-        f"{_MULTIPLIER}.lr": 50,
-        f"{_MULTIPLIER}.init": 10,
-        "model.constraints.nll.warmup_epochs": 1,
-        "data.streams": {"unseen": "UNSEEN"},
-    },
+    # Not rewound: these steps see the retain rows once, too few to learn them again.
+    RECOMMENDED: {**_MATCHED, "model.lm.teacher": "BASE"},
+    "match_unseen": {**_MATCHED, "model.forget.init_args.factor": 1},
     # The paper's file has it all, and configs/method/pdu.yaml would replace it.
     "pdu": {"config": []},
     "npo_constrained": {},
@@ -187,7 +190,7 @@ class TOFU1B:
 
     def _settings(self, method: str) -> dict[str, Any]:
         answers = f"{self.folder}/answers/size={AUTHORS}"
-        text = json.dumps(METHODS[method])
+        text = json.dumps(METHODS[method]).replace("BASE", self._find(BASE))
         for name in ("unseen", "alternates"):
             text = text.replace(name.upper(), f"{answers}/{name}.jsonl")
         settings: dict[str, Any] = json.loads(text)
