@@ -1,6 +1,7 @@
-"""Write docs/licences.md: the licence of everything that ``pip install lit-unlearn`` brings, from the metadata of what is installed.
+"""Write docs/licences.md: the licence of everything that ``pip install lit-unlearn`` brings.
 
-    python -m benchmarks.licences
+Licences are what the metadata of the installed packages state. Run ``python -m benchmarks.licences`` after a change of the
+dependencies.
 """
 
 from __future__ import annotations
