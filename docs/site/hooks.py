@@ -60,7 +60,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def rewrite(match: re.Match[str]) -> str:
         path = (folder / match[1]).resolve()
-        if uri in FROM_ROOT or _is_shown(path) or (uri.startswith(SHOWN_FILES) and path.is_file()):
+        if path.is_file() and path.is_relative_to(generated.ROOT):
             return posixpath.relpath(_find_page(path), posixpath.dirname(uri) or ".") + (match[2] or "")
         return match[0]
 
