@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from mkdocs.structure.files import File, InclusionLevel
 # Pages that GitHub shows from the root of the repository.
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 SECTIONS = ("method", "metric", "api")
+SHOWN_FILES = "repository/"
+"""Where pages are that show a file."""
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 _CELL = re.compile(r"<td.*?</td>", re.DOTALL)
@@ -57,7 +60,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def rewrite(match: re.Match[str]) -> str:
         path = (folder / match[1]).resolve()
-        if uri in FROM_ROOT or _is_shown(path):
+        if path.is_file() and path.is_relative_to(generated.ROOT):
             return posixpath.relpath(_find_page(path), posixpath.dirname(uri) or ".") + (match[2] or "")
         return match[0]
 
@@ -75,7 +78,11 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _find_folder(uri: str) -> Path:
     """Return the folder that a page's links start from."""
-    return generated.ROOT if uri in FROM_ROOT else (generated.DOCS / uri).parent
+    if uri in FROM_ROOT:
+        return generated.ROOT
+    if uri.startswith(SHOWN_FILES):
+        return (generated.ROOT / uri.removeprefix(SHOWN_FILES)).parent
+    return (generated.DOCS / uri).parent
 
 
 def _is_shown(path: Path) -> bool:
@@ -94,7 +101,7 @@ def _find_page(path: Path) -> str:
     for page, source in FROM_ROOT.items():
         if path == generated.ROOT / source:
             return page
-    return f"repository/{path.relative_to(generated.ROOT).as_posix()}.md"
+    return f"{SHOWN_FILES}{path.relative_to(generated.ROOT).as_posix()}.md"
 
 
 def _show_file(path: Path) -> str:
@@ -102,5 +109,16 @@ def _show_file(path: Path) -> str:
     name = path.relative_to(generated.ROOT).as_posix()
     if not path.is_file():
         raise PluginError(f"a page links to '{name}', which is no file of the repository.")
+    if path.suffix == ".ipynb":
+        return _show_notebook(path)
     language = {".py": "python", ".jsonl": "json", ".yaml": "yaml"}.get(path.suffix, "text")
     return f"---\nsearch: {{exclude: true}}\n---\n\n# {name}\n\n````{language}\n{path.read_text('utf-8')}\n````\n"
+
+
+def _show_notebook(path: Path) -> str:
+    """Return the page of a notebook: its text as it stands, and its code in blocks."""
+    parts = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(parts) + "\n"

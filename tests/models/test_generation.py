@@ -199,7 +199,8 @@ def test_float64(build, model_type, monkeypatch):
     wanted = texts(lm, prompts())
     batches = watch(monkeypatch, lm)
     assert generate(lm, prompts(), max_new_tokens=NEW) == wanted
-    assert len(batches) == (1 if model_type == "llama" else 5)
+    # With the lowest versions that are allowed, Gemma 2's padded rows are numbers, and stay in one batch.
+    assert len(batches) in {"llama": {1}, "gemma2": {1, 5}, "bloom": {5}}[model_type]
 
 
 @pytest.mark.parametrize("as_list", [False, True])

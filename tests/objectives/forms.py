@@ -5,11 +5,13 @@ Row ``B + i`` of everything is row ``i`` with its alternate answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import reference
 import torch
+from command_line import ROOT
 from torch import Tensor
 
 from lit_unlearn import objectives as package
@@ -134,6 +136,16 @@ def calibrated_case() -> tuple[Objective, Form]:
     return objective, per_answer(form)
 
 
+def documented_case() -> tuple[Objective, Form]:
+    """Return the template for a method of your own in docs/methods.md, which passes the tests of the package's objectives."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.DOTALL)
+    module: dict[str, Any] = {"__name__": "my_methods"}
+    exec(compile(example, "docs/methods.md", "exec"), module)
+    # Of the tokens here, some have less entropy than this, and some more.
+    target = 1.0
+    return module["EntropyTarget"](target), per_token(lambda x: (target - reference.entropy(x.z)).clamp_min(0) ** 2)
+
+
 CASES: dict[str, tuple[Objective, Form]] = {
     "NLL": (package.NLL(), per_token(lambda x: -logp(x))),
     "LogitMargin": (package.LogitMargin(), per_token(lambda x: reference.logit_margin(x.z) ** 2)),
@@ -200,6 +212,7 @@ CASES: dict[str, tuple[Objective, Form]] = {
         package.ActivationMatch(LAYER),
         per_token(lambda x: reference.activation_distance(x.h, x.h_ref)),
     ),
+    "EntropyTarget of docs/methods.md": documented_case(),
 }
 ROUNDING = {"RMU": 1e-6}  # of the direction, which is drawn and scaled in float32; otherwise float64's
 

@@ -66,7 +66,8 @@ def assert_same(actual: tuple[Tensor, Dense], wanted: tuple[Tensor, Dense], rtol
 def test_every_objective_has_a_slow_form():
     public = {getattr(objectives, name) for name in objectives.__all__}
     classes = {x for x in public if isinstance(x, type) and issubclass(x, Objective)}
-    assert {type(objective) for objective, _ in CASES.values()} == classes - {Objective}
+    tested = {type(objective) for objective, _ in CASES.values()}
+    assert {kind for kind in tested if kind.__module__.startswith("lit_unlearn.")} == classes - {Objective}
 
 
 def test_supervised_tokens_spelt_out():
