@@ -15,7 +15,7 @@ from lit_unlearn.data.example import collate
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import adapters
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import is_packed
+from lit_unlearn.models.packing import is_packed, segment_mask
 from lit_unlearn.models.tokens import Alignment, Batch, OtherModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues
 
@@ -52,6 +52,7 @@ class SupervisedModel(nn.Module):
         # Found by probing once the weights are loaded.
         self.linear_head = False
         self.packs = False
+        self.shares_prefix = False
         # Whether losses add the head's gradient directly to its `.grad`, without autograd and its hooks.
         self.accumulate_head = False
 
@@ -169,7 +170,8 @@ class SupervisedModel(nn.Module):
 
         Args:
             batch: ``input_ids``, ``labels`` (−100 where not supervised), shape ``(B, T)``, and either
-                ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row).
+                ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row),
+                with ``segments`` where these share their first tokens; see `packing.pack`.
             compute: Called with the batch's `SupervisedTokens`.
             alignment: See `LogitMargin`.
             index: Which tokens to hand to ``compute``, one argument each, on the batch's device; ``None`` for all of the
@@ -193,6 +195,8 @@ class SupervisedModel(nn.Module):
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        if "segments" in batch:
+            inputs["attention_mask"] = segment_mask(batch["segments"])
         states, activations = self._run_trunk(self.causal_lm, inputs, layers)
         tokens = [token_index.gather(states, activations) for token_index in indices]
         if reference:
