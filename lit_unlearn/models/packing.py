@@ -13,7 +13,7 @@ from lit_unlearn.data.example import IGNORED
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 ROW_LENGTHS = (128, 192, 256, 320, 384, 448, 512)
@@ -60,11 +60,7 @@ def shares_first_tokens(model: PreTrainedModel) -> bool:
     Args:
         model: Any causal LM that separates packed sequences; its trunk runs twice on short rows, without dropout.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    # A window counts the tokens of the row, in which a sequence's own tokens are apart from the shared ones.
-    has_window = getattr(config, "sliding_window", None) is not None or kinds != {"full_attention"}
-    if has_window or config._attn_implementation not in ("sdpa", "eager"):
+    if not takes_whole_masks(model.config):
         return False
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
     apart = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]], device=embeddings.device) % embeddings.shape[0]
@@ -76,6 +72,15 @@ def shares_first_tokens(model: PreTrainedModel) -> bool:
         output = model.base_model(input_ids=together, position_ids=positions, attention_mask=mask, use_cache=False)[0]
     expected = torch.cat([expected[0], expected[1, 3:]])
     return _is_same(output[0].float(), expected, output.dtype)
+
+
+def takes_whole_masks(config: PreTrainedConfig) -> bool:
+    """Return whether a mask of the caller's is all that decides what a token sees, judging by the config alone."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    # A window counts the tokens of the row, in which a sequence's own tokens are apart from the shared ones.
+    has_window = getattr(text, "sliding_window", None) is not None or kinds != {"full_attention"}
+    return not has_window and config._attn_implementation in ("sdpa", "eager")
 
 
 def _is_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
