@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lit_unlearn import functional
 from lit_unlearn.data.example import collate
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import adapters
+from lit_unlearn.models.embedding_gradient import adding_to_gradient
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 from lit_unlearn.models.packing import is_packed, segment_mask
 from lit_unlearn.models.tokens import Alignment, Batch, OtherModel, SupervisedTokens, TokenIndex, locate
@@ -53,7 +54,7 @@ class SupervisedModel(nn.Module):
         self.linear_head = False
         self.packs = False
         self.shares_prefix = False
-        # Whether losses add the head's gradient directly to its `.grad`, without autograd and its hooks.
+        # Whether losses and the embedding add their gradient directly to `.grad`, without autograd and its hooks.
         self.accumulate_head = False
 
     @property
@@ -214,7 +215,8 @@ class SupervisedModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run a model up to its head; return the last states, or logits, and the outputs of layers, ``(B · T, ·)`` each."""
         trunk: Any = model.base_model if self.linear_head else model
-        output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
+        with adding_to_gradient(model) if self.accumulate_head else nullcontext():
+            output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
         states = (output.last_hidden_state if self.linear_head else output.logits).flatten(0, 1)
         # hidden_states[0] are the embeddings, so a layer's output is one further.
         return states, {layer: output.hidden_states[layer + 1].flatten(0, 1) for layer in layers}

@@ -189,6 +189,17 @@ def test_the_fallback_is_needed(name):
             assert through_package(lm, padded_batch(), objective) != pytest.approx(right[kind].item(), rel=1e-3)
 
 
+@every_family
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_that_are_added_directly_are_the_same(family, tied):
+    lm = build(family, tied)
+    for objective in OBJECTIVES.values():
+        lm.accumulate_head = False
+        wanted = value_and_gradients(lm, through_package(lm, padded_batch(), objective))
+        lm.accumulate_head = True
+        assert_same(value_and_gradients(lm, through_package(lm, padded_batch(), objective)), wanted)
+
+
 @packing_family
 def test_packed_equals_padded(family):
     """No token sees, or predicts, another sequence's; a tail of padding is one more sequence, which counts nothing."""
