@@ -56,6 +56,8 @@ class SupervisedModel(nn.Module):
         self.shares_prefix = False
         # Whether losses and the embedding add their gradient directly to `.grad`, without autograd and its hooks.
         self.accumulate_head = False
+        # Whether the margin's maximum is searched by a Triton kernel; see `linear_logit_margin`.
+        self.margin_kernel = False
 
     @property
     def is_loaded(self) -> bool:
@@ -247,6 +249,7 @@ class SupervisedModel(nn.Module):
             self._head.bias,
             chunk_size=self.chunk_size,
             accumulate=self.accumulate_head,
+            kernel=self.margin_kernel,
         )
 
     def token_logp(self, tokens: SupervisedTokens) -> Tensor:
