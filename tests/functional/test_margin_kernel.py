@@ -19,8 +19,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 pytest.importorskip("triton", reason="needs triton: pip install --no-deps triton==3.7.1 (200 MB)")
 
-from lit_unlearn.functional import margin_kernel  # noqa: E402
-from lit_unlearn.functional.margin import _argmax_and_mean  # noqa: E402
+from lit_unlearn.functional import margin_kernel
+from lit_unlearn.functional.margin import _argmax_and_mean
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Rows, vocabulary, width: below, at and beyond the blocks, and none that they divide.
