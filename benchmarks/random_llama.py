@@ -76,7 +76,13 @@ def count_trunk_parameters(shape: Shape) -> int:
 
 
 def make_steps(
-    shape: Shape, number: int, *, rows: int = 8, scale: float = 1.0, streams: Sequence[str] = ("forget", "retain")
+    shape: Shape,
+    number: int,
+    *,
+    rows: int = 8,
+    scale: float = 1.0,
+    streams: Sequence[str] = ("forget", "retain"),
+    prefix: int = 0,
 ) -> list[Step]:
     """Return batches of random tokens, the same at every call.
 
@@ -89,8 +95,10 @@ def make_steps(
         rows: Examples of one batch.
         scale: Factor of all lengths.
         streams: Names of the batches of a step.
+        prefix: Tokens that all prompts begin with, before the others, as a chat template with a system message does.
     """
     generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(shape.vocabulary, (prefix,), generator=generator).tolist()
 
     def draw_length(mean: float, spread: float, low: int, high: int) -> int:
         length = mean + spread * torch.randn((), generator=generator).item()
@@ -99,7 +107,7 @@ def make_steps(
     def draw_example() -> Example:
         prompt, answer = draw_length(20, 4, 12, 30), draw_length(42, 16, 12, 80)
         ids = torch.randint(shape.vocabulary, (prompt + answer,), generator=generator).tolist()
-        return Example(ids, [IGNORED] * prompt + ids[prompt:])
+        return Example(shared + ids, [IGNORED] * (prefix + prompt) + ids[prompt:])
 
     steps = []
     for _ in range(number):

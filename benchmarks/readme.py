@@ -100,19 +100,20 @@ def step_block() -> str:
     for shape in read_json(BENCH / "step.json")["shapes"].values():
         for name, values in shape["variants"].items():
             memory = values["memory"]
+            model = shape["shape"]
             rows.append(
                 [
-                    f"{shape['shape']['vocabulary']:,}",
+                    f"{model['layers']} × {model['hidden']}, V {model['vocabulary']:,}, {shape['precision']}",
                     labels.get(name, f"`passes: {name}`"),
                     f"{values['seconds']:.3g}",
                     f"{values['time_ratio']:.2f}",
                     f"{values['time_over_floor']:.1f}",
                     format_mib(memory["peak_bytes"]),
+                    f"{values['peak_ratio']:.2f}",
                     format_mib(memory["extra_bytes"]),
-                    f"{values['memory_ratio']:.2f}",
                 ]
             )
-    return markdown_table(["vocabulary", "", "s/step", "ratio", "× floor", "peak MiB", "extra MiB", "ratio"], rows)
+    return markdown_table(["model", "", "s/step", "ratio", "× floor", "peak MiB", "ratio", "extra MiB"], rows)
 
 
 def startup_block() -> str:

@@ -1,9 +1,12 @@
 """Measure time and memory of one optimizer step, beside the straightforward formulation.
 
-    python -m benchmarks.step                           # 4 layers × 512 with V = 32 000 and 128 256; on a GPU also the 1B shape
+    python -m benchmarks.step                           # 4 layers × 512 with V = 32 000 and 128 256, and SmolLM2-135M's shape
+    python -m benchmarks.step --shapes 1b               # Llama-3.2-1B's: about 25 GB on a CPU; on a GPU it is among the defaults
     python -m benchmarks.step --shapes 32k --lora --compile --activation-checkpointing
 
-Models have random weights. A step has 8 forget and 8 retain examples with lengths like TOFU's (`random_llama.make_steps`).
+Models have random weights. A step has as many forget as retain examples, of lengths like TOFU's (`random_llama.make_steps`). With
+the shapes of real models there are 4 of each, which begin with the same 24 tokens, as in SmolLM2's chat template: its system message
+stands before every question. With the other shapes there are 8 of each, which have nothing in common.
 Variants:
 
 plain       The computation of the method's public trainer, reimplemented in `step_variants.py`: padded batches, logits of
@@ -34,11 +37,12 @@ that keeps no large freed blocks. On a GPU it comes from PyTorch's allocator.
 All gradients are subtracted, although they never coexist with all activations. Activations that are freed before the
 gradients exist are therefore hidden, up to the size of the gradients. A small extra says that the step needs hardly more
 memory than any step does, and the ratio of two extras can be far from the ratio of the peaks, which are in the table too.
-A peak is that of the whole process (on a GPU, of the allocator), with parameters, optimizer state and libraries.
+A peak is that of the whole process (on a GPU, of the allocator), with parameters, optimizer state and libraries: it is what decides
+whether a run fits, and what the ratio is of.
 
-Floor. The arithmetic that cannot be avoided: 6 × trunk parameters × tokens without padding, and per answer token 2 · D · V
+Floor. The arithmetic that cannot be avoided while every example is computed for itself: 6 × trunk parameters × tokens without padding, and per answer token 2 · D · V
 for the margin's one head product, three times that for the NLL's; divided by the FLOP/s of matrix products of these sizes,
-measured in the same rounds. Attention's own products are left out. With LoRA, frozen weights need no gradient: 4 instead
+measured in the same rounds. Attention's own products are left out. Tokens that examples share count for each of them. With LoRA, frozen weights need no gradient: 4 instead
 of 6, and two head products instead of three for the NLL.
 """
 
@@ -88,22 +92,28 @@ from lit_unlearn.utils.io import write_json
 PLAIN, SEQUENTIAL, JOINT = Variant("plain", "plain"), Variant("sequential", "sequential"), Variant("joint", "joint")
 # Relative, of the first losses. bfloat16 has 8 bits, and the variants sum in different orders.
 TOLERANCE = {"32-true": 1e-4, "bf16-true": 1e-2, "bf16-mixed": 1e-2}
-HEADERS = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "peak MiB", "extra MiB", "extra ratio"]
+HEADERS = ["", "s/step", "range", "tokens/s", "time ratio", "× floor", "peak MiB", "peak ratio", "extra MiB"]
+# Examples of each stream, and tokens that all of them begin with.
+WORKLOADS = {"135m": {"rows": 4, "prefix": 24}, "1b": {"rows": 4, "prefix": 24}}
 
 
 @dataclass(frozen=True)
 class Job:
     """One shape, and the conditions under which it is measured."""
 
-    shape: Shape
+    name: str
     device: str
     precision: Precision
     rounds: int
     steps: int
     threads: int
 
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.name]
+
     def make_steps(self) -> list[Step]:
-        return make_steps(self.shape, self.steps)
+        return make_steps(self.shape, self.steps, **WORKLOADS.get(self.name, {}))
 
     def build(self, variant: Variant) -> Formulation:
         return Formulation(variant, self.shape, self.device, self.precision)
@@ -273,20 +283,21 @@ def compare_variant(
         "seconds_between_steps": statistics.median(values["pauses"]) if values["pauses"] else None,
         "first_losses": values["first_losses"],
         "memory": memory[variant.name],
-        "memory_ratio": _extra_ratio(memory[variant.name], memory[plain]),
+        "peak_ratio": _ratio("peak_bytes", memory[variant.name], memory[plain]),
+        "memory_ratio": _ratio("extra_bytes", memory[variant.name], memory[plain]),
     }
 
 
-def _extra_ratio(memory: dict[str, Any], plain_memory: dict[str, Any]) -> float | None:
-    extra, plain_extra = memory.get("extra_bytes"), plain_memory.get("extra_bytes")
-    return None if extra is None or not plain_extra else extra / plain_extra
+def _ratio(key: str, memory: dict[str, Any], plain_memory: dict[str, Any]) -> float | None:
+    size, plain_size = memory.get(key), plain_memory.get(key)
+    return None if size is None or not plain_size else size / plain_size
 
 
 def format_report(name: str, results: dict[str, Any]) -> str:
     """Format the results of one shape as a table with lines of text around it."""
     rows = []
     for variant, values in results["variants"].items():
-        of_rounds, memory, memory_ratio = values["seconds_of_rounds"], values["memory"], values["memory_ratio"]
+        of_rounds, memory, peak_ratio = values["seconds_of_rounds"], values["memory"], values["peak_ratio"]
         rows.append(
             [
                 variant,
@@ -296,8 +307,8 @@ def format_report(name: str, results: dict[str, Any]) -> str:
                 f"{values['time_ratio']:.2f}",
                 f"{values['time_over_floor']:.2f}",
                 format_mib(memory.get("peak_bytes")),
+                None if peak_ratio is None else f"{peak_ratio:.2f}",
                 format_mib(memory.get("extra_bytes")),
-                None if memory_ratio is None else f"{memory_ratio:.2f}",
             ]
         )
 
@@ -326,7 +337,7 @@ def format_report(name: str, results: dict[str, Any]) -> str:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 32k 128k, and 1b on a GPU")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 32k 128k 135m, and 1b on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (default 2)")
     parser.add_argument(
@@ -334,7 +345,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--precision", choices=TOLERANCE, default="32-true", help="as for the Trainer (default 32-true)"
+        "--precisions",
+        nargs="+",
+        choices=TOLERANCE,
+        help="as for the Trainer (default: 32-true; of 135m and 1b bf16-mixed, too)",
     )
     parser.add_argument("--lora", action="store_true", help="add variants that train an adapter")
     parser.add_argument("--compile", action="store_true", help="add a variant with a compiled trunk")
@@ -367,17 +381,19 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     # The imports' objects are never garbage, and there are enough of them to make the collections between turns slow.
     gc.freeze()
-    names = options.shapes or ["32k", "128k"]
+    names = options.shapes or ["32k", "128k", "135m"]
     if options.shapes is None and options.device == "cuda":
         names.append("1b")
     results: dict[str, Any] = {"machine": describe_machine(options.device), "shapes": {}}
     print(format_machine(results["machine"]))
     for name in names:
-        job = Job(SHAPES[name], options.device, options.precision, options.rounds, options.steps, options.threads)
-        results["shapes"][name] = benchmark_shape(job, make_variants(options), not options.no_memory)
-        print(f"\n{format_report(name, results['shapes'][name])}", flush=True)
-        # After every shape, because the large ones take long and can run out of memory.
-        write_json(options.output, results)
+        for precision in options.precisions or (["32-true", "bf16-mixed"] if name in WORKLOADS else ["32-true"]):
+            job = Job(name, options.device, precision, options.rounds, options.steps, options.threads)
+            key = f"{name}, {precision}"
+            results["shapes"][key] = benchmark_shape(job, make_variants(options), not options.no_memory)
+            print(f"\n{format_report(name, results['shapes'][key])}", flush=True)
+            # After every one, because the large ones take long and can run out of memory.
+            write_json(options.output, results)
     print(f"\nwritten to {options.output}")
 
 

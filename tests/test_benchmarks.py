@@ -46,7 +46,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
 def test_formulations_start_alike_and_are_measured(ran: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = ran
     results: dict[str, Any] = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-    toy = results["shapes"]["toy"]
+    toy = results["shapes"]["toy, 32-true"]
     assert {"cpu", "threads", "torch"} <= results["machine"].keys()
     assert toy["variants"].keys() == {"plain", "sequential", "joint", "plain, lora", "sequential, lora"}
     plain = toy["variants"]["plain"]
@@ -54,7 +54,7 @@ def test_formulations_start_alike_and_are_measured(ran: tuple[Path, subprocess.C
         assert values["first_losses"] == pytest.approx(plain["first_losses"], rel=1e-4), name
         assert min(values[key] for key in ("seconds", "tokens_per_second", "time_over_floor", "time_ratio")) > 0
         assert values["memory"]["extra_bytes"] > 0
-    assert plain["time_ratio"] == plain["memory_ratio"] == 1
+    assert plain["time_ratio"] == plain["memory_ratio"] == plain["peak_ratio"] == 1
     assert toy["variants"]["sequential, lora"]["floor_flops"]["head"] < plain["floor_flops"]["head"]
     assert all(name in done.stdout for name in toy["variants"])
 

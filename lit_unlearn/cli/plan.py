@@ -108,7 +108,7 @@ class PlanCLI(UnlearnCLI):
         if config.rows or config.length or not can_read(built.data, tokenizer is not None):
             run = assume_run(built.data, built.model, devices, config.rows, config.length)
         else:
-            run = read_run(built.data, built.model, devices)
+            run = read_run(built.data, built.model, devices, model.shares_prefix)
         setup = replace(setup, validation_tokens=run.validation_tokens)
         plan = make_plan(config, model, setup, run, built.model, per_node)
         print(format_plan(plan, config.format))

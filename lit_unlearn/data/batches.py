@@ -22,7 +22,9 @@ def to_sequence(example: Example, device: torch.device | None = None) -> dict[st
     return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
-def pack_visible(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict[str, Tensor]:
+def pack_visible(
+    sequences: Sequence[Mapping[str, Tensor]], packs: bool, shares_prefix: bool = False
+) -> dict[str, Tensor]:
     """Put sequences into a batch as `pack_or_pad` does; if some hide tokens, each into a row with its attention mask.
 
     Packed rows have no attention mask: there, positions say which tokens belong together.
@@ -30,9 +32,10 @@ def pack_visible(sequences: Sequence[Mapping[str, Tensor]], packs: bool) -> dict
     Args:
         sequences: From `to_sequence`, perhaps with more keys.
         packs: Whether the model separates packed sequences.
+        shares_prefix: Whether it lets them share their first tokens.
     """
     if not any(VISIBLE in sequence for sequence in sequences):
-        return pack_or_pad(sequences, packs)
+        return pack_or_pad(sequences, packs, shares_prefix)
     rows = []
     for sequence in sequences:
         rows.append({VISIBLE: torch.ones_like(sequence["input_ids"]), **sequence})

@@ -17,7 +17,7 @@ from lit_unlearn.models import adapter_configs, adapters, exported_weights, gene
 from lit_unlearn.models.activation_checkpointing import checkpoint_activations
 from lit_unlearn.models.files import ModelFiles
 from lit_unlearn.models.older_keys import write_older_keys
-from lit_unlearn.models.packing import separates_packed_sequences
+from lit_unlearn.models.packing import separates_packed_sequences, shares_first_tokens
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.prompts import encode_prompts
 from lit_unlearn.models.sampling import Sampling
@@ -241,6 +241,7 @@ class LanguageModel(SupervisedModel):
         self.model = model.train()
         self.linear_head = has_linear_head(self.causal_lm)
         self.packs = separates_packed_sequences(self.causal_lm)
+        self.shares_prefix = self.packs and shares_first_tokens(self.causal_lm)
 
     def keep_teacher(self, model: PreTrainedModel | None = None) -> None:
         """Load the model named ``teacher``, unless it is loaded, and freeze it. Call it before the model is sharded.
@@ -264,6 +265,7 @@ class LanguageModel(SupervisedModel):
         self.teacher.eval().requires_grad_(False)
         # It reads the same passes.
         self.packs = self.packs and self.teacher.packs
+        self.shares_prefix = self.shares_prefix and self.teacher.shares_prefix
 
     def fingerprint(self) -> str:
         """Return a digest of the reference model's weights and architecture, the same wherever it is loaded.

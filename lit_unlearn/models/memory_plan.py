@@ -171,7 +171,9 @@ def plan_memory(model: ModelSizes, setup: Setup, passes: Sequence[PassSizes]) ->
     adds_in_place = setup.strategy == "single" and all(kind != "dense" for each in passes for kind, _ in each.heads)
     head_buffer = 0 if adds_in_place or not runs_again else head
     copies = setup.gradient_copies * gradients // shards
-    ended = head if (model.tied or runs_again) and not model.has_adapter else 0
+    # On a single device, a float32 embedding adds to the gradient that is there; elsewhere autograd makes another.
+    adds_rows = setup.strategy == "single" and setup.dtype.itemsize >= 4
+    ended = head if (model.tied or runs_again) and not model.has_adapter and not adds_rows else 0
 
     if setup.optimizer_is_fused or not setup.optimizer_bytes:
         temporaries = 0

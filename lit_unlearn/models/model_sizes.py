@@ -15,6 +15,7 @@ from lit_unlearn.models import adapter_configs, adapters, loading
 from lit_unlearn.models.blocks import find_blocks
 from lit_unlearn.models.files import ADAPTER_CONFIG, ModelFiles
 from lit_unlearn.models.language_model import LanguageModel
+from lit_unlearn.models.packing import takes_whole_masks
 
 # Settings of a head that is not plain linear: the losses then read the logits of every token, see `has_linear_head`.
 _CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -79,6 +80,7 @@ class ModelSizes:
         trainable: The parameters that are trained, on the meta device.
         attention: Implementation of the attention.
         dropout: Of the adapter's inputs.
+        shares_prefix: Whether packed examples share their first tokens; guessed from the config.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ModelSizes:
     trainable: tuple[nn.Parameter, ...]
     attention: str
     dropout: float
+    shares_prefix: bool
 
     @property
     def has_adapter(self) -> bool:
@@ -184,6 +187,7 @@ def measure_model(settings: Mapping[str, Any], dtype: torch.dtype) -> ModelSizes
         trainable=tuple(parameter for parameter in adapted.parameters() if parameter.requires_grad),
         attention=str(getattr(model.config, "_attn_implementation", "sdpa")),
         dropout=dropout,
+        shares_prefix=takes_whole_masks(model.config),
     )
 
 

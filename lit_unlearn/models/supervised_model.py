@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from lit_unlearn import functional
 from lit_unlearn.data.example import collate
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import adapters
+from lit_unlearn.models.embedding_gradient import adding_to_gradient
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import is_packed
+from lit_unlearn.models.packing import is_packed, segment_mask
 from lit_unlearn.models.tokens import Alignment, Batch, OtherModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues
 
@@ -52,8 +53,11 @@ class SupervisedModel(nn.Module):
         # Found by probing once the weights are loaded.
         self.linear_head = False
         self.packs = False
-        # Whether losses add the head's gradient directly to its `.grad`, without autograd and its hooks.
+        self.shares_prefix = False
+        # Whether losses and the embedding add their gradient directly to `.grad`, without autograd and its hooks.
         self.accumulate_head = False
+        # Whether the margin's maximum is searched by a Triton kernel; see `linear_logit_margin`.
+        self.margin_kernel = False
 
     @property
     def is_loaded(self) -> bool:
@@ -169,7 +173,8 @@ class SupervisedModel(nn.Module):
 
         Args:
             batch: ``input_ids``, ``labels`` (−100 where not supervised), shape ``(B, T)``, and either
-                ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row).
+                ``attention_mask`` (padded rows) or ``position_ids`` that restart at 0 (several sequences packed in a row),
+                with ``segments`` where these share their first tokens; see `packing.pack`.
             compute: Called with the batch's `SupervisedTokens`.
             alignment: See `LogitMargin`.
             index: Which tokens to hand to ``compute``, one argument each, on the batch's device; ``None`` for all of the
@@ -193,6 +198,8 @@ class SupervisedModel(nn.Module):
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+        if "segments" in batch:
+            inputs["attention_mask"] = segment_mask(batch["segments"])
         states, activations = self._run_trunk(self.causal_lm, inputs, layers)
         tokens = [token_index.gather(states, activations) for token_index in indices]
         if reference:
@@ -210,7 +217,8 @@ class SupervisedModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run a model up to its head; return the last states, or logits, and the outputs of layers, ``(B · T, ·)`` each."""
         trunk: Any = model.base_model if self.linear_head else model
-        output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
+        with adding_to_gradient(model) if self.accumulate_head else nullcontext():
+            output = trunk(**inputs, use_cache=False, output_hidden_states=bool(layers))
         states = (output.last_hidden_state if self.linear_head else output.logits).flatten(0, 1)
         # hidden_states[0] are the embeddings, so a layer's output is one further.
         return states, {layer: output.hidden_states[layer + 1].flatten(0, 1) for layer in layers}
@@ -241,6 +249,7 @@ class SupervisedModel(nn.Module):
             self._head.bias,
             chunk_size=self.chunk_size,
             accumulate=self.accumulate_head,
+            kernel=self.margin_kernel,
         )
 
     def token_logp(self, tokens: SupervisedTokens) -> Tensor:

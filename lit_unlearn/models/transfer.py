@@ -52,7 +52,7 @@ def known_packing(batch: Mapping[str, Tensor], device: torch.device) -> Iterator
 
     find: _Find | None = getattr(masking_utils, _FUNCTION, None)
     # Where there is a mask, transformers does not ask.
-    if find is None or "attention_mask" in batch:
+    if find is None or "attention_mask" in batch or "segments" in batch:
         yield
         return
     sequences = None

@@ -102,6 +102,7 @@ def build_forward_plan(
     micro_batch_size: int | None,
     order: PassOrder,
     reference_logp: Callable[[Example], float] | None = None,
+    shares_prefix: bool = False,
 ) -> list[ForwardPass]:
     """Split a training batch into packed forward passes and record which tokens each objective reads.
 
@@ -113,6 +114,7 @@ def build_forward_plan(
         order: ``"sequential"``: a pass has one stream's examples. ``"joint"``: it has examples of every stream, where they
             can be packed together. Reference model and teacher see no example that they need not see.
         reference_logp: Log-probability of an example under the reference model, nats; for objectives that need it.
+        shares_prefix: Whether packed sequences may share their first tokens.
 
     Returns:
         As many passes on every process, if all have as many examples.
@@ -147,7 +149,7 @@ def build_forward_plan(
                 passes = _split_packed_batch(packed[group[0]], readers, micro_batch_size)
             else:
                 sources = _collect_sources(batches, readers, reference_logp)
-                passes = _pack_passes(sources, readers, packs, micro_batch_size)
+                passes = _pack_passes(sources, readers, packs, micro_batch_size, shares_prefix)
             layers = frozenset[int]()
             for term in readers:
                 layers |= term.objective.layers
@@ -191,7 +193,7 @@ def _collect_sources(
 
 
 def _pack_passes(
-    sources: _Sources, terms: Sequence[Term], packs: bool, micro_batch_size: int | None
+    sources: _Sources, terms: Sequence[Term], packs: bool, micro_batch_size: int | None, shares_prefix: bool
 ) -> list[tuple[dict[str, Tensor], list[TokenIndex]]]:
     """Return passes with about as many tokens each; the answers of an example stay in one pass."""
     totals: dict[str, list[int]] = {}  # by stream the tokens of every example, over all of its answers
@@ -210,7 +212,7 @@ def _pack_passes(
                 labels = source.sequences[i]["labels"]
                 marks = {"source": torch.full_like(labels, mark), "sequence": torch.full_like(labels, i)}
                 marked.append({**source.sequences[i], **marks})
-        packed = pack_visible(marked, packs)
+        packed = pack_visible(marked, packs, shares_prefix)
         passes.append((packed, [_index_tokens(packed, sources, term) for term in terms]))
         # The model takes no marks.
         del packed["source"], packed["sequence"]

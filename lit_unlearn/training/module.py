@@ -244,9 +244,8 @@ class LitLanguageModel(L.LightningModule):
 
     def plan_step(self, batch: Mapping[str, Batch], terms: list[Term]) -> list[ForwardPass]:
         """Return the passes of one optimizer step."""
-        return build_forward_plan(
-            batch, terms, self.lm.packs, self.micro_batch_size, self.passes, self.reference_cache.logp
-        )
+        lm, logp = self.lm, self.reference_cache.logp
+        return build_forward_plan(batch, terms, lm.packs, self.micro_batch_size, self.passes, logp, lm.shares_prefix)
 
     def on_train_start(self) -> None:
         """Let changed optimizer settings win over those that came with the checkpoint."""

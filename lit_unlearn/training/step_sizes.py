@@ -43,13 +43,14 @@ def can_read(data: ForgetRetain, has_tokenizer: bool) -> bool:
     )
 
 
-def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int) -> RunSizes:
+def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int, shares_prefix: bool) -> RunSizes:
     """Read and tokenise the rows, and return the passes of the first epoch.
 
     Args:
         data: With local rows and a tokenizer of its own.
         module: Whose objectives read them; its model is not loaded.
         devices: Processes that share a step.
+        shares_prefix: Whether packed examples share their first tokens.
 
     Raises:
         LitUnlearnError: If the rows cannot be used.
@@ -59,7 +60,7 @@ def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int) -> RunS
     data.trainer = SimpleNamespace(global_rank=0, world_size=devices)  # type: ignore[assignment]
     loader = data.train_dataloader()
     batches = (batch for batch, _, _ in loader)
-    steps = [count_passes(batch, module) for batch in islice(batches, MAX_STEPS)]
+    steps = [count_passes(batch, module, shares_prefix) for batch in islice(batches, MAX_STEPS)]
     limit = data.examples["forget"] if data.train_on == "pairs" else _trained_examples(data)
     rows = ", ".join(f"{len(examples)} {name}" for name, examples in data.examples.items())
     longest = max(len(example.input_ids) for examples in data.examples.values() for example in examples)
@@ -113,13 +114,16 @@ def _make_example(length: int) -> Example:
     return Example([1] * length, [1] * length)
 
 
-def count_passes(batch: Mapping[str, Sequence[Example]], module: LitLanguageModel) -> list[PassSizes]:
+def count_passes(
+    batch: Mapping[str, Sequence[Example]], module: LitLanguageModel, shares_prefix: bool = False
+) -> list[PassSizes]:
     """Return the sizes of the passes of a step; alternate answers count as long as the answers where they are not there."""
     terms = module.terms() or [Term(stream, stream, NLL(), 1.0) for stream in batch]
     streams = {}
     for stream in {term.stream for term in terms}:
         streams[stream] = [_with_alternate(example) for example in batch[stream]]
-    plan = build_forward_plan(streams, terms, True, module.micro_batch_size, module.passes, lambda _: 0.0)
+    size, order = module.micro_batch_size, module.passes
+    plan = build_forward_plan(streams, terms, True, size, order, lambda _: 0.0, shares_prefix)
     return [_measure_pass(forward_pass, terms) for forward_pass in plan]
 
 

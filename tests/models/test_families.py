@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn import NLL, LanguageModel, LogitMargin, Objective
-from lit_unlearn.models.packing import separates_packed_sequences
+from lit_unlearn.models.packing import count_shared_tokens, pack, separates_packed_sequences
 
 VOCAB = 64
 LENGTHS = [9, 5, 7]
@@ -36,6 +36,7 @@ class Family(NamedTuple):
     fields: dict[str, Any]
     linear_head: bool = True  # else the losses see full logits
     packs: bool = True  # else packed rows are refused
+    shares: bool = True  # else packed sequences cannot share their first tokens
 
     @property
     def model_type(self) -> str:
@@ -44,15 +45,17 @@ class Family(NamedTuple):
 
 FAMILIES = [
     Family("llama", {}),
-    Family("mistral", {"sliding_window": 4}),
+    Family("mistral", {"sliding_window": 4}, shares=False),
     Family("qwen2", {}),
     Family("qwen3", {"head_dim": 8}),
     Family("gemma", {"head_dim": 8}),
     # Released with a cap of 30, which the small logits here would hardly feel.
-    Family("gemma2", {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}, linear_head=False),
-    Family("gemma2:default", {"head_dim": 8}, linear_head=False),
-    Family("gemma3_text", {"head_dim": 8, "sliding_window": 4}),  # no softcap by default
-    Family("gemma3_text:capped", {"head_dim": 8, "final_logit_softcapping": 2.0}, linear_head=False),
+    Family(
+        "gemma2", {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}, linear_head=False, shares=False
+    ),
+    Family("gemma2:default", {"head_dim": 8}, linear_head=False, shares=False),
+    Family("gemma3_text", {"head_dim": 8, "sliding_window": 4}, shares=False),  # no softcap by default
+    Family("gemma3_text:capped", {"head_dim": 8, "final_logit_softcapping": 2.0}, linear_head=False, shares=False),
     Family("phi", {}),  # a head with bias
     Family("phi3", {}),
     Family("gpt2", NO_DROPOUT),
@@ -68,6 +71,9 @@ FAMILIES = [
 OBJECTIVES: dict[str, Objective] = {"margin": LogitMargin(), "nll": NLL()}
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+sharing_family = pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.packs and f.shares], ids=lambda family: family.name
+)
 packing_family = pytest.mark.parametrize("family", [f for f in FAMILIES if f.packs], ids=lambda family: family.name)
 
 
@@ -183,6 +189,17 @@ def test_the_fallback_is_needed(name):
             assert through_package(lm, padded_batch(), objective) != pytest.approx(right[kind].item(), rel=1e-3)
 
 
+@every_family
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_that_are_added_directly_are_the_same(family, tied):
+    lm = build(family, tied)
+    for objective in OBJECTIVES.values():
+        lm.accumulate_head = False
+        wanted = value_and_gradients(lm, through_package(lm, padded_batch(), objective))
+        lm.accumulate_head = True
+        assert_same(value_and_gradients(lm, through_package(lm, padded_batch(), objective)), wanted)
+
+
 @packing_family
 def test_packed_equals_padded(family):
     """No token sees, or predicts, another sequence's; a tail of padding is one more sequence, which counts nothing."""
@@ -191,6 +208,29 @@ def test_packed_equals_padded(family):
         wanted = value_and_gradients(lm, through_package(lm, padded_batch(), objective))
         assert_same(value_and_gradients(lm, through_package(lm, packed_batch(), objective)), wanted)
     assert_same(value_and_gradients(lm, through_package(lm, packed_batch(tail=4), objective)), wanted)
+
+
+@sharing_family
+def test_shared_first_tokens_change_nothing(family):
+    """Their hidden states are what each sequence would make of them, and their gradient is the sum."""
+    lm = build(family, tied=True)
+    assert lm.shares_prefix
+    draw = torch.Generator().manual_seed(2)
+    prompt = torch.randint(3, VOCAB, (9,), generator=draw)
+    sequences = []
+    for length in (3, 6, 2):
+        ids = torch.cat([prompt, torch.randint(3, VOCAB, (length,), generator=draw)])
+        sequences.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(len(ids)) < 10, -100)})
+    shared = pack(sequences, count_shared_tokens(sequences))
+    assert shared["input_ids"].shape == (1, 9 + 3 + 6 + 2)
+    for objective in OBJECTIVES.values():
+        wanted = value_and_gradients(lm, through_package(lm, pack(sequences), objective))
+        assert_same(value_and_gradients(lm, through_package(lm, shared, objective)), wanted)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.packs or not f.shares], ids=lambda f: f.name)
+def test_windows_and_other_masks_share_nothing(family):
+    assert not build(family, tied=True).shares_prefix
 
 
 def test_several_packed_rows_equal_one():

@@ -99,6 +99,24 @@ def test_there_is_no_padding_to_work_on(lm: LanguageModel) -> None:
     assert (forget.terms, retain.terms) == ([0], [1, 2])  # both constraints on the stream share its pass
 
 
+def test_a_prompt_that_all_examples_begin_with_stands_once(lm: LanguageModel) -> None:
+    prompt, step = torch.arange(3, 15), {}
+    for stream, rows in STEP.items():
+        lead = prompt.expand(len(rows["labels"]), -1)
+        parts = {"input_ids": lead, "attention_mask": torch.ones_like(lead), "labels": torch.full_like(lead, -100)}
+        step[stream] = {key: torch.cat([part, rows[key]], dim=1) for key, part in parts.items()}
+    for order in ("joint", "sequential"):
+        apart = build_forward_plan(step, terms(), True, 3, order)  # type: ignore[arg-type]
+        shared = build_forward_plan(step, terms(), True, 3, order, shares_prefix=True)  # type: ignore[arg-type]
+        assert read(shared, terms()) == read(apart, terms())
+        for with_shared, without in zip(shared, apart, strict=True):
+            assert with_shared.batch["input_ids"].numel() < without.batch["input_ids"].numel()
+            readers = [term.objective for term in terms()]
+            for values, expected in zip(with_shared.run(lm, readers), without.run(lm, readers), strict=True):
+                # The order of tokens depends on the rows.
+                torch.testing.assert_close(values.sort().values, expected.sort().values)
+
+
 def test_rows_of_equal_length_are_left_as_they_are(lm: LanguageModel) -> None:
     step = {"forget": batch([6, 6, 6], 10), "retain": batch([6, 6], 200)}
     for one in build_forward_plan(step, terms(), lm.packs, None, "sequential"):

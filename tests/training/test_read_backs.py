@@ -32,6 +32,7 @@ from lit_unlearn import (
     Objective,
 )
 from lit_unlearn.training import forward_plan, primal_step
+from lit_unlearn.training.forward_plan import build_forward_plan
 
 MakeTrainer = Callable[..., L.Trainer]
 UNEQUAL, EQUAL = [4, 7, 5], [6, 6, 6]
@@ -141,6 +142,22 @@ def test_rows_of_equal_lengths_are_padded_and_need_no_look_at_their_mask(
     model: str, settings: Any, meta_trainer: MakeTrainer, read_back: ReadBack
 ) -> None:
     meta_trainer().fit(unlearner(model_with_others(model), LogitMargin(), **settings), steps(EQUAL))
+    assert read_back.count == 2
+
+
+def test_shared_first_tokens_need_no_look(meta_trainer: MakeTrainer, read_back: ReadBack) -> None:
+    same = torch.arange(3, 15).expand(len(UNEQUAL), -1)
+    step = {}
+    for number, stream in enumerate(["forget", "retain"]):
+        batch = rows(UNEQUAL, seed=number)
+        batch["input_ids"] = torch.cat([same, batch["input_ids"]], dim=1)
+        batch["attention_mask"] = torch.cat([torch.ones_like(same), batch["attention_mask"]], dim=1)
+        batch["labels"] = torch.cat([torch.full_like(same, -100), batch["labels"]], dim=1)
+        step[stream] = batch
+    module = unlearner(model_with_others("llama"), LogitMargin())
+    (forward_pass,) = build_forward_plan(step, module.terms(), True, None, "joint", shares_prefix=True)
+    assert "segments" in forward_pass.batch
+    meta_trainer().fit(module, DataLoader([step] * 2, batch_size=None))
     assert read_back.count == 2
 
 
