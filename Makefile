@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo real tofu test slow lint bench examples wheel readme results docs clean
+.PHONY: demo real tofu test slow lint bench gpu examples wheel readme results docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,11 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.scaling
+
+# Prove and measure on a GPU, in under ten minutes; the same command continues. It runs in the environment of PYTHON, which has the CUDA
+# build of torch and the package with its tests: constraints.txt names that of a CPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # Run the scripts of examples/ on the demo's target model.
 examples: runs/demo/target/config.json

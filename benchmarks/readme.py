@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.gpu.table import format_results
 from benchmarks.markdown_blocks import fill_page, markdown_table
 from benchmarks.memory import format_mib
 from benchmarks.methods import HEADERS, format_epsilon, format_row
@@ -131,11 +132,17 @@ def plan_block() -> str:
     return markdown_table(PLAN_HEADERS, list_rows(read_json(BENCH / "plan.json")))
 
 
-PAGES: dict[str, dict[str, Callable[[], str]]] = {
+def gpu_block() -> str | None:
+    """Return the tables of `benchmarks.gpu`; ``None`` on a machine that has not measured one, which leaves the page as it is."""
+    file = BENCH / "gpu.json"
+    return format_results(read_json(file)) if file.is_file() else None
+
+
+PAGES: dict[str, dict[str, Callable[[], str | None]]] = {
     "README.md": {"demo": demo_block, "inspect": inspect_block, "tofu": tofu_block},
     "docs/choosing_a_method.md": {"methods": methods_block},
     "docs/scale.md": {"scale": make_table, "plan": plan_block},
-    "docs/speed.md": {"step": step_block, "startup": startup_block},
+    "docs/speed.md": {"step": step_block, "gpu": gpu_block, "startup": startup_block},
 }
 """The blocks of each page by name, in the order in which they stand there."""
 
@@ -150,7 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     selected = parser.parse_args(arguments).names or names
 
     for page, blocks in PAGES.items():
-        contents = {name: write_block() for name, write_block in blocks.items() if name in selected}
+        contents = {}
+        for name, write_block in blocks.items():
+            content = write_block() if name in selected else None
+            if content is not None:
+                contents[name] = content
         fill_page(ROOT / page, contents)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_unlearn.models.weights import local_part
+from lit_unlearn.training.float32_weights import Float32Weights
 
 _SAMPLE_SIZE = 4096  # weights per tensor: a copy of all would take as much memory as the model
 _ENOUGH = 0.5  # of the weights; below it, most of what a gradient says is lost
@@ -43,7 +44,8 @@ class WeightMovement:
     def note_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Remember a sample of the weights right before a step, while their gradients are there."""
         self._samples = []
-        if self.share is not None:
+        # Beside float32 copies, a weight that stays where it is has not lost its step.
+        if self.share is not None or isinstance(optimizer, Float32Weights):
             return
         groups = optimizer.param_groups
         # During a warm-up steps are smaller than they are meant to be.
@@ -80,8 +82,8 @@ class WeightMovement:
             needed = _median_size(self._samples) * torch.finfo(dtype).eps / 2
             text += (
                 f", and rounded the others back to where they were, because `lr` ({self._lr:.3g}) is smaller than the spacing of such "
-                "numbers. Set the Trainer's `precision` to '32-true' or 'bf16-mixed', whose weights have 32 bits, train an "
-                f"`adapter`, or raise `lr` above {needed:.1g}"
+                "numbers. Set the Trainer's `precision` to '32-true' or 'bf16-mixed', whose weights have 32 bits, let the optimizer "
+                f"Float32Weights keep 32 bits beside them, train an `adapter`, or raise `lr` above {needed:.1g}"
             )
         self._samples = []
         return f"{text}."

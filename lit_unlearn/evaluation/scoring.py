@@ -115,7 +115,7 @@ def build_batch(lm: LanguageModel, examples: Sequence[Example]) -> dict[str, Ten
     Returns:
         A batch for the model, whose ``sequence`` numbers the examples: packing changes their order.
     """
-    device = next(lm.parameters()).device
+    device = lm.input_device
     sequences = []
     for number, example in enumerate(examples):
         sequence = to_sequence(example, device)

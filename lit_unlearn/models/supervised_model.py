@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +55,8 @@ class SupervisedModel(nn.Module):
         self.linear_head = False
         self.packs = False
         self.shares_prefix = False
+        # Where the model computes, if its weights are elsewhere; see `input_device`.
+        self.compute_device: torch.device | None = None
         # Whether losses and the embedding add their gradient directly to `.grad`, without autograd and its hooks.
         self.accumulate_head = False
         # Whether the margin's maximum is searched by a Triton kernel; see `linear_logit_margin`.
@@ -70,6 +73,11 @@ class SupervisedModel(nn.Module):
         if self.model is None:
             raise RuntimeError("the model is not loaded: call `load()` first (Lightning does in `configure_model`).")
         return adapters.inner_model(self.model)  # type: ignore[no-any-return]
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where batches go: the device of the weights, unless FSDP2 keeps these on the host."""
+        return next(self.parameters()).device if self.compute_device is None else self.compute_device
 
     @property
     def has_adapter(self) -> bool:
@@ -134,7 +142,7 @@ class SupervisedModel(nn.Module):
             >>> loss = lm.loss(LogitMargin(), forget) + weight * lm.loss(NLL(), retain)  # doctest: +SKIP
         """
         if not isinstance(batch, Mapping):
-            device = self.causal_lm.device
+            device = self.input_device
             batch = {key: value.to(device) for key, value in collate(batch, pad_id=0).items()}
         answers: list[Mapping[str, Any] | None] = [batch] if objective.reads != "alternate" else []
         if objective.reads != "answer":

@@ -82,7 +82,7 @@ class ForwardPass(NamedTuple):
         Returns:
             Results of the readers of this pass, in the order of ``terms``.
         """
-        device = next(lm.parameters()).device
+        device = lm.input_device
 
         def read(*tokens: SupervisedTokens) -> list[Value]:
             return [readers[term](lm, seen) for term, seen in zip(self.terms, tokens, strict=True)]

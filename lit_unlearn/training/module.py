@@ -173,7 +173,8 @@ class LitLanguageModel(L.LightningModule):
         self.strict_loading = not self.lm.has_adapter and self.lm.frozen is None and self.lm.teacher is None
         if self.device_mesh is not None:
             self._check_export_of_shards()
-            shard(self.lm, self.device_mesh)
+            strategy = self.trainer.strategy
+            shard(self.lm, self.device_mesh, strategy.root_device, getattr(strategy, "cpu_offload", False))
 
     def _check_export_of_shards(self) -> None:
         """Take float32 for the export of a sharded model with an adapter, which could not be measured rounded.

@@ -7,13 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
@@ -86,6 +87,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             file, for which it must hold the whole model and optimizer in its memory).
         process_group_backend: ``None`` for NCCL on GPUs and Gloo on CPUs.
         timeout: How long a process waits for the others, at the start and in every collective call, before it gives up.
+        cpu_offload: Whether sharded weights, gradients and optimizer states are in the memory of the host. The optimizer steps
+            there, and a GPU has only the blocks that it computes with.
     """
 
     def __init__(
@@ -93,7 +96,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        cpu_offload: bool = False,
     ) -> None:
+        if cpu_offload and process_group_backend is None and torch.cuda.is_available():
+            # Norms of gradients are summed where these are.
+            process_group_backend = "cpu:gloo,cuda:nccl"
+        self.cpu_offload = cpu_offload
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
@@ -105,6 +113,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Shard over all processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move to the device what is not sharded: with ``cpu_offload``, FSDP2 itself sends weights there and back."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        module = cast(nn.Module, self.model)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.root_device)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -147,12 +164,14 @@ def _describe_failure(error: OSError | RuntimeError | CheckpointException) -> st
     return describe_os_error(reason) if isinstance(reason, OSError) else str(reason)
 
 
-def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
+def shard(lm: LanguageModel, mesh: DeviceMesh, device: torch.device, cpu_offload: bool = False) -> None:
     """Shard a loaded model with FSDP2, one group of parameters per transformer block and one for the rest; once.
 
     Args:
         lm: Loaded; its forward is where all weights are whole.
         mesh: Lightning's, with its dimensions ``data_parallel`` and ``tensor_parallel``.
+        device: Where the model computes.
+        cpu_offload: Whether the shards are in the memory of the host.
 
     Raises:
         ConfigError: If tensors are to be split over devices, too, or the model is quantised.
@@ -175,10 +194,14 @@ def shard(lm: LanguageModel, mesh: DeviceMesh) -> None:
     blocks = set[str]()
     for model in models:
         blocks.update(model._no_split_modules or ())  # accelerate keeps the same modules together
+    # Memory can be pinned for a GPU alone.
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     for module in lm.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh["data_parallel"])
-    fully_shard(lm, mesh=mesh["data_parallel"])
+            fully_shard(module, mesh=mesh["data_parallel"], offload_policy=policy)
+    fully_shard(lm, mesh=mesh["data_parallel"], offload_policy=policy)
+    if cpu_offload:
+        lm.compute_device = device
 
 
 def whole_state(lm: LanguageModel) -> dict[str, Tensor] | None:
