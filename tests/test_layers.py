@@ -45,6 +45,7 @@ FORBIDDEN_PACKAGES = {
     "objectives": {"lightning", "pytorch_lightning", "transformers", "peft"},
     "dual": {"lightning", "pytorch_lightning", "transformers", "peft"},
 }
+KERNEL = "lit_unlearn.functional.margin_kernel"  # imports triton, and is itself imported where it is asked for
 SLOW = {"datasets", "matplotlib", "openai", "peft", "rouge_score", "tokenizers", "transformers"}
 
 Scope = Literal["module", "function", "typing"]
@@ -123,8 +124,11 @@ def violations(source: str, file: tuple[str, ...]) -> list[str]:
             wrong.append(f"{what} at module level")
         if found.package in FORBIDDEN_PACKAGES.get(part, ()):
             wrong.append(f"{what}, which {part} must not know")
-        if part == "functional" and found.package not in {"torch", "lit_unlearn", *sys.stdlib_module_names}:
+        kernels = {"triton"} if ".".join(file) == KERNEL else set()
+        if part == "functional" and found.package not in {"torch", "lit_unlearn", *kernels, *sys.stdlib_module_names}:
             wrong.append(f"{what}, but functional imports torch alone")
+        if found.name == KERNEL and found.scope == "module":
+            wrong.append(f"{what} at module level")
         if part == "__init__" and found.scope != "typing" and found.package not in sys.stdlib_module_names:
             wrong.append(f"{what}, but the package's __init__ is lazy")
         if found.package == "lit_unlearn" and not found.is_root and part != "__init__":
@@ -186,6 +190,8 @@ WRONG = [
     (("lit_unlearn", "metrics", "base"), "from lit_unlearn.objectives import NLL", "not below metrics"),
     (("lit_unlearn", "data", "base"), "from lit_unlearn.objectives.base import Objective", "must not know"),
     (("lit_unlearn", "functional", "margin"), "import numpy", "torch alone"),
+    (("lit_unlearn", "functional", "margin"), "import triton", "torch alone"),
+    (("lit_unlearn", "functional", "margin"), f"from {KERNEL} import find_largest", "at module level"),
     (("lit_unlearn", "functional", "margin"), "from lit_unlearn.models import locate", "not below functional"),
     (("lit_unlearn", "callbacks"), "from lit_unlearn.cli import main", "not below callbacks"),
     (("lit_unlearn", "__init__"), "import torch", "is lazy"),

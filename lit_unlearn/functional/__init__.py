@@ -1,4 +1,4 @@
-"""Losses and scores of single tokens: tensors in, tensors out, nothing reduced. Imports torch alone."""
+"""Losses and scores of single tokens: tensors in, tensors out, nothing reduced. Imports torch alone; a kernel's file also triton."""
 
 from lit_unlearn.functional.activation import activation_distance
 from lit_unlearn.functional.chunks import map_logits, matmul_dtype, upcast
