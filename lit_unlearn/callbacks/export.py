@@ -290,12 +290,13 @@ class ExportModel(Callback):
         if kept.weights != module.lm.checksum():
             return
         rank_zero_info(f"exporting the model of step {kept.step} to {self._folder}")
-        # Both are collective.
+        # These are collective.
         run_folder = None if module.benchmark is None else find_run_folder(trainer)
+        weights = _fingerprint_export(module)
         state = whole_state(module.lm)
         if trainer.is_global_zero:
             record = self._add_outcome(kept, trainer, module)
-            record["benchmarks"] = _read_benchmarks(run_folder, kept.step, module)
+            record["benchmarks"] = _read_benchmarks(run_folder, kept.step, module, weights)
             dtype = module.evaluator.export_dtype
             finish = partial(write_record, record=record)
             module.lm.save(str(self._folder), state, finish, dtype, find_chat_template(record))
@@ -331,15 +332,23 @@ def _is_export_of(folder: Path, measurement: Measurement) -> bool:
     return False
 
 
-def _read_benchmarks(folder: Path | None, step: int, module: LitLanguageModel) -> list[dict[str, Any]]:
+def _fingerprint_export(module: LitLanguageModel) -> str | None:
+    """Return what results of the exported weights know them by; ``None`` where the fit runs no benchmark."""
+    if module.evaluator.benchmark_every_n_epochs is None:
+        return None
+    with module.evaluator.exported_weights():
+        return fingerprint(cast(nn.Module, module.lm.model))
+
+
+def _read_benchmarks(
+    folder: Path | None, step: int, module: LitLanguageModel, weights: str | None
+) -> list[dict[str, Any]]:
     """Return the results of the fit's benchmark, if it was run on this very model."""
-    if module.benchmark is None or folder is None:
+    if module.benchmark is None or folder is None or weights is None:
         return []
     file = folder / f"{module.benchmark.name}-step={step}.json"
     if not file.is_file():
         return []
     results = summarize_results(file)
     # The file may be of another run that logged to the same folder.
-    with module.evaluator.exported_weights():
-        weights = fingerprint(cast(nn.Module, module.lm.model))
     return [results] if results["model"]["weights"] == weights[:16] else []

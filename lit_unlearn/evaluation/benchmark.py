@@ -219,7 +219,8 @@ class Benchmark(ABC):
         """Measure a model; a collective call.
 
         Args:
-            lm: Loaded, whole on every process; it is left as it was.
+            lm: Loaded, whole or sharded; it is left as it was. Processes divide the examples; those of a sharded model
+                measure all of them together.
             partial_dir: Folder for the streams that are measured, until all are, so that an interrupted evaluation
                 resumes there.
         """
@@ -273,12 +274,12 @@ class Benchmark(ABC):
 
         def advance_bar(count: int) -> None:
             # The bar is that of the first process, and its share stands for those of all.
-            bar.update(count * world_size)
+            bar.update(count if lm.is_sharded else count * world_size)
 
         def measure_share(share: Sequence[int]) -> list[Values]:
             return self._measure_share(lm, name, stream, share, advance_bar)
 
-        return measure_shares(rows, measure_share)
+        return measure_shares(rows, measure_share, lm.is_sharded)
 
     def _measure_share(
         self, lm: LanguageModel, name: str, stream: BenchmarkStream, rows: Sequence[int], advance: Callable[[int], None]

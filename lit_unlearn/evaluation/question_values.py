@@ -141,7 +141,7 @@ def add_attacks(
     if questions.gradient_norm:
         for name in sets:
             examples = [_leave_out_end(example) for example in streams[name].examples]
-            norms = measure_shares(examples, lambda share: measure_gradient_norms(lm, share))
+            norms = measure_shares(examples, lambda share: measure_gradient_norms(lm, share), lm.is_sharded)
             for row, norm in zip(rows[name], norms, strict=True):
                 row["gradient_norm"] = norm
 
@@ -176,5 +176,5 @@ def _load_beside(name: str, lm: LanguageModel) -> LanguageModel:
     """Load another model onto the measured one's device, as late as possible: generation needs the memory."""
     other = LanguageModel(name)
     other.load(torch.float32)
-    other.to(next(lm.parameters()).device)
+    other.to(lm.input_device)
     return other

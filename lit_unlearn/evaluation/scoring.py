@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_unlearn.data.batches import pack_visible, to_sequence
 from lit_unlearn.data.example import Example
+from lit_unlearn.errors import ModelError
 from lit_unlearn.models import LanguageModel, SupervisedTokens, locate
 from lit_unlearn.models.evaluation_mode import evaluation_mode
 
@@ -77,7 +78,12 @@ def measure_gradient_norms(lm: LanguageModel, examples: Sequence[Example]) -> li
 
     Returns:
         One number per example, in the order given.
+
+    Raises:
+        ModelError: If the model is sharded.
     """
+    if lm.is_sharded:
+        raise ModelError("gradient norms need whole weights, and this model is sharded: leave out `gradient_norm`.")
     model = cast(nn.Module, lm.model)
     # Integers of quantised weights have no gradient.
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]

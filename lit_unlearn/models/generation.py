@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -94,14 +95,14 @@ def generate(
     rows = list(product(range(len(prompts)), range(num_samples)))
     lengths = [len(prompts[number]) for number, _ in rows]
     answers = [""] * len(rows)
-    with evaluation_mode(model), _greedy_decoding(model, tokenizer):
-        for batch in _plan_batches(model, lengths, max_new_tokens, token_budget):
-            inputs = _pad_left(model, [prompts[rows[i][0]] for i in batch], hidden_id)
+    with evaluation_mode(model), _greedy_decoding(model, tokenizer), _gathering_weights(lm):
+        for batch in _plan_batches(lm, lengths, max_new_tokens, token_budget):
+            inputs = _pad_left(lm, [prompts[rows[i][0]] for i in batch], hidden_id)
             sampler = None
             if sampling is not None:
                 numbers = [sampling.random_numbers(prompt_ids[rows[i][0]], rows[i][1]) for i in batch]
                 sampler = Sampler(sampling, numbers)
-            texts = _answer_batch(model, tokenizer, inputs, max_new_tokens, stop, sampler)
+            texts = _answer_batch(lm, tokenizer, inputs, max_new_tokens, stop, sampler)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
     if sampling is None:
@@ -117,8 +118,9 @@ def continue_prompt(
     Scoring needs the tokens: a model that was damaged may generate bytes that are no character, and text loses them.
     """
     model, tokenizer = inner_model(lm.model), cast("PreTrainedTokenizerBase", lm.tokenizer)
-    with evaluation_mode(model), _greedy_decoding(model, tokenizer):
-        output = model.generate(**_pad_left(model, [prompt], hidden_id), max_new_tokens=max_new_tokens)
+    with evaluation_mode(model), _greedy_decoding(model, tokenizer), _gathering_weights(lm):
+        inputs = _pad_left(lm, [prompt], hidden_id)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, synced_gpus=lm.is_sharded)
         ids = output[0, len(prompt) :].tolist()
         return ids, ids[-1] in (model.generation_config.eos_token_id or ())
 
@@ -152,6 +154,34 @@ def check_prompts(
 
 
 @contextmanager
+def _gathering_weights(lm: LanguageModel) -> Iterator[None]:
+    """Let every call of a sharded model within the block gather its weights, as `LanguageModel.forward` does.
+
+    All processes must make the same calls: where they generate, they have the same prompts, and stop together.
+    """
+    if not lm.is_sharded:
+        yield
+        return
+    model: Any = inner_model(lm.model)
+    forward = model.forward
+
+    # transformers reads the signature.
+    @wraps(forward)
+    def gather_and_run(*args: Any, **kwargs: Any) -> Any:
+        return lm.run_with_whole_weights(forward, *args, **kwargs)
+
+    had_own = "forward" in vars(model)
+    model.forward = gather_and_run
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+@contextmanager
 def _greedy_decoding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Give the model a plain ``generation_config`` within the block, so that none of its sampling or penalties applies.
 
@@ -174,11 +204,11 @@ def _greedy_decoding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
         model.generation_config = users_config
 
 
-def _plan_batches(model: Any, lengths: Sequence[int], max_new_tokens: int, token_budget: int) -> list[list[int]]:
+def _plan_batches(lm: LanguageModel, lengths: Sequence[int], max_new_tokens: int, token_budget: int) -> list[list[int]]:
     """Return which prompts share a batch; the longest come first, so that a lack of memory shows at once."""
     longest = max(lengths, default=0) + max_new_tokens
-    may_pad = not _rotates_by_longest(model, longest) and _keeps_apart(model, padding=4)
-    may_share = may_pad or _keeps_apart(model, padding=0)
+    may_pad = not _rotates_by_longest(inner_model(lm.model), longest) and _keeps_apart(lm, padding=4)
+    may_share = may_pad or _keeps_apart(lm, padding=0)
 
     # In descending order the first prompt of a batch is its width, so that little is padded.
     batches: list[list[int]] = []
@@ -204,16 +234,17 @@ def _rotates_by_longest(model: Any, longest: int) -> bool:
     return False
 
 
-def _keeps_apart(model: Any, padding: int) -> bool:
+def _keeps_apart(lm: LanguageModel, padding: int) -> bool:
     """Return whether a prompt has the same logits alone and, padded on the left, beside another; false if they are nan."""
     prompt, longer_prompt = range(1, 5), range(5, 9 + padding)
-    outputs = []
+    model, outputs = inner_model(lm.model), []
     # Autocast's rounding would look like a difference.
-    with torch.autocast(model.device.type, enabled=False):
+    with torch.autocast(lm.input_device.type, enabled=False):
         for prompts in ([prompt], [prompt, longer_prompt]):
             output = model.generate(
-                **_pad_left(model, prompts),
+                **_pad_left(lm, prompts),
                 max_new_tokens=2,
+                synced_gpus=lm.is_sharded,
                 eos_token_id=None,
                 output_logits=True,
                 return_dict_in_generate=True,
@@ -225,19 +256,19 @@ def _keeps_apart(model: Any, padding: int) -> bool:
     return bool((alone - beside).norm() <= max(0.01, 8 * torch.finfo(model.dtype).eps) * alone.norm())
 
 
-def _pad_left(model: Any, prompts: Sequence[Sequence[int]], hidden_id: int | None = None) -> dict[str, Tensor]:
+def _pad_left(lm: LanguageModel, prompts: Sequence[Sequence[int]], hidden_id: int | None = None) -> dict[str, Tensor]:
     """Return ``input_ids`` and ``attention_mask``, shape ``(B, T)``, on the model's device."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), model.generation_config.pad_token_id)
+    ids = torch.full((len(prompts), width), inner_model(lm.model).generation_config.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = torch.tensor([int(token != hidden_id) for token in prompt])
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    return {"input_ids": ids.to(lm.input_device), "attention_mask": mask.to(lm.input_device)}
 
 
 def _answer_batch(
-    model: Any,
+    lm: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: dict[str, Tensor],
     max_new_tokens: int,
@@ -245,7 +276,7 @@ def _answer_batch(
     sampler: Sampler | None,
 ) -> list[str]:
     """Return the answers to one batch, each cut before its first end token or stop string."""
-    start = inputs["input_ids"].shape[1]
+    model, start = inner_model(lm.model), inputs["input_ids"].shape[1]
     ends = model.generation_config.eos_token_id or ()
 
     def has_stopped(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
@@ -258,6 +289,7 @@ def _answer_batch(
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
+        synced_gpus=lm.is_sharded,
         stopping_criteria=[has_stopped] if stop else [],
         logits_processor=[] if sampler is None else [sampler],
     )

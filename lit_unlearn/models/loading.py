@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError, OutputError, reading
 from lit_unlearn.models import gguf
@@ -501,7 +502,7 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
     """Return a digest of a model's weights and, where it has one, its config.
 
     Args:
-        model: Not sharded, on any device.
+        model: On any device; a collective call if it is sharded.
         trainable: Whether weights that are trained count.
     """
     digest = hashlib.sha256()
@@ -518,6 +519,8 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
         if not isinstance(tensor, torch.Tensor) or (name in trained and not trainable):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         # numpy has no bfloat16, so every dtype goes in as bytes.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

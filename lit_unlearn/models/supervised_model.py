@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from lit_unlearn import functional
@@ -73,6 +74,15 @@ class SupervisedModel(nn.Module):
         if self.model is None:
             raise RuntimeError("the model is not loaded: call `load()` first (Lightning does in `configure_model`).")
         return adapters.inner_model(self.model)  # type: ignore[no-any-return]
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if every process has a part of the weights, so that all of them must run the same passes."""
+        return isinstance(self, FSDPModule)
+
+    def run_with_whole_weights(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Call a function that runs the model past `forward`; where weights are sharded, they are whole meanwhile."""
+        return function(*args, **kwargs)
 
     @property
     def input_device(self) -> torch.device:

@@ -8,15 +8,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Benchmark, remove_partials
 from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.agreement import check_processes_agree, describe_benchmark
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
+from lit_unlearn.training.strategies import shard
 from lit_unlearn.training.weights import check_tensors, load_for_trainer
 from lit_unlearn.utils.io import expand_home
 
@@ -52,6 +51,9 @@ class LitEvaluate(L.LightningModule):
         load_for_trainer(self.lm, self._trainer)
         # The frozen weights of an adapted model are not in its checkpoints.
         self.strict_loading = not self.lm.has_adapter
+        if self.device_mesh is not None:
+            strategy = self.trainer.strategy
+            shard(self.lm, self.device_mesh, strategy.root_device, getattr(strategy, "cpu_offload", False))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has all weights that it must have.
@@ -75,14 +77,8 @@ def prepare_benchmark(module: L.LightningModule, benchmark: Benchmark, lm: Langu
     """Read the benchmark's rows, so that an error in them shows before a run begins.
 
     Raises:
-        ConfigError: If the model will be sharded.
         DataError: If the processes have read other rows.
     """
-    if isinstance(module.trainer.strategy, ModelParallelStrategy):
-        raise ConfigError(
-            f"{type(benchmark).__name__} generates answers, which a sharded model cannot: leave out "
-            "`benchmark_every_n_epochs`, and run `lit-unlearn test` on the exported model."
-        )
     check_processes_agree(describe_benchmark(benchmark.prepare(lm.tokenizer)))
 
 

@@ -76,11 +76,7 @@ class Evaluator:
         self._means: dict[str, ConstraintSlack] = {}  # of the module's objectives, by name of the term
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier run's measurements; read the benchmark's examples where it will be run.
-
-        Raises:
-            ConfigError: If the model will be sharded, with which no answers can be generated.
-        """
+        """Forget an earlier run's measurements; read the benchmark's examples where it will be run."""
         self.last = None
         self.abort()
         runs = stage == "test" or (stage == "fit" and self.benchmark_every_n_epochs is not None)

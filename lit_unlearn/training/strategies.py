@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
 from lit_unlearn.models import LanguageModel
@@ -200,6 +206,8 @@ def shard(lm: LanguageModel, mesh: DeviceMesh, device: torch.device, cpu_offload
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh["data_parallel"], offload_policy=policy)
     fully_shard(lm, mesh=mesh["data_parallel"], offload_policy=policy)
+    # Generation calls the model inside, and not `forward`.
+    register_fsdp_forward_method(lm, "run_with_whole_weights")
     if cpu_offload:
         lm.compute_device = device
 

@@ -34,14 +34,20 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or is_of_gloo
 
 
-def measure_shares(items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]]) -> list[Value]:
+def measure_shares(
+    items: Sequence[Item], measure: Callable[[Sequence[Item]], Sequence[Value]], is_sharded: bool = False
+) -> list[Value]:
     """Measure every item on exactly one process, and return all values in the order of the items; a collective call.
 
     Args:
         items: The same ones on every process.
         measure: Returns a value for each item of a process's share, which may be empty.
+        is_sharded: Whether a sharded model measures: its processes must make the same passes, so that each of them measures all
+            items, and the values of the first one count.
     """
     rank, world_size = rank_and_world_size()
+    if is_sharded:
+        return gather_objects(list(measure(items)))[0]
     share = list(measure(items[rank::world_size]))
     values: list[Any] = [None] * len(items)
     for process, of_process in enumerate(gather_objects(share)):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lit_unlearn.errors import ModelError
 from lit_unlearn.models import LanguageModel
@@ -29,10 +30,14 @@ def check_changeable(lm: LanguageModel) -> None:
 def copy_model(lm: LanguageModel) -> LanguageModel:
     """Return the same model in memory of its own; an adapter is merged into it, as by an export.
 
+    A collective call if the model is sharded; every process then has a copy of the whole model.
+
     Raises:
         ModelError: If it is quantised, or has an adapter that cannot be merged.
     """
     check_changeable(lm)
+    if lm.is_sharded:
+        return LanguageModel.wrap(_gather_model(lm), lm.tokenizer, lm.chunk_size)
     model: Any = copy.deepcopy(lm.model)
     if lm.has_adapter:
         try:
@@ -43,6 +48,25 @@ def copy_model(lm: LanguageModel) -> LanguageModel:
                 "relearning and rounding, or train another kind of adapter."
             ) from reason
     return LanguageModel.wrap(model, lm.tokenizer, lm.chunk_size)
+
+
+@torch.no_grad()
+def _gather_model(lm: LanguageModel) -> Any:
+    if lm.has_adapter:
+        raise ModelError(
+            "an attack changes a copy of the weights, and a sharded model's adapter cannot be merged into one: run the attack on the "
+            "exported model."
+        )
+    # Before a model is built: FSDP2 may hold whole weights, which it lets go of when it is asked for the state.
+    state = lm.causal_lm.state_dict()
+    with torch.inference_mode(False):
+        model: Any = type(lm.causal_lm)(lm.causal_lm.config)
+        model.to(lm.causal_lm.dtype)
+        for name, value in model.state_dict().items():
+            sharded = state[name]
+            # One tensor after the other, so that only one copy of the model is made.
+            value.copy_(sharded.full_tensor() if isinstance(sharded, DTensor) else sharded)
+    return model.to(lm.input_device)
 
 
 @contextmanager
