@@ -45,7 +45,7 @@ FORBIDDEN_PACKAGES = {
     "objectives": {"lightning", "pytorch_lightning", "transformers", "peft"},
     "dual": {"lightning", "pytorch_lightning", "transformers", "peft"},
 }
-SLOW = {"datasets", "matplotlib", "openai", "peft", "rouge_score", "tokenizers", "transformers"}
+SLOW = {"datasets", "lm_eval", "matplotlib", "openai", "peft", "rouge_score", "tokenizers", "transformers"}
 
 Scope = Literal["module", "function", "typing"]
 
