@@ -25,6 +25,7 @@ from lit_unlearn.evaluation.attacks.rounding import Rounding as Rounding
 from lit_unlearn.evaluation.attacks.several_turns import SeveralTurns as SeveralTurns
 from lit_unlearn.evaluation.benchmark import Benchmark as Benchmark
 from lit_unlearn.evaluation.depth import UnlearningDepth as UnlearningDepth
+from lit_unlearn.evaluation.harness import LMEvalBenchmark as LMEvalBenchmark
 from lit_unlearn.evaluation.leakage import LeakBenchmark as LeakBenchmark
 from lit_unlearn.evaluation.lume import LUMEBenchmark as LUMEBenchmark
 from lit_unlearn.evaluation.muse import MUSEBenchmark as MUSEBenchmark

@@ -46,7 +46,7 @@ FORBIDDEN_PACKAGES = {
     "dual": {"lightning", "pytorch_lightning", "transformers", "peft"},
 }
 KERNEL = "lit_unlearn.functional.margin_kernel"  # imports triton, and is itself imported where it is asked for
-SLOW = {"datasets", "matplotlib", "openai", "peft", "rouge_score", "tokenizers", "transformers"}
+SLOW = {"datasets", "lm_eval", "matplotlib", "openai", "peft", "rouge_score", "tokenizers", "transformers"}
 
 Scope = Literal["module", "function", "typing"]
 

@@ -42,6 +42,7 @@ PLACES = (
             *("evaluation.qa.QABenchmark", "evaluation.tofu.TOFUBenchmark", "evaluation.muse.MUSEBenchmark"),
             "evaluation.question_sets.QuestionSets",
             *("evaluation.lume.LUMEBenchmark", "evaluation.leakage.LeakBenchmark", "evaluation.stress.StressBenchmark"),
+            "evaluation.harness.LMEvalBenchmark",
         ),
     ),
     ("Sampled answers", "model.benchmark.sampling", ("models.sampling.Sampling",)),

@@ -15,6 +15,7 @@ _SUITES = {
     "tofu": ["--config=eval/tofu.yaml"],
     "muse": ["--config=eval/muse.yaml"],
     "lume": ["--config=eval/lume.yaml"],
+    "lm_eval": ["--config=eval/lm_eval.yaml"],
     "stress": ["--config=eval/stress.yaml"],
     # Of your own files; paraphrased questions would need a column of their own.
     "stress_qa": [
@@ -48,7 +49,10 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
     parser.add_argument(
-        "--suite", type=Literal["tofu", "muse", "lume", "qa", "stress", "leak"], required=True, help="The benchmark."
+        "--suite",
+        type=Literal["tofu", "muse", "lume", "qa", "stress", "leak", "lm_eval"],
+        required=True,
+        help="The benchmark.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="Results file to write.")
     parser.add_argument("--source", type=str, metavar="DIR", help="Folder, or hub name, of the benchmark's files.")

@@ -37,6 +37,7 @@ from lit_unlearn.cli.parser import ReadableErrors, explain, raise_typed_cause
 from lit_unlearn.cli.settings import SaveSettings, check_constraint_names, check_trainer, format_settings
 from lit_unlearn.data import base, fictional_authors, lume, muse, tofu  # noqa: F401  (imported, so that short class names resolve)
 from lit_unlearn.errors import ConfigError, LitUnlearnError
+from lit_unlearn.evaluation.harness import LMEvalBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.leakage import LeakBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.lume import LUMEBenchmark  # noqa: F401  (likewise)
 from lit_unlearn.evaluation.muse import MUSEBenchmark  # noqa: F401  (likewise)
