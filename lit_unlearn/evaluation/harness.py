@@ -65,7 +65,7 @@ class LMEvalBenchmark(Benchmark):
         batch_size: int = 8,
     ) -> None:
         super().__init__()
-        if isinstance(tasks, str) or not tasks:
+        if not (isinstance(tasks, list) and tasks):
             raise ConfigError(
                 f"`tasks` must be a list of names, such as ['mmlu'], not {tasks!r}.", owner=self, argument="tasks"
             )
