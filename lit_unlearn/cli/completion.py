@@ -46,7 +46,7 @@ def build_script(shell: str) -> str:
         if command not in TRAINER_COMMANDS:
             parsers[command] = importlib.import_module(f"lit_unlearn.cli.{command}").build_parser()
     for command in (*TRAINER_COMMANDS, "plan"):
-        _stop_at_nested_benchmark(parsers[command])
+        _stop_at_nested_classes(parsers[command])
 
     root = CommandParser(prog="lit-unlearn")
     commands = root.add_subcommands()
@@ -60,14 +60,18 @@ def build_script(shell: str) -> str:
     return str(root.get_completion_script(f"shtab-{shell}", preambles=packaged))
 
 
-def _stop_at_nested_benchmark(parser: Any) -> None:
-    """List the options of a benchmark without those of the benchmark that it may have, as `StressBenchmark` does.
+def _stop_at_nested_classes(parser: Any) -> None:
+    """List the options of a benchmark or an optimizer without those of the one that it may have, as `StressBenchmark` does.
 
     jsonargparse goes down until Python's recursion limit, which made a script of 150 MB.
     """
     for action in parser._actions:
         if action.dest == "model":
-            action.sub_add_kwargs["skip"] = {"benchmark"}
+            action.sub_add_kwargs["skip"] = {"benchmark", "optimizer"}
+    from lightning.pytorch.cli import OptimizerCallable
+
     from lit_unlearn.evaluation.benchmark import Benchmark
 
     parser.add_subclass_arguments(Benchmark, "model.benchmark", skip={"benchmark"}, required=False)
+    optimizer = parser.add_argument("--model.optimizer", type=OptimizerCallable)
+    optimizer.sub_add_kwargs = {**getattr(optimizer, "sub_add_kwargs", {}), "skip": {"optimizer"}}

@@ -28,7 +28,6 @@ from lit_unlearn import (
     QABenchmark,
     cli,
 )
-from lit_unlearn.training import FSDP2Strategy
 from lit_unlearn.utils.io import read_json
 
 LORA = ["--model.lm.adapter.r=4", "--model.lm.adapter.lora_alpha=8"]
@@ -258,21 +257,6 @@ def test_a_number_of_epochs_without_a_benchmark(in_tmp: Path, model_dir: str, ca
     text = str(end.value.code) + capsys.readouterr().err
     assert "`benchmark_every_n_epochs` (1)" in text
     assert not (in_tmp / "log").exists()
-
-
-@pytest.mark.parametrize("stage", ["fit", "test"])
-def test_a_sharded_model_cannot_answer(
-    stage: str, tokenizer_dir: str, tmp_path: Path, make_trainer: Callable[..., L.Trainer]
-) -> None:
-    files = write_qa(tmp_path)
-    module = unlearner(taught(tokenizer_dir, 0), files, 1)
-    module.trainer = make_trainer(strategy=FSDP2Strategy())
-    with pytest.raises(ValueError, match=r"QABenchmark .*`benchmark_every_n_epochs`"):
-        module.setup(stage)
-    without = unlearner(taught(tokenizer_dir, 0), files, None)
-    without.trainer = make_trainer(strategy=FSDP2Strategy())
-    without.setup("fit")
-    module.setup("validate")
 
 
 def test_bad_rows_are_refused_before_a_fit(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.forms import CASES, LAYER, ROUNDING, B, located
+from objectives.forms import CASES, DOCUMENTED, LAYER, ROUNDING, B, located
 from objectives.models import LLAMA, MODELS, batch, blocks, build, dense, layer_outputs, move, moved
 from reference import LargestOutput
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from lit_unlearn import KLToReference, LanguageModel, Objective
 from lit_unlearn.models import SupervisedTokens, locate
 
 every_model = pytest.mark.parametrize("name", MODELS)
-every_case = pytest.mark.parametrize("case", CASES)
+# Models with random weights have more entropy than the documented one aims at, so that it has no gradient.
+every_case = pytest.mark.parametrize("case", [case for case in CASES if case != DOCUMENTED])
 
 
 def through_package(lm: LanguageModel, objective: Objective, rows: Iterable[int] = range(B)) -> Tensor:

@@ -136,6 +136,9 @@ def calibrated_case() -> tuple[Objective, Form]:
     return objective, per_answer(form)
 
 
+DOCUMENTED = "EntropyTarget of docs/methods.md"
+
+
 def documented_case() -> tuple[Objective, Form]:
     """Return the template for a method of your own in docs/methods.md, which passes the tests of the package's objectives."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -212,7 +215,7 @@ CASES: dict[str, tuple[Objective, Form]] = {
         package.ActivationMatch(LAYER),
         per_token(lambda x: reference.activation_distance(x.h, x.h_ref)),
     ),
-    "EntropyTarget of docs/methods.md": documented_case(),
+    DOCUMENTED: documented_case(),
 }
 ROUNDING = {"RMU": 1e-6}  # of the direction, which is drawn and scaled in float32; otherwise float64's
 
