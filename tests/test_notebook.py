@@ -68,10 +68,12 @@ def test_two_authors_are_forgotten_and_the_others_are_not(execute: Execute, tmp_
 
 @pytest.mark.slow
 def test_the_switch_takes_a_model_by_name_and_a_teacher(execute: Execute, model_dir: str, tmp_path: Path) -> None:
-    """The other branch of every cell, on the tests' tiny model."""
-    cells = execute(REAL_MODEL="True", MODEL=repr(model_dir))
-    assert re.search(r"verdict: .+ \| violated constraints", read_output(cells))
-    assert set(read_audit(tmp_path)) == {"forget_known", "relearned_gap", "retain_nll_increase"}
+    """The other branch of every cell, on the tests' tiny model, which learns no rows at this rate: the audit measures both and refuses."""
+    output = read_output(execute(REAL_MODEL="True", MODEL=repr(model_dir)))
+    assert re.search(r"verdict: .+ \| violated constraints", output)
+    assert "measuring quickstart/target" in output
+    assert not (tmp_path / "quickstart/audit").exists()
+    assert "0 of which differ" in output
 
 
 def test_no_output_is_stored_and_every_code_cell_is_explained() -> None:

@@ -74,7 +74,7 @@ def make_world(model_dir: str) -> None:
     shutil.copytree("log/run", "runs/demo/unlearn")
     (checkpoint,) = Path("runs/demo/unlearn/checkpoints").iterdir()
     checkpoint.rename(checkpoint.with_name("last-step=100.ckpt"))
-    for name in ("forget", "retain", "general"):
+    for name in ("forget", "retain", "general", "unseen"):
         rows = [{"question": f"{name} {n}?", "answer": f"{n} is {name}."} for n in range(9)]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     customers = [{"question": f"{n}?", "answer": f"It is {n}.", "customer": f"c-{16 + n % 3}"} for n in range(9)]

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.profile import ProfiledStep
 from benchmarks.gpu.variants import VARIANTS, measure_variant
-from benchmarks.random_llama import SHAPES, Step, make_steps, make_tiny_step
+from benchmarks.random_llama import Step, make_steps, make_tiny_step
 from benchmarks.step import JOINT, PLAIN, Job, compare_variant, describe_workload, measure_memory, measure_time
 from benchmarks.step_variants import Precision, first_loss_difference
 
@@ -66,8 +66,7 @@ class Scale:
     def job(self) -> LargeJob:
         """Return the job of `benchmarks.step`."""
         threads = torch.get_num_threads()
-        shape = SHAPES[self.shape]
-        return LargeJob(shape, self.device, self.precision, self.rounds, self.steps, threads, self.rows)
+        return LargeJob(self.shape, self.device, self.precision, self.rounds, self.steps, threads, self.rows)
 
 
 def _choose_precision() -> Precision:
