@@ -194,9 +194,9 @@ def plan_memory(model: ModelSizes, setup: Setup, passes: Sequence[PassSizes]) ->
     }
     # Gradients are freed between steps. What is measured may be rounded weights; the present ones are then kept beside them.
     copies = weights // shards if setup.rounds else 0
-    # The suite reads whole logits in blocks, and makes about ten tensors of their size (fitted to one measured run).
+    # The suite reads whole logits in blocks, and makes about seven tensors of their size (fitted to one measured run).
     block_tokens = chunk_length(setup.validation_tokens, model.vocabulary, budget=LOGIT_BUDGET)
-    suite = 10 * 4 * block_tokens * model.vocabulary
+    suite = 7 * 4 * block_tokens * model.vocabulary
     moments["validation"] = {**standing, "copies": copies, "head": suite, "gathered for sharding": gathered}
     return MemoryPlan(moments)
 
