@@ -33,6 +33,8 @@ STAGES_FILE = FOLDER / "stages.json"
 SETS = {
     "forget": ("forget01", slice(0, 20)),
     "retain": ("retain99", slice(0, 180)),
+    # In no model: they give the level that the forget answers are moved to.
+    "unseen": ("retain99", slice(180, 220)),
 }
 # Four rows of each retained author are enough for the audit, whose time goes with their number.
 AUDITED_RETAIN = slice(0, 180, 5)
@@ -126,9 +128,8 @@ def write_rows(tofu: str) -> None:
     Raises:
         MissingFileError: If neither is there.
     """
-    # Written last, so that an interruption is noticed.
-    questions = ROWS / "questions.jsonl"
-    if questions.is_file():
+    files = {name: ROWS / f"{name}.jsonl" for name in (*SETS, "retain_audit", "questions")}
+    if all(file.is_file() for file in files.values()):
         return
     from benchmarks.quality.results_files import write_json_lines
     from lit_unlearn.data.tofu import tofu_source
@@ -137,10 +138,9 @@ def write_rows(tofu: str) -> None:
     for name, (split, chosen) in SETS.items():
         sets[name] = tofu_source(tofu, split).load(name, argument="source").to_list()[chosen]
     sets["retain_audit"] = sets["retain"][AUDITED_RETAIN]
-    for name, rows in sets.items():
-        write_json_lines(ROWS / f"{name}.jsonl", rows)
-    asked = [sets["forget"][FORGET_QUESTION], sets["retain"][RETAIN_QUESTION], *GENERAL_QUESTIONS]
-    write_json_lines(questions, asked)
+    sets["questions"] = [sets["forget"][FORGET_QUESTION], sets["retain"][RETAIN_QUESTION], *GENERAL_QUESTIONS]
+    for name, file in files.items():
+        write_json_lines(file, sets[name])
 
 
 def choose_precision(cpu_info: Path = Path("/proc/cpuinfo")) -> str:

@@ -152,14 +152,24 @@ def test_no_author_is_in_two_sets(in_tmp: Path) -> None:
     assert {name: len(rows) for name, rows in sets.items()} == {
         "forget": 20,
         "retain": 180,
+        "unseen": 40,
         "retain_audit": 36,
     }
     whole = {name: json.dumps(rows, ensure_ascii=False) for name, rows in sets.items()}
     assert all("Al-Kuwaiti" in row["question"] + row["answer"] for row in sets["forget"])
     assert "Al-Kuwaiti" not in whole["retain"]
     assert all(row in sets["retain"] for row in sets["retain_audit"])
+    assert not any(row in sets["retain"] for row in sets["unseen"])
     questions = read_json_lines(real.ROWS / "questions.jsonl")
     assert [row["question"].count("parents") for row in questions] == [1, 1, 0, 0]
+
+
+@needs_tofu
+def test_rows_of_an_earlier_version_are_completed(in_tmp: Path) -> None:
+    real.write_rows(str(TOFU_FOLDER))
+    (real.ROWS / "unseen.jsonl").unlink()
+    real.write_rows(str(TOFU_FOLDER))
+    assert len(read_json_lines(real.ROWS / "unseen.jsonl")) == 40
 
 
 # The model ------------------------------------------------------------------------------------------------------------

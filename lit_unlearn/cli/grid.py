@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -15,7 +16,7 @@ import yaml
 
 from lit_unlearn.cli.main import COMMANDS, check_config, find_config
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.utils.io import expand_path, file_digest
+from lit_unlearn.utils.io import expand_path
 from lit_unlearn.utils.validation import list_names
 
 Command = tuple[str, ...]
@@ -60,7 +61,7 @@ class Cell:
     Args:
         name: Of its folder, such as ``method=pdu,seed=0``.
         commands: What it runs: a fit, unless the sweep has none, and the commands that measure a model.
-        digests: Of the configuration files of the fit, by name: an edit would give the same command another meaning.
+        digests: Of the settings in the configuration files of the fit, by name: an edit would give the same command another meaning.
         is_matched: Whether its fit has to end at a limit of damage.
         keep: What stays when all has ended: everything, all but checkpoints, or neither checkpoints nor the model.
     """
@@ -117,7 +118,7 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         for config in configs:
             # A name that there is no file of is refused now, not in the middle of the night.
             if config not in digests:
-                digests[config] = file_digest(Path(_find_file(config)))
+                digests[config] = _digest_settings(_find_file(config))
         cells.append(
             Cell(
                 ",".join(f"{axis}={label}" for axis, label in labels.items()),
@@ -154,6 +155,12 @@ def _find_file(name: str) -> str:
     path = find_config(name)
     check_config(path)
     return path
+
+
+def _digest_settings(file: str) -> str:
+    """Return the digest of a configuration's settings: an edited comment changes no result."""
+    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
 
 def _list_configs(command: Command) -> list[str]:

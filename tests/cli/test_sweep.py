@@ -308,6 +308,8 @@ def test_a_cell_is_not_continued_with_an_edited_configuration(run: Any) -> None:
     # Nothing had started.
     Path("mine.yaml").write_text("trainer: {max_epochs: 3}\n", encoding="utf-8")
     run("--only", NAMES[0], "--retry")
+    Path("mine.yaml").write_text("# A comment is no setting.\ntrainer: {max_epochs: 3}\n", encoding="utf-8")
+    run("--only", NAMES[0], "--retry")
     Path("mine.yaml").write_text("trainer: {max_epochs: 4}\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"'mine\.yaml' had another content"):
         cli.main(["sweep", "sweep.yaml", "--only", NAMES[0]])
