@@ -33,6 +33,8 @@ LAYER = {
     "__main__": 10,
 }
 LOW_FILES = {
+    "data.chat_template",
+    "data.conversations",
     "data.encoding",
     "data.encoding_settings",
     "data.example",

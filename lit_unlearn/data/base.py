@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 
 from lit_unlearn.data.alternates import alternate_rows
+from lit_unlearn.data.chat_template import find_prompt_difference
 from lit_unlearn.data.encoding import describe_first_prompt
 from lit_unlearn.data.encoding_settings import EncodingSettings, check_chunk_overlap, check_tokenizer
 from lit_unlearn.data.example import Example
@@ -30,7 +31,6 @@ from lit_unlearn.data.templates import (
     Chat,
     check_chat,
     check_template,
-    find_prompt_difference,
 )
 from lit_unlearn.errors import (
     CheckpointError,

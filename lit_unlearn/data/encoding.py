@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lit_unlearn.data.chat_template import describe_prompt
+from lit_unlearn.data.conversations import render_conversation
 from lit_unlearn.data.documents import encode_document
 from lit_unlearn.data.encoding_settings import EncodingSettings, hide_padding_ids
 from lit_unlearn.data.example import IGNORED, Example, has_supervised_token
@@ -18,8 +20,6 @@ from lit_unlearn.data.templates import (
     RAW_TEMPLATE,
     Chat,
     Rendering,
-    describe_prompt,
-    render_conversation,
     render_literal,
 )
 from lit_unlearn.errors import ConfigError, DataError, ModelError

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_unlearn.data.chat_template import describe_prompt
 from lit_unlearn.data.encoding import encode_examples
 from lit_unlearn.data.encoding_settings import EncodingSettings, check_tokenizer
 from lit_unlearn.data.example import Example, prompt_of
 from lit_unlearn.data.lume import HUB_NAME, KINDS, TASKS, TEMPLATE, Fold, Task, lume_source
 from lit_unlearn.data.source import Rows, Source, find_file, find_local_folder, read_columns, to_source
 from lit_unlearn.data.special_tokens import encode_text
-from lit_unlearn.data.templates import Chat, check_template, describe_prompt
+from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from lit_unlearn.data.chat_template import find_prompt_difference
 from lit_unlearn.data.example import Example
-from lit_unlearn.data.templates import find_prompt_difference
 from lit_unlearn.errors import DataError, arguments_of
 from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.question_rows import load_streams, read_file

@@ -17,10 +17,11 @@ from data.chat_templates import CHATML, KINDS, LLAMA3, TODAY, TOKENIZERS
 from evaluation.rows import loaded, taught
 
 from lit_unlearn import ForgetRetain, LanguageModel, LitFinetune, QABenchmark, Report, RunReport
+from lit_unlearn.data.chat_template import describe_prompt, find_prompt_difference
 from lit_unlearn.data.encoding import encode
 from lit_unlearn.data.encoding_settings import EncodingSettings
 from lit_unlearn.data.example import IGNORED, collate
-from lit_unlearn.data.templates import Chat, check_template, describe_prompt, find_prompt_difference
+from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import CheckpointError, ConfigError, DataError
 from lit_unlearn.evaluation.inspection import ask_model
 from lit_unlearn.evaluation.scoring import score_examples
