@@ -21,7 +21,7 @@ from benchmarks.real import Stage
 from lit_unlearn import FictionalAuthors, LanguageModel
 from lit_unlearn.cli import audit, inspect
 from lit_unlearn.errors import MissingFileError, ModelError
-from lit_unlearn.evaluation.audit import read_policy
+from lit_unlearn.evaluation.audit_policy import read_policy
 
 # Stages ---------------------------------------------------------------------------------------------------------------
 

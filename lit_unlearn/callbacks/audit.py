@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_unlearn.errors import arguments_of
-from lit_unlearn.evaluation.audit import Policy, read_policy
+from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 
 
 class AuditPlan(Callback):

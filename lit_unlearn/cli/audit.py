@@ -16,7 +16,8 @@ from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
-from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, Policy, check_prompts, judge, read_policy
+from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
+from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, measure_model
 from lit_unlearn.evaluation.benchmark import remove_partials
 from lit_unlearn.evaluation.measures import Evidence, Role

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from lit_unlearn.evaluation.audit import FAIL, NOT_TESTED, PASS, UNDECIDED, Finding, Policy
+from lit_unlearn.evaluation.audit import FAIL, NOT_TESTED, PASS, UNDECIDED, Finding
+from lit_unlearn.evaluation.audit_policy import Policy
 from lit_unlearn.evaluation.measures import MEASURES
 from lit_unlearn.evaluation.tables import MISSING
 

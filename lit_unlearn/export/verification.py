@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
-from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, Policy, judge_sample, read_policy
+from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, judge_sample
+from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 from lit_unlearn.evaluation.measures import Sample
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.export.audit_files import (

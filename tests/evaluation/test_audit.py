@@ -25,14 +25,11 @@ from lit_unlearn.evaluation.audit import (
     UNDECIDED,
     AuditResult,
     Finding,
-    Policy,
-    Requirement,
-    SamplingPlan,
     check_prompts,
     decide_requirement,
     judge,
-    read_policy,
 )
+from lit_unlearn.evaluation.audit_policy import Policy, Requirement, SamplingPlan, read_policy
 from lit_unlearn.evaluation.audit_run import RUNS, check_roles, describe_failure, measure_model
 from lit_unlearn.evaluation.measures import MEASURES, Evidence
 from lit_unlearn.evaluation.results import Results

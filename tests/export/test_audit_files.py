@@ -18,7 +18,8 @@ from lit_unlearn import LanguageModel
 from lit_unlearn.cli import verify
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import ConfigError, MissingFileError, RequirementNotMet
-from lit_unlearn.evaluation.audit import Policy, Requirement, judge, read_policy
+from lit_unlearn.evaluation.audit import judge
+from lit_unlearn.evaluation.audit_policy import Policy, Requirement, read_policy
 from lit_unlearn.evaluation.audit_run import measure_model
 from lit_unlearn.evaluation.measures import Evidence
 from lit_unlearn.export.audit_files import build_audit, describe_model, was_fixed_before, write_audit
