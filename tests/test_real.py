@@ -250,10 +250,11 @@ def real_model() -> str:
 
 @pytest.mark.slow
 def test_three_steps_on_the_real_model_give_one_that_plain_transformers_loads(real_model: str, in_tmp: Path) -> None:
-    data = FictionalAuthors(num_authors=4, forget_authors=1)
-    for name in ("forget", "retain"):
+    data = FictionalAuthors(num_authors=4, forget_authors=1, unseen_authors=1)
+    for name in ("forget", "retain", "unseen"):
         write_json_lines(Path(f"{name}.jsonl"), data.load_set(name).to_list()[:2])
-    options = ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", f"--model.lm.teacher={real_model}"]
+    options = ["--data.forget=forget.jsonl", "--data.retain=retain.jsonl", "--data.streams={unseen: unseen.jsonl}"]
+    options += [f"--model.lm.teacher={real_model}"]
     options += ["--data.batch_size=2", "--data.retain_batch_size=2", "--trainer.max_steps=3"]
     options += ["--trainer.precision=32-true", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]
     options += ["--export.dirpath=unlearned", "--logs.save_dir=logs", "--report.require_feasible=false"]

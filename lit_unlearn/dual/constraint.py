@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from lit_unlearn.dual.multiplier import Multiplier, update_average
-from lit_unlearn.errors import DivergedError
+from lit_unlearn.errors import ConfigError, DivergedError
 from lit_unlearn.objectives.base import Objective
 from lit_unlearn.objectives.reference_level import ReferenceLevel
 from lit_unlearn.utils.validation import check_choice, check_integer, check_number
@@ -54,7 +54,8 @@ class Constraint:
         level: The measured level behind a relative epsilon; ``None`` for an absolute one.
 
     Raises:
-        ConfigError: If ``epsilon`` is not above 0 and finite, or another number is out of range.
+        ConfigError: If ``epsilon`` is not above 0 and finite, another number is out of range, or the objective has a level of its own
+            that is measured before the first step, as `MatchUnseen` has.
 
     Example:
         >>> from lit_unlearn import NLL, Constraint, DualAscent
@@ -75,6 +76,13 @@ class Constraint:
         smoothing: float = 0.0,
     ) -> None:
         check_choice(("step", "epoch"), self, update_every=update_every)
+        if objective.level is not None:
+            raise ConfigError(
+                f"{type(objective).__name__} has a level that is measured before the first step, and only that of the forgetting "
+                "objective is. Bound an objective without one, such as NLL.",
+                owner=self,
+                argument="objective",
+            )
         self.objective = objective
         self.multiplier = multiplier
         self.stream = stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,69 +11,132 @@ from torch import Tensor
 from lit_unlearn.functional import token_logp
 from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives.base import Need, Objective, TokenModel, count_answer_tokens
-from lit_unlearn.objectives.reference_level import ReferenceLevel
+from lit_unlearn.objectives.reference_level import Measure, ReferenceLevel
+from lit_unlearn.objectives.retain import NLL
 from lit_unlearn.utils.validation import check_number
 
-
-class NLLOverTeacher(Objective):
-    """Answer mean of NLL ÷ the teacher's NLL: how much harder an answer is for the model than for its teacher."""
-
-    needs = frozenset[Need]({"teacher"})
-    per = "answer"
-    unit = "multiples of the teacher's NLL"
-    formula = "answer mean of NLL ÷ NLL_teacher"
-    paper = "Watson et al. 2022, arXiv 2111.08440"
-
-    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
-        """Compute the ratio for each answer, shape ``(S,)``."""
-        nll, teacher_nll = _compute_answer_nll(lm, tokens)
-        return nll / teacher_nll
+MIN_TEMPERATURE = 0.25
+# Halvings of the range of 1/T. The temperature is then known to 0.01.
+_HALVINGS = 8
 
 
 class MatchCalibrated(Objective):
-    """Answer mean of (NLL per token − level · teacher's NLL per token)²: every answer is moved to a level of its own, and held there.
+    """Answer mean of (d̄² + w · var d), d = NLL − teacher's NLL at T by token: every answer is moved to its own level, and held there.
 
     The level stands for the NLL of a retain-only model, as that of `MatchUnseen` does. Answers differ in how hard they are, though,
     and authors do: a retain-only model finds hard what the base model finds hard. So the teacher, best the base model, says how hard
-    each answer is, and examples that neither model saw say by what factor the fine-tuning on other examples has changed that.
-    Membership inference is calibrated in the same way (Watson et al., ICLR 2022, arXiv 2111.08440).
+    each answer is. Membership inference is calibrated in the same way (Watson et al., ICLR 2022, arXiv 2111.08440).
+
+    A fine-tuned model is surer of what it says than its base model, also where it is wrong. So the teacher's logits are divided by a
+    temperature T that makes it as sure, as Guo et al. (ICML 2017, arXiv 1706.04599) calibrate a classifier, in the other direction.
+
+    With the level of the answers alone, the model still gets most of their tokens right, and is very wrong at a few. With a level
+    for each token, it is too regular. A small weight of the variance over an answer's tokens is between the two (docs/results.md).
 
     Args:
         stream: Stream of examples that neither the model nor the teacher ever saw, among the data module's ``streams``. It is only
             measured, never trained on.
-        factor: The level is this times the mean of NLL ÷ NLL_teacher on that stream, before unlearning; > 0. The loss is infinite
-            until the level is measured when a fit starts.
+        token_weight: w, at least 0. With 0, only the mean of an answer has a level; with 1, every token has a level of its own.
+        temperature: T, > 0. ``None``: the one at which the teacher's NLL of those examples is that of the model before unlearning,
+            see `TeacherTemperature`. The loss is infinite until that is measured when a fit starts.
 
     Raises:
-        ConfigError: If ``factor`` is not above 0 or not finite.
+        ConfigError: If ``token_weight`` is below 0, or ``temperature`` is not above 0 or not finite.
     """
 
     needs = frozenset[Need]({"teacher"})
     per = "answer"
     stops = True
     unit = "squared nats per token"
-    formula = "answer mean of (NLL per token − factor · [NLL ÷ NLL_teacher of unseen examples] · NLL_teacher)²"
+    formula = (
+        "answer mean of ((mean of d)² + w · variance of d), d = NLL − NLL_teacher at the temperature T, over its tokens"
+    )
     paper = "this package, docs/results.md"
 
-    def __init__(self, stream: str = "unseen", factor: float = 1.0) -> None:
+    def __init__(self, stream: str = "unseen", token_weight: float = 0.1, temperature: float | None = None) -> None:
         super().__init__()
-        check_number(self, "factor", factor, above=0)
-        self.level: ReferenceLevel = ReferenceLevel(NLLOverTeacher(), stream, factor)
+        self.token_weight = check_number(self, "token_weight", token_weight, at_least=0)
+        if temperature is None:
+            self.level = TeacherTemperature(stream)
+        else:
+            check_number(self, "temperature", temperature, above=0)
+        self._temperature = temperature
+
+    @property
+    def temperature(self) -> float | None:
+        """T; ``None`` until it is measured."""
+        return self._temperature if self.level is None else self.level.value
 
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
-        """Compute the squared distance of each answer from its level, shape ``(S,)``, squared nats per token."""
-        # Infinite, so that a loss which is read too early shows: Lightning validates once before the level is measured.
-        level = math.inf if self.level.value is None else self.level.value
-        nll, teacher_nll = _compute_answer_nll(lm, tokens)
-        return (nll - level * teacher_nll).square()
+        """Compute the distance of each answer from its level, shape ``(S,)``, squared nats per token."""
+        # Infinite, so that a loss which is read too early shows: Lightning validates once before the temperature is measured.
+        if self.temperature is None:
+            return tokens.by_sequence(lm.token_logp(tokens)) * 0 + math.inf
+        compute = partial(_compute_logp_pair, temperature=self.temperature)
+        logp, teacher_logp = lm.map_logit_pairs(compute, tokens, tokens.labels, other="teacher").unbind(-1)
+
+        difference, lengths = logp - teacher_logp, count_answer_tokens(tokens)
+        squared_mean = (tokens.by_sequence(difference) / lengths).square()
+        variance = tokens.by_sequence(difference.square()) / lengths - squared_mean
+        return squared_mean + self.token_weight * variance
 
 
-def _compute_answer_nll(lm: TokenModel, tokens: SupervisedTokens) -> tuple[Tensor, Tensor]:
-    """Return the NLL per token of each answer under the model and under the teacher, both ``(S,)``, nats."""
-    logp, teacher_logp = lm.map_logit_pairs(_compute_logp_pair, tokens, tokens.labels, other="teacher").unbind(-1)
-    lengths = count_answer_tokens(tokens)
-    return -tokens.by_sequence(logp) / lengths, -tokens.by_sequence(teacher_logp) / lengths
+class TeacherTemperature(ReferenceLevel):
+    """The temperature at which the teacher's NLL of a stream is the reference model's.
+
+    Neither model saw these examples, so that fine-tuning has changed only how sure the model is of them. The temperature is searched
+    between 1 and `MIN_TEMPERATURE`, in ten passes over the stream; it is 1 if the reference model's NLL is below the teacher's.
+
+    Args:
+        stream: Stream to measure it on.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(TeacherNLL(), stream, factor=1.0)
+
+    def measure(self, mean: Measure) -> float | None:
+        """Return the temperature; ``None`` if there is no such stream."""
+        wanted, of_teacher = mean(NLL()), mean(TeacherNLL())
+        if wanted is None or of_teacher is None:
+            return None
+        if wanted <= of_teacher:
+            return 1.0
+        # The teacher's NLL is a convex function of 1/T. It begins below the wanted one, and crosses that at most once.
+        low, high = 1.0, 1 / MIN_TEMPERATURE
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            of_teacher = mean(TeacherNLL(1 / middle))
+            if of_teacher is not None and of_teacher < wanted:
+                low = middle
+            else:
+                high = middle
+        return 2 / (low + high)
+
+    def describe(self) -> str:
+        """Return what was measured, for people."""
+        return f"at the temperature {self.value:.3g}, the teacher has the reference model's NLL on '{self.stream}'"
 
 
-def _compute_logp_pair(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([token_logp(logits, labels), token_logp(teacher_logits, labels)], dim=-1)
+class TeacherNLL(Objective):
+    """Token mean of the teacher's NLL at a temperature, which no training changes; see `TeacherTemperature`.
+
+    Args:
+        temperature: The teacher's logits are divided by it.
+    """
+
+    needs = frozenset[Need]({"teacher"})
+    unit = "nats per token"
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
+        """Compute the NLL of each label, shape ``(N,)``, nats."""
+        compute = partial(_compute_logp_pair, temperature=self.temperature)
+        return -lm.map_logit_pairs(compute, tokens, tokens.labels, other="teacher")[:, 1]
+
+
+def _compute_logp_pair(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return the log-probability of each label under the model and under the teacher at a temperature, ``(N, 2)``, nats."""
+    return torch.stack([token_logp(logits, labels), token_logp(teacher_logits / temperature, labels)], dim=-1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from lit_unlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from lit_unlearn.objectives.base import Objective
+
+Measure: TypeAlias = "Callable[[Objective], float | None]"
+"""Returns the mean of an objective on the reference model over a whole stream; ``None`` if there is no such stream."""
 
 
 class ReferenceLevel:
@@ -40,6 +44,18 @@ class ReferenceLevel:
     def value(self) -> float | None:
         """The level, in the objective's unit; ``None`` until it is measured."""
         return None if self.measured is None else self.factor * self.measured
+
+    def measure(self, mean: Measure) -> float | None:
+        """Return what the level is a multiple of; ``None`` if there is no such stream.
+
+        Args:
+            mean: Measures an objective on the stream.
+        """
+        return mean(self.objective)
+
+    def describe(self) -> str:
+        """Return what was measured, for people."""
+        return f"the reference model has {type(self.objective).__name__} {self.measured:.4g} on '{self.stream}'"
 
     def set(self, measured: float) -> None:
         """Fix the level.

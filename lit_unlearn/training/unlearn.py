@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -261,15 +262,14 @@ class LitUnlearn(LitLanguageModel):
         level = self.forget.level
         if level is None or level.measured is not None:
             return
-        measured = self.evaluator.measure_objective(level.objective, level.stream)
+        measured = level.measure(partial(self.evaluator.measure_objective, stream=level.stream))
         if measured is None:
             raise DataError(
                 f"{type(self.forget).__name__} needs examples that the model has never seen, but there is no stream "
                 f"'{level.stream}': name their file in the data module's `streams`, as {{{level.stream}: FILE}}."
             )
         level.set(measured)
-        objective = type(level.objective).__name__
-        rank_zero_info(f"level: the reference model has {objective} {measured:.4g} on '{level.stream}'")
+        rank_zero_info(f"level: {level.describe()}")
 
     # Measuring ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ from lit_unlearn import (
     DualAscent,
     FixedMultiplier,
     LogitMargin,
+    MatchCalibrated,
     MatchUnseen,
+    Objective,
     PIMultiplier,
     Relative,
 )
@@ -59,6 +61,12 @@ def test_negative_warmup_is_refused(warmup):
         make(warmup_epochs=warmup)
 
 
+@pytest.mark.parametrize("objective", [MatchUnseen(), MatchCalibrated()], ids=type)
+def test_an_objective_whose_level_would_never_be_measured_is_refused(objective: Objective) -> None:
+    with pytest.raises(ConfigError, match=rf"{type(objective).__name__} has a level"):
+        Constraint(objective, 1.0, FixedMultiplier(1.0))
+
+
 def test_dual_steps_by_hand():
     constraint = make()
     assert (constraint.epsilon, constraint.level, constraint.stream) == (0.3, None, "retain")
@@ -87,7 +95,6 @@ def test_warmup_holds_for_exactly_so_many_epochs(warmup):
     [
         (NLL(), "nats per token"),
         (LogitMargin(), r"logit margin\^2"),
-        (MatchUnseen(), "squared nats"),
         (NPO(), "nats per answer"),
     ],
 )
