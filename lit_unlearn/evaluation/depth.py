@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lit_unlearn.data.encoding import describe_first_prompt, encode_row
 from lit_unlearn.data.encoding_settings import EncodingSettings, check_tokenizer
@@ -19,26 +15,28 @@ from lit_unlearn.data.formats import Document, Row, RowReader
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.spans import find_spans
 from lit_unlearn.errors import DataError, ModelError, arguments_of
+from lit_unlearn.evaluation.depth_states import (
+    Array,
+    Drops,
+    ModelTrace,
+    describe_architecture,
+    describe_model,
+    loaded,
+    measure_drops,
+    trace_model,
+)
 from lit_unlearn.evaluation.results import Results, Values, content_digest, global_seed, package_versions
-from lit_unlearn.evaluation.scoring import build_batch, group_by_length
+from lit_unlearn.evaluation.scoring import group_by_length
 from lit_unlearn.metrics import mean_unlearning_depth, unlearning_depth
 from lit_unlearn.metrics.depth import KNOWLEDGE_THRESHOLD
-from lit_unlearn.models import LanguageModel, TokenIndex, locate
-from lit_unlearn.models.blocks import find_blocks, record_outputs, replace_output
-from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.loading import fingerprint
+from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.validation import check_at_least, check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Array = NDArray[np.float64]
-
 # By name of the score, where its drops stand among the values of an example, up to "retain_drop" and "unlearned_drop".
 SCORES = {"unlearning_depth": "", "lens_depth": "lens_"}
-
-_LENS_WIDTH = 64
-"""Tokens of a row in which states are decoded: few enough for every table of learned positions."""
 
 
 class UnlearningDepth:
@@ -127,15 +125,15 @@ class UnlearningDepth:
         examples, row_numbers = self._encode(rows_of_forget, tokenizer)
         groups = list(group_by_length(examples, self.token_budget))
 
-        traces: dict[str, _Trace] = {}
+        traces: dict[str, ModelTrace] = {}
         for role in ("retain_only", "unlearned"):
-            with _loaded(roles[role], dtype):
+            with loaded(roles[role], dtype):
                 _check_same_architecture(role, roles[role], traces)
-                traces[role] = _trace_model(roles[role], examples, groups)
-        with _loaded(target, dtype):
+                traces[role] = trace_model(roles[role], examples, groups)
+        with loaded(target, dtype):
             _check_same_architecture("target", target, traces)
-            measured = _measure_drops(target, examples, groups, traces)
-            models = {"target": _describe_model(target)}
+            measured = measure_drops(target, examples, groups, traces)
+            models = {"target": describe_model(target)}
         models |= {role: trace.model for role, trace in traces.items()}
 
         values = self._compute_values(examples, row_numbers, measured, traces)
@@ -207,7 +205,7 @@ class UnlearningDepth:
     # Values ----------------------------------------------------------------------------------------------------------
 
     def _compute_values(
-        self, examples: Sequence[Example], row_numbers: Sequence[int], measured: _Drops, traces: Mapping[str, _Trace]
+        self, examples: Sequence[Example], row_numbers: Sequence[int], measured: Drops, traces: Mapping[str, ModelTrace]
     ) -> list[Values]:
         """Return the values of every example in plain types."""
         drops = {"": measured.patched, "lens_": measured.lens}
@@ -315,64 +313,9 @@ def _describe_rows(source: Source, rows: Sequence[tuple[Row, Any]], examples: Se
     }
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
-class _Trace(NamedTuple):
-    """What a model computes at the tokens of the spans.
-
-    Args:
-        states: For each batch, the states after every block, shape ``(layers, N, D)``, on the CPU.
-        logp: Mean log-probability of each example's tokens, shape ``(examples,)``, nats.
-        architecture: Class, depth and width, as a message names them.
-        model: Name and digest of the weights, for the results.
-    """
-
-    states: list[Tensor]
-    logp: Array
-    architecture: str
-    model: Values
-
-
-class _Drops(NamedTuple):
-    """What the target model loses, by the model whose states are taken.
-
-    Args:
-        logp: The target model's own scores, shape ``(examples,)``, nats.
-        patched: Drops with the states of another model, shape ``(examples, layers)``, nats.
-        lens: Drops where these states are decoded at once, of the same shape.
-    """
-
-    logp: Array
-    patched: dict[str, Array]
-    lens: dict[str, Array]
-
-
-@contextmanager
-def _loaded(lm: LanguageModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """Load a model for the block, and release it afterwards, unless it was loaded before."""
-    was_loaded = lm.is_loaded
-    lm.load(dtype)
-    try:
-        with evaluation_mode(lm):
-            yield
-    finally:
-        if not was_loaded:
-            lm.model = None
-
-
-def _describe_model(lm: LanguageModel) -> Values:
-    return {"name": lm.name, "weights": fingerprint(cast(nn.Module, lm.model))[:16]}
-
-
-def _describe_architecture(lm: LanguageModel) -> str:
-    width = lm.causal_lm.config.get_text_config().hidden_size
-    return f"{type(lm.causal_lm).__name__} of {lm.num_layers} blocks of width {width}"
-
-
-def _check_same_architecture(role: str, lm: LanguageModel, traces: Mapping[str, _Trace]) -> None:
+def _check_same_architecture(role: str, lm: LanguageModel, traces: Mapping[str, ModelTrace]) -> None:
     """Raise ModelError unless a model's states fit into those that were traced before."""
-    architecture = _describe_architecture(lm)
+    architecture = describe_architecture(lm)
     for traced_role, trace in traces.items():
         if trace.architecture != architecture:
             message = (
@@ -380,89 +323,3 @@ def _check_same_architecture(role: str, lm: LanguageModel, traces: Mapping[str, 
                 "between models of one architecture: give models that were trained from the same base model."
             )
             raise ModelError(message, owner=UnlearningDepth, argument=role)
-
-
-def _trace_model(lm: LanguageModel, examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> _Trace:
-    """Run a model once over all examples, and keep its states at the positions that predict the spans."""
-    blocks = find_blocks(lm.causal_lm)
-    states = []
-    logp = np.empty(len(examples))
-    for indices in groups:
-        batch, index = _build_span_batch(lm, [examples[i] for i in indices])
-        with record_outputs(blocks, index.state) as outputs:
-            logp[indices] = _mean_logp(lm, batch, index)
-        states.append(torch.stack(outputs).cpu())
-    return _Trace(states, logp, _describe_architecture(lm), _describe_model(lm))
-
-
-def _measure_drops(
-    target: LanguageModel,
-    examples: Sequence[Example],
-    groups: Sequence[Sequence[int]],
-    traces: Mapping[str, _Trace],
-) -> _Drops:
-    """Put the states of the other models into the target model, one layer at a time."""
-    blocks = find_blocks(target.causal_lm)
-    shape = (len(examples), len(blocks))
-    patched = {role: np.empty(shape) for role in traces}
-    lens = {role: np.empty(shape) for role in traces}
-    logp = np.empty(len(examples))
-
-    # Standard error alone, and only on a terminal.
-    with tqdm(total=len(groups) * len(blocks), desc="depth", unit="pass", disable=None, leave=False) as bar:
-        for group, indices in enumerate(groups):
-            batch, index = _build_span_batch(target, [examples[i] for i in indices])
-            with record_outputs(blocks, index.state) as outputs:
-                score = _mean_logp(target, batch, index)
-            logp[indices] = score
-            for layer, block in enumerate(blocks):
-                lens_score = _decode_states(target, blocks[-1], outputs[layer], index)
-                for role, trace in traces.items():
-                    states = trace.states[group][layer]
-                    with replace_output(block, index.state, states):
-                        patched_score = _mean_logp(target, batch, index)
-                    patched[role][indices, layer] = score - patched_score
-                    decoded_score = _decode_states(target, blocks[-1], states, index)
-                    lens[role][indices, layer] = lens_score - decoded_score
-                bar.update(1)
-    return _Drops(logp, patched, lens)
-
-
-def _build_span_batch(lm: LanguageModel, examples: Sequence[Example]) -> tuple[dict[str, Tensor], TokenIndex]:
-    """Return a batch, and the index of its tokens in the order of the examples."""
-    batch = build_batch(lm, examples)
-    index = locate(batch)
-    # Packing changes the order of the examples. States of several models belong to the same tokens only in an order of their own.
-    order = index.sequence.argsort(stable=True)
-    index = index._replace(state=index.state[order], labels=index.labels[order], sequence=index.sequence[order])
-    return batch, index
-
-
-def _mean_logp(lm: LanguageModel, batch: Mapping[str, Tensor], index: TokenIndex) -> Array:
-    """Compute the mean log-probability of each example's tokens, shape ``(S,)``, nats."""
-    logp = lm(batch, lm.token_logp, index=[index]).double()
-    counts = index.by_sequence(torch.ones_like(logp))
-    mean: Array = (index.by_sequence(logp) / counts).cpu().numpy()
-    return mean
-
-
-def _decode_states(lm: LanguageModel, last_block: nn.Module, states: Tensor, index: TokenIndex) -> Array:
-    """Compute the mean log-probability of each example's tokens from states that go through the final norm and head alone.
-
-    What follows the last block works on every position by itself. So states may stand in for the last block's output in any batch,
-    here one of as many arbitrary tokens: neither norm nor head has to be known by name, nor what a family does between them.
-
-    Args:
-        lm: The model whose norm and head decode.
-        last_block: Its last block.
-        states: After any block, shape ``(N, D)``.
-        index: The tokens that the states predict.
-    """
-    device = index.labels.device
-    count = len(states)
-    width = min(count, _LENS_WIDTH)
-    ids = torch.zeros(-(-count // width), width, dtype=torch.int64, device=device)
-    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    decoded = index._replace(state=torch.arange(count, device=device))
-    with replace_output(last_block, decoded.state, states):
-        return _mean_logp(lm, batch, decoded)
