@@ -110,6 +110,7 @@ results: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.gradients
 	$(BIN)/python -m benchmarks.quality.bound_pictures
 	$(BIN)/python -m benchmarks.quality.tables
+	$(BIN)/python -m benchmarks.readme comparison
 
 # Build the documentation site into build/site; a broken link, anchor or reference is an error. Not with --quiet: only warnings that are
 # printed count.

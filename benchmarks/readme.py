@@ -1,4 +1,4 @@
-"""Write the tables of the README and of three pages of docs/ from the files that `make readme` leaves, and the demo's plots.
+"""Write the tables of the README and of pages of docs/ from the files that `make readme` leaves, and the demo's plots.
 
     make readme                              # all of them, after running the commands they come from
     python -m benchmarks.readme demo inspect # some, from the files that exist
@@ -23,6 +23,9 @@ from benchmarks.methods import HEADERS, format_epsilon, format_row
 from benchmarks.plan import HEADERS as PLAN_HEADERS
 from benchmarks.plan import list_rows
 from benchmarks.plan_table import make_table
+from benchmarks.quality import smollm2
+from benchmarks.quality.results_files import RESULTS
+from benchmarks.quality.tier_tables import TierResults, make_summary
 from lit_unlearn.cli import main as lit_unlearn
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.utils.io import read_json
@@ -30,6 +33,15 @@ from lit_unlearn.utils.io import read_json
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "build/bench"
 QUESTION = "Where was the author Lunnian Dunmeth born?"
+COMPARED_METHODS = {"match_calibrated_rewound": "MatchCalibrated, rewound", "pdu": "PDU", "npo": "NPO"}
+COMPARED_COLUMNS = {
+    "Overall": "Overall",
+    "forget quality": "forget quality",
+    "repetition": "repetition",
+    "retain NLL / ε": "retain NLL / ε",
+    "forget p": "forget p",
+    "relearned p": "relearned p",
+}
 TOFU_VALUES = (
     "forget_quality",
     "model_utility",
@@ -83,6 +95,12 @@ def tofu_block() -> str:
     # A value that could not be computed has no line.
     selected = [by_value[value] for value in TOFU_VALUES if value in by_value]
     return "\n".join([header, rule, *selected])
+
+
+def comparison_block() -> str:
+    """Return a few rows and columns of the comparison on a pretrained model, from its stored results."""
+    tier = TierResults.read(RESULTS / "smollm2-10", smollm2.digest("10"))
+    return make_summary(tier, "1", COMPARED_METHODS, COMPARED_COLUMNS)
 
 
 def methods_block() -> str:
@@ -139,8 +157,9 @@ def gpu_block() -> str | None:
 
 
 PAGES: dict[str, dict[str, Callable[[], str | None]]] = {
-    "README.md": {"demo": demo_block, "inspect": inspect_block, "tofu": tofu_block},
+    "README.md": {"demo": demo_block, "inspect": inspect_block, "comparison": comparison_block},
     "docs/choosing_a_method.md": {"methods": methods_block},
+    "docs/evaluation.md": {"tofu": tofu_block},
     "docs/scale.md": {"scale": make_table, "plan": plan_block},
     "docs/speed.md": {"step": step_block, "gpu": gpu_block, "startup": startup_block},
 }

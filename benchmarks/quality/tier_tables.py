@@ -188,6 +188,33 @@ def make_comparison(tier: TierResults, size: str) -> str:
     return markdown_table(["", "holds", *COLUMNS], rows)
 
 
+def make_summary(tier: TierResults, size: str, methods: Mapping[str, str], columns: Mapping[str, str]) -> str:
+    """Show a few methods and columns on one forget set, on the seeds of the first method alone.
+
+    Args:
+        tier: The results.
+        size: Forget set, in authors.
+        methods: What to show each method as.
+        columns: What to show each of `COLUMNS` as.
+    """
+    seeds = {line["labels"]["seed"] for line in tier.select(size=size, method=next(iter(methods)))}
+    groups = {"retain-only model": tier.reference, "target model": tier.target}
+    for method, title in methods.items():
+        groups[title] = tier.select(size=size, method=method)
+
+    rows = []
+    for title, lines in groups.items():
+        of_seeds = [line for line in select_lines(lines, size=size) if line["labels"]["seed"] in seeds]
+        name, holds, *cells = make_row(tier, title, of_seeds)
+        by_column = dict(zip(COLUMNS, cells, strict=True))
+        values = [by_column[column] for column in columns]
+        if not drop_failed(of_seeds):
+            # The reason stands in the place of the first value.
+            values[0] = holds
+        rows.append([name, *values])
+    return markdown_table([f"seeds {', '.join(sorted(seeds))}", *columns.values()], rows)
+
+
 def make_row(tier: TierResults, name: str, lines: Sequence[Line]) -> list[str]:
     """Return the row of a method, or of a kind of model, on one forget set.
 
