@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -12,12 +13,11 @@ from lit_unlearn.functional import token_logp
 from lit_unlearn.models import SupervisedTokens
 from lit_unlearn.objectives.base import Need, Objective, TokenModel, count_answer_tokens
 from lit_unlearn.objectives.reference_level import Measure, ReferenceLevel
-from lit_unlearn.objectives.retain import NLL
 from lit_unlearn.utils.validation import check_number
 
-MIN_TEMPERATURE = 0.25
-# Halvings of the range of 1/T. The temperature is then known to 0.01.
-_HALVINGS = 8
+SHARPNESSES = tuple(1.1**power for power in range(15))
+"""Values of 1/T at which the teacher is measured, in one pass. Between them, its NLL is taken for linear: T is then off by 0.01 at most."""
+MIN_TEMPERATURE = 1 / SHARPNESSES[-1]
 
 
 class MatchCalibrated(Objective):
@@ -84,57 +84,51 @@ class MatchCalibrated(Objective):
 class TeacherTemperature(ReferenceLevel):
     """The temperature at which the teacher's NLL of a stream is the reference model's.
 
-    Neither model saw these examples, so that fine-tuning has changed only how sure the model is of them. The temperature is searched
-    between 1 and `MIN_TEMPERATURE`, in ten passes over the stream; it is 1 if the reference model's NLL is below the teacher's.
+    Neither model saw these examples, so that fine-tuning has changed only how sure the model is of them. The temperature is 1 if the
+    reference model's NLL is not above the teacher's, and `MIN_TEMPERATURE` at least.
 
     Args:
         stream: Stream to measure it on.
     """
 
     def __init__(self, stream: str) -> None:
-        super().__init__(TeacherNLL(), stream, factor=1.0)
+        super().__init__(NLLByTemperature(), stream, factor=1.0)
 
-    def measure(self, mean: Measure) -> float | None:
+    def measure(self, measure: Measure) -> float | None:
         """Return the temperature; ``None`` if there is no such stream."""
-        wanted, of_teacher = mean(NLL()), mean(TeacherNLL())
-        if wanted is None or of_teacher is None:
+        means = measure(self.objective)
+        if means is None:
             return None
-        if wanted <= of_teacher:
+        wanted, *of_teacher = means
+        if wanted <= of_teacher[0]:
             return 1.0
-        # The teacher's NLL is a convex function of 1/T. It begins below the wanted one, and crosses that at most once.
-        low, high = 1.0, 1 / MIN_TEMPERATURE
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            of_teacher = mean(TeacherNLL(1 / middle))
-            if of_teacher is not None and of_teacher < wanted:
-                low = middle
-            else:
-                high = middle
-        return 2 / (low + high)
+        # The teacher's NLL is a convex function of 1/T, which begins below the wanted one and crosses it at most once.
+        for sharpness, low, high in zip(itertools.pairwise(SHARPNESSES), of_teacher, of_teacher[1:], strict=False):
+            if high >= wanted:
+                share = (wanted - low) / (high - low)
+                return 1 / (sharpness[0] + share * (sharpness[1] - sharpness[0]))
+        return MIN_TEMPERATURE
 
     def describe(self) -> str:
         """Return what was measured, for people."""
         return f"at the temperature {self.value:.3g}, the teacher has the reference model's NLL on '{self.stream}'"
 
 
-class TeacherNLL(Objective):
-    """Token mean of the teacher's NLL at a temperature, which no training changes; see `TeacherTemperature`.
-
-    Args:
-        temperature: The teacher's logits are divided by it.
-    """
+class NLLByTemperature(Objective):
+    """Token mean of the NLL and of the teacher's NLL at each of `SHARPNESSES`, in columns; measured only, see `TeacherTemperature`."""
 
     needs = frozenset[Need]({"teacher"})
     unit = "nats per token"
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
     def forward(self, lm: TokenModel, tokens: SupervisedTokens) -> Tensor:
-        """Compute the NLL of each label, shape ``(N,)``, nats."""
-        compute = partial(_compute_logp_pair, temperature=self.temperature)
-        return -lm.map_logit_pairs(compute, tokens, tokens.labels, other="teacher")[:, 1]
+        """Compute the NLLs of each label, shape ``(N, 1 + K)`` for K sharpnesses, nats."""
+        return -lm.map_logit_pairs(_compute_logps, tokens, tokens.labels, other="teacher")
+
+
+def _compute_logps(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probability of each label under the model and under the teacher by sharpness, ``(N, 1 + K)``, nats."""
+    of_teacher = [token_logp(sharpness * teacher_logits, labels) for sharpness in SHARPNESSES]
+    return torch.stack([token_logp(logits, labels), *of_teacher], dim=-1)
 
 
 def _compute_logp_pair(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -11,8 +11,8 @@ from lit_unlearn.errors import ConfigError
 if TYPE_CHECKING:
     from lit_unlearn.objectives.base import Objective
 
-Measure: TypeAlias = "Callable[[Objective], float | None]"
-"""Returns the mean of an objective on the reference model over a whole stream; ``None`` if there is no such stream."""
+Measure: TypeAlias = "Callable[[Objective], list[float] | None]"
+"""Returns the means of an objective's columns on the reference model, over a whole stream; ``None`` if there is no such stream."""
 
 
 class ReferenceLevel:
@@ -45,13 +45,14 @@ class ReferenceLevel:
         """The level, in the objective's unit; ``None`` until it is measured."""
         return None if self.measured is None else self.factor * self.measured
 
-    def measure(self, mean: Measure) -> float | None:
+    def measure(self, measure: Measure) -> float | None:
         """Return what the level is a multiple of; ``None`` if there is no such stream.
 
         Args:
-            mean: Measures an objective on the stream.
+            measure: Measures an objective on the stream.
         """
-        return mean(self.objective)
+        means = measure(self.objective)
+        return None if means is None else means[0]
 
     def describe(self) -> str:
         """Return what was measured, for people."""

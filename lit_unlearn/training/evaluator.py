@@ -172,9 +172,12 @@ class Evaluator:
         return measurement
 
     @torch.no_grad()
-    def measure_objective(self, objective: Objective, stream: str) -> float | None:
-        """Return the mean of an objective over a whole validation stream; ``None`` if there is no such stream."""
-        mean: ConstraintSlack | None = None
+    def measure_objective(self, objective: Objective, stream: str) -> list[float] | None:
+        """Return the means of an objective over a whole validation stream, one for each column of its values.
+
+        ``None`` if there is no such stream.
+        """
+        means: list[ConstraintSlack] = []
         lm = self._module.lm
         for name, batch in self.batches():
             if name != stream:
@@ -182,9 +185,11 @@ class Evaluator:
             terms = [Term(stream, stream, objective, 0.0)]
             for forward_pass in build_forward_plan({stream: batch}, terms, lm.packs, None, "joint"):
                 (values,) = forward_pass.run(lm, [objective])
-                mean = mean or ConstraintSlack(None).to(values.device)
-                mean.update(values.sum(), values.numel())
-        return None if mean is None else mean.compute()["value"].item()
+                columns = values.reshape(len(values), -1).unbind(dim=1)
+                means = means or [ConstraintSlack(None).to(values.device) for _ in columns]
+                for mean, column in zip(means, columns, strict=True):
+                    mean.update(column.sum(), column.numel())
+        return [mean.compute()["value"].item() for mean in means] or None
 
     @torch.no_grad()
     def measure_batches(self, objective: Objective, stream: str, batches: Iterable[Batch]) -> float:

@@ -15,6 +15,7 @@ from lit_unlearn import NLL, Constraint, DualAscent, ForgetRetain, LanguageModel
 from lit_unlearn.callbacks import ResumeCheckpoint, RunReport
 from lit_unlearn.data.example import collate
 from lit_unlearn.errors import ConfigError, DataError
+from lit_unlearn.objectives.match_calibrated import MIN_TEMPERATURE, SHARPNESSES, TeacherTemperature
 
 
 @pytest.fixture
@@ -103,6 +104,14 @@ def test_a_teacher_is_not_made_less_sure(
     module = make(base_dir, sharper_dir)
     make_trainer(max_steps=1).fit(module, datamodule=read_rows(rows_dir))
     assert module.forget.temperature == 1
+
+
+@pytest.mark.parametrize(("wanted", "sharpness"), [(0.03, 1.0), (0.05, 1.5), (9.0, 1 / MIN_TEMPERATURE)])
+def test_the_temperature_is_where_the_nll_rises_to_the_wanted_one(wanted: float, sharpness: float) -> None:
+    # Least at a sharpness of 1.2, as the NLL of a teacher is that says everything too carefully.
+    of_teacher = [0.02 + (sharpness - 1.2) ** 2 / 3 for sharpness in SHARPNESSES]
+    temperature = TeacherTemperature("unseen").measure(lambda objective: [wanted, *of_teacher])
+    assert temperature == pytest.approx(1 / sharpness, abs=0.01)
 
 
 def test_a_temperature_to_be_measured_needs_unseen_rows(
