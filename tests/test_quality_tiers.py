@@ -14,6 +14,7 @@ import yaml
 from command_line import ROOT
 from forked import ForkedCommands
 
+from benchmarks import readme
 from benchmarks.markdown_blocks import fill_page
 from benchmarks.quality import __main__ as runner
 from benchmarks.quality import collecting, goals, smollm2, tier_tables, tofu_1b, tofu_rows
@@ -524,11 +525,21 @@ def test_results_of_another_protocol_are_refused(in_tmp: Path) -> None:
         tier_tables.make_blocks(Path("results"))
 
 
-def test_the_page_has_the_tables_of_the_kept_results(tmp_path: Path) -> None:
-    page = tmp_path / "results.md"
-    shutil.copy(ROOT / "docs/results.md", page)
-    fill_page(page, tier_tables.make_blocks(RESULTS))
-    assert page.read_text(encoding="utf-8") == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        ("docs/results.md", lambda: tier_tables.make_blocks(RESULTS)),
+        ("README.md", lambda: {"comparison": readme.comparison_block()}),
+    ],
+    ids=["results", "readme"],
+)
+def test_the_pages_have_the_tables_of_the_kept_results(
+    page: str, blocks: Callable[[], dict[str, str]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "page.md"
+    shutil.copy(ROOT / page, copy)
+    fill_page(copy, blocks())
+    assert copy.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8")
 
 
 # End to end -----------------------------------------------------------------------------------------------------------
