@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_unlearn.data.example import IGNORED
+from lit_unlearn.models.packed_attention import segment_mask
 from lit_unlearn.models.packing import (
     QUADRATIC_LENGTH,
     ROW_LENGTHS,
@@ -16,7 +17,6 @@ from lit_unlearn.models.packing import (
     divide_evenly,
     divide_into_rows,
     pack,
-    segment_mask,
 )
 
 
