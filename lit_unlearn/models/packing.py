@@ -10,14 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_unlearn.data.example import IGNORED
 
-ROW_LENGTHS = (128, 192, 256, 320, 384, 448, 512)
-"""Tokens that a packed row may be aimed at, unless one sequence is longer."""
+ROW_LENGTH = 512
+"""Tokens of a packed row, unless one sequence is longer: the mask and the work of attention grow with its square.
 
-QUADRATIC_LENGTH = 2048
-"""Tokens of a row at which attention, whose work grows with its square, takes as long as everything else.
-
-Measured on two CPU cores with SmolLM2-135M's shape: about 1900 in bf16-mixed and 3600 in float32. Around the best length a step's time
-hardly changes, so that one number is enough.
+Lengths chosen from the sequences, by the work that is expected, were no faster (docs/speed.md).
 """
 
 SHORTEST_PREFIX = 8
@@ -42,30 +38,6 @@ def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
         shares[least].append(i)
         tokens[least] += lengths[i]
     return [sorted(share) for share in shares]
-
-
-def divide_into_rows(lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
-    """Divide sequences into the rows that are expected to take the least time.
-
-    Fewer rows leave less padding, and repeat fewer prefixes; shorter rows need less attention.
-
-    Args:
-        lengths: Tokens of each sequence, without the prefix.
-        prefix: Tokens that stand once at the beginning of each row.
-
-    Returns:
-        The indices of each row's sequences. They depend on nothing but the arguments, so that a resumed run has the same rows.
-    """
-    longest, total = max(lengths), sum(lengths)
-    numbers = {-(-total // max(length - prefix, longest)) for length in ROW_LENGTHS}
-    best: tuple[int, list[list[int]]] | None = None
-    for number in sorted(numbers):
-        rows = divide_evenly(lengths, number)
-        width = prefix + max(sum(lengths[i] for i in row) for row in rows)
-        cost = number * width * (QUADRATIC_LENGTH + width)
-        if best is None or cost < best[0]:
-            best = cost, rows
-    return [] if best is None else best[1]
 
 
 def count_shared_tokens(sequences: Sequence[Mapping[str, Tensor]]) -> int:
@@ -101,7 +73,10 @@ def pack(sequences: Sequence[Mapping[str, Tensor]], shared: int = 0) -> dict[str
         without labels. With ``shared`` tokens also ``segments``: 0 for these, else the number of the sequence in its row.
     """
     lengths = [len(sequence["input_ids"]) for sequence in sequences]
-    rows = divide_into_rows([length - shared for length in lengths], shared)
+    own_lengths = [length - shared for length in lengths]
+    # The rows depend on nothing but the lengths, so that a resumed run makes the same ones.
+    number = -(-sum(own_lengths) // max(ROW_LENGTH - shared, *own_lengths))
+    rows = divide_evenly(own_lengths, number)
     packed_rows, row_positions = [], []
     for row in rows:
         parts, positions = [], []
