@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 BOUNDS = "bounds"
-"""Key of a packed batch for `find_bounds` of its positions, on the CPU, so that nobody has to look at the device for it."""
+"""Key of a packed batch for `find_bounds` of its positions, as numbers: no value is read from the device for it."""
 
 TAKES_MASKS = ("sdpa", "eager", "flex_attention")
 """Implementations that follow any mask."""
@@ -58,7 +58,9 @@ def check_attention(model: PreTrainedModel, owner: object = None) -> None:
     if name == "flex_attention" and model.device.type == "cpu":
         message = "`attn_implementation` flex_attention has no backward pass on a CPU: leave it out, or use a GPU."
         raise ConfigError(message, owner=owner, argument="attn_implementation")
-    if uses_flash(config) and dtype == torch.float32:
+    # Of a quantised model, only what is not quantised has this dtype; it computes in another one.
+    is_quantized = getattr(model, "is_quantized", False)
+    if uses_flash(config) and dtype == torch.float32 and not is_quantized:
         message = f"`attn_implementation` {name} computes in 16 bits, but the weights have 32: train at `bf16-true`, or leave it out."
         raise ConfigError(message, owner=owner, argument="attn_implementation")
 
