@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import run_command
 
-from benchmarks import methods
+from benchmarks import generation, methods, nll
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,36 @@ def test_scaling_has_every_sweep(ran: tuple[Path, subprocess.CompletedProcess[st
     points = [point for sweep in results["sweeps"].values() for point in sweep.values()]
     assert all(order["seconds"] > 0 for point in points for order in point["orders"].values())
     assert results["dual_step"]["seconds"].keys() == {"DualAscent", "FixedMultiplier"}
+
+
+def test_every_nll_that_runs_here_gives_the_same_and_is_measured(tmp_path: Path) -> None:
+    options = ["--shapes", "toy", "--tokens", "40", "--rounds", "1", "--threads", "1", "--no-memory"]
+    nll.main([*options, "--output", f"{tmp_path}/nll.json"])
+    heads = json.loads((tmp_path / "nll.json").read_text(encoding="utf-8"))["heads"]
+    assert [head["dtype"] for head in heads] == ["float32", "bfloat16"]
+    for head in heads:
+        assert {"plain", "ours", "ours, in place"} <= head["functions"].keys()
+        assert head["functions"].keys() | head["missing"].keys() == nll.FUNCTIONS.keys()
+        assert head["functions"]["plain"]["time_ratio"] == 1
+
+
+def test_an_nll_that_gives_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(nll.FUNCTIONS, "ours", lambda *inputs: 1.01 * nll.compute_plain(*inputs))
+    with pytest.raises(RuntimeError, match="'ours'"):
+        nll.find_missing(nll.Head("toy", 40, torch.float32, "cpu", 1))
+
+
+def test_answers_are_those_of_plain_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--shape", "toy", "--prompts", "6", "--max-new-tokens", "8", "--batch-size", "4", "--rounds", "1"]
+    options += ["--threads", "1", "--output", f"{tmp_path}/generation.json"]
+    assert generation.main(options) == 0
+    results = json.loads((tmp_path / "generation.json").read_text(encoding="utf-8"))
+    assert results["same_texts"] == results["prompts"] == 6
+    assert 6 <= results["answer_tokens"] <= 6 * 8
+    assert min(results["tokens_per_second"].values()) > 0
+
+    monkeypatch.setattr(generation, "generate", lambda _lm, prompts, **_: ["another"] * len(prompts))
+    assert generation.main(options) == 1
 
 
 def test_methods_are_compared_and_a_failure_is_a_row(

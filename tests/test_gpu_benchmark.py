@@ -43,6 +43,11 @@ def test_every_stage_runs_on_a_cpu(smoke: tuple[int, Path]) -> None:
         tolerance = 0.02 if name == "QLoRA" else 0.005
         assert variants["variants"][name]["first_losses"] == pytest.approx(wanted, rel=tolerance), name
     assert all(name in format_results(results) for name in variants["variants"])
+    nll, generation = results["stages"]["nll"], results["stages"]["generation"]
+    assert {"plain", "ours", "torch"} <= nll["functions"].keys()
+    assert "Liger" in nll["missing"]
+    assert generation["same_texts"] == generation["prompts"]
+    assert f"{generation['prompts']} answers" in format_results(results)
 
 
 @pytest.mark.slow
@@ -68,7 +73,7 @@ def test_what_is_missing_or_failed_is_run_and_the_rest_is_kept(
     options = ["--smoke", "--output", str(file)]
     assert command.main([*options, "--stages", "step", "profile"]) == 1
     assert command.main(options) == 0
-    assert ran == ["step", "profile", "tests", "profile", "variants"]
+    assert ran == ["step", "profile", "tests", "profile", "variants", "nll", "generation"]
     assert command.main([*options, "--shape", "32k"]) == 2  # figures of two shapes in one file would be compared
     assert "'toy'" in capsys.readouterr().err
 

@@ -15,9 +15,11 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks.generation import compare_generation, make_random_model, make_random_prompts
 from benchmarks.gpu.profile import ProfiledStep
 from benchmarks.gpu.variants import VARIANTS, measure_variant
-from benchmarks.random_llama import Step, make_steps, make_tiny_step
+from benchmarks.nll import Head, compare_functions
+from benchmarks.random_llama import SHAPES, Step, count_answer_tokens, make_steps, make_tiny_step
 from benchmarks.step import JOINT, PLAIN, Job, compare_variant, describe_workload, measure_memory, measure_time
 from benchmarks.step_variants import Precision, first_loss_difference
 
@@ -62,6 +64,11 @@ class Scale:
         if device == "cpu":
             return cls(device, shape, "bf16-mixed", rows=3, rounds=1, steps=1)
         return cls(device, shape, _choose_precision(), rows=32, rounds=4, steps=3)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what has no mixed precision: 16 bits on a GPU that computes with them."""
+        return torch.float32 if self.device == "cpu" or self.precision == "32-true" else torch.bfloat16
 
     def job(self) -> LargeJob:
         """Return the job of `benchmarks.step`."""
@@ -176,9 +183,31 @@ def compare_variants(scale: Scale, save: Save) -> None:
         save({"variants": results})
 
 
+def compare_nll(scale: Scale, save: Save) -> None:
+    """Measure the head's NLL, ours and others', on as many tokens as a stream's answers have in a step.
+
+    Memory only on a GPU: on a CPU, each function would take a process of its own.
+    """
+    steps = scale.job().make_steps()
+    tokens = count_answer_tokens(steps, "retain") // len(steps)
+    head = Head(scale.shape, tokens, scale.dtype, scale.device, torch.get_num_threads())
+    save(compare_functions(head, 5 * scale.rounds, with_memory=scale.device == "cuda"))
+
+
+def compare_answers(scale: Scale, save: Save) -> None:
+    """Measure generation beside plain `transformers.generate`."""
+    shape = SHAPES[scale.shape]
+    lm = make_random_model(shape, scale.device, scale.dtype)
+    prompts = make_random_prompts(shape, scale.rows)
+    longest = 8 if scale.device == "cpu" else 64
+    save(compare_generation(lm, prompts, longest, batch_size=max(1, scale.rows // 2), rounds=min(3, scale.rounds)))
+
+
 STAGES: dict[str, Callable[[Scale, Save], None]] = {
     "tests": run_tests,
     "step": compare_step,
     "profile": profile_step,
     "variants": compare_variants,
+    "nll": compare_nll,
+    "generation": compare_answers,
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.markdown_blocks import markdown_table
 from benchmarks.memory import format_mib
+from benchmarks.nll import HEADERS, list_rows
 from benchmarks.random_llama import Shape
 
 STEP_HEADER = ["", "s/step", "ratio", "tokens/s", "share of the floor", "peak MiB", "extra MiB", "ratio"]
@@ -23,6 +24,8 @@ def format_results(results: dict[str, Any]) -> str:
         "step": _format_step,
         "profile": _format_profile,
         "variants": _format_variants,
+        "nll": _format_nll,
+        "generation": _format_generation,
     }.items():
         stage = results["stages"].get(name, {"is_done": False, "error": "not run"})
         if stage["error"] is not None:
@@ -82,3 +85,18 @@ def _format_variants(stage: dict[str, Any]) -> str:
         seconds, rate = f"{values['seconds']:.3g}", f"{values['tokens_per_second']:,.0f}"
         rows.append([name, seconds, rate, format_mib(values["peak_bytes"]), losses])
     return markdown_table(VARIANT_HEADER, rows)
+
+
+def _format_nll(stage: dict[str, Any]) -> str:
+    what = f"NLL of {stage['tokens']} tokens, head {stage['hidden']} × {stage['vocabulary']:,}, {stage['dtype']}"
+    missing = "".join(f" Not measured: {name} ({reason})." for name, reason in stage["missing"].items())
+    return f"{what}.{missing}\n\n{markdown_table(HEADERS, list_rows(stage))}"
+
+
+def _format_generation(stage: dict[str, Any]) -> str:
+    rates = stage["tokens_per_second"]
+    return (
+        f"{stage['prompts']} answers of {stage['max_new_tokens']} tokens, {stage['dtype']}: {rates['ours']:,.0f} tokens/s, and "
+        f"{rates['plain']:,.0f} with `transformers.generate` in batches of {stage['batch_size']} (ratio of the time "
+        f"{stage['time_ratio']:.2f}); {stage['same_texts']} of {stage['prompts']} texts are the same."
+    )

@@ -17,7 +17,7 @@ from lit_unlearn.models import adapter_configs, adapters, exported_weights, gene
 from lit_unlearn.models.activation_checkpointing import checkpoint_activations
 from lit_unlearn.models.files import ModelFiles
 from lit_unlearn.models.older_keys import write_older_keys
-from lit_unlearn.models.packing import separates_packed_sequences, shares_first_tokens
+from lit_unlearn.models.packed_attention import check_attention, separates_packed_sequences, shares_first_tokens
 from lit_unlearn.models.probing import has_linear_head
 from lit_unlearn.models.prompts import encode_prompts
 from lit_unlearn.models.sampling import Sampling
@@ -50,7 +50,7 @@ class LanguageModel(SupervisedModel):
         use_safetensors: Whether to insist on safetensors; other weight files can run code when loaded.
         gguf_file: Name of the GGUF file in ``model`` that has the weights. They are loaded as floats, and exported as
             safetensors. The tokenizer is the file's, unless ``tokenizer`` is given.
-        attn_implementation: Passed to transformers; ``None`` for its default.
+        attn_implementation: Passed to transformers; ``None`` for its default. See `packed_attention` for what each one is told.
         chunk_size: Vocabulary entries (tokens for `map_logits`) per chunk of the head; ``None`` for a memory budget.
         adapter: Fields of a peft config, such as ``r`` and ``lora_alpha``: the adapter is trained in place of the model.
             ``peft_type`` defaults to LoRA, ``target_modules`` to every linear layer but the head.
@@ -237,6 +237,7 @@ class LanguageModel(SupervisedModel):
                 "together; set `tokenizer` to the model's own."
             )
             raise ModelError(message, owner=self, argument="tokenizer")
+        check_attention(adapters.inner_model(model), owner=self)
         # from_pretrained leaves a model in evaluation mode, and Lightning would keep it there.
         self.model = model.train()
         self.linear_head = has_linear_head(self.causal_lm)

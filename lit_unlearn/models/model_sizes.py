@@ -15,7 +15,7 @@ from lit_unlearn.models import adapter_configs, adapters, loading
 from lit_unlearn.models.blocks import find_blocks
 from lit_unlearn.models.files import ADAPTER_CONFIG, ModelFiles
 from lit_unlearn.models.language_model import LanguageModel
-from lit_unlearn.models.packing import takes_whole_masks
+from lit_unlearn.models.packed_attention import takes_whole_masks
 
 # Settings of a head that is not plain linear: the losses then read the logits of every token, see `has_linear_head`.
 _CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")

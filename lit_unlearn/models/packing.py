@@ -3,90 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_unlearn.data.example import IGNORED
-from lit_unlearn.models.evaluation_mode import evaluation_mode
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+ROW_LENGTH = 512
+"""Tokens of a packed row, unless one sequence is longer: the mask and the work of attention grow with its square.
 
-
-ROW_LENGTHS = (128, 192, 256, 320, 384, 448, 512)
-"""Tokens that a packed row may be aimed at, unless one sequence is longer."""
-
-QUADRATIC_LENGTH = 2048
-"""Tokens of a row at which attention, whose work grows with its square, takes as long as everything else.
-
-Measured on two CPU cores with SmolLM2-135M's shape: about 1900 in bf16-mixed and 3600 in float32. Around the best length a step's time
-hardly changes, so that one number is enough.
+Lengths chosen from the sequences, by the work that is expected, were no faster (docs/speed.md).
 """
 
 SHORTEST_PREFIX = 8
 """Common first tokens that are shared; fewer are not worth a mask."""
-
-
-def is_packed(batch: Mapping[str, Tensor]) -> bool:
-    """Return whether the rows of a batch hold several sequences each."""
-    return "position_ids" in batch and "attention_mask" not in batch
-
-
-def separates_packed_sequences(model: PreTrainedModel) -> bool:
-    """Return whether no sequence sees the one before it in its row. Where it does, losses would be silently wrong.
-
-    transformers separates packed sequences where the model hands the positions on to the mask; not every model does.
-
-    Args:
-        model: Any causal LM; its trunk runs once on two short rows, without dropout.
-    """
-    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
-    # The second half of both rows is the same sequence, and follows different ones.
-    rows = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7, 8, 1, 2, 3, 4]], device=embeddings.device)
-    positions = torch.arange(4, device=rows.device).repeat(2, 2)
-    with evaluation_mode(model):
-        output = model.base_model(input_ids=rows % embeddings.shape[0], position_ids=positions, use_cache=False)[0]
-
-    first, second = output[:, 4:].float()
-    return _is_same(second, first, output.dtype)
-
-
-def shares_first_tokens(model: PreTrainedModel) -> bool:
-    """Return whether a model takes `segment_mask`, and so lets sequences share their first tokens.
-
-    Args:
-        model: Any causal LM that separates packed sequences; its trunk runs twice on short rows, without dropout.
-    """
-    if not takes_whole_masks(model.config):
-        return False
-    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
-    apart = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]], device=embeddings.device) % embeddings.shape[0]
-    together = torch.cat([apart[0], apart[1, 3:]])[None]
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=apart.device)
-    mask = segment_mask(torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]], device=apart.device))
-    with evaluation_mode(model):
-        expected = model.base_model(input_ids=apart, use_cache=False)[0].float()
-        output = model.base_model(input_ids=together, position_ids=positions, attention_mask=mask, use_cache=False)[0]
-    expected = torch.cat([expected[0], expected[1, 3:]])
-    return _is_same(output[0].float(), expected, output.dtype)
-
-
-def takes_whole_masks(config: PreTrainedConfig) -> bool:
-    """Return whether a mask of the caller's is all that decides what a token sees, judging by the config alone."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    # A window counts the tokens of the row, in which a sequence's own tokens are apart from the shared ones.
-    has_window = getattr(text, "sliding_window", None) is not None or kinds != {"full_attention"}
-    return not has_window and config._attn_implementation in ("sdpa", "eager")
-
-
-def _is_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    # Measured at random weights: exactly 0 where sequences are kept apart, 0.2 for OPT and GPT-OSS, 0.006 for BLOOM.
-    tolerance = max(1e-4, 2 * torch.finfo(dtype).eps)
-    return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
 def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -107,30 +38,6 @@ def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
         shares[least].append(i)
         tokens[least] += lengths[i]
     return [sorted(share) for share in shares]
-
-
-def divide_into_rows(lengths: Sequence[int], prefix: int = 0) -> list[list[int]]:
-    """Divide sequences into the rows that are expected to take the least time.
-
-    Fewer rows leave less padding, and repeat fewer prefixes; shorter rows need less attention.
-
-    Args:
-        lengths: Tokens of each sequence, without the prefix.
-        prefix: Tokens that stand once at the beginning of each row.
-
-    Returns:
-        The indices of each row's sequences. They depend on nothing but the arguments, so that a resumed run has the same rows.
-    """
-    longest, total = max(lengths), sum(lengths)
-    numbers = {-(-total // max(length - prefix, longest)) for length in ROW_LENGTHS}
-    best: tuple[int, list[list[int]]] | None = None
-    for number in sorted(numbers):
-        rows = divide_evenly(lengths, number)
-        width = prefix + max(sum(lengths[i] for i in row) for row in rows)
-        cost = number * width * (QUADRATIC_LENGTH + width)
-        if best is None or cost < best[0]:
-            best = cost, rows
-    return [] if best is None else best[1]
 
 
 def count_shared_tokens(sequences: Sequence[Mapping[str, Tensor]]) -> int:
@@ -166,7 +73,10 @@ def pack(sequences: Sequence[Mapping[str, Tensor]], shared: int = 0) -> dict[str
         without labels. With ``shared`` tokens also ``segments``: 0 for these, else the number of the sequence in its row.
     """
     lengths = [len(sequence["input_ids"]) for sequence in sequences]
-    rows = divide_into_rows([length - shared for length in lengths], shared)
+    own_lengths = [length - shared for length in lengths]
+    # The rows depend on nothing but the lengths, so that a resumed run makes the same ones.
+    number = -(-sum(own_lengths) // max(ROW_LENGTH - shared, *own_lengths))
+    rows = divide_evenly(own_lengths, number)
     packed_rows, row_positions = [], []
     for row in rows:
         parts, positions = [], []
@@ -191,21 +101,6 @@ def pack(sequences: Sequence[Mapping[str, Tensor]], shared: int = 0) -> dict[str
         tail = torch.arange(width - len(position)) % max(lengths)
         all_positions.append(torch.cat([position, tail]))
     return {**packed, "position_ids": torch.stack(all_positions).to(packed["input_ids"].device)}
-
-
-def segment_mask(segments: Tensor) -> Tensor:
-    """Return which tokens of its row each token sees: those before it of its own segment, and the shared ones.
-
-    Args:
-        segments: From `pack`, shape ``(R, L)``.
-
-    Returns:
-        bool, shape ``(R, 1, L, L)``, as transformers takes it.
-    """
-    length = segments.shape[1]
-    sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    # No token comes after the tail, which passes for shared.
-    return (sees & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()).unsqueeze(1)
 
 
 def pack_or_pad(

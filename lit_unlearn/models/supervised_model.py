@@ -18,7 +18,7 @@ from lit_unlearn.errors import BatchError
 from lit_unlearn.models import adapters
 from lit_unlearn.models.embedding_gradient import adding_to_gradient
 from lit_unlearn.models.evaluation_mode import evaluation_mode
-from lit_unlearn.models.packing import is_packed, segment_mask
+from lit_unlearn.models.packed_attention import is_packed, packed_arguments
 from lit_unlearn.models.tokens import Alignment, Batch, OtherModel, SupervisedTokens, TokenIndex, locate
 from lit_unlearn.models.weights import TemporaryValues
 
@@ -216,8 +216,8 @@ class SupervisedModel(nn.Module):
                 "rows, `input_ids` with `attention_mask`, and no `position_ids`."
             )
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-        if "segments" in batch:
-            inputs["attention_mask"] = segment_mask(batch["segments"])
+        if is_packed(batch):
+            inputs |= packed_arguments(self.causal_lm, batch)
         states, activations = self._run_trunk(self.causal_lm, inputs, layers)
         tokens = [token_index.gather(states, activations) for token_index in indices]
         if reference:
@@ -231,7 +231,7 @@ class SupervisedModel(nn.Module):
         return compute(*tokens)
 
     def _run_trunk(
-        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run a model up to its head; return the last states, or logits, and the outputs of layers, ``(B · T, ·)`` each."""
         trunk: Any = model.base_model if self.linear_head else model

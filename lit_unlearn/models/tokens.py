@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import BatchError
-from lit_unlearn.models.packing import is_packed
+from lit_unlearn.models.packed_attention import is_packed
 from lit_unlearn.models.transfer import send
 
 Alignment = Literal["next_token", "label"]

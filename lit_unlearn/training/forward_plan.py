@@ -16,7 +16,8 @@ from lit_unlearn.data.batches import VISIBLE, pack_visible, to_sequence
 from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import BatchError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens, TokenIndex, locate
-from lit_unlearn.models.packing import divide_evenly, is_packed
+from lit_unlearn.models.packed_attention import BOUNDS, find_bounds, is_packed
+from lit_unlearn.models.packing import divide_evenly
 from lit_unlearn.models.tokens import check_batch
 from lit_unlearn.models.transfer import drop_full_mask, known_packing, send
 from lit_unlearn.objectives import Need, Objective
@@ -88,7 +89,9 @@ class ForwardPass(NamedTuple):
             return [readers[term](lm, seen) for term, seen in zip(self.terms, tokens, strict=True)]
 
         batch = drop_full_mask(self.batch)
-        sent = {key: send(value, device) for key, value in batch.items()}
+        sent: dict[str, Any] = {key: send(value, device) for key, value in batch.items()}
+        if is_packed(batch):
+            sent[BOUNDS] = find_bounds(batch["position_ids"])
         indices = [index.to(device) for index in self.indices]
         others = {"reference": self.reference, "teacher": self.teacher}
         with known_packing(batch, device):

@@ -15,7 +15,7 @@ from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.data.example import Example, has_supervised_token
 from lit_unlearn.errors import BatchError, CheckpointError, ConfigError
 from lit_unlearn.models import Batch, LanguageModel, SupervisedTokens
-from lit_unlearn.models.packing import is_packed
+from lit_unlearn.models.packed_attention import is_packed
 from lit_unlearn.objectives import NLL
 from lit_unlearn.training.forward_plan import ANSWERS_READ, Answer, Term, as_examples, build_forward_plan, select_answer
 from lit_unlearn.training.run_folder import is_dry_run

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_unlearn import NLL, LanguageModel, LogitMargin, Objective
-from lit_unlearn.models.packing import count_shared_tokens, pack, separates_packed_sequences
+from lit_unlearn.models.packed_attention import separates_packed_sequences
+from lit_unlearn.models.packing import count_shared_tokens, pack
 
 VOCAB = 64
 LENGTHS = [9, 5, 7]

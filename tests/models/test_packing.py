@@ -8,15 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_unlearn.data.example import IGNORED
+from lit_unlearn.models.packed_attention import segment_mask
 from lit_unlearn.models.packing import (
-    QUADRATIC_LENGTH,
-    ROW_LENGTHS,
+    ROW_LENGTH,
     SHORTEST_PREFIX,
     count_shared_tokens,
     divide_evenly,
-    divide_into_rows,
     pack,
-    segment_mask,
 )
 
 
@@ -50,7 +48,7 @@ def test_rows_are_bounded_and_hold_every_sequence_with_its_positions(lengths: li
     rows, width = packed["input_ids"].shape
     # nearly equal: a row is fuller than the average by less than one sequence
     assert width <= max(*lengths, 0, sum(lengths) / rows + max(lengths))
-    assert width <= ROW_LENGTHS[-1] + max(lengths)
+    assert width <= ROW_LENGTH + max(lengths)
     assert int(packed["position_ids"].max()) < max(lengths)  # also in the tails: positions are what a model has
     found = {}
     for ids, positions, labels in zip(*(packed[k] for k in ("input_ids", "position_ids", "labels")), strict=True):
@@ -70,25 +68,6 @@ def test_little_is_wasted_on_rows_like_tofus() -> None:
     packed = pack(sequences(lengths))
     assert sum(lengths) / packed["input_ids"].numel() > 0.9
     assert sum(lengths) / (32 * max(lengths)) == pytest.approx(0.64, abs=0.08)  # what padding would make of it
-
-
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=24), st.integers(0, 40))
-def test_no_other_length_of_rows_is_expected_to_be_faster(lengths: list[int], prefix: int) -> None:
-    def cost(rows: list[list[int]]) -> int:
-        width = prefix + max(sum(lengths[i] for i in row) for row in rows)
-        return len(rows) * width * (QUADRATIC_LENGTH + width)
-
-    rows = divide_into_rows(lengths, prefix)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    for limit in ROW_LENGTHS:
-        number = -(-sum(lengths) // max(limit - prefix, *lengths, 1))
-        assert cost(rows) <= cost(divide_evenly(lengths, number))
-
-
-def test_the_length_of_rows_follows_the_examples() -> None:
-    # What short rows spare in attention, longer ones spare in padding.
-    assert len(divide_into_rows([80] * 8)) == 4
-    assert len(divide_into_rows([100, 100, 100, 20])) == 1
 
 
 # Shared first tokens --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from objectives.forms import CASES
 from objectives.models import VOCAB, build
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import modeling_flash_attention_utils
 
 from lit_unlearn import (
     NLL,
@@ -159,6 +160,32 @@ def test_shared_first_tokens_need_no_look(meta_trainer: MakeTrainer, read_back: 
     assert "segments" in forward_pass.batch
     meta_trainer().fit(module, DataLoader([step] * 2, batch_size=None))
     assert read_back.count == 2
+
+
+def test_flash_attention_is_told_where_sequences_begin(
+    meta_trainer: MakeTrainer, read_back: ReadBack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = []
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, causal: bool, **_: Any
+    ) -> Tensor:
+        """Takes what the package's function takes, which needs a GPU, and returns the shape."""
+        assert cu_seqlens_q.device == q.device == torch.device("meta")
+        longest.append(max_seqlen_q)
+        return q + k.mean() + v.mean()
+
+    functions = (
+        (None, attend, None, None, None),
+        (modeling_flash_attention_utils._lazy_define_process_function(attend), dict),
+    )
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_, **__: functions)
+    module = unlearner(model_with_others("llama"), LogitMargin())
+    module.lm.causal_lm.config._attn_implementation = "flash_attention_2"
+    module.lm.shares_prefix = False
+    meta_trainer().fit(module, steps(UNEQUAL))
+    assert read_back.count == 2
+    assert set(longest) == {max(UNEQUAL)}
 
 
 def test_finetuning_reads_back_once_per_step(meta_trainer: MakeTrainer, read_back: ReadBack) -> None:
