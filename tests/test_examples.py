@@ -168,6 +168,28 @@ def test_one_command_takes_a_customer_out_of_a_chat_file(run: Run, target: Path,
     assert not torch.equal(weights(tmp_path / "out/target"), weights(tmp_path / "out/unlearned"))
 
 
+def test_processes_share_a_search(target: Path, tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna", reason='pip install -e ".[neighbours]" is missing')
+    storage = f"sqlite:///{tmp_path}/search.db"
+    # The tables of the storage are made once, before two processes look for them.
+    study = optuna.create_study(study_name="search", storage=storage)
+    script = str(EXAMPLES / "optuna_search.py")
+    command = [sys.executable, script, f"--model={target}", "--output=out", f"--storage={storage}", "--epochs=1"]
+    with (tmp_path / "log.txt").open("w") as log:
+        processes = [subprocess.Popen([*command, "--trials=1"], cwd=tmp_path, stdout=log, stderr=log) for _ in range(2)]
+        assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "log.txt").read_text("utf-8")
+
+    assert [trial.number for trial in study.trials] == [0, 1]
+    assert study.trials[0].params != study.trials[1].params
+    printed = (tmp_path / "log.txt").read_text("utf-8")
+    for trial in study.trials:
+        report = json.loads((tmp_path / f"out/trial_{trial.number}_run/version_0/report.json").read_text("utf-8"))
+        assert trial.value == report["after"]["forget/probability"]
+        assert trial.constraints == {"nll": -report["constraints"]["nll"]["slack"]}
+        assert f"trial {trial.number}: probability {trial.value:.4f}" in printed
+    assert len(Path(script).read_text("utf-8").splitlines()) < 40
+
+
 def test_the_page_has_every_example() -> None:
     named = set(re.findall(r"python examples/(\w+\.py)", (EXAMPLES / "README.md").read_text("utf-8")))
     assert named == {path.name for path in EXAMPLES.glob("*.py")}

@@ -32,6 +32,7 @@ PLACES = (
     ("The export", "export", ("callbacks.ExportModel",)),
     ("The report", "report", ("callbacks.RunReport",)),
     ("The pictures", "picture", ("callbacks.RunPicture",)),
+    ("Files for the loggers", "attach", ("callbacks.AttachFiles",)),
     ("The logs", "logs", ("cli.trainer.Logs",)),
     ("The audit's policy", "audit", ("callbacks.audit.AuditPlan",)),
     ("A limit of damage", "damage", ("callbacks.StopAtDamage",)),

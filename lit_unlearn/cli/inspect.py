@@ -6,16 +6,17 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import dropwhile, groupby, takewhile
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 
+from lit_unlearn.cli.answer_page import AnswerPage
 from lit_unlearn.cli.compare import shorten_names
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.encoding_settings import EncodingSettings
@@ -24,22 +25,14 @@ from lit_unlearn.data.formats import Conversation, RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
-from lit_unlearn.evaluation.inspection import Answer, Asked, ask_model, describe_replies, mean_scores
-from lit_unlearn.evaluation.tables import format_table
+from lit_unlearn.evaluation.inspection import Asked, Reply, ask_model, describe_replies
+from lit_unlearn.evaluation.served import KEY_VARIABLE, ServedModel
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
 
 # With its right answer, where that is known. What a conversation asks is all that stands before its last turn.
 Question = tuple[str | Conversation, str | None]
-# A character, and the eighth that the probability of its token is in.
-Cell = tuple[str, int]
-
-# For a token's probability, in eighths.
-_BARS = "▁▂▃▄▅▆▇█"
-# The same on a terminal of 256 colours: orange to blue, which no colour-blindness confuses.
-_COLOURS = (166, 208, 215, 223, 195, 153, 75, 32)
-_END_MARK, _EXACT_MARK = "∎", "✓"
-_BOLD, _RESET = "\x1b[1m", "\x1b[0m"
+Model = LanguageModel | ServedModel
 
 
 def build_parser() -> CommandParser:
@@ -47,10 +40,19 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="lit-unlearn inspect",
         description="Asks models the same questions; shows their answers and the probability of every token.",
-        epilog="Without --questions or -q, questions are typed, or piped in: one a line, up to an empty line or the end.",
+        epilog="Without --questions or -q, questions are typed, or piped in: one a line, up to an empty line or the end. "
+        f"The key of a server, where it needs one, is read from {KEY_VARIABLE}.",
     )
     parser.add_argument(
-        "models", nargs="+", type=str, metavar="MODEL", help="Model directories or hub names, such as before and after."
+        "models", nargs="*", type=str, metavar="MODEL", help="Model directories or hub names, such as before and after."
+    )
+    parser.add_argument(
+        "--url",
+        type=str,
+        help="Ask an OpenAI-compatible server as well: what precedes /chat/completions, such as …/v1.",
+    )
+    parser.add_argument(
+        "--served_model", type=str, metavar="NAME", help="The server's name of the model, if it lists several."
     )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="A .json, .jsonl, .csv or .parquet file.")
     parser.add_argument("-q", dest="question", action="append", metavar="TEXT", help="A question; may be repeated.")
@@ -96,10 +98,7 @@ def run(arguments: list[str]) -> None:
     check_chat(chat, template)
     encoding = EncodingSettings(template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens)
 
-    # In a directory's name such as Llama-3.2-1B, ".2-1B" is no suffix: a real one is added, for `shorten_names` to cut off.
-    files = [Path(f"{Path(model).absolute()}.model") for model in options.models]
-    models = {name: LanguageModel(model) for name, model in zip(shorten_names(files), options.models, strict=True)}
-
+    models = _find_models(options)
     page = AnswerPage(shutil.get_terminal_size().columns, _use_colours(options))
     is_dialogue = not (options.questions or options.question) and sys.stdin.isatty() and sys.stdout.isatty()
     if is_dialogue:
@@ -108,7 +107,7 @@ def run(arguments: list[str]) -> None:
         answered = _answer_questions(models, _read_questions(options), options, encoding)
 
     if options.format == "json":
-        content = {"models": {name: lm.name for name, lm in models.items()}, **describe_replies(answered)}
+        content = {"models": {name: model.name for name, model in models.items()}, **describe_replies(answered)}
         text = json.dumps(content, indent=2, ensure_ascii=False)
     else:
         text = page.format_page(answered)
@@ -124,6 +123,46 @@ def _use_colours(options: Namespace) -> bool:
         return bool(options.color == "always")
     to_terminal = options.output is None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return to_terminal and not os.environ.get("NO_COLOR")
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def _find_models(options: Namespace) -> dict[str, Model]:
+    """Return the models that are to be asked by the names they are shown by; none is loaded yet."""
+    # In a directory's name such as Llama-3.2-1B, ".2-1B" is no suffix: a real one is added, for `shorten_names` to cut off.
+    files = [Path(f"{Path(model).absolute()}.model") for model in options.models]
+    models: dict[str, Model] = {}
+    for name, model in zip(shorten_names(files), options.models, strict=True):
+        models[name] = LanguageModel(model)
+    if options.url is not None:
+        served = ServedModel(options.url, options.served_model, os.environ.get(KEY_VARIABLE, "").strip())
+        models[f"{Path(served.name).name} at {urlsplit(served.url).netloc}"] = served
+    elif options.served_model is not None:
+        raise ConfigError("--served_model is a model of a server: give its address as --url.")
+    if not models:
+        raise ConfigError("there is no model to ask: give MODEL, or --url for one behind a server.")
+    return models
+
+
+def _load_model(model: Model, dtype: str) -> None:
+    if isinstance(model, LanguageModel):
+        model.load(getattr(torch, dtype))
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _ask(
+    model: Model,
+    question: str | Conversation,
+    right: str | None,
+    options: Namespace,
+    encoding: EncodingSettings,
+    number: int,
+) -> Reply:
+    settings = {"encoding": encoding, "max_new_tokens": options.max_new_tokens}
+    if isinstance(model, ServedModel):
+        return model.ask(question, right, **settings)
+    return ask_model(model, question, right, **settings, number=number)
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -179,13 +218,8 @@ def _read_question_file(options: Namespace) -> list[Question]:
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-def _load_model(lm: LanguageModel, dtype: str) -> None:
-    lm.load(getattr(torch, dtype))
-    lm.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _answer_questions(
-    models: Mapping[str, LanguageModel],
+    models: Mapping[str, Model],
     questions: Sequence[Question],
     options: Namespace,
     encoding: EncodingSettings,
@@ -195,32 +229,29 @@ def _answer_questions(
         text = question.question if isinstance(question, Conversation) else question
         answered.append(Asked(text, right, replies={}))
     # One model after the other answers all questions, so that only one is in memory.
-    for name, lm in models.items():
-        _load_model(lm, options.dtype)
+    for name, model in models.items():
+        _load_model(model, options.dtype)
         for number, (question, right) in enumerate(questions):
-            answered[number].replies[name] = ask_model(
-                lm, question, right, encoding=encoding, max_new_tokens=options.max_new_tokens, number=number
-            )
-        lm.model = None
+            answered[number].replies[name] = _ask(model, question, right, options, encoding, number)
+        if isinstance(model, LanguageModel):
+            model.model = None
     return answered
 
 
 def _answer_typed_questions(
-    models: Mapping[str, LanguageModel], options: Namespace, encoding: EncodingSettings, page: AnswerPage
+    models: Mapping[str, Model], options: Namespace, encoding: EncodingSettings, page: AnswerPage
 ) -> list[Asked]:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` arrow keys and a history)
-    for lm in models.values():
-        _load_model(lm, options.dtype)
+    for model in models.values():
+        _load_model(model, options.dtype)
     answered: list[Asked] = []
     print(f"{page.format_legend()}\n\nAsk {' and '.join(models)}; an empty line ends.")
     try:
         while question := input("\n> ").strip():
             replies = {}
-            for name, lm in models.items():
-                replies[name] = ask_model(
-                    lm, question, encoding=encoding, max_new_tokens=options.max_new_tokens, number=len(answered)
-                )
+            for name, model in models.items():
+                replies[name] = _ask(model, question, None, options, encoding, len(answered))
             # Only now: Ctrl-C may have come between two models, and then the question does not count.
             answered.append(Asked(question, None, replies))
             print(f"\n{page.format_answers(answered[-1])}")
@@ -229,95 +260,3 @@ def _answer_typed_questions(
     except (EOFError, KeyboardInterrupt):
         print()
     return answered
-
-
-# The page -------------------------------------------------------------------------------------------------------------
-
-
-class AnswerPage(NamedTuple):
-    """Answers for a terminal: every token above a bar as high as its probability, or on a colour for it.
-
-    Args:
-        width: Of a line, in characters.
-        coloured: Whether the terminal shows 256 colours.
-    """
-
-    width: int
-    coloured: bool
-
-    def format_page(self, answered: Sequence[Asked]) -> str:
-        """Return all questions with their answers and, where there are right ones, the means over all."""
-        blocks = [self.format_legend(any(question.answer is not None for question in answered))]
-        for question in answered:
-            text = textwrap.fill(_make_printable(question.question), self.width)
-            blocks.append(f"{_BOLD}{text}{_RESET}" if self.coloured else text)
-            blocks.append(self.format_answers(question))
-        if means := mean_scores(answered):
-            rows = []
-            for name, mean in means.items():
-                rows.append([name, f"{mean['probability']:.3g}", f"{mean['exact']:.0%}"])
-            blocks.append(format_table(rows, [f"questions: {len(answered)}", "answer probability", "exact answers"]))
-        return "\n\n".join(blocks)
-
-    def format_legend(self, right: bool = False) -> str:
-        """Return what the signs mean, also those beside ``right`` answers."""
-        scale = "".join(_paint_text(" ", level) for level in range(8)) if self.coloured else _BARS
-        signs = f"probability of each token: 0 {scale} 1   {_END_MARK} end of the answer"
-        if not right:
-            return signs
-        return f"{signs}   {_EXACT_MARK} the right one\nright: the right answer, and its answer probability"
-
-    def format_answers(self, answered: Asked) -> str:
-        """Return each model's answer and, where that is not the right one, how probable it finds the right one."""
-        name_width = max(map(len, answered.replies)) + 2
-        lines: list[str] = []
-        for name, reply in answered.replies.items():
-            label = f"{name:<{name_width}}"
-            if not reply.exact:
-                lines += self._format_answer(f"{label}{'says':<{6 if reply.expected is None else 15}}", reply.generated)
-                label = " " * name_width
-            if reply.expected is not None:
-                kind = f"says {_EXACT_MARK}" if reply.exact else "right"
-                lines += self._format_answer(f"{label}{kind:<6} {reply.expected.probability:<8.2g}", reply.expected)
-        return "\n".join(lines)
-
-    def _format_answer(self, label: str, answer: Answer) -> Iterator[str]:
-        indent = f"  {label}"
-        for cells in _wrap_cells(_answer_cells(answer), max(self.width - len(indent), 20)):
-            text = "".join(char for char, _ in cells)
-            if self.coloured:
-                painted = ""
-                for level, run_of_cells in groupby(cells, key=lambda cell: cell[1]):
-                    painted += _paint_text("".join(char for char, _ in run_of_cells), level)
-                yield indent + painted
-            else:
-                yield indent + text
-                yield " " * len(indent) + "".join(_BARS[level] for _, level in cells)
-            indent = " " * len(indent)
-
-
-def _answer_cells(answer: Answer) -> list[Cell]:
-    tokens = [*answer.tokens[:-1], _END_MARK if answer.ended else f"{answer.tokens[-1]}…"]
-    cells: list[Cell] = []
-    for token, probability in zip(tokens, answer.probabilities, strict=True):
-        level = min(int(8 * probability), 7)
-        cells += [(char, level) for char in _make_printable(token)]
-    return list(dropwhile(lambda cell: cell[0] == " ", cells))
-
-
-def _wrap_cells(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
-    # textwrap knows texts only; here every character brings its token's probability along.
-    while len(cells) > width:
-        space = next((i for i in range(width, 0, -1) if cells[i][0] == " "), None)
-        yield cells[: space or width]
-        cells = cells[space + 1 if space else width :]
-    yield cells
-
-
-def _paint_text(text: str, level: int) -> str:
-    return f"\x1b[38;5;16;48;5;{_COLOURS[level]}m{text}{_RESET}"
-
-
-def _make_printable(text: str) -> str:
-    # Control characters in a model's answer would steer the terminal.
-    return "".join(char if char.isprintable() else "\ufffd" for char in text.replace("\n", "↵"))

@@ -11,8 +11,9 @@ from jsonargparse.typing import PositiveInt
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, reading
-from lit_unlearn.evaluation.judge import RequestFailed, judge_results, judge_table
-from lit_unlearn.evaluation.judge_client import KEY_VARIABLE, Endpoint, ReplyCache, request_replies
+from lit_unlearn.evaluation.endpoint import Endpoint, RequestFailed
+from lit_unlearn.evaluation.judge import judge_results, judge_table
+from lit_unlearn.evaluation.judge_client import KEY_VARIABLE, ReplyCache, request_replies
 from lit_unlearn.utils.io import read_json, write_json
 
 _URL_VARIABLE, _MODEL_VARIABLE = "LIT_UNLEARN_JUDGE_URL", "LIT_UNLEARN_JUDGE_MODEL"
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> None:
     results = _read_results(options.results)
     url = _require_setting("url", options.url, _URL_VARIABLE)
     model = _require_setting("model", options.model, _MODEL_VARIABLE)
-    endpoint = Endpoint(url, model, os.environ.get(KEY_VARIABLE, "").strip())
+    endpoint = Endpoint(url, model, os.environ.get(KEY_VARIABLE, "").strip(), "judge", KEY_VARIABLE)
     cache = ReplyCache(model, options.cache)
 
     def ask_judge(prompts: Sequence[str]) -> Mapping[str, str | RequestFailed]:

@@ -11,6 +11,7 @@ from lit_unlearn.errors import LitUnlearnError
 
 # Classes that a configuration names by their place, and not by a class_path.
 _PLACES = {
+    "AttachFiles": "attach",
     "AuditPlan": "audit",
     "Constraint": "model.constraints.*",
     "ExportModel": "export",

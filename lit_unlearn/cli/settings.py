@@ -26,7 +26,7 @@ from lit_unlearn.utils.validation import list_names
 
 # Keys that may differ in a resumed run without a word.
 _MAY_DIFFER = ("ckpt_path", "logs", "trainer.logger", "trainer.callbacks")
-_PRINTED_FIRST = ("model", "data", "trainer", "logs", "report", "picture", "export", "audit", "damage")
+_PRINTED_FIRST = ("model", "data", "trainer", "logs", "report", "picture", "export", "attach", "audit", "damage")
 _NOT_SET = "# not set"
 
 

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_unlearn import training  # noqa: F401
 from lit_unlearn.callbacks import (
+    AttachFiles,
     ExportModel,
     RunPicture,
     RunReport,
@@ -118,6 +119,7 @@ class UnlearnCLI(LightningCLI):
         parser.add_class_arguments(RunReport, "report")
         parser.add_class_arguments(RunPicture, "picture")
         parser.add_class_arguments(ExportModel, "export")
+        parser.add_class_arguments(AttachFiles, "attach")
         parser.add_class_arguments(AuditPlan, "audit")
         parser.add_class_arguments(StopAtDamage, "damage")
         parser.set_defaults(
@@ -187,6 +189,7 @@ class UnlearnCLI(LightningCLI):
             config.report,
             config.picture,
             config.export,
+            config.attach,
             progress_bar=config.trainer.enable_progress_bar is not False,
             checkpoint=config.trainer.enable_checkpointing is not False,
             given=callbacks,

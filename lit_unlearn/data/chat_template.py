@@ -51,9 +51,7 @@ class ChatTemplate:
 
     def add_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages after the system message of the settings, unless they have one of their own."""
-        if self._chat.system is None or messages[0].role in ("system", "developer"):
-            return [*messages]
-        return [Message("system", self._chat.system), *messages]
+        return add_system(messages, self._chat)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of messages."""
@@ -98,6 +96,13 @@ class ChatTemplate:
             remedy = "If it has no place for a system message, leave `system` out of `chat`; or give another `template` there."
         name = self._tokenizer.name_or_path
         return reading("the chat template of the tokenizer", name, remedy, ModelError, argument="template")
+
+
+def add_system(messages: Sequence[Message], chat: Chat) -> list[Message]:
+    """Return the messages after the system message of the settings, unless they have one of their own."""
+    if chat.system is None or messages[0].role in ("system", "developer"):
+        return [*messages]
+    return [Message("system", chat.system), *messages]
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -133,7 +133,7 @@ def _render(
     settings: EncodingSettings,
     row_text: RowText,
 ) -> Rendering:
-    template = _find_literal_template(conversation, settings)
+    template = find_literal_template(conversation, settings)
     if template is None and (tokenizer.chat_template is not None or _has_template(settings.chat)):
         # A turn without text has no place in the text that could be found.
         turns = [turn for turn in conversation.supervised if messages[turn].content.strip()]
@@ -153,7 +153,7 @@ def _render(
     return render_literal(question.content, answer.content, template or PLAIN_TEMPLATE, tokenizer, row_text)
 
 
-def _find_literal_template(conversation: Conversation, settings: EncodingSettings) -> str | None:
+def find_literal_template(conversation: Conversation, settings: EncodingSettings) -> str | None:
     """Return the literal template that a conversation is put in; ``None`` for the chat template."""
     if conversation.is_raw and settings.template is None and settings.chat is None:
         return RAW_TEMPLATE
@@ -166,7 +166,7 @@ def describe_first_prompt(
     """Return what decides the prompt of the first conversation, from `describe_prompt`; ``None`` if all rows are raw text."""
     for row in rows:
         if isinstance(row, Conversation):
-            return describe_prompt(tokenizer, _find_literal_template(row, settings), settings.chat)
+            return describe_prompt(tokenizer, find_literal_template(row, settings), settings.chat)
     return None
 
 

@@ -32,15 +32,16 @@ class Answer(NamedTuple):
         text: Without special tokens and the space around it.
         tokens: The text that each token adds, the end token's name included; empty for a token that is only the beginning
             of a character, which a later one completes.
-        probabilities: Probability of each token, given all those before it.
-        probability: Their geometric mean, exp(−NLL): the answer probability of benchmarks and reports.
+        probabilities: Probability of each token, given all those before it; ``None`` where a server does not give it.
+        probability: Their geometric mean, exp(−NLL): the answer probability of benchmarks and reports; ``None`` unless all are
+            known.
         ended: Whether the last token is the end of the answer, and not just where it was cut.
     """
 
     text: str
     tokens: list[str]
-    probabilities: list[float]
-    probability: float
+    probabilities: list[float | None]
+    probability: float | None
     ended: bool
 
 
@@ -132,7 +133,7 @@ def describe_replies(asked: Sequence[Asked]) -> dict[str, Any]:
 
     Returns:
         ``questions``: by model ``said``, ``right`` (`Answer`s) and ``exact``; and by model the ``means`` of the right
-        answers' ``probability`` and of ``exact``, if there are right answers.
+        answers' ``probability`` (``None`` for a model behind a server) and of ``exact``, if there are right answers.
     """
     questions = []
     for question in asked:
@@ -144,16 +145,19 @@ def describe_replies(asked: Sequence[Asked]) -> dict[str, Any]:
     return {"questions": questions, "means": mean_scores(asked)}
 
 
-def mean_scores(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+def mean_scores(asked: Sequence[Asked]) -> dict[str, dict[str, float | None]]:
     """Return by model the means of the right answers' ``probability`` and of ``exact``, where there are right answers."""
-    means = {}
+    means: dict[str, dict[str, float | None]] = {}
     for name in asked[0].replies if asked else ():
-        exact, probabilities = [], []
+        exact, probabilities, has_right = [], [], False
         for question in asked:
             reply = question.replies[name]
             exact.append(reply.exact)
             if reply.expected is not None:
-                probabilities.append(reply.expected.probability)
-        if probabilities:
-            means[name] = {"probability": float(np.mean(probabilities)), "exact": float(np.mean(exact))}
+                has_right = True
+                if reply.expected.probability is not None:
+                    probabilities.append(reply.expected.probability)
+        if has_right:
+            probability = float(np.mean(probabilities)) if probabilities else None
+            means[name] = {"probability": probability, "exact": float(np.mean(exact))}
     return means

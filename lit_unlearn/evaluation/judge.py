@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lit_unlearn.errors import DataError, EndpointError
+from lit_unlearn.evaluation.endpoint import RequestFailed
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.tables import format_table
 
@@ -31,10 +32,6 @@ RETAIN_SCORES = {
 
 # "7", "7.5" and "7/10", but not the start of "7/100", "7-8", "7,5" and "7%".
 _NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*10)?(?!\w|%|[.,]\d|\s*[-–/]\s*\d)"
-
-
-class RequestFailed(Exception):
-    """The reason why there is no reply to one prompt; the replies to other prompts stay valid."""
 
 
 Ask = Callable[[Sequence[str]], Mapping[str, str | RequestFailed]]

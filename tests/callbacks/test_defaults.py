@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lit_unlearn.callbacks import (
     AtomicCheckpointIO,
+    AttachFiles,
     ExportModel,
     FinishedRun,
     ProgressBar,
@@ -22,12 +23,21 @@ def test_the_callbacks_of_a_run_and_their_order() -> None:
     export = ExportModel("out")
     callbacks = default_callbacks(export=export)
     kinds = [type(callback) for callback in callbacks]
-    assert kinds == [ProgressBar, RunAdvice, RunReport, RunPicture, ExportModel, FinishedRun, ResumeCheckpoint]
+    assert kinds == [
+        ProgressBar,
+        RunAdvice,
+        RunReport,
+        RunPicture,
+        ExportModel,
+        AttachFiles,
+        FinishedRun,
+        ResumeCheckpoint,
+    ]
     assert callbacks[4] is export
 
 
 def test_a_given_kind_is_not_doubled() -> None:
     callbacks = default_callbacks(checkpoint=False, given=[TQDMProgressBar(), RunPicture(0)])
-    assert [type(callback) for callback in callbacks] == [RunAdvice, RunReport, ExportModel, FinishedRun]
+    assert [type(callback) for callback in callbacks] == [RunAdvice, RunReport, ExportModel, AttachFiles, FinishedRun]
     assert [type(plugin) for plugin in default_plugins()] == [AtomicCheckpointIO]
     assert default_plugins([AtomicCheckpointIO()]) == []

@@ -18,7 +18,7 @@ import torch
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import main
-from lit_unlearn.cli.inspect import AnswerPage
+from lit_unlearn.cli.answer_page import AnswerPage
 from lit_unlearn.data.encoding import encode_examples
 from lit_unlearn.data.example import collate
 from lit_unlearn.data.tokenizer import train_tokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,46 @@ def test_a_checkpoint_knows_the_adapter_that_was_started_from(adapter_dir: str, 
     save_file({name: 2 * weight for name, weight in weights.items()}, Path(other) / "adapter_model.safetensors")
     assert not loaded(other).has_base(lm.base_checksum())
     assert loaded(other).fingerprint() != lm.fingerprint() == same.fingerprint()
+
+
+# In a process that cannot import this package.
+PLAIN = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("lit_unlearn", "lightning"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, ids, *exports = sys.argv[1:]
+for export in exports:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{export}/adapter").eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.load(ids), use_cache=False).logits, f"{export}.pt")
+"""
+
+
+@pytest.mark.slow  # starts an interpreter that imports everything
+def test_peft_and_transformers_alone_load_an_exported_adapter(model_dir: str, tmp_path: Path) -> None:
+    base = logits_of(AutoModelForCausalLM.from_pretrained(model_dir))
+    wanted = {}
+    for kind, fields in KINDS.items():
+        lm = LanguageModel(model_dir, adapter=fields)
+        lm.load(torch.float32)
+        export = move(lm).save(tmp_path / kind)
+        wanted[str(export)] = logits_of(lm.model)
+    torch.save(IDS, tmp_path / "ids.pt")
+    command = [sys.executable, "-c", PLAIN, model_dir, str(tmp_path / "ids.pt"), *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for export, logits in wanted.items():
+        assert torch.equal(torch.load(f"{export}.pt"), logits), export
+        assert not torch.equal(logits, base)
 
 
 # Merging it ----------------------------------------------------------------------------------------------------------
