@@ -34,14 +34,7 @@ ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "build/bench"
 QUESTION = "Where was the author Lunnian Dunmeth born?"
 COMPARED_METHODS = {"match_calibrated_rewound": "MatchCalibrated, rewound", "pdu": "PDU", "npo": "NPO"}
-COMPARED_COLUMNS = {
-    "Overall": "Overall",
-    "forget quality": "forget quality",
-    "repetition": "repetition",
-    "retain NLL / ε": "retain NLL / ε",
-    "forget p": "forget p",
-    "relearned p": "relearned p",
-}
+COMPARED_COLUMNS = ("Overall", "forget quality", "repetition", "retain NLL / ε", "forget p", "relearned p")
 TOFU_VALUES = (
     "forget_quality",
     "model_utility",

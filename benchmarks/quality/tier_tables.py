@@ -188,31 +188,30 @@ def make_comparison(tier: TierResults, size: str) -> str:
     return markdown_table(["", "holds", *COLUMNS], rows)
 
 
-def make_summary(tier: TierResults, size: str, methods: Mapping[str, str], columns: Mapping[str, str]) -> str:
-    """Show a few methods and columns on one forget set, on the seeds of the first method alone.
+def make_summary(tier: TierResults, size: str, methods: Mapping[str, str], columns: Sequence[str]) -> str:
+    """Show a few methods and columns on one forget set, with the value of every seed.
 
     Args:
         tier: The results.
         size: Forget set, in authors.
         methods: What to show each method as.
-        columns: What to show each of `COLUMNS` as.
+        columns: Of `COLUMNS`.
     """
-    seeds = {line["labels"]["seed"] for line in tier.select(size=size, method=next(iter(methods)))}
-    groups = {"retain-only model": tier.reference, "target model": tier.target}
+    groups = {"retain-only model": tier.reference}
     for method, title in methods.items():
-        groups[title] = tier.select(size=size, method=method)
+        groups[title] = tier.select(method=method)
 
     rows = []
     for title, lines in groups.items():
-        of_seeds = [line for line in select_lines(lines, size=size) if line["labels"]["seed"] in seeds]
-        name, holds, *cells = make_row(tier, title, of_seeds)
-        by_column = dict(zip(COLUMNS, cells, strict=True))
-        values = [by_column[column] for column in columns]
-        if not drop_failed(of_seeds):
-            # The reason stands in the place of the first value.
-            values[0] = holds
-        rows.append([name, *values])
-    return markdown_table([f"seeds {', '.join(sorted(seeds))}", *columns.values()], rows)
+        of_size = drop_failed(select_lines(lines, size=size))
+        by_seed = sorted(of_size, key=lambda line: int(line["labels"]["seed"]))
+        parts = list(map(tier.compute_parts, by_seed))
+        row = [title, ", ".join(line["labels"]["seed"] for line in by_seed) or NOT_RUN]
+        for column in columns:
+            values = list(map(COLUMNS[column], by_seed, parts))
+            row.append(", ".join("–" if value is None else f"{value:.2g}" for value in values))
+        rows.append(row)
+    return markdown_table(["", "seeds", *columns], rows)
 
 
 def make_row(tier: TierResults, name: str, lines: Sequence[Line]) -> list[str]:
