@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from command_line import ROOT, quick
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
@@ -114,18 +115,26 @@ def test_weights_and_biases(case: str, model_dir: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_configuration_of_the_page(model_dir: str, in_tmp: Path) -> None:
-    wandb = pytest.importorskip("wandb", reason='pip install -e ".[neighbours]" is missing')
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_the_configurations_of_the_page(name: str, model_dir: str, in_tmp: Path) -> None:
+    library = pytest.importorskip(name, reason='pip install -e ".[neighbours]" is missing')
     page = (ROOT / "docs" / "neighbours.md").read_text(encoding="utf-8")
-    (loggers,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "WandbLogger" in block]
-    Path("loggers.yaml").write_text(loggers, encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "WandbLogger" in block]
+    settings = yaml.safe_load(block)
+    if name == "mlflow":
+        (other,) = re.findall(r"`(\{class_path: lightning.pytorch.loggers.MLFlowLogger.*?\})`", page)
+        settings["trainer"]["logger"][1] = yaml.safe_load(other)
+    Path("loggers.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     command, base, *rest = quick(model_dir, "--trainer.accelerator=cpu")
     cli.main([command, base, "--config=loggers.yaml", *rest])
-    wandb.run.finish()
     assert Path("runs/unlearn/version_0/dual.png").is_file()
-    (sent,) = Path("wandb").glob("offline-run-*/files")
-    assert (sent / "report.json").is_file()
-    assert len(list((sent / "media").rglob("*.png"))) == 2
+    if name == "wandb":
+        library.run.finish()
+        (sent,) = Path("wandb").glob("offline-run-*/files")
+        assert (sent / "report.json").is_file()
+        assert len(list((sent / "media").rglob("*.png"))) == 2
+    else:
+        assert {path.name for path in Path("mlruns").rglob("artifacts/*")} == NUMBERS
 
 
 @pytest.mark.slow  # MLflow makes the tables of its database
@@ -147,18 +156,22 @@ def test_mlflow(case: str, model_dir: str, tmp_path: Path) -> None:
     assert logger.experiment.get_run(logger.run_id).info.status == "FINISHED"
 
 
-def test_tensorboard(model_dir: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", ["numbers", "all"])
+def test_tensorboard(files: str, model_dir: str, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, "events")
-    folder = fit(model_dir, tmp_path, logger, texts=False)
+    folder = fit(model_dir, tmp_path, logger, files)
+    assert (folder / "tokens.png").is_file()
     events = EventAccumulator(logger.log_dir, {IMAGES: 0})
     events.Reload()
-    assert events.Tags()["images"] == ["pictures/dual", "pictures/trajectory"]
-    (shown,) = events.Images("pictures/dual")
-    assert shown.step == 2
-    (tmp_path / "shown.png").write_bytes(shown.encoded_image_string)
-    np.testing.assert_allclose(imread(tmp_path / "shown.png"), imread(folder / "dual.png"), rtol=0, atol=1 / 254)
+    names = ["dual", "trajectory", *(["tokens"] if files == "all" else [])]
+    assert events.Tags()["images"] == [f"pictures/{name}" for name in names]
+    for name in names:
+        (shown,) = events.Images(f"pictures/{name}")
+        assert shown.step == 2
+        (tmp_path / "shown.png").write_bytes(shown.encoded_image_string)
+        np.testing.assert_allclose(imread(tmp_path / "shown.png"), imread(folder / f"{name}.png"), rtol=0, atol=1 / 254)
 
 
 def test_a_logger_that_fails_costs_a_warning_without_its_password(
