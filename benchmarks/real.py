@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     Args:
         name: In `STAGES_FILE`.
         title: What it does, for people.
-        minutes: Expected on two idle cores that compute in bfloat16; docs/real.md has the sum behind it.
+        minutes: Measured on two idle cores that multiply matrices in bfloat16 (docs/real.md).
         command: Arguments after ``lit-unlearn``.
         page: File that the stage writes if it ends with a verdict; the exit codes of all verdicts are then good. ``None``:
             only exit code 0 is.
@@ -89,21 +89,21 @@ def list_stages(model: str, precision: str) -> list[Stage]:
         Stage(
             "target",
             "fine-tune the target model on ten authors",
-            6.2,
+            4.7,
             [*finetune, *settings],
             checkpoints=FOLDER / "logs/target/checkpoints",
         ),
         Stage(
             "retain_only",
             "fine-tune the retain-only model on nine of them",
-            5.7,
+            3.6,
             [*finetune, "--config=configs/real/retain_only.yaml", *settings],
             checkpoints=FOLDER / "logs/retain_only/checkpoints",
         ),
         Stage(
             "unlearn",
             "unlearn the tenth author",
-            7.6,
+            6.2,
             [
                 "fit",
                 "--config=configs/real/unlearn.yaml",
@@ -111,8 +111,8 @@ def list_stages(model: str, precision: str) -> list[Stage]:
                 f"--trainer.precision={precision}",
             ],
         ),
-        Stage("audit", "audit the unlearned model", 12.0, audit, page=AUDIT / "audit.html"),
-        Stage("answers", "ask the three models", 0.8, ["inspect", *models.values(), *questions]),
+        Stage("audit", "audit the unlearned model", 4.6, audit, page=AUDIT / "audit.html"),
+        Stage("answers", "ask the three models", 0.4, ["inspect", *models.values(), *questions]),
     ]
 
 
