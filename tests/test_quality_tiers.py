@@ -480,6 +480,11 @@ def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
     assert goals.judge(line, make_line(), {}, ()) == dict.fromkeys("abcde")
 
 
+@pytest.mark.parametrize(("overalls", "reached"), [({"": 0.9, "ours": 0.89}, None), ({"": 0.9, "ours": 0.8}, False)])
+def test_the_best_of_one_is_not_known_to_be_the_best(overalls: dict[str, float], reached: bool | None) -> None:
+    assert goals.judge(make_line("ours"), make_line(), overalls, ["theirs"])["e"] is reached
+
+
 def test_overall_by_hand() -> None:
     line, reference, target = make_line("ours", uds=0.8), make_line(), make_line(tofu={"model_utility": 0.8})
     parts = goals.compute_parts(line, reference, target)

@@ -5,7 +5,7 @@
 - (c) Answers are as fluent as the retain-only model's: their mean NLL under the base model is within 0.5 nats of its answers', and
   the shares of repeated groups of four words and of empty answers are at most 0.05 above its shares.
 - (d) After each relearning attack, the probability of the other forget answers is at most twice that of the retain-only model.
-- (e) Overall is above that of every published method, and at least 95 % of the retain-only model's.
+- (e) Overall is above that of every published method that has one, at least one, and at least 95 % of the retain-only model's.
 
 Overall is the harmonic mean of Memorization, Privacy with the Unlearning Depth Score, and the Utility relative to the target model's
 (docs/scores.md). Utility's fluency is the stand-in `fluency_share`: an answer is fluent if its NLL under the base model is at most that
@@ -175,11 +175,12 @@ def _withstands_relearning(line: Line, reference: Line | None) -> bool | None:
 def _is_best(method: str, overalls: Mapping[str, float], published: Collection[str]) -> bool | None:
     if method not in overalls or "" not in overalls:
         return None
-    for name in published:
-        # One that failed has no Overall to exceed.
-        if name != method and overalls.get(name, -math.inf) >= overalls[method]:
-            return False
-    return overalls[method] >= MIN_OVERALL * overalls[""]
+    # One that failed has no Overall to exceed.
+    others = [overalls[name] for name in published if name != method and name in overalls]
+    if overalls[method] < MIN_OVERALL * overalls[""] or any(other >= overalls[method] for other in others):
+        return False
+    # Beside nothing, it is not known to be the best.
+    return True if others else None
 
 
 def choose_run(lines: Sequence[Line], references: Sequence[Line]) -> Line:
