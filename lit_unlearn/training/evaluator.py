@@ -185,7 +185,8 @@ class Evaluator:
             terms = [Term(stream, stream, objective, 0.0)]
             for forward_pass in build_forward_plan({stream: batch}, terms, lm.packs, None, "joint"):
                 (values,) = forward_pass.run(lm, [objective])
-                columns = values.reshape(len(values), -1).unbind(dim=1)
+                # A pass may have no value at all.
+                columns = [values] if values.ndim == 1 else values.unbind(dim=1)
                 means = means or [ConstraintSlack(None).to(values.device) for _ in columns]
                 for mean, column in zip(means, columns, strict=True):
                     mean.update(column.sum(), column.numel())
