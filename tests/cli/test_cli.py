@@ -157,7 +157,7 @@ def test_every_config_parses_and_instantiates(
     if complete:  # every key of every class family is written down
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         nll = settings["constraints"]["nll"]
-        keys = {"LogitMargin": {"power", "alignment"}, "KLToTeacher": {"reads"}}
+        keys = {"LogitMargin": {"power", "alignment"}, "MatchCalibrated": {"stream", "token_weight", "temperature"}}
         assert settings["forget"]["init_args"].keys() == keys[settings["forget"]["class_path"]]
         assert nll["multiplier"]["init_args"].keys() == {"lr", "init", "max"}
         assert nll.keys() == {"objective", "epsilon", "multiplier", "stream", "warmup_epochs"}
