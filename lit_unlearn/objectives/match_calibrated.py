@@ -16,7 +16,7 @@ from lit_unlearn.objectives.reference_level import Measure, ReferenceLevel
 from lit_unlearn.utils.validation import check_number
 
 SHARPNESSES = tuple(1.1**power for power in range(15))
-"""Values of 1/T at which the teacher is measured, in one pass. Between them, its NLL is taken for linear: T is then off by 0.01 at most."""
+"""Values of 1/T at which the teacher is measured, in one pass. Between them, its NLL is taken for linear: T is then off by about 0.01."""
 MIN_TEMPERATURE = 1 / SHARPNESSES[-1]
 
 
@@ -31,7 +31,8 @@ class MatchCalibrated(Objective):
     temperature T that makes it as sure, as Guo et al. (ICML 2017, arXiv 1706.04599) calibrate a classifier, in the other direction.
 
     With the level of the answers alone, the model still gets most of their tokens right, and is very wrong at a few. With a level
-    for each token, it is too regular. A small weight of the variance over an answer's tokens is between the two (docs/results.md).
+    for each token, it is too regular. A small weight of the variance over an answer's tokens is between the two (tried on one forget
+    set, see the protocol in ``benchmarks/quality/smollm2.py``).
 
     Args:
         stream: Stream of examples that neither the model nor the teacher ever saw, among the data module's ``streams``. It is only
