@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 import subprocess
@@ -28,12 +27,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("mkdocstrings_handlers") is None, reason='pip install -e ".[docs]" is missing'),
 ]
 METHODS = sorted((ROOT / "configs/method").glob("*.yaml"))
-# Keys whose meaning is another library's, or the user's.
-OF_OTHERS = re.compile(
-    r"(trainer|model\.init_args\.optimizer\.init_args|model\.init_args\.lm\.(config|adapter)"
-    r"|data\.init_args\.chat\.args)\."
-    r"|.*class_path$|seed_everything$|verbose$|ckpt_path$"
-)
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +69,6 @@ def test_every_metric_has_a_page_that_says_how_to_read_it(site: Path, name: str)
     before, _, after = read_text(site / "metric" / name / "index.html").partition("How to read it")
     assert name in before
     assert name in after
-
-
-def test_the_configuration_has_every_key(site: Path) -> None:
-    snapshot = json.loads((ROOT / "tests/snapshot.json").read_text("utf-8"))["config keys"]
-    keys = {key for names in snapshot.values() for key in names if not OF_OTHERS.match(key)}
-    listed = set(
-        re.findall(r"<dt id=\"[^\"]+\"><code>([\w.]+)</code>", (site / "configuration/index.html").read_text("utf-8"))
-    )
-    # A benchmark that another one attacks or samples has the same keys.
-    parts = [key.replace(".init_args", "").replace("model.benchmark.benchmark.", "model.benchmark.") for key in keys]
-    # NAME stands for the names of the constraints, and an objective there has the keys that it has as `model.forget`.
-    parts = [re.sub(r"constraints\.\w+\.", "constraints.NAME.", key) for key in parts]
-    parts = [key.replace("constraints.NAME.objective.", "forget.") for key in parts]
-    assert not {key for key in parts if key not in listed}
 
 
 @pytest.fixture(scope="module")
