@@ -71,11 +71,19 @@ def tiny_lm(tokenizer_dir: str) -> Callable[..., LanguageModel]:
 
 @pytest.fixture(scope="session")
 def models(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Complete Hugging Face model directories, safetensors and tokenizer: the same weights without and with dropout."""
+    """Complete Hugging Face model directories, safetensors and tokenizer.
+
+    Two have the same weights, without and with dropout. The teacher has others, and is surer of what it says.
+    """
+    settings = {
+        "plain": (0, {}),
+        "dropout": (0, {"attention_dropout": 0.2}),
+        "teacher": (2, {"initializer_range": 0.1}),
+    }
     folders = {}
-    for name, dropout in {"plain": 0.0, "dropout": 0.2}.items():
-        torch.manual_seed(0)
-        lm = LanguageModel(config={**TINY, "attention_dropout": dropout}, tokenizer=tokenizer_dir)
+    for name, (seed, config) in settings.items():
+        torch.manual_seed(seed)
+        lm = LanguageModel(config={**TINY, **config}, tokenizer=tokenizer_dir)
         lm.load(torch.float32)
         folders[name] = str(lm.save(tmp_path_factory.mktemp("models") / name))
     return folders

@@ -35,6 +35,7 @@ from lit_unlearn import (
     LanguageModel,
     LitUnlearn,
     LogitMargin,
+    MatchCalibrated,
     MatchUnseen,
     PIMultiplier,
     Relative,
@@ -50,6 +51,7 @@ torch.set_num_threads(1)
 FORGET: dict[str, Any] = {
     "margin": LogitMargin,
     "match": partial(MatchUnseen, "general"),
+    "calibrated": partial(MatchCalibrated, "general"),
     "npo": NPO,
     "dpo": DPO,
     "undial": UNDIAL,
@@ -145,11 +147,9 @@ def make_module(settings: dict[str, Any]) -> LitUnlearn:
             DualAscent(lr=2.0, init=1.0), stream="general", update_every=every
         ),
     }
-    # Its own model before unlearning is the teacher: that makes as many passes as another one.
-    teacher = settings["model"] if settings.get("forget") == "teacher" else None
     robustness = settings.get("robustness")
     return LitUnlearn(
-        LanguageModel(settings["model"], adapter=settings.get("adapter"), teacher=teacher),
+        LanguageModel(settings["model"], adapter=settings.get("adapter"), teacher=settings.get("teacher")),
         FORGET[settings.get("forget", "margin")](),
         constraints,
         OPTIMIZERS[settings.get("optimizer", "sgd")],
@@ -243,6 +243,7 @@ def run(settings: dict[str, Any], folder: Path, **place: Any) -> dict[str, Any]:
         "multipliers": {name: constraint.multiplier.value for name, constraint in module.constraints.items()},
         "best": module.best and module.best._asdict(),
         "reference_logp": module.reference_cache.values,
+        "level": module.forget.level and module.forget.level.value,
     }
 
 
