@@ -54,7 +54,8 @@ class RunAdvice(Callback):
         self._epoch_multipliers = get_multipliers(pl_module)
 
     def _check_settings(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
-        if trainer.global_step == 0:
+        # The value before unlearning; rewinding, which comes before the first step, has raised it on purpose.
+        if trainer.global_step == 0 and not getattr(module, "rewind", 0):
             measured = module.measure()
             for name in get_constraints(module):
                 if f"constraint/{name}/value" in measured:
@@ -125,7 +126,9 @@ class RunAdvice(Callback):
     def _check_slack(self, trainer: L.Trainer, name: str, constraint: Constraint, epsilon: float) -> None:
         # All steps of the epoch, since a single one near epsilon shows that the slack is being used.
         values, multiplier = self._epoch_values[name], constraint.multiplier.value
-        reference = self._references.get(name, epsilon)
+        reference = self._references.get(name)
+        if reference is None:
+            return
         is_unused = max(values) < reference + _MIN_USED_SLACK * (epsilon - reference)
 
         # Too slow: at this epoch's pace, λ will not even have halved by the end of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lit_unlearn import NLL, Constraint, DualAscent, ForgetRetain, LanguageModel, LitUnlearn, LogitMargin, Relative
-from lit_unlearn.callbacks import ResumeCheckpoint, RunReport
+from lit_unlearn.callbacks import ResumeCheckpoint, RunAdvice, RunReport
 from lit_unlearn.errors import ConfigError, ModelError
 
 
@@ -47,6 +48,19 @@ def test_weights_go_a_share_of_the_way_and_bounds_stay_those_of_the_model(
     assert module.constraints["nll"].epsilon == plain.constraints["nll"].epsilon
     before = report.state_dict()["values"]["retain/nll"]
     assert module.constraints["nll"].epsilon == pytest.approx(1.5 * before)
+
+
+def test_no_advice_calls_the_value_after_rewinding_the_one_before_unlearning(
+    make_trainer: Callable[..., L.Trainer], models: dict[str, str], rows_dir: str
+) -> None:
+    module = make(models["plain"], 0.9, teacher=models["teacher"])
+    module.constraints["nll"] = Constraint(NLL(), Relative(0.001), DualAscent(lr=1e-3, init=1.0))
+    # Six epochs, as many as a λ needs for its ten steps.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(max_epochs=6, callbacks=[RunAdvice()]).fit(module, datamodule=rows(rows_dir))
+    assert module.measure()["constraint/nll/value"] > module.constraints["nll"].epsilon
+    assert not [text for entry in caught if (text := str(entry.message)).startswith("constraint 'nll'")]
 
 
 def test_a_resumed_run_is_not_rewound_again(
