@@ -28,7 +28,8 @@ from lit_unlearn.evaluation.attack_run import (
     build_report,
     run_attacks,
 )
-from lit_unlearn.evaluation.benchmark import BenchmarkStream, count_answer_tokens, remove_partials
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
+from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.export.audit_files import describe_model, read_question_settings, read_record

@@ -19,8 +19,8 @@ from lit_unlearn.errors import NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
 from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, measure_model
-from lit_unlearn.evaluation.benchmark import remove_partials
 from lit_unlearn.evaluation.measures import Evidence, Role
+from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.tables import format_table

@@ -21,8 +21,8 @@ from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.attacks.rounding import Rounding
 from lit_unlearn.evaluation.attacks.several_turns import SeveralTurns
 from lit_unlearn.evaluation.audit_run import FAILURES, describe_failure
-from lit_unlearn.evaluation.benchmark import describe_precision, read_partial, write_partial
 from lit_unlearn.evaluation.leakage import starts_with_answer
+from lit_unlearn.evaluation.partial_files import describe_precision, read_partial, write_partial
 from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Results, Values, content_digest, package_versions
 from lit_unlearn.evaluation.tables import TableStyle, format_table

@@ -12,7 +12,8 @@ from torch import nn
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
 from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit_policy import Policy, SamplingPlan
-from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkStream, count_answer_tokens
+from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
 from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Values

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lit_unlearn.data.example import IGNORED, Example
+from lit_unlearn.data.example import Example
 from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError, ModelError
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream, count_work, describe_stream
+from lit_unlearn.evaluation.partial_files import cut_into_parts, describe_precision, read_partial, write_partial
 from lit_unlearn.evaluation.results import (
     Results,
     Values,
@@ -27,45 +27,11 @@ from lit_unlearn.evaluation.scoring import Scored, score_examples
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import check_prompts, generate
 from lit_unlearn.models.loading import fingerprint
-from lit_unlearn.utils.distributed import gather_objects, measure_shares, rank_and_world_size
-from lit_unlearn.utils.folders import remove_if_empty
-from lit_unlearn.utils.io import read_json, write_json
+from lit_unlearn.utils.distributed import measure_shares, rank_and_world_size
 from lit_unlearn.utils.validation import check_at_least, list_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class BenchmarkExample(NamedTuple):
-    """One row of a benchmark, tokenised.
-
-    Args:
-        texts: Texts that are copied to the results, such as ``question`` and ``answer``.
-        sequences: Token sequences to score, by kind: ``answer``, ``wrong``, …
-        prompt: Token ids to continue; ``None`` if nothing is generated.
-    """
-
-    texts: dict[str, str]
-    sequences: dict[str, list[Example]]
-    prompt: list[int] | None = None
-
-
-class BenchmarkStream(NamedTuple):
-    """The examples of one set, and how answers to them are generated.
-
-    Args:
-        examples: At least one.
-        source: Where they came from, for the results.
-        max_new_tokens: Longest answer, in tokens.
-        stop: An answer ends before the first of these strings.
-        hidden_id: As for `generate`.
-    """
-
-    examples: list[BenchmarkExample]
-    source: str
-    max_new_tokens: int = 200
-    stop: tuple[str, ...] = ()
-    hidden_id: int | None = None
 
 
 class Aggregate(NamedTuple):
@@ -213,7 +179,7 @@ class Benchmark(ABC):
 
     def describe_data(self, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Values]:
         """Return source, number of rows and digests of texts and tokens of every stream, as results have them."""
-        return {name: _describe_stream(stream) for name, stream in self.prepare(tokenizer).items()}
+        return {name: describe_stream(stream) for name, stream in self.prepare(tokenizer).items()}
 
     def run(self, lm: LanguageModel, partial_dir: Path | None = None) -> Results:
         """Measure a model; a collective call.
@@ -238,10 +204,10 @@ class Benchmark(ABC):
 
         is_first = rank_and_world_size()[0] == 0
         examples: dict[str, list[Values]] = {}
-        with tqdm(total=_count_work(streams), desc=self.name, unit="row", disable=not is_first, leave=False) as bar:
+        with tqdm(total=count_work(streams), desc=self.name, unit="row", disable=not is_first, leave=False) as bar:
             for name, stream in streams.items():
                 examples[name] = []
-                for part, rows in _cut_into_parts(name, len(stream.examples), self.rows_per_part):
+                for part, rows in cut_into_parts(name, len(stream.examples), self.rows_per_part):
                     file = None if partial_dir is None else partial_dir / f"{part}.json"
                     values = read_partial(file, key)
                     if values is None:
@@ -358,7 +324,7 @@ class Benchmark(ABC):
             # Older results may lack a holdout set, which only takes PrivLeak; without the first stream nothing compares.
             is_required = name == self.compared_streams[0] or name in retain.data
             if name in streams and is_required:
-                check_same_rows(self.name, _describe_stream(streams[name]), retain, name, source)
+                check_same_rows(self.name, describe_stream(streams[name]), retain, name, source)
 
         settings = self.settings()
         differences = []
@@ -372,98 +338,3 @@ class Benchmark(ABC):
                 owner=self,
                 argument="retain_results",
             )
-
-
-def _cut_into_parts(name: str, num_rows: int, rows_per_part: int | None) -> Iterator[tuple[str, range]]:
-    """Yield the parts of a stream: the name of its partial file, and its rows."""
-    if rows_per_part is None:
-        yield name, range(num_rows)
-        return
-    for start in range(0, num_rows, rows_per_part):
-        yield f"{name}-{start}", range(start, min(start + rows_per_part, num_rows))
-
-
-def _count_work(streams: Mapping[str, BenchmarkStream]) -> int:
-    """Count the sequences to score and the answers to generate."""
-    total = 0
-    for stream in streams.values():
-        for example in stream.examples:
-            total += sum(map(len, example.sequences.values())) + (example.prompt is not None)
-    return total
-
-
-def read_partial(file: Path | None, key: str) -> list[Values] | None:
-    """Return what an interrupted evaluation of the same model on the same rows left; a collective call.
-
-    Args:
-        file: From `write_partial`; ``None`` if there is none.
-        key: Digest of everything that decides the values.
-    """
-    content: Any = None
-    if file is not None and file.is_file():
-        # A crash of the machine may leave half a file.
-        with suppress(ValueError):
-            content = read_json(file)
-    is_same = isinstance(content, dict) and content.get("key") == key
-    # The first process decides for all: on several machines, only it may see the file.
-    return gather_objects(content["examples"] if is_same else None)[0]
-
-
-def write_partial(file: Path | None, key: str, values: list[Values]) -> None:
-    """Keep values until all are measured, for `read_partial`; the first process writes."""
-    if file is not None and rank_and_world_size()[0] == 0:
-        write_json(file, {"key": key, "examples": values})
-
-
-def count_answer_tokens(example: BenchmarkExample) -> int:
-    """Count the tokens of an answer without its end; 0 of raw text, which is scored in chunks."""
-    tokens = 0
-    for sequence in example.sequences.get("answer", []):
-        tokens += len(sequence.labels) - sequence.labels.count(IGNORED)
-    return max(tokens - 1, 0)
-
-
-def remove_partials(folder: Path) -> None:
-    """Remove what `write_partial` left in a folder and those below, with folders that are empty then; other files stay."""
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            content: Any = read_json(file)
-        except ValueError:  # half a file, of a crash
-            content = None
-        except OSError:
-            continue
-        if content is None or (isinstance(content, dict) and content.keys() == {"key", "examples"}):
-            with suppress(OSError):
-                file.unlink()
-    # Those below first; one with other files in it cannot be removed.
-    for below in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        remove_if_empty(below)
-    remove_if_empty(folder)
-
-
-def describe_precision(lm: LanguageModel) -> list[str]:
-    """Return the dtypes of the weights and of autocast: a model rounded otherwise has other values."""
-    first = next(lm.parameters())
-    autocast = torch.is_autocast_enabled(first.device.type)
-    return [str(first.dtype), str(torch.get_autocast_dtype(first.device.type)) if autocast else "no autocast"]
-
-
-def _describe_stream(stream: BenchmarkStream) -> Values:
-    """Return the source, the number of rows, and digests of texts and tokens, by which results are compared."""
-    texts, tokens, prompts, masks = [], [], [], []
-    for example in stream.examples:
-        texts.append(dict(example.texts))
-        ids = []
-        for of_kind in example.sequences.values():
-            ids += [sequence.input_ids for sequence in of_kind]
-            masks += [sequence.attention_mask for sequence in of_kind if sequence.attention_mask is not None]
-        tokens.append(ids)
-        prompts.append(example.prompt)
-    # Tokens that are hidden from others give other values. Only then, so that the results of earlier versions can be compared.
-    content = [tokens, prompts, masks] if masks else [tokens, prompts]
-    return {
-        "source": stream.source,
-        "rows": len(stream.examples),
-        "texts": content_digest(texts),
-        "tokens": content_digest(content),
-    }

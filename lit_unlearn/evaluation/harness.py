@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, reading
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models import LanguageModel

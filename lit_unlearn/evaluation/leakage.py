@@ -11,13 +11,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.errors import ConfigError
-from lit_unlearn.evaluation.benchmark import (
-    Aggregate,
-    Benchmark,
-    BenchmarkExample,
-    BenchmarkStream,
-    count_answer_tokens,
-)
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream, count_answer_tokens
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import rouge

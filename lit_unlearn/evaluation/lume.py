@@ -20,7 +20,8 @@ from lit_unlearn.data.source import Rows, Source, find_file, find_local_folder, 
 from lit_unlearn.data.special_tokens import encode_text
 from lit_unlearn.data.templates import Chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, arguments_of
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, rouge

@@ -14,7 +14,8 @@ from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source, read_columns
 from lit_unlearn.data.special_tokens import encode_text
 from lit_unlearn.errors import MissingFileError
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.metrics import auc, min_k, privleak, rouge

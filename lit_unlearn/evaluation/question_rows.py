@@ -16,7 +16,7 @@ from lit_unlearn.data.formats import Conversation, Document, Format, Row
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.special_tokens import RowText
 from lit_unlearn.errors import ConfigError, DataError, ModelError, arguments_of
-from lit_unlearn.evaluation.benchmark import BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.question_sets import QuestionAttack, QuestionSets
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.models import LanguageModel

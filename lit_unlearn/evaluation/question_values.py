@@ -10,7 +10,7 @@ import torch
 from lit_unlearn.data.encoding import encode_examples
 from lit_unlearn.data.example import IGNORED, Example
 from lit_unlearn.errors import ModelError
-from lit_unlearn.evaluation.benchmark import BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.question_sets import QuestionSets
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.scoring import Scored, measure_gradient_norms, score_examples

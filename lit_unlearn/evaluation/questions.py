@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from lit_unlearn.data.chat_template import find_prompt_difference
 from lit_unlearn.data.example import Example
 from lit_unlearn.errors import DataError, arguments_of
-from lit_unlearn.evaluation.benchmark import Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.question_rows import load_streams, read_file
 from lit_unlearn.evaluation.question_sets import QuestionAttack, QuestionSets
 from lit_unlearn.evaluation.question_values import add_attacks, add_fluency, measure_question

@@ -15,7 +15,8 @@ from lit_unlearn.evaluation.attacks.copies import check_changeable
 from lit_unlearn.evaluation.attacks.other_questions import OtherQuestions
 from lit_unlearn.evaluation.attacks.relearning import Relearn
 from lit_unlearn.evaluation.attacks.rounding import Backend, Rounding, check_package, check_widths
-from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark, BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models import LanguageModel

@@ -14,7 +14,7 @@ from lit_unlearn.errors import DataError
 from lit_unlearn.utils.distributed import gather_objects
 
 if TYPE_CHECKING:
-    from lit_unlearn.evaluation.benchmark import BenchmarkStream
+    from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream
     from lit_unlearn.training.module import LitLanguageModel
 
 Facts = dict[str, str]

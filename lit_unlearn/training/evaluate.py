@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.evaluation.benchmark import Benchmark, remove_partials
+from lit_unlearn.evaluation.benchmark import Benchmark
+from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.results import results_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.agreement import check_processes_agree, describe_benchmark

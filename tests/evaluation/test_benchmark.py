@@ -16,13 +16,9 @@ from evaluation.rows import FORGET, HOLDOUT, RETAIN, loaded, look, say, taught, 
 from lit_unlearn import Benchmark, LanguageModel, LitEvaluate, QABenchmark
 from lit_unlearn.data.encoding import encode
 from lit_unlearn.data.example import prompt_of
-from lit_unlearn.evaluation.benchmark import (
-    Aggregate,
-    BenchmarkExample,
-    BenchmarkStream,
-    remove_partials,
-    write_partial,
-)
+from lit_unlearn.evaluation.benchmark import Aggregate
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
+from lit_unlearn.evaluation.partial_files import remove_partials, write_partial
 from lit_unlearn.evaluation.scoring import Scored
 from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.io import read_json
