@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo real tofu test slow lint bench gpu examples wheel readme results docs clean
+.PHONY: demo real tofu test slow kernel lint bench gpu examples wheel readme results docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,14 @@ test: $(VENV)/.installed-dev
 # The tests that start whole commands or many processes; they take minutes.
 slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist worksteal
+
+# The margin's Triton kernel, in Triton's interpreter. Triton (200 MB) comes with torch for CUDA alone: here, it lies beside the environment.
+build/triton/.installed: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton triton==3.7.1
+	touch $@
+
+kernel: build/triton/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/functional/test_margin_kernel.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
