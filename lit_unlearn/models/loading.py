@@ -259,6 +259,7 @@ def load_tokenizer(
     folder = Path(name)
     if folder.exists():
         # The model is there; another tokenizer can be given beside it.
+        remedy = f"Get a complete copy of it. {remedy}" if argument == "model" else remedy
         argument = "tokenizer"
     elif argument == "model":
         remedy = "Check `model`: expected is a local directory, or a name on the hub."
