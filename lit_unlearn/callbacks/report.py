@@ -40,7 +40,7 @@ from lit_unlearn.utils.validation import check_number
 
 _MIB = 2**20
 _UNKNOWN_ROWS = (
-    "The likely reason why the model does not know these rows is another prompt than it was fine-tuned with: "
+    "The likely reason why the model does not know these rows in this prompt is that it was fine-tuned with another one: "
     "look at it with `lit-unlearn inspect`, and set the data's `chat` or `template`. If the model never saw the rows, there is nothing to "
     "unlearn."
 )

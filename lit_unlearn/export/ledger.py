@@ -51,11 +51,12 @@ def check_ledger(file: Path, owner: object = None) -> None:
     Raises:
         ConfigError: If it is a folder, or its folder cannot be written to.
         DataError: If the file is there, and no ledger.
+        OutputError: If it cannot be read.
     """
     with arguments_of(owner):
         check_output_file(file, argument="ledger")
         if file.is_file():
-            with file.open("rb") as stream:
+            with output_errors(file), file.open("rb") as stream:
                 _check_start(file, stream.read(len(_START)))
 
 

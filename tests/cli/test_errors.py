@@ -153,6 +153,7 @@ def test_the_yaml_key_is_added(
     [
         (["--config=eval/tofu.yaml", "--model.benchmark.source=./nowhere"], "./nowhere", "model.benchmark.source"),
         (["--config=eval/tofu.yaml", "--model.benchmark.source=nowhere"], "nowhere", "model.benchmark.source"),
+        (["--config=eval/lume.yaml", "--model.benchmark.source=nowhere"], "nowhere", "model.benchmark.source"),
         (
             [
                 "--model=LitEvaluate",
