@@ -25,7 +25,7 @@ from lit_unlearn.callbacks.run_state import (
 )
 from lit_unlearn.errors import ConfigError, OutputError
 from lit_unlearn.export.hub import find_upload_problem, upload_export
-from lit_unlearn.export.ledger import append_entry, describe_export
+from lit_unlearn.export.ledger import append_entry, check_ledger, describe_export
 from lit_unlearn.export.record import (
     RECORD_FILE,
     Record,
@@ -101,8 +101,9 @@ class ExportModel(Callback):
         """Refuse what cannot be exported or uploaded before anything is loaded; have the run measure what will be exported.
 
         Raises:
-            ConfigError: If the repository's name is not valid, there is no token for the hub, or the folder cannot be
-                written.
+            ConfigError: If the repository's name is not valid, there is no token for the hub, or the folder or the ledger
+                cannot be written.
+            DataError: If the ledger's file is another one.
             OccupiedError: If the folder holds something that is not ours, or another run is writing it.
         """
         if self.dtype is not None and isinstance(pl_module, LitLanguageModel):
@@ -116,6 +117,9 @@ class ExportModel(Callback):
             problem = trainer.strategy.broadcast(problem)
             if problem:
                 raise ConfigError(problem, owner=self, argument="push_to_hub")
+        if self.ledger is not None:
+            # It is written when the run has ended: too late to learn that it cannot be.
+            check_on_first_process(trainer, partial(check_ledger, Path(self.ledger), self))
         if self.dirpath is not None:
             self._take_folder(trainer, pl_module, self.dirpath)
 

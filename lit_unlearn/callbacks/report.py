@@ -40,7 +40,7 @@ from lit_unlearn.utils.validation import check_number
 
 _MIB = 2**20
 _UNKNOWN_ROWS = (
-    "The model does not know these rows in this prompt. The likely reason is another prompt than the model was fine-tuned with: "
+    "The likely reason why the model does not know these rows in this prompt is that it was fine-tuned with another one: "
     "look at it with `lit-unlearn inspect`, and set the data's `chat` or `template`. If the model never saw the rows, there is nothing to "
     "unlearn."
 )
@@ -92,7 +92,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path | str) -> Report:
-        """Read a report; reports of earlier versions have no seconds and no memory."""
+        """Read a report."""
         return cls(**read_json(Path(path)))
 
     def write(self, path: Path | str) -> None:

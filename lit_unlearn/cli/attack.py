@@ -77,28 +77,30 @@ def run(arguments: list[str]) -> None:
     record = read_record(options.model)
     settings = {**read_question_settings(record), **read_settings(parser, options), "max_new_tokens": max_new_tokens}
     sources = find_sets(options, record)
+    # This looks at the files of a model, and does not load it yet.
+    language_models: dict[Role, LanguageModel] = {}
+    for role, name in models.items():
+        if name is not None:
+            language_models[role] = LanguageModel(name)
 
     partial_dir = options.output.with_name(f"{options.output.name}.partial")
     outcomes: dict[Role, dict[str, Outcome]] = {}
     described: Values = {}
     data: dict[str, Values] = {}
-    for role, name in models.items():
-        if name is None:
-            continue
+    for role, lm in language_models.items():
         # A benchmark of its own: the tokens are this model's.
         question_settings: dict[str, Any] = {**sources, **settings}
         # Answers that no attack is measured by need not be scored.
         question_settings |= {"wrong_column": "", "paraphrase_column": ""}
         benchmark = QABenchmark(token_budget=options.token_budget, **question_settings)
-        lm = LanguageModel(name)
         data = data or benchmark.describe_data(lm.tokenizer)
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
         lm.load(None if options.dtype is None else getattr(torch, options.dtype))
-        described[role] = describe_model(name, fingerprint(cast(nn.Module, lm.model)))
+        described[role] = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
         if role != "model" and described[role]["weights"] == described["model"]["weights"]:
-            message = f"'{name}' has the same weights as '{options.model}', which show nothing beside each other: give another model."
+            message = f"'{lm.name}' has the same weights as '{options.model}', which show nothing beside each other: give another model."
             raise ConfigError(message, argument=role)
-        print(f"attacking {name}")
+        print(f"attacking {lm.name}")
         outcomes[role] = run_attacks(lm, attacks, benchmark, partial_dir / role, _print_outcome)
         # The next one is not to be in memory beside it.
         lm.model = None

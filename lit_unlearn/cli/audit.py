@@ -35,7 +35,7 @@ from lit_unlearn.export.audit_files import (
     was_fixed_before,
     write_audit,
 )
-from lit_unlearn.export.ledger import append_entry, describe_audit, read_ledger
+from lit_unlearn.export.ledger import append_entry, check_ledger, describe_audit, read_ledger
 from lit_unlearn.export.record import RECORD_FILE
 from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
 from lit_unlearn.models import LanguageModel
@@ -92,12 +92,19 @@ def run(arguments: list[str]) -> None:
     for warning in check_roles(policy, models):
         print_warning(warning)
     check_export_target(options.output, models.values(), argument="output")
-    if options.ledger is not None and options.ledger.exists():
-        read_ledger(options.ledger)
+    if options.ledger is not None:
+        check_ledger(options.ledger)
+        if options.ledger.exists():
+            read_ledger(options.ledger)
     record = read_record(options.model)
     # No measure reads wrong answers, of which a row may have many.
     settings = {"wrong_column": "", **read_question_settings(record), **read_settings(parser, options)}
     sources = find_sets(options, record)
+    # This looks at the files of a model, and does not load it yet.
+    language_models: dict[Role, LanguageModel] = {}
+    for role, name in models.items():
+        if name is not None:
+            language_models[role] = LanguageModel(name)
 
     def make_benchmark() -> QABenchmark:
         arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
@@ -107,13 +114,10 @@ def run(arguments: list[str]) -> None:
     evidence = Evidence()
     described: dict[str, Values] = {}
     data: dict[str, Values] = {}
-    for role, name in models.items():
-        if name is not None:
-            print(f"measuring {name}: {', '.join(policy.list_runs(role))}")
-            described[role], of_role = _measure(
-                evidence, role, name, make_benchmark, policy, options.dtype, partial_dir
-            )
-            data = data or of_role
+    for role, lm in language_models.items():
+        print(f"measuring {lm.name}: {', '.join(policy.list_runs(role))}")
+        described[role], of_role = _measure(evidence, role, lm, make_benchmark, policy, options.dtype, partial_dir)
+        data = data or of_role
     for warning in check_prompts(policy, evidence):
         print_warning(warning)
     result = judge(policy, evidence)
@@ -148,7 +152,7 @@ def run(arguments: list[str]) -> None:
 def _measure(
     evidence: Evidence,
     role: Role,
-    name: str,
+    lm: LanguageModel,
     make_benchmark: Callable[[], QABenchmark],
     policy: Policy,
     dtype: str | None,
@@ -157,11 +161,10 @@ def _measure(
     """Measure one model; return its description, and that of the rows."""
     # A benchmark of its own: the tokens are this model's.
     benchmark = make_benchmark()
-    lm = LanguageModel(name)
     benchmark.prepare(lm.tokenizer)
     lm.load(None if dtype is None else getattr(torch, dtype))
     data = measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
-    described = describe_model(name, fingerprint(cast(nn.Module, lm.model)))
+    described = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
     # The next one is not to be in memory beside it.
     lm.model = None
     return described, data

@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
     sets: dict[str, list[Row]] = {}
     for title, source in _list_sources(options.files, options.where).items():
         name = Path(title).name
-        table = source.load(name)
+        table = source.load(name, argument="files")
         sets[title] = reader.read(table, name)
         has_spans = options.span_column in table.column_names
         spans = read_spans(table, sets[title], options.span_column, name) if has_spans else None

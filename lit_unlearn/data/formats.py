@@ -219,13 +219,7 @@ class RowReader:
                 text of it.
         """
         kind = self.recognize(rows.column_names)
-        used = []
-        for setting, column in self._columns_of(kind):
-            if column not in rows.column_names:
-                raise DataError(
-                    self._describe_missing_column(rows.column_names, name, setting, column), argument=setting
-                )
-            used.append(column)
+        used = self.find_columns(rows.column_names, kind, name)
         if kind in ("messages", "prompt_completion") and "tools" in rows.column_names:
             used.append("tools")
         read = []
@@ -233,6 +227,24 @@ class RowReader:
             row = dict(zip(used, cells, strict=True))
             read.append(self.read_row(row, kind, f"row {number} of the {name} set", argument))
         return read
+
+    def find_columns(self, columns: Sequence[str], kind: Format, name: str) -> list[str]:
+        """Return the columns that are read of a set.
+
+        Args:
+            columns: Those that it has.
+            kind: The format, from `recognize`.
+            name: Name of the set, for messages.
+
+        Raises:
+            DataError: If one is missing.
+        """
+        used = []
+        for setting, column in self._columns_of(kind):
+            if column not in columns:
+                raise DataError(self._describe_missing_column(columns, name, setting, column), argument=setting)
+            used.append(column)
+        return used
 
     def read_row(self, row: Mapping[str, Any], kind: Format, place: str, argument: str | None = None) -> Row:
         """Read one row.

@@ -263,14 +263,22 @@ def find_file(folders: Iterable[Path], names: Sequence[str]) -> Path | None:
     return None
 
 
-def read_columns(source: Source, benchmark: str, name: str, *columns: str) -> list[list[str]]:
+def read_columns(source: Source, benchmark: str, name: str, *columns: str, argument: str = "source") -> list[list[str]]:
     """Read the texts in some columns of every row of a benchmark's set.
 
+    Args:
+        source: Where the rows are.
+        benchmark: Its name, for messages.
+        name: Name of the set, for messages.
+        *columns: The columns.
+        argument: The benchmark's argument that the source was made from, for errors.
+
     Raises:
+        MissingFileError: If there is no such file, and no data set of that name can be reached.
         DataError: If a row has no text in one of them; the message names the row.
     """
     texts = []
-    for number, row in enumerate(source.load(name).to_list()):
+    for number, row in enumerate(source.load(name, argument).to_list()):
         for column in columns:
             if not isinstance(row.get(column), str):
                 kind = describe_kind(row[column]) if column in row else "none"

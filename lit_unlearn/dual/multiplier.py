@@ -48,6 +48,9 @@ class FixedMultiplier(Multiplier):
     Args:
         weight: The constant λ, finite and ≥ 0.
 
+    Raises:
+        ConfigError: If ``weight`` is negative or not finite.
+
     Example:
         >>> multiplier = FixedMultiplier(1.0)
         >>> multiplier.update(violation=3.0)
@@ -107,7 +110,7 @@ class PIMultiplier(Multiplier):
         self._smoothed: float | None = None
 
     def update(self, violation: float) -> None:
-        """Move λ by the controller's output and projects it to ``[0, max]``."""
+        """Move λ by the controller's output and project it to ``[0, max]``."""
         # No step before the first one: the proportional part is then 0, and the step that of dual ascent.
         before = violation if self._smoothed is None else self._smoothed
         self._smoothed = update_average(violation, self._smoothed, self.nu)

@@ -190,7 +190,9 @@ def read_policy(name: str | Path) -> Policy:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the policy '{file}' is no YAML file: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(
+            f"the policy '{file}' is no YAML file: {str(error).splitlines()[0]}.", argument="policy"
+        ) from error
     try:
         return _build_policy(content, file)
     except ConfigError as error:
@@ -207,7 +209,7 @@ def find_policy(name: str | Path) -> Path:
         if packaged.is_file():
             return packaged
     raise MissingFileError(
-        f"there is no policy '{name}': give a YAML file, or one of policy/default.yaml and policy/short.yaml.",
+        f"there is no policy file '{name}': give a YAML file, or one of policy/default.yaml, policy/real.yaml and policy/short.yaml.",
         argument="policy",
     )
 
@@ -249,7 +251,7 @@ def _read_plan(
     values = _read_keys(content, keys, f"`attacks.{attack}`")
     for key in required:
         if key not in values:
-            raise ConfigError(f"`attacks.{attack}` has no `{key}`.")
+            raise ConfigError(f"`attacks.{attack}` needs `{key}`, which is missing: set it.")
     return {key: keys[key](key, value) for key, value in values.items()}
 
 

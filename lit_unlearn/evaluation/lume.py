@@ -154,7 +154,8 @@ class LUMEBenchmark(Benchmark):
         """Read and tokenise both sets and, if there are nonmembers, the documents of the attack."""
         check_tokenizer(tokenizer)
         self.prompt = describe_prompt(tokenizer, self.encoding.template, self.encoding.chat)
-        streams = {name: self._load_set(name, tokenizer) for name in SETS}
+        with arguments_of(self):
+            streams = {name: self._load_set(name, tokenizer) for name in SETS}
         if "nonmembers" in self.documents:
             texts = {name: self._read_documents(name) for name in self.documents}
             if "members" not in texts:
@@ -204,7 +205,9 @@ class LUMEBenchmark(Benchmark):
         return BenchmarkExample(texts, {"answer": [example]}, prompt)
 
     def _read_documents(self, name: str) -> list[str]:
-        return [text for (text,) in read_columns(self.documents[name], "LUME", name, self.document_column)]
+        with arguments_of(self):
+            rows = read_columns(self.documents[name], "LUME", name, self.document_column, argument=name)
+        return [text for (text,) in rows]
 
     def _encode_documents(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[BenchmarkExample]:
         examples = []

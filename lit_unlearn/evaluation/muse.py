@@ -13,7 +13,7 @@ from lit_unlearn.data.example import Example
 from lit_unlearn.data.muse import muse_source
 from lit_unlearn.data.source import Source, read_columns
 from lit_unlearn.data.special_tokens import encode_text
-from lit_unlearn.errors import MissingFileError
+from lit_unlearn.errors import MissingFileError, arguments_of
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
 from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream
 from lit_unlearn.evaluation.results import Results, Values, get_column
@@ -130,7 +130,8 @@ class MUSEBenchmark(Benchmark):
         """Read and tokenise every set that is there."""
         # By configuration: both knowledge sets are read alike, and so are members and holdout.
         loaders = {"verbmem": self._load_passages, "knowmem": self._load_questions, "privleak": self._load_texts}
-        return {name: loaders[SETS[name].config](name, tokenizer) for name in self.sources}
+        with arguments_of(self):
+            return {name: loaders[SETS[name].config](name, tokenizer) for name in self.sources}
 
     def _load_passages(self, name: str, tokenizer: PreTrainedTokenizerBase) -> BenchmarkStream:
         """Read passages and the first tokens of the text that follows each."""

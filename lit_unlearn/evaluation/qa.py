@@ -19,7 +19,7 @@ from lit_unlearn.metrics import exposure
 
 
 class QABenchmark(QuestionBenchmark):
-    """Measures your own files of questions and answers in the way of TOFU.
+    """Measures your own rows, of any format, in the way of TOFU.
 
     Args:
         forget: Rows to be forgotten: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a list of dicts.

@@ -41,7 +41,8 @@ def load_streams(questions: QuestionSets, tokenizer: PreTrainedTokenizerBase) ->
         _check_reference_tokenizer(questions, tokenizer)
     streams = {}
     for name, question_set in questions.sets.items():
-        table = question_set.source.load(name, argument=name)
+        with arguments_of(questions.owner):
+            table = question_set.source.load(name, argument=question_set.argument or name)
         kind = questions.reader.recognize(table.column_names)
         cells = table.to_list()
         _check_wrong_answers(questions, name, cells)

@@ -29,12 +29,14 @@ class QuestionSet(NamedTuple):
         truth_column: Column with the text that the truth ratio compares with the wrong answers.
         is_multiple_choice: Whether the probability is that among the given options, p / (p + Σ p_wrong).
         generates: Whether the questions are answered, for ROUGE.
+        argument: The benchmark's argument that the source was made from, for errors; ``None`` for the set's name.
     """
 
     source: Source
     truth_column: str = "paraphrased_answer"
     is_multiple_choice: bool = False
     generates: bool = True
+    argument: str | None = None
 
 
 class QuestionAttack(Protocol):

@@ -16,7 +16,7 @@ from lit_unlearn import __version__
 from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.evaluation.tables import TableStyle, format_table
 from lit_unlearn.evaluation.verdict import describe_damage
-from lit_unlearn.utils.io import expand_path, read_json, write_json
+from lit_unlearn.utils.io import describe_os_error, expand_path, read_json, write_json
 
 MATCHED_TOLERANCE = 0.1
 """Share of its limit by which a damage may differ from it and still count as matched; runs end within 5 %."""
@@ -76,10 +76,12 @@ class Results:
         """
         try:
             content = read_json(expand_path(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise MissingFileError(
-                f"there is no results file '{path}': run `lit-unlearn test` on the model, which writes one."
+                f"there is no results file '{path}': run `lit-unlearn evaluate` on the model, which writes one."
             ) from None
+        except OSError as error:
+            raise DataError(f"the results file '{path}' cannot be read: {describe_os_error(error)}") from error
         except ValueError as error:
             raise DataError(f"'{path}' is not a JSON file: {error}") from error
         return cls.from_dict(content, f"'{path}'")

@@ -62,7 +62,8 @@ class TOFUBenchmark(QuestionBenchmark):
         check_choice(tuple(RETAIN), self, forget_split=forget_split)
         self.questions = QuestionSets(self, **settings)
         with arguments_of(self):
-            self.questions.sets["forget"] = QuestionSet(tofu_source(source, f"{forget_split}_perturbed"))
+            rows = tofu_source(source, f"{forget_split}_perturbed")
+        self.questions.sets["forget"] = QuestionSet(rows, argument="source")
         for name in UTILITY_SETS:
             try:
                 rows = tofu_source(source, f"{name}_perturbed", max_rows)
@@ -73,7 +74,9 @@ class TOFUBenchmark(QuestionBenchmark):
                 # Only the sets about fictitious authors have paraphrased answers; the others offer options.
                 is_fictitious = name == "retain"
                 truth_column = "paraphrased_answer" if is_fictitious else self.questions.answer_column
-                self.questions.sets[name] = QuestionSet(rows, truth_column, is_multiple_choice=not is_fictitious)
+                self.questions.sets[name] = QuestionSet(
+                    rows, truth_column, is_multiple_choice=not is_fictitious, argument="source"
+                )
         if holdout is not None:
             self.questions.sets["holdout"] = QuestionSet(holdout, generates=False)
 

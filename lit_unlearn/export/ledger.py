@@ -18,9 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.errors import DataError, MissingFileError, arguments_of
 from lit_unlearn.evaluation.tables import TableStyle, format_table
-from lit_unlearn.utils.io import output_errors
+from lit_unlearn.utils.io import check_output_file, output_errors
 
 try:
     import fcntl
@@ -39,6 +39,25 @@ _SHORT = 8  # digits of a digest in the table
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
+
+
+def check_ledger(file: Path, owner: object = None) -> None:
+    """Refuse a file to which no entry can be appended, as far as that can be known before there is one.
+
+    Args:
+        file: The ledger; it need not exist yet.
+        owner: The object whose argument ``ledger`` it is, for the error.
+
+    Raises:
+        ConfigError: If it is a folder, or its folder cannot be written to.
+        DataError: If the file is there, and no ledger.
+        OutputError: If it cannot be read.
+    """
+    with arguments_of(owner):
+        check_output_file(file, argument="ledger")
+        if file.is_file():
+            with output_errors(file), file.open("rb") as stream:
+                _check_start(file, stream.read(len(_START)))
 
 
 def append_entry(file: Path, entry: Entry) -> Entry:
@@ -197,7 +216,7 @@ def read_ledger(file: Path) -> list[Entry]:
 def _check_start(file: Path, content: bytes) -> None:
     """Raise DataError for a file that is no ledger; a crash may have left a part of the first line."""
     if content[: len(_START)] != _START[: len(content)]:
-        raise DataError(f"'{file}' is no ledger: name a ledger, or a file that is not there yet.")
+        raise DataError(f"'{file}' is no ledger: name a ledger, or a file that is not there yet.", argument="ledger")
 
 
 def _parse_line(line: bytes) -> Entry | None:

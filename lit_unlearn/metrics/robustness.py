@@ -72,7 +72,9 @@ def quantization_robustness(before: float, after: float) -> float:
     _check_finite(before=before, after=after)
     for name, value in {"before": before, "after": after}.items():
         if value < 0:
-            message = f"`{name}` must be at or above 0, but is {value}: a ratio of values needs a value with a zero."
+            message = (
+                f"`{name}` must be at or above 0, but is {value}: give a value whose 0 means that nothing is left."
+            )
             raise DataError(message, argument=name)
     return 1.0 if before == 0 else min(1.0, after / before)
 

@@ -168,7 +168,8 @@ class LanguageModel(SupervisedModel):
             settings: dict[str, Any] = dict(self.hub_settings)
             if self.files is not None and self.files.gguf_file is not None and self.tokenizer_name == self.name:
                 settings["gguf_file"] = self.files.gguf_file
-            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, owner=self, **settings)
+            argument = "model" if self.tokenizer_name == self.name else "tokenizer"
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_name, self, argument, **settings)
         return self._tokenizer
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:

@@ -93,7 +93,8 @@ def check_model_directory(name: str, use_safetensors: bool, owner: object = None
     has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
     if not (path / config).is_file() or not has_weights:
         content = sorted(file.name for file in path.iterdir()) if path.is_dir() else "a file"
-        allow_pickle = ", or set `use_safetensors` to false" if use_safetensors else ""
+        has_pickle = use_safetensors and any(path.glob("*.bin"))
+        allow_pickle = ", or set `use_safetensors` to false" if has_pickle else ""
         names = [file for file in content if file.endswith(gguf.SUFFIX)] if path.is_dir() else []
         name_file = f" For a model in GGUF, set `gguf_file`, such as '{names[0]}'." if names else ""
         message = (
@@ -237,8 +238,16 @@ def _reading_pretrained(what: str, name: str, remedy: str, owner: object, argume
         raise kind(message, owner=owner, argument=argument) from error
 
 
-def load_tokenizer(name: str, owner: object = None, **settings: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or a local directory; ``settings`` are for ``AutoTokenizer.from_pretrained``.
+def load_tokenizer(
+    name: str, owner: object = None, argument: str = "tokenizer", **settings: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a local directory.
+
+    Args:
+        name: Hub name or local directory.
+        owner: The object whose argument it is, for the error.
+        argument: Name of that argument: ``"model"`` if the tokenizer is to be the model's own.
+        **settings: For ``AutoTokenizer.from_pretrained``.
 
     Raises:
         MissingFileError: If there is none.
@@ -248,12 +257,18 @@ def load_tokenizer(name: str, owner: object = None, **settings: Any) -> PreTrain
 
     remedy = "Set `tokenizer` to a local directory with tokenizer files, or to a hub name that has them."
     folder = Path(name)
-    check_hub(name, owner, "tokenizer", settings.get("gguf_file", "tokenizer_config.json"))
+    if folder.exists():
+        # The model is there; another tokenizer can be given beside it.
+        remedy = f"Get a complete copy of it. {remedy}" if argument == "model" else remedy
+        argument = "tokenizer"
+    elif argument == "model":
+        remedy = "Check `model`: expected is a local directory, or a name on the hub."
+    check_hub(name, owner, argument, settings.get("gguf_file", "tokenizer_config.json"))
     _check_lfs_pointers(folder, owner, "tokenizer")
     if folder.is_dir() and "gguf_file" not in settings and not has_tokenizer(folder):
         message = f"'{name}' has no tokenizer files, such as tokenizer.json. {remedy}"
         raise MissingFileError(message, owner=owner, argument="tokenizer")
-    with _reading_pretrained("the tokenizer", name, remedy, owner, "tokenizer"):
+    with _reading_pretrained("the tokenizer", name, remedy, owner, argument):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **settings)
     return tokenizer
 

@@ -40,7 +40,8 @@ def naming_teacher(name: str, owner: LanguageModel) -> Iterator[None]:
         yield
     except LitUnlearnError as error:
         error.owner, error.argument = owner, "teacher"
-        error.args = (f"the teacher '{name}': {error}",)
+        message = str(error).replace("`model`", "`teacher`")
+        error.args = (f"the teacher '{name}': {message}",)
         raise
 
 

@@ -25,8 +25,8 @@ class MatchUnseen(Objective):
     Args:
         stream: Stream of the examples that the model never saw, among the data module's ``streams``. It is only measured,
             never trained on.
-        factor: The level is this times the NLL of that stream, nats per token; > 0. At 1 the truth ratio stays below that
-            of a retain-only model (``docs/results.md``). The loss is infinite until the level is measured when a fit starts.
+        factor: The level is this times the NLL of that stream, nats per token; > 0. On small models, the truth ratio stays
+            below that of a retain-only model at 1 (``docs/results.md``). The loss is infinite until the level is measured when a fit starts.
 
     Raises:
         ConfigError: If ``factor`` is not above 0 or not finite.

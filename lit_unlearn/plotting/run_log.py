@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_unlearn.errors import DataError, LitUnlearnError, MissingFileError, OutputError
-from lit_unlearn.utils.io import write_json
+from lit_unlearn.errors import DataError, LitUnlearnError, MissingFileError
+from lit_unlearn.utils.io import describe_os_error, write_json
 
 PICTURE_FILE, METRICS_FILE, REPORT_FILE = "pictures.json", "metrics.csv", "report.json"
 
@@ -116,8 +116,7 @@ def read_metrics(files: Sequence[Path]) -> dict[str, Series]:
         For each metric the optimizer steps and the values logged there.
 
     Raises:
-        DataError: If a file is damaged.
-        OutputError: If a file cannot be read.
+        DataError: If a file is damaged, or cannot be read.
     """
     values_by_step: dict[str, dict[int, float]] = {}
     for path in files:
@@ -162,7 +161,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"'{path}' cannot be read: {error}") from error
+        raise DataError(f"'{path}' cannot be read: {describe_os_error(error)}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is no text file: {error}.") from error
 

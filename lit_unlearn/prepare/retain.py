@@ -71,7 +71,7 @@ def make_retain(
     forget_texts = [" ".join(conversation.texts) for conversation in conversations]
     forget_words = {split_words(text) for text in forget_texts}
     candidates, texts = [], []
-    for conversation in read_conversations(training, question_column, answer_column):
+    for conversation in read_conversations(training, question_column, answer_column, "training"):
         text = " ".join(conversation.texts)
         if split_words(text) in forget_words:
             prepared.counts[FORGET_ROW] += 1

@@ -81,24 +81,32 @@ def keep_sentences(text: str) -> str:
 
 
 def read_conversations(
-    rows: Sequence[Mapping[str, Any]], question_column: str, answer_column: str
+    rows: Sequence[Mapping[str, Any]], question_column: str, answer_column: str, name: str = "forget"
 ) -> list[Conversation]:
     """Return rows as conversations whose last turn is an answer, whatever their format.
 
+    Args:
+        rows: A dict per row.
+        question_column: Column with the question.
+        answer_column: Column with the answer.
+        name: Name of the set, for messages.
+
     Raises:
-        DataError: If a row has no question or no answer; the message names the row, never its text.
+        DataError: If a column is missing, or a row has no question or no answer; the message names the row, never its text.
     """
     if not rows:
         return []
     reader = RowReader(supervise="last", question_column=question_column, answer_column=answer_column)
     kind = reader.recognize(list(rows[0]))
+    reader.find_columns(list(rows[0]), kind, name)
     conversations = []
     for number, row in enumerate(rows):
-        read = reader.read_row(row, kind, f"row {number}")
+        place = f"row {number} of the {name} set"
+        read = reader.read_row(row, kind, place)
         if isinstance(read, Document):
-            raise DataError(f"row {number} is raw text, but a question with an answer is expected.")
+            raise DataError(f"{place} is raw text, but a question with an answer is expected: leave it out.")
         if not (read.question.strip() and read.answer.strip()):
-            raise DataError(f"row {number} has an empty question or answer: remove it.")
+            raise DataError(f"{place} has an empty question or answer: remove it.")
         conversations.append(read)
     return conversations
 

@@ -120,7 +120,8 @@ def read_plain(path: Path, is_mapped: bool = True) -> Any:
     file = path / SHARDED_MARK if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(
-            f"'{path}' is a folder without '{SHARDED_MARK}', so it is no complete sharded checkpoint.",
+            f"'{path}' is a folder without '{SHARDED_MARK}', so it is no complete sharded checkpoint: give a "
+            "file or folder such as 'last-step=100.ckpt'.",
             argument="ckpt_path",
         )
     with _refusing_code(file):

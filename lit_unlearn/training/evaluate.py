@@ -18,7 +18,7 @@ from lit_unlearn.training.agreement import check_processes_agree, describe_bench
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import shard
 from lit_unlearn.training.weights import check_tensors, load_for_trainer
-from lit_unlearn.utils.io import expand_home
+from lit_unlearn.utils.io import check_output_file, expand_home
 
 
 class LitEvaluate(L.LightningModule):
@@ -44,7 +44,14 @@ class LitEvaluate(L.LightningModule):
         self.results = None if results is None else expand_home(results)
 
     def setup(self, stage: str) -> None:
-        """Read the benchmark's rows, before the model is loaded."""
+        """Read the benchmark's rows, before the model is loaded.
+
+        Raises:
+            ConfigError: If the results file cannot be written.
+            DataError: If rows cannot be used.
+        """
+        if self.results is not None:
+            check_output_file(Path(self.results), owner=self, argument="results")
         prepare_benchmark(self, self.benchmark, self.lm)
 
     def configure_model(self) -> None:

@@ -69,9 +69,9 @@ class SharpnessAware(Robustness):
 
     The forget term's gradient is taken at θ + ρ g/‖g‖, with g its gradient at θ; the constraints' are taken at θ. The step then
     lowers the largest forget loss within a distance of ρ, max over ‖δ‖ ≤ ρ of the loss at θ + δ, of which ρ g/‖g‖ is the
-    first-order solution: a few steps of relearning bring less of it back. It takes a second gradient of the forget examples,
-    separate passes for the constraints, and memory for a copy of the trained weights.
-    Foret et al., ICLR 2021 (arXiv 2010.01412); against relearning Fan et al., ICML 2025 (arXiv 2502.05374), with ρ = 0.01.
+    first-order solution. It takes a second gradient of the forget examples, separate passes for the constraints, and memory for a
+    copy of the trained weights. Foret et al., ICLR 2021 (arXiv 2010.01412); Fan et al., ICML 2025 (arXiv 2502.05374), with
+    ρ = 0.01, report that relearning then brings less back, which has not been measured here.
 
     Args:
         rho: Length ρ > 0 of the change, in the norm of all trained weights together.

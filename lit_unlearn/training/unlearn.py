@@ -61,7 +61,7 @@ class LitUnlearn(LitLanguageModel):
         robustness: Another way to compute the gradient of a step, such as `SharpnessAware`; ``None`` for the plain one.
         rewind: Share of the way to the weights of the model's ``teacher`` that is gone before the first step, from 0 (none) to below 1.
             What was measured before stays what values and bounds are relative to, so that the run begins above the bound and
-            learns the retain set again, but not the forget set: little of it is left to be brought back by relearning.
+            learns the retain set again, but not the forget set: less of it is left to be brought back by relearning.
             Mu and Klabjan (arXiv 2409.09778) rewind to an earlier checkpoint; between two models, the weights are
             interpolated as Wortsman et al., CVPR 2022 (arXiv 2109.01903), do for robustness.
 

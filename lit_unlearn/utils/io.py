@@ -137,6 +137,24 @@ def check_writable(folder: Path, size: int = 0, owner: object = None, argument: 
         raise ConfigError(message, owner=owner, argument=argument)
 
 
+def check_output_file(file: Path, owner: object = None, argument: str | None = None) -> None:
+    """Refuse a file that cannot be written, as far as that can be known without writing; it need not exist yet.
+
+    Args:
+        file: The file.
+        owner: The object whose argument it is, for the error.
+        argument: Name of that argument.
+
+    Raises:
+        ConfigError: If it is a folder, or its folder cannot be written to.
+    """
+    if file.is_dir():
+        message = f"'{file}' is a folder, and a file is to be written: give the path of one in it"
+        message += f" as `{argument}`." if argument else "."
+        raise ConfigError(message, owner=owner, argument=argument)
+    check_writable(file.parent, owner=owner, argument=argument)
+
+
 def format_size(size: float) -> str:
     """Return a number of bytes as people read it, such as ``1.6 GB``."""
     units = ["bytes", "kB", "MB", "GB", "TB"]

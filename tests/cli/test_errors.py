@@ -130,6 +130,10 @@ def test_a_failed_run_has_another_code_than_a_wrong_command(
     [
         (["--model.constraints.nll.epsilon=-0.5"], "-0.5", "model.constraints.nll.epsilon"),
         (["--model.lm.model=./nowhere"], "./nowhere", "model.lm.model"),
+        # Not the tokenizer's key, although that is what is read first.
+        (["--model.lm.model=nowhere"], "nowhere", "model.lm.model"),
+        # Before the fit, which writes it at its end.
+        (["--export.ledger=."], "'.' is a folder", "export.ledger"),
         (["--data=ForgetRetain", "--data.forget=none.jsonl", "--data.retain=none.jsonl"], "none.jsonl", "data.forget"),
         (["--data.batch_size=0"], "not 0", "data.batch_size"),
         (["--trainer.overfit_batches=1"], "overfit_batches", "trainer.overfit_batches"),
@@ -148,6 +152,19 @@ def test_the_yaml_key_is_added(
     ("benchmark", "message", "key"),
     [
         (["--config=eval/tofu.yaml", "--model.benchmark.source=./nowhere"], "./nowhere", "model.benchmark.source"),
+        (["--config=eval/tofu.yaml", "--model.benchmark.source=nowhere"], "nowhere", "model.benchmark.source"),
+        (["--config=eval/lume.yaml", "--model.benchmark.source=nowhere"], "nowhere", "model.benchmark.source"),
+        (
+            [
+                "--model=LitEvaluate",
+                "--model.benchmark=QABenchmark",
+                "--model.benchmark.forget=rows.jsonl",
+                "--model.benchmark.retain=rows.jsonl",
+                "--model.results=.",
+            ],
+            "'.' is a folder",
+            "model.results",
+        ),
         (
             ["--config=eval/stress.yaml", "--model.benchmark.benchmark.source=./nowhere"],
             "./nowhere",

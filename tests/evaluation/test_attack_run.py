@@ -355,3 +355,10 @@ def test_the_command(in_tmp, tokenizer_dir, capsys):
     assert end.value.code == 2
     assert "same weights" in capsys.readouterr().err
     assert not Path("same").exists()
+    # A folder without a model is refused before the first model is attacked.
+    with pytest.raises(SystemExit) as end:
+        cli.main(["attack", models[0], *files, f"--config={config}", "--output=same", f"--retain_only={in_tmp}"])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert "no complete model directory" in captured.err
+    assert "attacking" not in captured.out

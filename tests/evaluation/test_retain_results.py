@@ -10,7 +10,7 @@ import pytest
 from evaluation.rows import FORGET, HOLDOUT, Row, area, ks_p_value, loaded, taught, write, write_qa, write_tofu
 
 from lit_unlearn import LanguageModel, QABenchmark, Results, TOFUBenchmark
-from lit_unlearn.errors import DataError
+from lit_unlearn.errors import DataError, MissingFileError
 from lit_unlearn.utils.io import write_json
 
 Content = dict[str, Any]
@@ -222,3 +222,8 @@ def test_a_file_that_is_none(content, message, files, tmp_path):
         path.write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         QABenchmark(**files, retain_results=str(path))
+
+
+def test_a_folder_is_no_file(files, tmp_path):
+    with pytest.raises(MissingFileError, match="no results file"):
+        QABenchmark(**files, retain_results=str(tmp_path))

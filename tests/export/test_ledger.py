@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from lit_unlearn.errors import DataError, MissingFileError
+from lit_unlearn.errors import ConfigError, DataError, MissingFileError
 from lit_unlearn.export.ledger import (
     append_entry,
     build_constraints,
+    check_ledger,
     describe_export,
     find_latest_audit,
     format_ledger,
@@ -193,7 +194,19 @@ def test_another_file_is_no_ledger_and_stays(tmp_path: Path) -> None:
         append_entry(file, {"kind": "export"})
     with pytest.raises(DataError, match="no ledger"):
         read_ledger(file)
+    with pytest.raises(DataError, match="no ledger"):
+        check_ledger(file)
     assert file.read_text("utf-8") == '{"question": "Who?"}\n'
+
+
+def test_a_ledger_is_checked_without_being_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_ledger(tmp_path)
+    file = tmp_path / "new" / "ledger.jsonl"
+    check_ledger(file)
+    assert not file.parent.exists()
+    append_entry(file, {"kind": "export"})
+    check_ledger(file)
 
 
 def test_a_line_that_this_package_did_not_write_is_refused(tmp_path: Path) -> None:

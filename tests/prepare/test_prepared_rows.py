@@ -237,9 +237,16 @@ def test_a_paraphrase_that_gives_the_answer_away_is_counted() -> None:
 @pytest.mark.parametrize("make", [make_alternates, make_retain, make_unseen, make_paraphrases])
 def test_a_row_without_text_is_named_and_not_shown(make: Any) -> None:
     rows = [ROWS[0], {"question": "a secret", "answer": None}]
-    with pytest.raises(DataError, match=r"row 1 has null in 'answer', where a text must be") as error:
+    with pytest.raises(DataError, match=r"row 1 of the forget set has null in 'answer'") as error:
         make(Model("x"), rows)
     assert "secret" not in str(error.value)
+
+
+def test_a_missing_column_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(DataError, match=r"the forget set has no column 'question'; its columns are \['q', 'a'\]"):
+        make_alternates(Model("x"), [{"q": "Who?", "a": "Ada."}])
+    with pytest.raises(DataError, match="the training set has no column 'answer'"):
+        make_retain(Model("x"), ROWS, [{"question": "Who?"}])
 
 
 def converse(*texts: str) -> list[dict[str, str]]:
@@ -271,7 +278,7 @@ def test_conversations_stay_conversations() -> None:
 
 
 def test_raw_text_has_no_questions() -> None:
-    with pytest.raises(DataError, match="row 0 is raw text"):
+    with pytest.raises(DataError, match="row 0 of the forget set is raw text"):
         make_alternates(Model("x"), [{"text": "Once upon a time."}])
 
 
