@@ -22,7 +22,8 @@ import torch
 from lit_unlearn import LanguageModel
 from lit_unlearn.errors import MissingFileError, ModelError
 from lit_unlearn.models import gguf
-from lit_unlearn.models.loading import check_hub, check_model_directory
+from lit_unlearn.models.hub import check_hub
+from lit_unlearn.models.locating import check_model_directory
 from lit_unlearn.utils.io import cache_folder, expand_path, file_digest
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -41,7 +41,7 @@ from lit_unlearn.errors import (
     arguments_of,
     reading,
 )
-from lit_unlearn.models.loading import check_hub
+from lit_unlearn.models.hub import check_hub
 from lit_unlearn.utils.distributed import gather_objects
 from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice

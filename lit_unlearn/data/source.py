@@ -20,7 +20,7 @@ from lit_unlearn.data.files import (
 )
 from lit_unlearn.data.selection import RULES, Rule, check_rule, describe_rules, select_rows
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError
-from lit_unlearn.models.loading import check_hub
+from lit_unlearn.models.hub import check_hub
 from lit_unlearn.utils.io import expand_home, expand_path, file_digest
 
 if TYPE_CHECKING:

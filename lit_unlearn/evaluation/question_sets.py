@@ -14,7 +14,7 @@ from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, arguments_of
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.results import Values
-from lit_unlearn.models.loading import check_model_directory
+from lit_unlearn.models.locating import check_model_directory
 from lit_unlearn.utils.io import expand_home
 from lit_unlearn.utils.validation import check_at_least, check_choice
 

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import ConfigError, ModelError
-from lit_unlearn.models import adapter_configs, adapters, exported_weights, generation, identity, loading, merging
+from lit_unlearn.models import (
+    adapter_configs,
+    adapters,
+    exported_weights,
+    generation,
+    identity,
+    loading,
+    locating,
+    merging,
+)
 from lit_unlearn.models.activation_checkpointing import checkpoint_activations
 from lit_unlearn.models.files import ModelFiles
 from lit_unlearn.models.older_keys import write_older_keys
@@ -95,7 +104,7 @@ class LanguageModel(SupervisedModel):
         check_model_or_config(model, config, owner=self)
         self.files: ModelFiles | None = None
         if model is not None:
-            self.files = loading.locate_model(model, revision, use_safetensors, gguf_file, owner=self)
+            self.files = locating.locate_model(model, revision, use_safetensors, gguf_file, owner=self)
         self.name = None if self.files is None else self.files.name
         self.config = config
         self.tokenizer_name = tokenizer or self._find_tokenizer()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_unlearn.errors import ConfigError, MissingFileError, ModelError, reading
-from lit_unlearn.models import adapter_configs, adapters, loading
+from lit_unlearn.models import adapter_configs, adapters, hub, loading, locating
 from lit_unlearn.models.blocks import find_blocks
 from lit_unlearn.models.files import ADAPTER_CONFIG, ModelFiles
 from lit_unlearn.models.language_model import LanguageModel
@@ -127,12 +127,12 @@ def read_model_config(settings: Mapping[str, Any]) -> Any:
         with reading("the model config", fields, "Check `config`.", ModelError, owner=LanguageModel, argument="config"):
             return AutoConfig.for_model(**cast("dict[str, Any]", fields))
     folder = Path(name)
-    if loading.is_local(name) and not folder.exists():
+    if locating.is_local(name) and not folder.exists():
         message = f"there is no folder '{name}': a plan reads its config.json alone, without weights. Check `model`."
         raise MissingFileError(message, owner=LanguageModel, argument="model")
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         name = str(adapters.read_config(str(folder), LanguageModel).base_model_name_or_path)
-    loading.check_hub(name, LanguageModel, "model", settings.get("gguf_file") or "config.json")
+    hub.check_hub(name, LanguageModel, "model", settings.get("gguf_file") or "config.json")
     keys = ("revision", "trust_remote_code", "gguf_file")
     return loading.read_config(name, LanguageModel, **{key: settings[key] for key in keys if settings.get(key)})
 

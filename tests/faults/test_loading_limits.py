@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from lit_unlearn import ForgetRetain, LanguageModel
 from lit_unlearn.data.source import Source
 from lit_unlearn.errors import LitUnlearnError, MissingFileError, ModelError
-from lit_unlearn.models import loading
+from lit_unlearn.models import hub, loading
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setattr(loading, "HUB_TIMEOUT", 0.3)
+        monkeypatch.setattr(hub, "HUB_TIMEOUT", 0.3)
         yield
 
 
@@ -36,7 +36,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     ("load", "argument"),
     [
         (lambda: LanguageModel("owner/model").load(torch.float32), "model"),
-        (lambda: LanguageModel("owner/model").tokenizer, "tokenizer"),
+        (lambda: LanguageModel("owner/model").tokenizer, "model"),
         (lambda: ForgetRetain([], [], tokenizer="owner/model")._load_tokenizer(), "tokenizer"),
     ],
 )
@@ -77,10 +77,10 @@ def test_offline_mode_and_local_paths_ask_no_hub(model_dir: str, monkeypatch: py
     def fail() -> bool:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(loading, "_hub_answers", fail)
-    loading.check_hub("owner/model", cached_file="config.json")  # HF_HUB_OFFLINE=1 in all tests
+    monkeypatch.setattr(hub, "_hub_answers", fail)
+    hub.check_hub("owner/model", cached_file="config.json")  # HF_HUB_OFFLINE=1 in all tests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    loading.check_hub(model_dir, cached_file="config.json")
+    hub.check_hub(model_dir, cached_file="config.json")
 
 
 def test_memory_that_is_left_decides(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
