@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOFU ?= ../shared/data/tofu
 
-.PHONY: demo real tofu test slow kernel lint bench gpu examples wheel readme results docs clean
+.PHONY: demo real tofu test slow neighbours kernel lint bench gpu examples wheel readme results docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 # Reads models in GGUF.
 $(VENV)/.installed-gguf: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[gguf]
+	touch $@
+
+# The tools of docs/neighbours.md. The first two are only to be had as source: to build them in isolation, pip fetches setuptools once more for
+# each, which has hung.
+$(VENV)/.installed-neighbours: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation word2number sqlitedict
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[neighbours] "ray[tune]"
 	touch $@
 
 # Fine-tune a tiny model on the embedded authors, unlearn two of them, and audit that; fails if they are not forgotten or a constraint
@@ -65,7 +72,11 @@ test: $(VENV)/.installed-dev
 
 # The tests that start whole commands or many processes; they take minutes.
 slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(PROCESSES) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not neighbour" -n $(PROCESSES) --dist worksteal
+
+# Those of the slow tests that need other tools, which are installed first.
+neighbours: $(VENV)/.installed-neighbours
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m neighbour -n $(PROCESSES) --dist worksteal
 
 # The margin's Triton kernel, in Triton's interpreter. Triton (200 MB) comes with torch for CUDA alone: here, it lies beside the environment.
 build/triton/.installed: $(VENV)/.installed-dev
@@ -90,9 +101,9 @@ bench: $(VENV)/.installed
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-# Run the scripts of examples/ on the demo's target model, but the one that needs an extra.
+# Run the scripts of examples/ on the demo's target model, but those that need other tools.
 examples: runs/demo/target/config.json
-	for script in $(filter-out examples/optuna_search.py,$(wildcard examples/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out examples/optuna_search.py examples/ray_search.py,$(wildcard examples/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 runs/demo/target/config.json:
 	$(MAKE) demo

@@ -168,6 +168,7 @@ def test_one_command_takes_a_customer_out_of_a_chat_file(run: Run, target: Path,
     assert not torch.equal(weights(tmp_path / "out/target"), weights(tmp_path / "out/unlearned"))
 
 
+@pytest.mark.neighbour
 def test_processes_share_a_search(target: Path, tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna", reason='pip install -e ".[neighbours]" is missing')
     storage = f"sqlite:///{tmp_path}/search.db"
@@ -188,6 +189,24 @@ def test_processes_share_a_search(target: Path, tmp_path: Path) -> None:
         assert trial.constraints == {"nll": -report["constraints"]["nll"]["slack"]}
         assert f"trial {trial.number}: probability {trial.value:.4f}" in printed
     assert len(Path(script).read_text("utf-8").splitlines()) < 40
+
+
+@pytest.mark.neighbour
+def test_ray_runs_two_trials_at_a_time(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("ray.tune", reason='needs pip install "ray[tune]"')
+    printed = run("ray_search.py", "--epochs=1", "--trials=2")
+    trials = [json.loads(file.read_text("utf-8")) for file in tmp_path.glob("out/ray/*/result.json")]
+    assert len({trial["pid"] for trial in trials}) == len(trials) == 2
+    assert trials[0]["config"] != trials[1]["config"]
+    for trial in trials:
+        (file,) = tmp_path.glob(f"out/{trial['trial_id']}_run/version_0/report.json")
+        report = json.loads(file.read_text("utf-8"))
+        assert trial["probability"] == report["after"]["forget/probability"]
+        assert trial["violation"] == -report["constraints"]["nll"]["slack"]
+        assert f"{trial['trial_id']}: probability {trial['probability']:.4f}" in printed
+    # Seconds since 1970, as a whole number, and the length of the run: neither began when the other had ended.
+    assert max(trial["timestamp"] - trial["time_total_s"] for trial in trials) < min(t["timestamp"] for t in trials)
+    assert len((EXAMPLES / "ray_search.py").read_text("utf-8").splitlines()) < 40
 
 
 def test_the_page_has_every_example() -> None:

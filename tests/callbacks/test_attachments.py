@@ -95,6 +95,7 @@ CASES = {
 }
 
 
+@pytest.mark.neighbour
 @pytest.mark.slow  # W&B starts a process of its own
 @pytest.mark.parametrize("case", CASES)
 def test_weights_and_biases(case: str, model_dir: str, tmp_path: Path) -> None:
@@ -114,6 +115,7 @@ def test_weights_and_biases(case: str, model_dir: str, tmp_path: Path) -> None:
     assert has_canary(tmp_path / "wb") == (files == "all")
 
 
+@pytest.mark.neighbour
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_the_configurations_of_the_page(name: str, model_dir: str, in_tmp: Path) -> None:
@@ -137,6 +139,7 @@ def test_the_configurations_of_the_page(name: str, model_dir: str, in_tmp: Path)
         assert {path.name for path in Path("mlruns").rglob("artifacts/*")} == NUMBERS
 
 
+@pytest.mark.neighbour
 @pytest.mark.slow  # MLflow makes the tables of its database
 @pytest.mark.parametrize("case", CASES)
 def test_mlflow(case: str, model_dir: str, tmp_path: Path) -> None:

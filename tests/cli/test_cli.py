@@ -115,7 +115,11 @@ def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.neighbour if path.stem == "lm_eval" else ()) for path in CONFIGS],
+    ids=lambda path: str(path.relative_to(ROOT / "configs")),
+)
 def test_every_config_parses_and_instantiates(
     config: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, model_dir: str, tokenizer_dir: str
 ) -> None:

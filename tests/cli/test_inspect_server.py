@@ -274,6 +274,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text("utf-8"))
 
 
+@pytest.mark.neighbour
 @pytest.mark.slow
 @pytest.mark.parametrize("template", [None, "Q: {question}\nA: {answer}"], ids=["chat", "text"])
 def test_transformers_serve_says_what_the_export_says(

@@ -72,6 +72,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         LMEvalBenchmark(["mmlu"])
 
 
+@pytest.mark.neighbour
 @pytest.mark.slow  # the harness reads thousands of task files at its start
 class TestHarness:
     """With the package."""
