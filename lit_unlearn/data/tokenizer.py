@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lit_unlearn.utils.validation import check_at_least
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# The bytes, an end and a pad token.
+_MIN_VOCAB_SIZE = 256 + 2
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -14,11 +19,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: Texts to train on.
-        vocab_size: Largest number of entries, special tokens included.
+        vocab_size: Largest number of entries, 258 or more: the 256 bytes and two special tokens are among them.
 
     Returns:
         A fast tokenizer with an end and a pad token, and no chat template.
+
+    Raises:
+        ConfigError: If ``vocab_size`` is below 258.
     """
+    check_at_least(_MIN_VOCAB_SIZE, None, vocab_size=vocab_size)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -79,5 +79,7 @@ def check_integer(owner: object, argument: str, value: float, *, at_least: int =
 
 
 def _refusal(owner: object, argument: str, expected: str, value: object) -> ConfigError:
-    message = f"{type(owner).__name__}: `{argument}` must be {expected}, not {value!r}."
+    # The argument of a function has no owner.
+    prefix = "" if owner is None else f"{type(owner).__name__}: "
+    message = f"{prefix}`{argument}` must be {expected}, not {value!r}."
     return ConfigError(message, owner=owner, argument=argument)

@@ -105,6 +105,13 @@ def test_tokenizer_command(in_tmp: Path) -> None:
     assert len(AutoTokenizer.from_pretrained("tok")) == 300
 
 
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tokenizer", "--config", "demo/tokenizer.yaml", "--vocab_size=257", "--output=tok"])
+    assert "error: `vocab_size` must be a whole number of at least 258, not 257" in capsys.readouterr().err
+    assert not Path("tok").exists()
+
+
 def test_a_local_file_comes_before_the_packaged_one(in_tmp: Path) -> None:
     packaged = cli.find_configs(
         ["fit", "--config", "tofu.yaml", "-c=configs/demo/unlearn.yaml", "--config=nowhere.yaml"]
