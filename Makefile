@@ -7,6 +7,7 @@ TOFU ?= ../shared/data/tofu
 .PHONY: demo real tofu test slow neighbours kernel lint bench gpu examples wheel readme results docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing the package with torch and transformers into $(VENV), which takes minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@

@@ -176,11 +176,22 @@ class ExportModel(Callback):
                     self._record["audit"] = plan
                 self._record["max_forget_probability"] = find_threshold(trainer)
 
+        if trainer.is_global_zero and not trainer.global_step:
+            self._announce_replacement()
         trainer.strategy.barrier("export")
         if isinstance(pl_module, LitUnlearn) and pl_module.keep == "best" and pl_module.best is not None:
             if trainer.is_global_zero:
                 self._copy_earlier_export(pl_module.best)
             self._drop_lost_best(trainer, pl_module, pl_module.best)
+
+    def _announce_replacement(self) -> None:
+        """Say that a run from the start will replace an export that is there already."""
+        with suppress(OSError, ValueError):
+            earlier = read_json(Path(str(self._folder)) / RECORD_FILE)
+            rank_zero_info(
+                f"'{self._folder}' has the model of an earlier run, of step {earlier['step']}: this run will replace it with its own at "
+                "the first validation. To keep it, stop now and move it."
+            )
 
     def _copy_earlier_export(self, best: Measurement) -> None:
         """Copy the model that the first part of a resumed run exported elsewhere: no later one may be better."""
@@ -283,8 +294,10 @@ class ExportModel(Callback):
         self._release_folder()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let other runs have the folder."""
+        """Let other runs have the folder, and say what is in it."""
         self._release_folder()
+        if self._exported is not None:
+            rank_zero_info(f"'{self._folder}' has the model of step {self._exported.step}, the best of this run so far")
 
     def _export_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last

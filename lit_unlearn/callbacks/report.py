@@ -138,7 +138,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the model before the first step, unless a checkpoint brought its values."""
-        self._start_time = time.monotonic()
+        self._start_time, self._first_step = time.monotonic(), trainer.global_step
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -152,7 +152,7 @@ class RunReport(Callback):
             return
         # Before the last measurement, so that runs compare by their training.
         seconds = time.monotonic() - self._start_time
-        rank_zero_info(f"fit: {trainer.global_step} steps in {seconds:.1f} s")
+        rank_zero_info(f"fit: {trainer.global_step - self._first_step} steps in {seconds:.1f} s")
 
         report = self._make_report(trainer, pl_module, seconds)
         self.report = report

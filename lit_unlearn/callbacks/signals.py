@@ -53,7 +53,7 @@ class SignalWatch:
             self._first, self._time = number, time.monotonic()
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             rank_zero_info(
-                f"\n{name}: the run stops after this step, with a checkpoint; once more to stop now, without"
+                f"\n{name}: the run stops after this step, with a checkpoint; once more to stop now, without one"
             )
         elif time.monotonic() - self._time > _SECONDS_OF_ONE_REQUEST:
             self.stop()

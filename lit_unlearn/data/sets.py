@@ -52,7 +52,7 @@ def handle_duplicates(
             if name == "retain" and len(duplicates.forget) == len(forget) and is_unlearning:
                 raise DataError(
                     f"all {len(forget)} forget rows are also retain rows, so the run would be told to forget and to keep the "
-                    "same: set `drop_duplicates` to true, remove them from the retain set, or check which file is which.",
+                    "same: check which file is which. If the retain set has other rows, too, set `drop_duplicates` to true, or remove these.",
                     argument=argument_of(name),
                 )
             rank_zero_warn(

@@ -23,8 +23,9 @@ from lit_unlearn.models.loading import fingerprint
 
 # Under an attack, no measure reads the rows to be kept, which are most of all rows.
 _ATTACKED_SETS = ("forget", "holdout")
-# Rows that the audited model never saw, and the sets that it did see: with a row of both, they would be compared with themselves.
-_UNSEEN_SETS = {"holdout": ("forget", "retain"), "canary_references": ("canaries",)}
+# Sets, and those that they are compared with: of a row in both, nothing would be learnt. Rows to be kept are not forgotten, and no model
+# saw the others.
+_SEPARATE_SETS = {"retain": ("forget",), "holdout": ("forget", "retain"), "canary_references": ("canaries",)}
 
 BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
 """Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
@@ -95,7 +96,7 @@ def measure_model(
     """
     lm.eval()
     streams = benchmark.prepare(lm.tokenizer)
-    _check_unseen(streams)
+    _check_separate(streams)
     _check_other_weights(evidence, role, fingerprint(cast(nn.Module, lm.model)))
     forget = streams["forget"].examples
     forget_rows = len(forget)
@@ -126,18 +127,19 @@ def measure_model(
     return data
 
 
-def _check_unseen(streams: Mapping[str, BenchmarkStream]) -> None:
-    """Raise DataError if a set that is taken for unseen has a row of another one."""
-    for unseen, others in _UNSEEN_SETS.items():
-        rows = _read_texts(streams, unseen)
+def _check_separate(streams: Mapping[str, BenchmarkStream]) -> None:
+    """Raise DataError if a set has a row of another one that it is compared with."""
+    for name, others in _SEPARATE_SETS.items():
+        rows = _read_texts(streams, name)
         for other in others:
             common = len(rows & _read_texts(streams, other))
             if common:
+                expected = "are to be kept" if name == "retain" else "no model was trained on"
                 message = (
-                    f"{common} of the {unseen} rows are {other} rows as well, so that rows would be compared with themselves: give "
-                    f"`{unseen}` rows that no model was trained on."
+                    f"{common} of the {name} rows are {other} rows as well, so that rows would be compared with themselves: give "
+                    f"`{name}` rows that {expected}."
                 )
-                raise DataError(message, argument=unseen)
+                raise DataError(message, argument=name)
 
 
 def _read_texts(streams: Mapping[str, BenchmarkStream], name: str) -> set[tuple[tuple[str, str], ...]]:

@@ -46,7 +46,9 @@ def draw_tokens(run: RunLog, *targets: Path) -> None:
         NothingToDraw: If no answer was recorded.
     """
     if not run.answers:
-        raise NothingToDraw("no answers were recorded (that takes a ForgetRetain data module and `answers` above 0)")
+        raise NothingToDraw(
+            "no answers were recorded (set the configuration's `picture.answers`, or `answers` of `RunPicture`, above 0)"
+        )
     # The height of the picture depends on all lines, so they are laid out before anything is drawn.
     layouts = []
     total = _KEY_HEIGHT

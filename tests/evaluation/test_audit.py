@@ -317,9 +317,19 @@ def test_an_answer_that_is_cut_does_not_pass_as_one_that_is_not_given(tokenizer_
             {"question": "Where?", "answer": "In."},
         ]
         evidence = Evidence()
-        measure_model(evidence, "model", lm, QABenchmark(rows, rows, max_new_tokens=max_new_tokens), policy)
+        measure_model(evidence, "model", lm, QABenchmark(rows, SETS["retain"], max_new_tokens=max_new_tokens), policy)
         outcomes.append(judge(policy, evidence).findings[0].outcome)
     assert outcomes == [NOT_TESTED, PASS]
+
+
+def test_rows_to_be_kept_that_are_also_deleted_ones_are_refused(tokenizer_dir: str) -> None:
+    policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2)
+    forget, retain = SETS["forget"], SETS["retain"]
+    lm = LanguageModel(trained(tokenizer_dir))
+    lm.load(torch.float32)
+    with pytest.raises(DataError, match=r"1 of the retain rows are forget rows as well.*that are to be kept") as caught:
+        measure_model(Evidence(), "model", lm, QABenchmark(forget, [*retain, forget[0]]), policy)
+    assert caught.value.argument == "retain"
 
 
 def test_paraphrases_that_are_not_there_are_not_tested(tokenizer_dir: str) -> None:
@@ -328,7 +338,7 @@ def test_paraphrases_that_are_not_there_are_not_tested(tokenizer_dir: str) -> No
     lm = LanguageModel(trained(tokenizer_dir))
     lm.load(torch.float32)
     evidence = Evidence()
-    measure_model(evidence, "model", lm, QABenchmark(rows, rows, max_new_tokens=2), policy)
+    measure_model(evidence, "model", lm, QABenchmark(rows, SETS["retain"], max_new_tokens=2), policy)
     (finding,) = judge(policy, evidence).findings
     assert finding.outcome == NOT_TESTED
     assert "paraphrased_question" in finding.reason

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,32 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
 
 def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_a_run_says_that_it_replaces_an_export_and_what_an_interrupted_one_has_left(
+    model_dir: str,
+    rows_dir: str,
+    make_trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Interrupt(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    out = str(tmp_path / "out")
+    said = []
+    for callbacks in ([], [Interrupt()]):
+        caplog.clear()
+        trainer = make_trainer(max_epochs=2, callbacks=[RunReport(str(tmp_path)), ExportModel(out), *callbacks])
+        with caplog.at_level(logging.INFO), suppress(KeyboardInterrupt, SystemExit):
+            trainer.fit(make(model_dir), datamodule=rows(rows_dir))
+        said.append("\n".join(caplog.messages))
+    assert "earlier run" not in said[0]
+    assert f"'{out}' has the model of an earlier run, of step 4: this run will replace it" in said[1]
+    assert f"'{out}' has the model of step 2, the best of this run so far" in said[1]
+    assert read(Path(out))[0]["step"] == 2
 
 
 def test_a_record_holds_what_an_auditor_can_compute_again(

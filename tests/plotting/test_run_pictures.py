@@ -149,7 +149,7 @@ def test_svgs_name_what_is_drawn(folder: Path) -> None:
     assert drawn == {
         "dual": [folder / "dual.svg"],
         "trajectory": [folder / "trajectory.svg"],
-        "tokens": "no answers were recorded (that takes a ForgetRetain data module and `answers` above 0)",
+        "tokens": "no answers were recorded (set the configuration's `picture.answers`, or `answers` of `RunPicture`, above 0)",
     }
     dual, trajectory = comments(folder / "dual.svg"), comments(folder / "trajectory.svg")
     for label in (
