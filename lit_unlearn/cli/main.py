@@ -132,12 +132,11 @@ def _run_with_exit_code(arguments: list[str]) -> None:
             # Here, where a broken pipe can be caught: Python's own flush at exit comes too late.
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        print(f"lit-unlearn: {str(stop) or 'interrupted'}", file=sys.stderr)
-        sys.exit(_exit_code_of(stop))
+        _exit_interrupted(stop)
     except SystemExit as end:
-        # The Trainer prints its own line about an interruption, and ends with 1.
+        # The Trainer ends with 1.
         if isinstance(end.__context__, KeyboardInterrupt):
-            sys.exit(_exit_code_of(end.__context__))
+            _exit_interrupted(end.__context__)
         raise
     except BrokenPipeError:
         # If stdout is open, it was another pipe, and so a bug.
@@ -199,8 +198,9 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(handled, handler)
 
 
-def _exit_code_of(stop: KeyboardInterrupt) -> int:
-    return stop.exit_code if isinstance(stop, StoppedBySignal) else 128 + signal.SIGINT
+def _exit_interrupted(stop: KeyboardInterrupt) -> NoReturn:
+    print(f"lit-unlearn: {str(stop) or 'interrupted'}", file=sys.stderr)
+    sys.exit(stop.exit_code if isinstance(stop, StoppedBySignal) else 128 + signal.SIGINT)
 
 
 def _exit_with_error(error: LitUnlearnError) -> NoReturn:

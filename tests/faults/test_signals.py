@@ -109,6 +109,7 @@ def test_a_second_signal_ends_at_once(devices: list[str], model_dir: str, tmp_pa
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGTERM)
     assert wait(process, timeout=10) == 143, printed(tmp_path)[-3000:]
+    assert "lit-unlearn: stopped by SIGTERM" in printed(tmp_path)
     assert "Traceback" not in printed(tmp_path)
     assert not list(tmp_path.rglob("last-*.ckpt"))
 
