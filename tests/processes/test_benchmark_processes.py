@@ -33,7 +33,7 @@ from lit_unlearn import (
     QABenchmark,
     StressBenchmark,
 )
-from lit_unlearn.evaluation import benchmark, results
+from lit_unlearn.evaluation import partial_files, results
 from lit_unlearn.evaluation.attacks.relearning import Relearn
 from lit_unlearn.training import FSDP2Strategy
 from lit_unlearn.utils.distributed import rank_and_world_size
@@ -91,7 +91,7 @@ def run(settings: dict[str, Any], folder: Path, **where: Any) -> Done:
     L.seed_everything(7, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QABenchmark, "measure", measure)
-        for module in (benchmark, results):
+        for module in (partial_files, results):
             patch.setattr(module, "write_json", partial(_note, done["written"], module.write_json))
         try:
             if "epochs" in settings:
