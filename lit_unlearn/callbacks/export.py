@@ -189,7 +189,7 @@ class ExportModel(Callback):
         with suppress(OSError, ValueError):
             earlier = read_json(Path(str(self._folder)) / RECORD_FILE)
             rank_zero_info(
-                f"'{self._folder}' has the model of an earlier run, of step {earlier['step']}: this run will replace it with its own at "
+                f"'{self._folder}' has the model of an earlier run, of step {earlier.get('step')}: this run will replace it with its own at "
                 "the first validation. To keep it, stop now and move it."
             )
 
@@ -296,8 +296,12 @@ class ExportModel(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let other runs have the folder, and say what is in it."""
         self._release_folder()
-        if self._exported is not None:
-            rank_zero_info(f"'{self._folder}' has the model of step {self._exported.step}, the best of this run so far")
+        # A run that has ended, and misses a requirement, has said it.
+        if self._exported is not None and not self._is_finished:
+            rank = "best" if isinstance(pl_module, LitUnlearn) else "newest"
+            rank_zero_info(
+                f"'{self._folder}' has the model of step {self._exported.step}, the {rank} of this run so far"
+            )
 
     def _export_kept_model(self, trainer: L.Trainer, module: LitLanguageModel) -> None:
         kept = module.best if isinstance(module, LitUnlearn) else module.evaluator.last
