@@ -142,12 +142,18 @@ def test_parsers_accept_a_cell_of_each_stage(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "settings"), [("smollm2-10", smollm2.METHODS), ("tofu-1b", tofu_1b.METHODS)], ids=["smollm2-10", "tofu-1b"]
+    ("name", "stage", "settings"),
+    [
+        ("smollm2-10", "final", smollm2.METHODS),
+        ("smollm2-10", "ablation", smollm2.ABLATIONS),
+        ("tofu-1b", "final", tofu_1b.METHODS),
+    ],
+    ids=["smollm2-10", "ablation", "tofu-1b"],
 )
 def test_parsers_accept_the_settings_of_every_method(
-    name: str, settings: dict[str, Any], tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, stage: str, settings: dict[str, Any], tuned: None, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, cells = read_sweep(write_stage(TIERS[name](), "final"))
+    _, cells = read_sweep(write_stage(TIERS[name](), stage))
     # One forget set and seed: the others change names of files alone.
     of_methods = {cell.name.rpartition("method=")[2]: cell for cell in cells}
     assert of_methods.keys() == settings.keys()
@@ -471,6 +477,21 @@ def test_each_goal_can_be_missed(changes: dict[str, Any], expected: str) -> None
     reached = tier_tables.judge_methods(results, results.unlearned, ["theirs"], {})["ours"]
     assert "".join(name for name, value in reached.items() if value is True) == expected
     assert None not in reached.values()
+
+
+def test_the_ablation_stands_beside_the_whole_method_on_its_seeds(in_tmp: Path) -> None:
+    digest = smollm2.digest("10")
+    assert tier_tables.make_ablation(Path(), digest, "1") == "Not run yet."
+    other = make_line(smollm2.ABLATED)
+    other["labels"] = {**other["labels"], "seed": "1"}
+    write_json_lines(Path("reference.jsonl"), [make_line()])
+    write_json_lines(Path("final.jsonl"), [make_line("pdu"), other, make_line(smollm2.ABLATED)])
+    write_json_lines(Path("ablation.jsonl"), [make_line("without_rewind", uds=0.5)])
+    table = tier_tables.make_ablation(Path(), digest, "1").splitlines()
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    assert names == ["retain-only", "target", smollm2.ABLATED, "without_rewind"]
+    # Of one seed, there is no interval.
+    assert "±" not in table[4]
 
 
 def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:

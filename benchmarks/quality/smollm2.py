@@ -33,6 +33,9 @@ goals (a) to (e) are in `goals`.
 Ceiling. The stage ``ceiling`` judges retain-only models of other seeds as if they were unlearned: what no method can be expected to exceed.
 It was added after the first results, and decides nothing.
 
+Ablation. The stage ``ablation`` runs `MatchCalibrated` from halfway back without one of its parts, as `ABLATIONS` lists them, on one
+forget set, with the rate, the seeds and the measurements of ``final``. It was written before its first run, and changes no default.
+
 Matched damage. The stage ``matched`` runs every method again with its learning rate, on one forget set, until KL(p_ref‖p) on answers
 about real authors and world facts is 0.01, where RepSelect compares (arXiv 2606.17168). Not on retain rows: more training on these moves
 the KL, too. A method that stops before does less damage, and its line is a failure that says so.
@@ -56,7 +59,7 @@ in bfloat16 (AMX). In hours:
 | methods in `HOURS` | 7 | 12 | 1 | 4 |
 
 Where ``--methods`` names none, that many run, in the order of `METHODS`; ``--rate`` gives the tokens per second of another machine. On
-a GPU (``--size full``) all run. ``ceiling`` and ``matched`` are no part of these hours; in 32 bits, ``matched`` takes up to 0.8 for each
+a GPU (``--size full``) all run. ``ceiling``, ``ablation`` and ``matched`` are no part of these hours; in 32 bits, ``matched`` takes up to 0.8 for each
 method.
 """
 
@@ -163,6 +166,22 @@ OURS = (
     *("teacher_answers", "nll_floor"),
     *("altpo_constrained", "npo_constrained", "simnpo_constrained", "grad_ascent_constrained"),
 )
+
+ABLATED = "match_calibrated_rewound"
+_CALIBRATED = METHODS[ABLATED]
+_FORGET = "model.forget.init_args"
+_FIXED = {"class_path": "FixedMultiplier", "init_args": {"weight": 10}}
+# `ABLATED` without one of its parts.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "without_rewind": {**_NATS, "config": _CALIBRATED["config"]},
+    "without_temperature": {**_CALIBRATED, f"{_FORGET}.temperature": 1},
+    "without_token_weight": {**_CALIBRATED, f"{_FORGET}.token_weight": 0},
+    "with_fixed_weight": {
+        "config": _CALIBRATED["config"],
+        "model.rewind": 0.5,
+        _MULTIPLIER.removesuffix(".init_args"): _FIXED,
+    },
+}
 
 
 def count_methods(grid: Grid, rate: float) -> int:

@@ -48,9 +48,9 @@ class SmolLM2:
 
     STAGES: ClassVar[tuple[str, ...]] = (
         *("answers", "models", "tuning_reference", "tuning"),
-        *("reference", "target", "final", "ceiling", "matched"),
+        *("reference", "target", "final", "ceiling", "ablation", "matched"),
     )
-    MAY_FAIL: ClassVar[tuple[str, ...]] = ("tuning", "final", "ceiling", "matched")
+    MAY_FAIL: ClassVar[tuple[str, ...]] = ("tuning", "final", "ceiling", "ablation", "matched")
     """Stages whose cells are results even if they fail; later stages need all cells of the others."""
 
     @classmethod
@@ -74,7 +74,7 @@ class SmolLM2:
     @property
     def default_stages(self) -> tuple[str, ...]:
         """The stages that run where ``--stages`` names none."""
-        others = {"ceiling", "matched"}
+        others = {"ceiling", "ablation", "matched"}
         if not self._grid.is_tuned:
             others |= {"tuning_reference", "tuning"}
         return tuple(stage for stage in self.STAGES if stage not in others)
@@ -130,16 +130,22 @@ class SmolLM2:
             case "target":
                 return measure(output, judging, [self._evaluate(self._target, "reference")])
             case "final":
-                after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
-                if self.measures_depth:
-                    after.append(self._depth())
-                sweep = self._unlearn(output, judging, {"method": self._choose_settings()}, after)
+                sweep = self._unlearn(output, judging, {"method": self._choose_settings()}, self._measure_unlearned())
                 if self.size != "full":
                     # So that depth can be added. A model has 0.5 GB, and a GPU's grid hundreds of them.
                     sweep["keep"] = "model"
                 return sweep
             case "ceiling":
                 return self._finetune_again(output)
+            case "ablation":
+                rate = {_LR: self._choose_rate(protocol.ABLATED)}
+                ablations = {
+                    name: {**self._complete(part, "unseen"), **rate} for name, part in protocol.ABLATIONS.items()
+                }
+                axes = {"seed": self.seeds, "size": tuning["size"]}
+                return self._unlearn(output, axes, {"method": ablations}, self._measure_unlearned()) | {
+                    "keep": "results"
+                }
             case "matched":
                 after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
                 axes = {"seed": self.seeds, "size": tuning["size"]}
@@ -171,6 +177,9 @@ class SmolLM2:
         files = {"forget": f"{size}/forget10_perturbed.json", "retain": f"{size}/retain.jsonl"}
         return f"{self.folder}/rows/{files.get(name, f'{name}.jsonl')}"
 
+    def _sets(self, size: int) -> dict[str, str]:
+        return {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
+
     def _finetune(self) -> Sweep:
         """Return the sweep of all target models and retain-only models: one axis, because no grid has exactly these."""
         models: dict[str, dict[str, Any]] = {}
@@ -179,9 +188,11 @@ class SmolLM2:
             pairs.append((protocol.TUNING_SEED, self._grid.one_size))
         for seed, size in pairs:
             seeds = _seed_everything(seed)
-            rows = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
-            # The rows of all sizes are the same in total.
-            models.setdefault(f"target-{seed}", {**seeds, **rows, "data.train_on": "all"})
+            # The rows of all sizes are the same in total; these are the same whatever ``--sizes`` names, too.
+            models.setdefault(
+                f"target-{seed}", {**seeds, **self._sets(self._grid.selection.sizes[0]), "data.train_on": "all"}
+            )
+            rows = self._sets(size)
             models[f"retain_only-{size}-{seed}"] = {**seeds, **rows, "data.train_on": "retain"}
         return {
             "output": f"{self.folder}/models",
@@ -197,7 +208,7 @@ class SmolLM2:
         for seed in self.seeds:
             seeds[str(seed)] = _seed_everything(seed + protocol.OTHER_SEEDS)
         for size in self.sizes:
-            sizes[str(size)] = {"data.forget": self._rows("forget", size), "data.retain": self._rows("retain", size)}
+            sizes[str(size)] = self._sets(size)
         after = [self._evaluate(_UNLEARNED, "reference")]
         if self.measures_depth:
             after.append(self._depth())
@@ -251,11 +262,15 @@ class SmolLM2:
 
     def _settings(self, method: str, *streams: str) -> dict[str, Any]:
         """Return the settings of a method beside its file, with the sets that it reads beside forget and retain rows."""
-        settings = dict(protocol.METHODS[method])
-        if settings.get("data.forget") == "ANSWERS":
-            settings["data.forget"] = f"{self.folder}/answers/size={{size}}/alternates.jsonl"
         if method.startswith("match_"):
             streams = ("unseen", *streams)
+        return self._complete(protocol.METHODS[method], *streams)
+
+    def _complete(self, settings: Mapping[str, Any], *streams: str) -> dict[str, Any]:
+        """Return a method's settings with the files that they need."""
+        settings = dict(settings)
+        if settings.get("data.forget") == "ANSWERS":
+            settings["data.forget"] = f"{self.folder}/answers/size={{size}}/alternates.jsonl"
         # null, because the file to begin with names a set that is not here.
         settings["data.streams"] = {name: self._rows(name) for name in streams} or None
         return settings
@@ -286,6 +301,11 @@ class SmolLM2:
             )
         chosen = choose_run(succeeded, read_lines(self.results / "tuning_reference.jsonl", self.digest))
         return float(chosen["labels"]["lr"])
+
+    def _measure_unlearned(self) -> list[str]:
+        """Return the commands that measure an unlearned model: scores, attacks and, where there are entities, depth."""
+        commands = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
+        return [*commands, self._depth()] if self.measures_depth else commands
 
     def _evaluate(self, model: str, reference: str | None = None) -> str:
         settings = {

@@ -89,6 +89,7 @@ def make_blocks(results: Path) -> dict[str, str]:
         authors = list(map(str, grid.selection.sizes))
         published = [name for name in smollm2.METHODS if name not in smollm2.OURS]
         blocks[f"smollm2-{size}"] = make_tier(TierResults.read(folder, digest), authors, published)
+        blocks[f"smollm2-{size}-ablation"] = make_ablation(folder, digest, str(grid.one_size))
         matched = TierResults.read(folder, digest, "matched")
         blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.one_size))
     tier = TierResults.read(results / "tofu-1b", tofu_1b.digest())
@@ -188,6 +189,20 @@ def make_comparison(tier: TierResults, size: str) -> str:
     return markdown_table(["", "holds", *COLUMNS], rows)
 
 
+def make_ablation(folder: Path, digest: str, size: str) -> str:
+    """Show the recommended method without each of its parts, on the seeds and the forget set that the stage has, and whole."""
+    tier = TierResults.read(folder, digest, "ablation")
+    seeds = {line["labels"]["seed"] for line in tier.unlearned}
+    whole = []
+    for line in select_lines(read_lines(folder / "final.jsonl", digest), size=size, method=smollm2.ABLATED):
+        if line["labels"]["seed"] in seeds:
+            whole.append(line)
+    references, targets = (
+        [line for line in lines if line["labels"]["seed"] in seeds] for lines in (tier.reference, tier.target)
+    )
+    return make_comparison(TierResults(references, targets, [*whole, *tier.unlearned], []), size)
+
+
 def make_summary(tier: TierResults, size: str, methods: Mapping[str, str], columns: Sequence[str]) -> str:
     """Show a few methods and columns on one forget set, with the value of every seed.
 
@@ -257,7 +272,7 @@ def make_grid_table(tier: TierResults) -> str:
 def list_methods(lines: Iterable[Line]) -> list[str]:
     """Return the methods of lines in the order of the protocols, the recommended one first."""
     present = [line["labels"]["method"] for line in lines]
-    order = {**smollm2.METHODS, **tofu_1b.METHODS}
+    order = {**smollm2.METHODS, **smollm2.ABLATIONS, **tofu_1b.METHODS}
     return [name for name in order if name in present]
 
 
