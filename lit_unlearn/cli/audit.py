@@ -18,7 +18,7 @@ from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
 from lit_unlearn.evaluation.audit_policy import Policy, read_policy
-from lit_unlearn.evaluation.audit_run import check_roles, measure_model
+from lit_unlearn.evaluation.audit_run import check_roles, check_rows, measure_model
 from lit_unlearn.evaluation.measures import Evidence, Role
 from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
@@ -161,7 +161,10 @@ def _measure(
     """Measure one model; return its description, and that of the rows."""
     # A benchmark of its own: the tokens are this model's.
     benchmark = make_benchmark()
-    benchmark.prepare(lm.tokenizer)
+    streams = benchmark.prepare(lm.tokenizer)
+    if role == "model":
+        for warning in check_rows(policy, len(streams["forget"].examples)):
+            print_warning(warning)
     lm.load(None if dtype is None else getattr(torch, dtype))
     data = measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
     described = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))

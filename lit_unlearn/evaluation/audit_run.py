@@ -14,7 +14,7 @@ from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit_policy import Policy, SamplingPlan
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
-from lit_unlearn.evaluation.measures import ROLES, Evidence, Role
+from lit_unlearn.evaluation.measures import MEASURES, ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.stress import StressBenchmark
@@ -180,3 +180,23 @@ def check_roles(policy: Policy, given: Mapping[Role, object]) -> list[str]:
         if not is_given and policy.list_runs(role):
             warnings.append(f"{name} is not given (--{role}): measures that need it are not tested.")
     return warnings
+
+
+def check_rows(policy: Policy, forget_rows: int) -> list[str]:
+    """Return a warning if there are too few forget rows for the audit to pass, whatever is measured on them.
+
+    Args:
+        policy: Its ``min_rows``, and whether a required measure leaves some rows to the attacker.
+        forget_rows: Their number.
+    """
+    rows, counted = forget_rows, "forget rows"
+    runs = [run for item in policy.requirements if item.required for run in MEASURES[item.measure].runs]
+    if "relearn" in runs and policy.relearn is not None and forget_rows > 1:
+        rows -= policy.relearn.plan_attack(forget_rows).rows
+        counted = "forget rows that are not relearned"
+    if rows >= policy.min_rows:
+        return []
+    return [
+        f"there are {rows} {counted}, and the policy decides nothing on fewer than {policy.min_rows} (`min_rows`): the audit "
+        "cannot pass. Interrupt it and give more rows, or a policy for so few, as docs/audit.md describes; or let it show the values."
+    ]

@@ -46,10 +46,16 @@ def test_fail_pass_and_not_decidable(
     assert end_of(["audit", target, *options, "--output=failed", *more]) == 1
     assert "forget_gap (fail), relearned_gap (fail), rounded_8bit_probability (fail)" in capsys.readouterr().err
     assert end_of(["audit", retain_only, *options, "--output=passed", *more]) == 0
-    assert "verdict: pass" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "verdict: pass" in shown.out
+    assert "cannot pass" not in shown.err
     without_unseen = [option for option in options if not option.startswith("--holdout")]
     assert end_of(["audit", retain_only, *without_unseen, "--output=open"]) == 3
     assert "relearned_gap: not tested" in capsys.readouterr().out
+    few = Path("few.jsonl")
+    few.write_text("".join(Path("forget.jsonl").read_text("utf-8").splitlines(keepends=True)[:2]), encoding="utf-8")
+    assert end_of(["audit", retain_only, *options, f"--forget={few}", "--output=few"]) == 3
+    assert "the audit cannot pass" in capsys.readouterr().err
 
     verdicts = [read(f"{name}/audit.json")["verdict"] for name in ("failed", "passed", "open")]
     assert verdicts == ["fail", "pass", "not decidable"]

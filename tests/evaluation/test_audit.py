@@ -30,7 +30,7 @@ from lit_unlearn.evaluation.audit import (
     judge,
 )
 from lit_unlearn.evaluation.audit_policy import Policy, Requirement, SamplingPlan, read_policy
-from lit_unlearn.evaluation.audit_run import RUNS, check_roles, describe_failure, measure_model
+from lit_unlearn.evaluation.audit_run import RUNS, check_roles, check_rows, describe_failure, measure_model
 from lit_unlearn.evaluation.measures import MEASURES, Evidence
 from lit_unlearn.evaluation.results import Results
 
@@ -173,6 +173,18 @@ def test_too_few_rows_and_values_that_are_not_finite_decide_nothing() -> None:
     overlap = Policy("p", (Requirement("forget_rouge", at_most=0.9),), min_rows=3)
     diverged = [{"nll": math.nan, "rougeL_recall": 0.0}] * 3
     assert judge(overlap, evidence_of(forget=diverged)).findings[0].outcome == NOT_TESTED
+
+
+@pytest.mark.parametrize(
+    ("rows", "warned"), [(9, "9 forget rows"), (19, "9 forget rows that are not relearned"), (20, "")]
+)
+def test_that_too_few_rows_cannot_pass_is_said_before_they_are_measured(rows: int, warned: str) -> None:
+    # It leaves half of the rows to the attacker, and decides nothing on fewer than 10.
+    short = read_policy("policy/short.yaml")
+    if rows < 10:
+        short = Policy("p", (AT_MOST,), min_rows=10)
+    warnings = check_rows(short, rows)
+    assert [f"there are {warned}," in warning for warning in warnings] == ([True] if warned else [])
 
 
 def test_what_is_missing_is_not_tested_with_the_reason() -> None:
