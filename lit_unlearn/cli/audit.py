@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from lit_unlearn.export.audit_files import (
     write_audit,
 )
 from lit_unlearn.export.ledger import append_entry, check_ledger, describe_audit, read_ledger
-from lit_unlearn.export.record import RECORD_FILE
+from lit_unlearn.export.record import RECORD_FILE, digest_examples
 from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import fingerprint
@@ -110,6 +111,11 @@ def run(arguments: list[str]) -> None:
         arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
         return QABenchmark(token_budget=options.token_budget, **arguments)
 
+    forget = make_benchmark().prepare(language_models["model"].tokenizer)["forget"].examples
+    # As the run trained on them, if these are its rows in its prompt.
+    answers = list(chain.from_iterable(example.sequences.get("answer", []) for example in forget))
+    for warning in check_rows(policy, len(forget)):
+        print_warning(warning)
     partial_dir = options.output.with_name(f"{options.output.name}.partial")
     evidence = Evidence()
     described: dict[str, Values] = {}
@@ -123,14 +129,13 @@ def run(arguments: list[str]) -> None:
     result = judge(policy, evidence)
 
     for stream, source in sources.items():
-        # The digest of a file of which a rule chooses some rows would be that of others as well.
         if (digest := source.digest()) is not None:
             data[stream]["sha256"] = digest
     audit = build_audit(
         result,
         model=described.pop("model"),
         data=data,
-        record=describe_record(options.model, sources["forget"].digest()),
+        record=describe_record(options.model, digest_examples(answers), sources["forget"].digest()),
         policy_fixed_before=was_fixed_before(record, policy.sha256),
         compared_with=described,
         settings={name: asdict(value) if isinstance(value, Chat) else value for name, value in settings.items()},
@@ -161,10 +166,7 @@ def _measure(
     """Measure one model; return its description, and that of the rows."""
     # A benchmark of its own: the tokens are this model's.
     benchmark = make_benchmark()
-    streams = benchmark.prepare(lm.tokenizer)
-    if role == "model":
-        for warning in check_rows(policy, len(streams["forget"].examples)):
-            print_warning(warning)
+    benchmark.prepare(lm.tokenizer)
     lm.load(None if dtype is None else getattr(torch, dtype))
     data = measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
     described = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))

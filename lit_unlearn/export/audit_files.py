@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_unlearn.data.selection import RULES
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.evaluation.audit import AuditResult
 from lit_unlearn.evaluation.results import Values, package_versions
@@ -62,12 +63,13 @@ def describe_model(model: str, weights: str) -> Values:
     }
 
 
-def describe_record(model: str, forget_digest: str | None) -> Values | None:
+def describe_record(model: str, examples_digest: str, file_sha256: str | None) -> Values | None:
     """Return the part of a model's record that an audit repeats: what was done, and whether these are its rows.
 
     Args:
         model: Directory or hub name.
-        forget_digest: The sha256 of the file of forget rows; ``None`` if they are in no file, or only some rows of it.
+        examples_digest: `digest_examples` of the forget rows, as the audit asks for them.
+        file_sha256: The sha256 of their file; ``None`` if they are in no file.
     """
     record = read_record(model)
     if record is None:
@@ -78,8 +80,10 @@ def describe_record(model: str, forget_digest: str | None) -> Values | None:
     method = record.get("method")
     sets = (record.get("data") or {}).get("sets") or {}
     forget = sets.get("forget") or {}
-    recorded_digest = (forget.get("source") or {}).get("sha256")
-    is_known = forget_digest is not None and recorded_digest is not None
+    is_same: bool | None = examples_digest == forget.get("sha256")
+    if not is_same:
+        # The same rows in another prompt, or others: their files tell, unless the run read only some rows of its file.
+        is_same = _compare_files(forget.get("source") or {}, file_sha256)
     return {
         "kind": record["kind"],
         "sha256": file_digest(Path(model) / RECORD_FILE),
@@ -90,8 +94,15 @@ def describe_record(model: str, forget_digest: str | None) -> Values | None:
             "weights": record["model"].get("weights") or {},
         },
         "forget": {"rows": forget.get("rows"), "sha256": forget.get("sha256")},
-        "same_rows": forget_digest == recorded_digest if is_known else None,
+        "same_rows": is_same,
     }
+
+
+def _compare_files(source: Values, digest: str | None) -> bool | None:
+    """Return whether a file is the one that a run read whole; ``None`` where that cannot be told."""
+    recorded = source.get("sha256")
+    read_whole = source.get("max_rows") is None and not any(rule in source for rule in RULES)
+    return digest == recorded if read_whole and None not in (digest, recorded) else None
 
 
 def was_fixed_before(record: Record | None, policy_digest: str | None) -> bool | None:

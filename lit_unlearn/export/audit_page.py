@@ -130,6 +130,14 @@ def _render_opening(audit: Audit, findings: Sequence[Finding]) -> str:
     )
 
 
+_SAME_ROWS = {
+    True: "The forget rows of this audit are those that the record of the deletion names.",
+    False: "The forget rows of this audit are <strong>from another file than the one</strong> that the record of the deletion names.",
+    None: "Whether the forget rows of this audit are those of the deletion <strong>is not shown</strong>: they are put in another prompt "
+    "or order than in the run or are others, and their file is not one that the run read as a whole.",
+}
+
+
 def _render_request(audit: Audit) -> str:
     facts = []
     if audit.get("request"):
@@ -148,10 +156,8 @@ def _render_request(audit: Audit) -> str:
                 )
             )
     text = "<p>The rows are named by digests: a number that anyone who has the rows can compute, and that tells nothing to others.</p>"
-    matches = audit["record"].get("same_rows") if audit.get("record") else None
-    if matches is not None:
-        says = "the very file" if matches else "<strong>another file than the one</strong>"
-        text += f"<p>The forget rows of this audit are {says} that the record of the deletion names.</p>"
+    if audit.get("record"):
+        text += f"<p>{_SAME_ROWS[audit['record'].get('same_rows')]}</p>"
     return text + _table(facts)
 
 

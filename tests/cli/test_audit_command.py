@@ -146,6 +146,8 @@ def test_a_fit_fixes_the_policy_and_the_audit_of_its_model_says_so(
     audit = read("audit/audit.json")
     assert audit["policy_fixed_before"] is True
     assert audit["record"]["method"]["objective"] == "LogitMargin"
+    # By their tokens: the embedded authors are in no file.
+    assert audit["record"]["same_rows"] is True
     assert {name: values["rows"] for name, values in audit["data"].items()} == {
         "forget": 10,
         "retain": 20,

@@ -22,7 +22,7 @@ from lit_unlearn.evaluation.audit import judge
 from lit_unlearn.evaluation.audit_policy import Policy, Requirement, read_policy
 from lit_unlearn.evaluation.audit_run import measure_model
 from lit_unlearn.evaluation.measures import Evidence
-from lit_unlearn.export.audit_files import build_audit, describe_model, was_fixed_before, write_audit
+from lit_unlearn.export.audit_files import build_audit, describe_model, describe_record, was_fixed_before, write_audit
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.signature import load_signing_key
 from lit_unlearn.export.verification import verify_folder
@@ -265,6 +265,47 @@ def test_a_folder_with_nothing_to_verify_is_refused(tmp_path: Path) -> None:
         verify_folder(tmp_path)
     with pytest.raises(MissingFileError):
         verify_folder(tmp_path / "nowhere")
+
+
+WHOLE = {"path": "rows.jsonl", "max_rows": None, "sha256": "of the file"}
+
+
+@pytest.mark.parametrize(
+    ("source", "tokens", "file", "expected", "says"),
+    [
+        (WHOLE, "of the tokens", "of another file", True, "are those that the record"),
+        (WHOLE, "in another prompt", "of the file", True, "are those that the record"),
+        (WHOLE, "of other tokens", "of another file", False, "from another file than the one"),
+        (WHOLE, "of other tokens", None, None, "is not shown"),
+        # The run read some rows of the file, and the audit all of them.
+        ({**WHOLE, "where": {"customer": ["c-17"]}}, "of other tokens", "of the file", None, "is not shown"),
+        ({**WHOLE, "max_rows": 20}, "of other tokens", "of the file", None, "is not shown"),
+        # The same rows, written into a file of their own.
+        (
+            {**WHOLE, "where": {"customer": ["c-17"]}},
+            "of the tokens",
+            "of another file",
+            True,
+            "are those that the record",
+        ),
+    ],
+)
+def test_the_rows_of_the_audit_are_compared_with_those_of_the_deletion(
+    source: dict[str, Any],
+    tokens: str,
+    file: str | None,
+    expected: bool | None,
+    says: str,
+    measured: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    forget = {"source": source, "rows": 4, "sha256": "of the tokens"}
+    record = {"kind": "unlearning", "data": {"sets": {"forget": forget}}, "model": {"name": "target", "weights": {}}}
+    (tmp_path / "unlearning.json").write_text(json.dumps(record), encoding="utf-8")
+    described = describe_record(str(tmp_path), tokens, file)
+    assert described is not None
+    assert described["same_rows"] is expected
+    assert says in render_page({**measured["audit"], "record": described})
 
 
 def test_a_policy_is_fixed_if_the_record_names_it() -> None:
