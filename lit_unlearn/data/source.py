@@ -199,6 +199,15 @@ class Source:
             ) from error
 
 
+def digest_if_whole(description: Mapping[str, Any]) -> str | None:
+    """Return the sha256 of the file that `Source.describe` described, unless only some of its rows were read.
+
+    For these it would stand for the others as well.
+    """
+    is_part = description.get("max_rows") is not None or any(rule in description for rule in RULES)
+    return None if is_part else description.get("sha256")
+
+
 if TYPE_CHECKING:
     Rows = Source | str | Path | Iterable[Mapping[str, Any]]
     """A set as users give it: a file, a hub name, a `Source`, a ``datasets.Dataset`` or a dict per row."""

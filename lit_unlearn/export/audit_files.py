@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_unlearn.data.selection import RULES
+from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.evaluation.audit import AuditResult
 from lit_unlearn.evaluation.results import Values, package_versions
@@ -100,9 +100,8 @@ def describe_record(model: str, examples_digest: str, file_sha256: str | None) -
 
 def _compare_files(source: Values, digest: str | None) -> bool | None:
     """Return whether a file is the one that a run read whole; ``None`` where that cannot be told."""
-    recorded = source.get("sha256")
-    read_whole = source.get("max_rows") is None and not any(rule in source for rule in RULES)
-    return digest == recorded if read_whole and None not in (digest, recorded) else None
+    recorded = digest_if_whole(source)
+    return None if digest is None or recorded is None else digest == recorded
 
 
 def was_fixed_before(record: Record | None, policy_digest: str | None) -> bool | None:

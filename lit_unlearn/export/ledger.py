@@ -121,6 +121,9 @@ def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
         Counts and digests of the deleted rows, method, bounds, verdict, the model and the one that it comes from. No text of
         a row, and no path.
     """
+    # A ledger is printed at once, without what reads rows.
+    from lit_unlearn.data.source import digest_if_whole
+
     forget = ((record.get("data") or {}).get("sets") or {}).get("forget") or {}
     method = record.get("method") or {}
     bounds = {}
@@ -134,7 +137,7 @@ def describe_export(record: Mapping[str, Any], request: str | None) -> Entry:
         "forget": {
             "rows": forget.get("rows"),
             "tokens_sha256": forget.get("sha256"),
-            "file_sha256": (forget.get("source") or {}).get("sha256"),
+            "file_sha256": digest_if_whole(forget.get("source") or {}),
             # What a later run has to keep up, see `build_constraints`.
             "loss": (record.get("after") or {}).get("forget/loss"),
         },
@@ -312,7 +315,6 @@ def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]
     Returns:
         Files by request; a request is missing if none of the files has its digest, or if a rule chose its rows from a file.
     """
-    # A ledger is printed at once, without what reads rows.
     from lit_unlearn.data.source import Source
 
     by_digest = {Source(file).digest(): file for file in files}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_unlearn.data.base import ForgetRetain
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Source, digest_if_whole
 from lit_unlearn.errors import ConfigError, LitUnlearnError, MissingFileError
 from lit_unlearn.evaluation.audit import NOT_TESTED, AuditResult, Finding, judge_sample
 from lit_unlearn.evaluation.audit_policy import Policy, read_policy
@@ -131,7 +131,7 @@ def _check_record(folder: Path, sets: Mapping[str, str]) -> Iterator[Check]:
         if recorded is None:
             yield Check(f"{stream} rows of the record", None, "the record has no such set")
             continue
-        yield _check_file_digest(f"file of the {stream} rows of the record", recorded["source"].get("sha256"), path)
+        yield _check_file_digest(f"file of the {stream} rows of the record", digest_if_whole(recorded["source"]), path)
     if recorded_sets and {"forget", "retain"} <= sets.keys():
         yield from _check_tokens(folder, record, sets)
 
@@ -146,6 +146,13 @@ def _check_file_digest(subject: str, recorded: str | None, path: str) -> Check:
 def _check_tokens(folder: Path, record: Mapping[str, Any], sets: Mapping[str, str]) -> Iterator[Check]:
     """Tokenise the rows as the run did, and compare the digests of tokens and labels."""
     data = record["data"]
+    larger = [
+        stream for stream in ("forget", "retain") if _is_larger_file(sets[stream], data["sets"][stream]["source"])
+    ]
+    if larger:
+        detail = f"the run chose some rows of the {' and the '.join(larger)} file: give them in a file of their own"
+        yield Check("tokens of the record's rows", None, detail)
+        return
     settings = read_question_settings(dict(record))
     for name in ("supervise", "span_column"):
         if name in data:
@@ -167,6 +174,11 @@ def _check_tokens(folder: Path, record: Mapping[str, Any], sets: Mapping[str, st
             continue
         digest = digest_examples(module.examples[stream])
         yield _compare(f"tokens of the {stream} rows", digest == recorded["sha256"], "other rows, or in other prompts")
+
+
+def _is_larger_file(path: str, source: Mapping[str, Any]) -> bool:
+    """Return whether a file is the one of which a run read some rows; its record does not say which, as that may name a person."""
+    return digest_if_whole(source) is None and source.get("sha256") == Source(path).digest() is not None
 
 
 # The audit ------------------------------------------------------------------------------------------------------------

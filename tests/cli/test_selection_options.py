@@ -12,6 +12,7 @@ from command_line import instantiate
 
 from lit_unlearn import cli
 from lit_unlearn.evaluation.results import Results
+from lit_unlearn.utils.io import read_json
 
 CPU = "--trainer.accelerator=cpu"
 ROWS = [{"question": f"{n}?", "answer": f"Ann {n}.", "customer": f"c-{n % 3}", "number": n % 2} for n in range(9)]
@@ -129,3 +130,48 @@ def test_a_benchmark_asks_the_same_rows(train: str, model_dir: str) -> None:
     sets += [f"--retain.path={train}", "--retain.where_not={customer: c-1}"]
     cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--max_new_tokens=1", "--output=a.json", CPU])
     assert {name: data["rows"] for name, data in Results.read("a.json").data.items()} == {"forget": 3, "retain": 6}
+
+
+def end_of(arguments: list[str]) -> int:
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def exported(train: str, model_dir: str) -> str:
+    """The export of a run that forgot the rows of one customer."""
+    sets = [f"--data.forget.path={train}", "--data.forget.where={customer: c-1}"]
+    sets += [f"--data.retain.path={train}", "--data.retain.where_not={customer: c-1}"]
+    settings = ["--report.require_feasible=false", "--report.require_forgotten=false", "--trainer.max_epochs=2"]
+    settings += ["--data.max_length=64", "--logs.save_dir=log", "--export.dirpath=out"]
+    settings += ["--export.ledger=ledger.jsonl", "--export.request=c-1", CPU]
+    cli.main(["fit", "--config=own_data.yaml", f"--model.lm.model={model_dir}", *sets, *settings])
+    return "out"
+
+
+def test_a_file_does_not_stand_for_the_rows_that_a_rule_chose_from_it(
+    exported: str, train: str, write_rows: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of(["verify", exported, f"--forget={train}", f"--retain={train}"]) == 0
+    assert (
+        "not checked  tokens of the record's rows: the run chose some rows of the forget and the retain file"
+        in capsys.readouterr().out
+    )
+    forget = write_rows("forget.jsonl", [row for row in ROWS if row["customer"] == "c-1"])
+    retain = write_rows("retain.jsonl", [row for row in ROWS if row["customer"] != "c-1"])
+    assert end_of(["verify", exported, f"--forget={forget}", f"--retain={retain}"]) == 0
+    assert "matches      tokens of the forget rows" in capsys.readouterr().out
+    assert end_of(["verify", exported, f"--forget={retain}", f"--retain={forget}"]) == 1
+
+    # All rows of the file would be kept forgotten.
+    assert end_of(["ledger", "ledger.jsonl", "--remember=more.yaml", "--rows", train]) == 2
+    assert "no file among --rows has the digest" in capsys.readouterr().err
+
+    others = [{"question": f"{n}!", "answer": f"Bob {n}."} for n in range(3)]
+    for file, same_rows in ((forget, True), (write_rows("others.jsonl", others), None)):
+        policy = ["--policy=policy/short.yaml", f"--output={Path(file).stem}"]
+        assert end_of(["audit", exported, *policy, f"--forget={file}", f"--retain={retain}"]) in (1, 3)
+        assert read_json(Path(Path(file).stem, "audit.json"))["record"]["same_rows"] is same_rows
