@@ -109,13 +109,12 @@ examples: runs/demo/target/config.json
 runs/demo/target/config.json:
 	$(MAKE) demo
 
-# Build wheel and sdist, check what an index checks, install the wheel alone into an empty environment outside of the checkout, and run
-# the demo from its packaged files.
+# Build wheel and sdist, check what an index checks, install the wheel outside of the checkout, and run the demo from its packaged files.
 wheel: $(VENV)/.installed-dev
 	rm -rf build/dist
 	$(BIN)/python -m build --outdir build/dist
 	$(BIN)/twine check --strict build/dist/*
-	.ci/wheel build/dist/*.whl
+	.ci/wheel build/dist/*.whl $(VENV)
 
 # Write every figure, table and picture of the README from the commands that it names; half an hour on two cores.
 readme: $(VENV)/.installed-dev
