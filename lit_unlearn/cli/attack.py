@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.cli.questions import SETS_HELP, add_question_options, add_set_options, find_sets, read_settings
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.attack_run import (
@@ -50,8 +50,7 @@ def build_parser() -> CommandParser:
         prog="lit-unlearn attack",
         description="Runs a list of attacks, each on a copy of a model and, if there is one, of the retain-only model: prints what "
         "of the forget set comes back, and writes attack.json and attack.png. Neither shows a row. An interrupted run resumes.",
-        epilog="Questions are put as the record in MODEL says, unless options say otherwise. Of a model that was trained on the "
-        "embedded authors, the sets need not be given.",
+        epilog=SETS_HELP,
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
     parser.add_argument(
@@ -76,7 +75,7 @@ def run(arguments: list[str]) -> None:
     check_export_target(options.output, models.values(), argument="output")
     record = read_record(options.model)
     settings = {**read_question_settings(record), **read_settings(parser, options), "max_new_tokens": max_new_tokens}
-    sources = find_sets(options, record)
+    sources = find_sets(parser.instantiate(options), record)
     # This looks at the files of a model, and does not load it yet.
     language_models: dict[Role, LanguageModel] = {}
     for role, name in models.items():

@@ -14,7 +14,8 @@ from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.cli.questions import add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.cli.questions import SETS_HELP, add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
@@ -50,8 +51,7 @@ def build_parser() -> CommandParser:
         prog="lit-unlearn audit",
         description="Measures a model against a policy, a file of thresholds that were fixed beforehand: writes audit.json and, for "
         "people, audit.html, and ends with exit code 0 (pass), 1 (fail) or 3 (not decidable). Neither file shows a row.",
-        epilog="Questions are put as the record in MODEL says, unless options say otherwise. Of a model that was trained on the "
-        "embedded authors, the sets need not be given.",
+        epilog=SETS_HELP,
     )
     parser.add_argument("model", type=str, metavar="MODEL", help="A model directory, or a name on the hub.")
     parser.add_argument(
@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> None:
     record = read_record(options.model)
     # No measure reads wrong answers, of which a row may have many.
     settings = {"wrong_column": "", **read_question_settings(record), **read_settings(parser, options)}
-    sources = find_sets(options, record)
+    sources = find_sets(parser.instantiate(options), record)
     # This looks at the files of a model, and does not load it yet.
     language_models: dict[Role, LanguageModel] = {}
     for role, name in models.items():
@@ -128,14 +128,15 @@ def run(arguments: list[str]) -> None:
         print_warning(warning)
     result = judge(policy, evidence)
 
-    for stream, source in sources.items():
-        if (digest := source.digest()) is not None:
+    files = {stream: digest_if_whole(source.describe()) for stream, source in sources.items()}
+    for stream, digest in files.items():
+        if digest is not None:
             data[stream]["sha256"] = digest
     audit = build_audit(
         result,
         model=described.pop("model"),
         data=data,
-        record=describe_record(options.model, digest_examples(answers), sources["forget"].digest()),
+        record=describe_record(options.model, digest_examples(answers), files["forget"]),
         policy_fixed_before=was_fixed_before(record, policy.sha256),
         compared_with=described,
         settings={name: asdict(value) if isinstance(value, Chat) else value for name, value in settings.items()},

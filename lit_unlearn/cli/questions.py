@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.fictional_authors import FictionalAuthors
-from lit_unlearn.data.source import Source
+from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError
 
@@ -20,14 +20,18 @@ SETS = {
     "canaries": "Random sequences that were planted among the forget rows",
     "canary_references": "Sequences like them that were not planted",
 }
+SETS_HELP = (
+    "Questions are put as the record in MODEL says, unless options say otherwise. Of a model that was trained on the embedded authors, "
+    "the sets need not be given. Rules choose rows of a file as for `fit`: --forget.path=FILE --forget.where='{customer: c-17}'."
+)
 _EMBEDDED = FictionalAuthors.__name__
 
 
-def add_set_options(parser: CommandParser, names: Iterable[str] = SETS) -> None:
-    """Add an option for the file of each of these sets."""
+def add_set_options(parser: CommandParser, names: Iterable[str] = SETS, *, takes_rules: bool = True) -> None:
+    """Add an option for each of these sets: a file and, unless only files are taken, rules that choose rows of it."""
     for name in names:
         help_text = f"{SETS[name]}: a file, or a data set on the hub."
-        parser.add_argument(f"--{name}", type=str, metavar="FILE", help=help_text)
+        parser.add_argument(f"--{name}", type=Rows if takes_rules else str, metavar="FILE", help=help_text)
 
 
 def add_question_options(parser: CommandParser) -> None:
@@ -57,13 +61,17 @@ def read_settings(parser: CommandParser, options: Namespace) -> dict[str, Any]:
 
 
 def find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, Source]:
-    """Return the sources of the sets: files that are given, or the embedded authors that the record names.
+    """Return the sources of the sets: those that are given, or the embedded authors that the record names.
+
+    Args:
+        options: Instantiated.
+        record: Of the model.
 
     Raises:
         ConfigError: If the forget or the retain set is not known.
     """
-    files = {name: getattr(options, name, None) for name in SETS}
-    given = {name: Source(file) for name, file in files.items() if file is not None}
+    values = {name: getattr(options, name, None) for name in SETS}
+    given = {name: to_source(rows, name) for name, rows in values.items() if rows is not None}
     if not given and ((record or {}).get("data") or {}).get("class") == _EMBEDDED:
         config = (record or {}).get("config") or {}
         arguments = (config.get("data") or {}).get("init_args") or {}

@@ -27,7 +27,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--policy", type=str, metavar="FILE", help="Of an audit: its policy, to compare the thresholds."
     )
-    add_set_options(parser)
+    add_set_options(parser, takes_rules=False)
     return parser
 
 

@@ -170,8 +170,13 @@ def test_a_file_does_not_stand_for_the_rows_that_a_rule_chose_from_it(
     assert end_of(["ledger", "ledger.jsonl", "--remember=more.yaml", "--rows", train]) == 2
     assert "no file among --rows has the digest" in capsys.readouterr().err
 
+    rules = [f"--forget.path={train}", "--forget.where={customer: c-1}", f"--retain.path={train}"]
+    audit = ["audit", exported, "--policy=policy/short.yaml"]
+    assert end_of([*audit, "--output=chosen", *rules, "--retain.where_not={customer: c-1}"]) in (1, 3)
+    content = read_json(Path("chosen/audit.json"))
+    assert content["record"]["same_rows"] is True
+    assert "sha256" not in content["data"]["forget"]
     others = [{"question": f"{n}!", "answer": f"Bob {n}."} for n in range(3)]
     for file, same_rows in ((forget, True), (write_rows("others.jsonl", others), None)):
-        policy = ["--policy=policy/short.yaml", f"--output={Path(file).stem}"]
-        assert end_of(["audit", exported, *policy, f"--forget={file}", f"--retain={retain}"]) in (1, 3)
+        assert end_of([*audit, f"--output={Path(file).stem}", f"--forget={file}", f"--retain={retain}"]) in (1, 3)
         assert read_json(Path(Path(file).stem, "audit.json"))["record"]["same_rows"] is same_rows
