@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quality_tiers import (
-    AUTHORS,
-    FakeCommands,
-)
+from quality_tiers import AUTHORS, FakeCommands
 
 from benchmarks.quality import __main__ as runner
 from benchmarks.quality import tofu_rows

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 from forked import ForkedCommands
-from quality_tiers import (
-    FakeCommands,
-)
+from quality_tiers import FakeCommands
 
 from benchmarks.quality import __main__ as runner
 from benchmarks.quality import smollm2, tier_tables, tofu_1b

@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import ROOT
-from quality_tiers import (
-    make_report,
-    make_tofu_results,
-)
+from quality_tiers import make_report, make_tofu_results
 
 from benchmarks import readme
 from benchmarks.markdown_blocks import fill_page
