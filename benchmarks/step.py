@@ -17,7 +17,7 @@ sequential  `LitUnlearn(passes="sequential")` in a Lightning Trainer.
 joint       `LitUnlearn(passes="joint")`.
 
 Options add variants with LoRA (frozen head; compared with a plain variant with LoRA), with ``torch.compile`` of the trunk,
-and with activation checkpointing.
+and with activation checkpointing. ``--profile`` shows which operators take the time of a joint step.
 
 Time. All variants take turns in one process. A turn is a new optimizer, a step on two tokens that is not timed, and
 ``--steps`` steps on the same examples for every variant, each timed from ``on_train_batch_start`` to ``on_train_batch_end``
@@ -74,6 +74,7 @@ from benchmarks.random_llama import (
     make_steps,
     make_tiny_step,
 )
+from benchmarks.step_profile import ProfiledStep
 from benchmarks.step_variants import (
     Formulation,
     Precision,
@@ -332,6 +333,18 @@ def format_report(name: str, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def profile_step(job: Job) -> str:
+    """Return the operators that take the most time in a step of the joint variant, as a table."""
+    steps = job.make_steps()
+    # Twice: memory is reserved at the first time.
+    profiled = ProfiledStep(2, job.device)
+    job.build(JOINT).run([steps[0], steps[0], steps[0]], profiled)
+    rows = []
+    for operator in profiled.summarize()["top"]:
+        rows.append([operator["name"], operator["calls"], f"{operator['ms']:.0f}", f"{100 * operator['share']:.0f} %"])
+    return format_table(rows, ["joint", "calls", "ms", "share"])
+
+
 # Command -----------------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +368,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--activation-checkpointing", action="store_true", help="add a variant that recomputes activations"
     )
+    parser.add_argument("--profile", action="store_true", help="show the operators of a joint step by time, too")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory, which takes a process each")
     parser.add_argument("--output", type=Path, default="build/bench/step.json", help="file for the results")
     options = parser.parse_args(arguments)
@@ -392,6 +406,8 @@ def main(arguments: list[str] | None = None) -> None:
             key = f"{name}, {precision}"
             results["shapes"][key] = benchmark_shape(job, make_variants(options), not options.no_memory)
             print(f"\n{format_report(name, results['shapes'][key])}", flush=True)
+            if options.profile:
+                print(profile_step(job), flush=True)
             # After every one, because the large ones take long and can run out of memory.
             write_json(options.output, results)
     print(f"\nwritten to {options.output}")

@@ -25,7 +25,7 @@ from benchmarks import scaling, step
 folder = sys.argv[1]
 # A process for each measurement would take long.
 step.run_in_fresh_process = scaling.run_in_fresh_process = lambda function, *arguments: function(*arguments)
-step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--output", f"{folder}/step.json"])
+step.main(["--shapes", "toy", "--rounds", "1", "--steps", "1", "--threads", "1", "--lora", "--profile", "--output", f"{folder}/step.json"])
 scaling.main(["--small", "--rounds", "1", "--dual-rounds", "1", "--threads", "1", "--no-processes", "--output", f"{folder}/scaling.json"])
 try:
     step.check_agreement({"plain": {"nll": 1.0}, "joint": {"nll": 1.001}}, 1e-4)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu.profile import Interval, summarize
 from benchmarks.gpu.stages import STAGES, Scale, read_report
 from benchmarks.gpu.table import format_results
+from benchmarks.step_profile import Interval, summarize
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.generation import compare_generation, make_random_model, make_random_prompts
-from benchmarks.gpu.profile import ProfiledStep
 from benchmarks.gpu.variants import VARIANTS, measure_variant
 from benchmarks.nll import Head, compare_functions
 from benchmarks.random_llama import SHAPES, Step, count_answer_tokens, make_steps, make_tiny_step
 from benchmarks.step import JOINT, PLAIN, Job, compare_variant, describe_workload, measure_memory, measure_time
+from benchmarks.step_profile import ProfiledStep
 from benchmarks.step_variants import Precision, first_loss_difference
 
 ROOT = Path(__file__).parents[2]
