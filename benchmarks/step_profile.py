@@ -13,7 +13,7 @@ from benchmarks.timing import synchronize
 
 
 class Interval(NamedTuple):
-    """A kernel of a GPU, or an operator of a CPU that calls no other, with its microseconds of start and end."""
+    """A kernel of a GPU, or an operator of a CPU without those that it calls, with its microseconds of start and end."""
 
     name: str
     start: float
@@ -44,13 +44,13 @@ class ProfiledStep:
         """Return what `summarize` makes of the step's kernels."""
         intervals = []
         for event in self._profile.events():
-            if self._device == "cuda":
-                # Annotations of ranges are events of the device, too.
-                is_kernel = event.device_type == DeviceType.CUDA and not event.is_user_annotation
-            else:
-                is_kernel = not event.cpu_children
-            if is_kernel:
-                intervals.append(Interval(event.name, event.time_range.start, event.time_range.end))
+            start, end = event.time_range.start, event.time_range.end
+            if self._device != "cuda":
+                # Where its own work lies between those calls is not known, and of no use here.
+                intervals.append(Interval(event.name, start, start + event.self_cpu_time_total))
+            # Annotations of ranges are events of the device, too.
+            elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                intervals.append(Interval(event.name, start, end))
         return summarize(intervals)
 
 
