@@ -173,14 +173,14 @@ _FORGET = "model.forget.init_args"
 _FIXED = {"class_path": "FixedMultiplier", "init_args": {"weight": 10}}
 # `ABLATED` without one of its parts.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "without_rewind": {**_NATS, "config": _CALIBRATED["config"]},
-    "without_temperature": {**_CALIBRATED, f"{_FORGET}.temperature": 1},
-    "without_token_weight": {**_CALIBRATED, f"{_FORGET}.token_weight": 0},
     "with_fixed_weight": {
         "config": _CALIBRATED["config"],
         "model.rewind": 0.5,
         _MULTIPLIER.removesuffix(".init_args"): _FIXED,
     },
+    "without_token_weight": {**_CALIBRATED, f"{_FORGET}.token_weight": 0},
+    "without_temperature": {**_CALIBRATED, f"{_FORGET}.temperature": 1},
+    "without_rewind": {**_NATS, "config": _CALIBRATED["config"]},
 }
 
 
