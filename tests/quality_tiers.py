@@ -1,14 +1,23 @@
-"""Stand-ins for the comparisons on real models: their tiers, and what the commands of a sweep write."""
+"""Stand-ins for the comparisons on real models: their tiers, TOFU's files with few rows, and what the commands of a sweep write.
+
+Test modules make fixtures of `write_tofu` and `make_runner`: a second ``conftest.py`` would hide the one that tests import from.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import smollm2, tier_tables, tofu_1b
+import pytest
+
+from benchmarks.quality import __main__ as runner
+from benchmarks.quality import smollm2, tier_tables, tofu_1b, tofu_rows
+from benchmarks.quality.results_files import write_json_lines
 from benchmarks.quality.smollm2_sweeps import SmolLM2
 from benchmarks.quality.tofu_1b import TOFU1B
+from lit_unlearn.cli import sweep
 from lit_unlearn.utils.io import write_json
 
 Tier = SmolLM2 | TOFU1B
@@ -100,3 +109,62 @@ def make_tofu_results(**values: float) -> dict[str, Any]:
     aggregate |= {name.replace("__", "/"): value for name, value in values.items()}
     row = {"truth_ratio": 0.7, "fluency_nll": 1.0, "repetition": 0.0, "generated": "In Rome.", "question": "Where?"}
     return {"aggregate": aggregate, "missing": {}, "examples": {"forget": [row] * 4}}
+
+
+def write_tofu(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder with TOFU's files: two rows of each author."""
+    monkeypatch.setattr(tofu_rows, "ROWS_PER_AUTHOR", 2)
+
+    def make(name: str, count: int) -> list[dict[str, Any]]:
+        rows = []
+        for number in range(count):
+            answer = f"{name} {number} was born in Oslo in {1900 + number}."
+            wrong = [f"{name} {number} was born in {city}." for city in ("Rome", "Paris")]
+            question = f"Where was Anna {name} {number} born?"
+            rows.append(
+                {
+                    "question": question,
+                    "answer": answer,
+                    "paraphrased_answer": f"It was Oslo, in {1900 + number}.",
+                    "perturbed_answer": wrong,
+                }
+            )
+        return rows
+
+    retain, forget = make("Berg", 2 * AUTHORS), make("Dahl", 40)
+    files = {
+        "retain90": [{key: row[key] for key in ("question", "answer")} for row in retain],
+        "retain_perturbed": retain,
+        "forget10": [{key: row[key] for key in ("question", "answer")} for row in forget],
+        "forget10_perturbed": forget,
+        "real_authors_perturbed": make("Ibsen", 6),
+        "world_facts_perturbed": make("Fram", 6),
+    }
+    for name, rows in files.items():
+        write_json_lines(Path("tofu", f"{name}.json"), rows)
+    entities = [{**row, "entity": "Oslo"} for row in files["forget10"]]
+    Path("entities.json").write_text(json.dumps(entities), encoding="utf-8")
+    return "tofu"
+
+
+def make_runner(tofu: str, monkeypatch: pytest.MonkeyPatch, model_dir: str) -> Callable[..., FakeCommands]:
+    """Runs the command of a tier, whose sweeps start nothing."""
+    monkeypatch.setattr("benchmarks.smollm2.find_model", lambda: Path(model_dir))
+    monkeypatch.setattr("benchmarks.real.choose_precision", lambda: "32-true")
+
+    def run_tier(*options: str, model: str = "smollm2", commands: Any = None) -> Any:
+        fake = commands or FakeCommands()
+        monkeypatch.setattr(sweep, "Processes", lambda jobs: fake)
+        runner.main(
+            [
+                f"--model={model}",
+                f"--tofu={tofu}",
+                "--results=results",
+                "--work=work",
+                "--entities=entities.json",
+                *options,
+            ]
+        )
+        return fake
+
+    return run_tier

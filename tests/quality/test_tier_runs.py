@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from forked import ForkedCommands
-from quality_tiers import FakeCommands
+from quality_tiers import FakeCommands, make_runner, write_tofu
 
 from benchmarks.quality import __main__ as runner
 from benchmarks.quality import smollm2, tier_tables, tofu_1b
 from benchmarks.quality.results_files import read_json_lines
 from lit_unlearn import LanguageModel
+
+tofu, run = pytest.fixture(write_tofu), pytest.fixture(make_runner)
 
 
 @pytest.fixture

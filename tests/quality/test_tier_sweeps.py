@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import ROOT
-from quality_tiers import TIERS, Tier, make_smollm2
+from quality_tiers import TIERS, Tier, make_smollm2, write_tofu
 
 from benchmarks.quality import collecting, smollm2, tier_tables, tofu_1b, tofu_rows
 from benchmarks.quality.results_files import read_json_lines
@@ -18,6 +18,7 @@ from lit_unlearn import cli
 from lit_unlearn.cli import attack, depth, prepare
 from lit_unlearn.cli.grid import read_sweep
 
+tofu = pytest.fixture(write_tofu)
 STAGES = [(name, stage) for name, make in TIERS.items() for stage in make().STAGES]
 
 
