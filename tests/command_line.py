@@ -13,6 +13,15 @@ ROOT = Path(__file__).parents[1]
 UNLEARN = ROOT / "configs" / "demo" / "unlearn.yaml"
 
 
+def end_of(arguments: list[str]) -> int:
+    """Run a command and return its exit code."""
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 def quick(model_dir: str, *extra: str) -> list[str]:
     """A fit on the tiny model that takes a few steps."""
     return [

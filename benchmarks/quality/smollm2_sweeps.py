@@ -138,14 +138,12 @@ class SmolLM2:
             case "ceiling":
                 return self._finetune_again(output)
             case "ablation":
-                rate = {_LR: self._choose_rate(protocol.ABLATED)}
-                ablations = {
-                    name: {**self._complete(part, "unseen"), **rate} for name, part in protocol.ABLATIONS.items()
-                }
+                rate = self._choose_rate(protocol.ABLATED)
+                ablations = {}
+                for name, settings in protocol.ABLATIONS.items():
+                    ablations[name] = {**self._complete(settings, "unseen"), _LR: rate}
                 axes = {"seed": self.seeds, "size": tuning["size"]}
-                return self._unlearn(output, axes, {"method": ablations}, self._measure_unlearned()) | {
-                    "keep": "results"
-                }
+                return self._unlearn(output, axes, {"method": ablations}, self._measure_unlearned())
             case "matched":
                 after = [self._evaluate(_UNLEARNED, "reference"), self._attack(_UNLEARNED)]
                 axes = {"seed": self.seeds, "size": tuning["size"]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from audit_models import trained, write_policy, write_sets
-from command_line import quick
+from command_line import end_of, quick
 
 from lit_unlearn import FictionalAuthors, cli
 from lit_unlearn.cli.audit import build_parser
@@ -16,15 +16,6 @@ from lit_unlearn.cli.questions import find_sets
 from lit_unlearn.export.ledger import append_entry
 from lit_unlearn.export.published import publish_record
 from lit_unlearn.utils.io import file_digest
-
-
-def end_of(arguments: list[str]) -> int:
-    """Run a command and return its exit code."""
-    try:
-        cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def read(file: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import instantiate
+from command_line import end_of, instantiate
 
 from lit_unlearn import cli
 from lit_unlearn.evaluation.results import Results
@@ -130,14 +130,6 @@ def test_a_benchmark_asks_the_same_rows(train: str, model_dir: str) -> None:
     sets += [f"--retain.path={train}", "--retain.where_not={customer: c-1}"]
     cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--max_new_tokens=1", "--output=a.json", CPU])
     assert {name: data["rows"] for name, data in Results.read("a.json").data.items()} == {"forget": 3, "retain": 6}
-
-
-def end_of(arguments: list[str]) -> int:
-    try:
-        cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture
