@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks import real, real_tables
 from benchmarks.gpu.table import format_results
 from benchmarks.markdown_blocks import fill_page, markdown_table
 from benchmarks.memory import format_mib
@@ -75,6 +79,31 @@ def inspect_block() -> str:
     os.environ["COLUMNS"] = "100"
     target, unlearned = str(ROOT / "runs/demo/target"), str(ROOT / "runs/demo/unlearned")
     return f"```text\n{capture_output('inspect', target, unlearned, '-q', QUESTION)}\n```"
+
+
+@functools.cache
+def ask_real_models() -> list[dict[str, Any]]:
+    """Return the answers of the three models of `make real` to its questions."""
+    models = [str(ROOT / real.FOLDER / name) for name in real_tables.MODELS]
+    questions = f"--questions={ROOT / real.ROWS / 'questions.jsonl'}"
+    printed = capture_output("inspect", *models, questions, "--max_new_tokens=60", "--format=json")
+    questions_asked: list[dict[str, Any]] = json.loads(printed)["questions"]
+    return questions_asked
+
+
+def of_finished_run(make_table: Callable[[], str]) -> Callable[[], str | None]:
+    """Return a block that is ``None`` where `make real` has not run to its end, which leaves the page as it is."""
+    return lambda: make_table() if real_tables.has_finished() else None
+
+
+def real_authors_block() -> str:
+    """Return the answers of the models of `make real` about the forgotten and the retained author."""
+    return real_tables.make_answers_table(ask_real_models()[:2])
+
+
+def real_answers_block() -> str:
+    """Return their answers to all questions."""
+    return real_tables.make_answers_table(ask_real_models())
 
 
 def tofu_block() -> str:
@@ -150,9 +179,20 @@ def gpu_block() -> str | None:
 
 
 PAGES: dict[str, dict[str, Callable[[], str | None]]] = {
-    "README.md": {"demo": demo_block, "inspect": inspect_block, "comparison": comparison_block},
+    "README.md": {
+        "demo": demo_block,
+        "real_authors": of_finished_run(real_authors_block),
+        "inspect": inspect_block,
+        "comparison": comparison_block,
+    },
     "docs/choosing_a_method.md": {"methods": methods_block},
     "docs/evaluation.md": {"tofu": tofu_block},
+    "docs/real.md": {
+        "real_stages": of_finished_run(real_tables.make_stages_table),
+        "real_fits": of_finished_run(real_tables.make_fits_table),
+        "real_audit": of_finished_run(real_tables.make_audit_table),
+        "real_answers": of_finished_run(real_answers_block),
+    },
     "docs/scale.md": {"scale": make_table, "plan": plan_block},
     "docs/speed.md": {"step": step_block, "gpu": gpu_block, "startup": startup_block},
 }

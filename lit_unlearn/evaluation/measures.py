@@ -378,14 +378,14 @@ MEASURES: Mapping[str, Measure] = {
         _mean_of("plain", "retain", "probability"),
     ),
     "retain_nll_increase": Measure(
-        "loss on the retained rows",
+        "increase of the loss on the retained rows",
         "How much worse the model predicts the rows it is to keep than before the deletion, in nats per token: 0.1 is a tenth less "
         "probability per token.",
         _change_since_before("retain", "nll"),
         compares_with=("before",),
     ),
     "general_nll_increase": Measure(
-        "loss on general text",
+        "increase of the loss on general text",
         "How much worse the model predicts rows that have nothing to do with the deletion than before it, in nats per token.",
         _change_since_before("general", "nll"),
         compares_with=("before",),
