@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
 from lit_unlearn.evaluation.measures import MEASURES, ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
-from lit_unlearn.evaluation.results import Values
+from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.stress import StressBenchmark
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import fingerprint
@@ -27,38 +28,41 @@ _ATTACKED_SETS = ("forget", "holdout")
 # saw the others.
 _SEPARATE_SETS = {"retain": ("forget",), "holdout": ("forget", "retain"), "canary_references": ("canaries",)}
 
-BuildRun = Callable[[Benchmark, Policy, int], Benchmark]
-"""Makes the benchmark of a run from the plain one, the policy and the number of forget rows."""
+Run = Callable[[LanguageModel, Path | None], Results]
+"""Measures a model; what is measured is kept in the folder, so that an interrupted run resumes there."""
+
+BuildRun = Callable[[Benchmark, Policy, int], Run]
+"""Makes a run from the plain benchmark, the policy and the number of forget rows."""
 
 
 FAILURES = (LitUnlearnError, ImportError, MemoryError, RuntimeError)
 """Whatever an attack may fail of: memory, a library, a kernel. It has not shown then that nothing comes back."""
 
 
-def _relearn(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+def _relearn(benchmark: Benchmark, policy: Policy, rows: int) -> Run:
     # The policy has settings for it: it is refused otherwise.
     attack = None if policy.relearn is None else policy.relearn.plan_attack(rows)
-    return StressBenchmark(benchmark, relearn=attack)
+    return partial(StressBenchmark(benchmark, relearn=attack).run_under, "relearn")
 
 
 def _round_to(bits: int) -> BuildRun:
-    def build(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
-        return StressBenchmark(benchmark, bits=[bits])
+    def build(benchmark: Benchmark, policy: Policy, rows: int) -> Run:
+        return partial(StressBenchmark(benchmark, bits=[bits]).run_under, f"{bits}bit")
 
     return build
 
 
-def _paraphrase(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
-    return StressBenchmark(benchmark, paraphrased=True)
+def _paraphrase(benchmark: Benchmark, policy: Policy, rows: int) -> Run:
+    return partial(StressBenchmark(benchmark, paraphrased=True).run_under, "paraphrased")
 
 
-def _sample_answers(benchmark: Benchmark, policy: Policy, rows: int) -> Benchmark:
+def _sample_answers(benchmark: Benchmark, policy: Policy, rows: int) -> Run:
     plan = policy.sampled or SamplingPlan(samples=1)
-    return RepeatedSampling(plan.samples, plan.temperature, seed=plan.seed).change_benchmark(benchmark)
+    return RepeatedSampling(plan.samples, plan.temperature, seed=plan.seed).change_benchmark(benchmark).run
 
 
 RUNS: Mapping[str, BuildRun] = {
-    "plain": lambda benchmark, policy, rows: benchmark,
+    "plain": lambda benchmark, policy, rows: benchmark.run,
     "relearn": _relearn,
     "8bit": _round_to(8),
     "4bit": _round_to(4),
@@ -116,10 +120,8 @@ def measure_model(
                 evidence.add_results(role, run, results)
                 continue
             try:
-                attacked = RUNS[run](fewer_sets, policy, forget_rows)
-                # Stress tests share a folder: each runs the benchmark without stress first, on the same rows.
-                folder = "stress" if isinstance(attacked, StressBenchmark) else run
-                results = attacked.run(lm, partial_dir and partial_dir / folder)
+                run_attack = RUNS[run](fewer_sets, policy, forget_rows)
+                results = run_attack(lm, partial_dir and partial_dir / run)
             except FAILURES as error:
                 evidence.add_failure(role, run, describe_failure(error))
             else:

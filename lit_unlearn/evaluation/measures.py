@@ -104,15 +104,12 @@ class Evidence:
 
         Args:
             role: The model.
-            run: Name of the run. Streams of a stress test have it before theirs, and that of the plain benchmark beside them.
+            run: Name of the run.
             results: Of the run.
         """
-        prefix = f"{run}/"
-        is_stress = any(stream.startswith(prefix) for stream in results.examples)
         streams = self.rows.setdefault(role, {}).setdefault(run, {})
         for stream, examples in results.examples.items():
-            if not is_stress or stream.startswith(prefix):
-                streams[stream.removeprefix(prefix)] = [_keep_numbers(example) for example in examples]
+            streams[stream] = [_keep_numbers(example) for example in examples]
 
     def add_failure(self, role: Role, run: str, reason: str) -> None:
         """Note why a run is missing."""

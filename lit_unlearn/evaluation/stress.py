@@ -141,25 +141,44 @@ class StressBenchmark(Benchmark):
             ModelError: If the weights of a quantised model were to be changed.
             DivergedError: If relearning diverged.
         """
-        self.prepare(lm.tokenizer)
-        if self._changes:
-            try:
-                check_changeable(lm)
-            except ModelError as error:
-                raise ModelError(f"{error} Or set `relearn` to null and `bits` to [].", owner=self) from error
+        self._prepare_for(lm)
         # The benchmark's own name stays in the results, so that plain results can be compared with these.
         results = self.benchmark.run(lm, partial_dir and partial_dir / "plain")
         results.settings = self.settings()
         for stress in self.stresses:
-            stressed = self._run_under(stress, lm, partial_dir and partial_dir / stress)
+            stressed = self._run_prepared(stress, lm, partial_dir and partial_dir / stress)
             results.aggregate |= _add_prefix(stress, stressed.aggregate)
             results.missing |= _add_prefix(stress, stressed.missing)
             results.data |= _add_prefix(stress, stressed.data)
             results.examples |= _add_prefix(stress, stressed.examples)
         return results
 
-    def _run_under(self, stress: str, lm: LanguageModel, partial_dir: Path | None) -> Results:
-        """Run the benchmark under one stress."""
+    def run_under(self, stress: str, lm: LanguageModel, partial_dir: Path | None = None) -> Results:
+        """Measure a model under one stress alone.
+
+        Args:
+            stress: Of `stresses`.
+            lm: As for `run`.
+            partial_dir: Folder for what is measured under it.
+
+        Returns:
+            Results of the benchmark under that stress, with the names that they have without it.
+
+        Raises:
+            ModelError: As `run`, as does DivergedError.
+        """
+        self._prepare_for(lm)
+        return self._run_prepared(stress, lm, partial_dir)
+
+    def _prepare_for(self, lm: LanguageModel) -> None:
+        self.prepare(lm.tokenizer)
+        if self._changes:
+            try:
+                check_changeable(lm)
+            except ModelError as error:
+                raise ModelError(f"{error} Or set `relearn` to null and `bits` to [].", owner=self) from error
+
+    def _run_prepared(self, stress: str, lm: LanguageModel, partial_dir: Path | None) -> Results:
         benchmark = self._stressed[stress]
         if stress == "paraphrased":
             return benchmark.run(lm, partial_dir)
