@@ -31,6 +31,8 @@ def identify_run(trainer: L.Trainer) -> Identity:
         return {}
     identity = {"class of the module": type(module).__name__, "seed of the module": str(module.seed)}
     identity["base model"] = _digest_base_model(module.lm)
+    if module.lm.teacher is not None:
+        identity["teacher"] = _digest_base_model(module.lm.teacher)
     if isinstance(data, ForgetRetain):
         identity["seed of the data"] = str(data.seed)
         for name, source in data.sources.items():

@@ -142,8 +142,11 @@ def _find_frozen(
         teacher = settings.get("teacher")
         if teacher is None:
             raise ConfigError("the run needs a teacher: set `teacher`.", owner=LanguageModel, argument="teacher")
-        trusted = {"trust_remote_code": settings.get("trust_remote_code")}
-        frozen.append(measure_model({"model": teacher, **trusted}, dtype))
+        hub_settings = {
+            "revision": settings.get("teacher_revision"),
+            "trust_remote_code": settings.get("trust_remote_code"),
+        }
+        frozen.append(measure_model({"model": teacher, **hub_settings}, dtype))
     return tuple(frozen)
 
 

@@ -173,6 +173,13 @@ def _render_subject(record: Record) -> str:
         facts["base revision"], facts["base commit on the hub"] = base["revision"], base["commit"]
         for name, digest in base["weights"].items():
             facts[f"sha256 of the base's `{name}`"] = _format_code(digest)
+    # Records of earlier versions do not have it.
+    teacher = model.get("teacher")
+    if teacher:
+        facts["teacher"] = _format_code(teacher["name"])
+        facts["teacher's revision"], facts["teacher's commit on the hub"] = teacher["revision"], teacher["commit"]
+        for name, digest in teacher["weights"].items():
+            facts[f"sha256 of the teacher's `{name}`"] = _format_code(digest)
     # A model made from scratch has no revision, a local one no commit.
     known = [(name, fact) for name, fact in facts.items() if fact]
     return f"{_format_facts(['', ''], known)}\n\n{_render_sets(record)}"

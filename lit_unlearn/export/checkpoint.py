@@ -204,7 +204,7 @@ def _find_model_settings(path: Path, record: Record, base_model: str | None) -> 
             # Of a saved adapter, which either is in the base now or has gone on being trained.
             settings = {"adapter": origin["adapter"] if base["merged"] else None, "merge_adapter": base["merged"]}
     # They would only slow down a model that is loaded to be written, and the teacher's files may have gone.
-    settings |= {"compile": False, "activation_checkpointing": False, "teacher": None}
+    settings |= {"compile": False, "activation_checkpointing": False, "teacher": None, "teacher_revision": None}
     if base_model is not None:
         # A model that was exported from the GGUF file has the same weights.
         file = settings.get("gguf_file")

@@ -78,10 +78,10 @@ def describe_origin(lm: LanguageModel) -> dict[str, Any]:
     Returns:
         ``name``, ``architecture``, ``revision`` as asked for, ``commit``, ``weights`` (sha256 by file), ``adapter``
         (``peft_type`` and the fields that are not its defaults) and, if the weights are an adapter's, ``base`` (``name``,
-        ``revision``, ``commit`` and ``weights`` of its base model, and whether it was ``merged``); ``None`` or empty where
-        there is none.
+        ``revision``, ``commit`` and ``weights`` of its base model, and whether it was ``merged``), and ``teacher``, all of
+        this for the teacher if it is loaded; ``None`` or empty where there is none.
     """
-    files = lm.files
+    files, teacher = lm.files, lm.teacher
     base: dict[str, Any] | None = None
     if files is not None and files.base is not None:
         base = {"name": files.base.name, "revision": files.base.revision, **files.base.describe()}
@@ -93,4 +93,5 @@ def describe_origin(lm: LanguageModel) -> dict[str, Any]:
         **({"commit": None, "weights": {}} if files is None else files.describe()),
         "adapter": adapter_configs.adapter_settings(lm.model) if lm.has_adapter else None,
         "base": base,
+        "teacher": None if teacher is None or not teacher.is_loaded else describe_origin(teacher),
     }

@@ -70,6 +70,7 @@ class LanguageModel(SupervisedModel):
         compile: Whether ``torch.compile`` makes kernels of the trunk, which takes a minute or more at the first step.
         teacher: Hub name or local directory of a model with the same tokenizer that was not trained on the forget set, such
             as the base model. It is loaded only where an objective needs it, and never trained, saved or exported.
+        teacher_revision: Branch, tag or commit of the teacher on the hub.
 
     Raises:
         ConfigError: If not exactly one of ``model`` and ``config`` is given, settings exclude each other, or an adapter or a
@@ -97,6 +98,7 @@ class LanguageModel(SupervisedModel):
         activation_checkpointing: bool = False,
         compile: bool = False,
         teacher: str | None = None,
+        teacher_revision: str | None = None,
     ) -> None:
         super().__init__(chunk_size)
         model = None if model is None else expand_home(model)
@@ -123,8 +125,17 @@ class LanguageModel(SupervisedModel):
         if teacher is not None:
             with naming_teacher(teacher, owner=self):
                 self.teacher = LanguageModel(
-                    teacher, trust_remote_code=trust_remote_code, use_safetensors=use_safetensors
+                    teacher,
+                    revision=teacher_revision,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=use_safetensors,
                 )
+        elif teacher_revision is not None:
+            raise ConfigError(
+                "`teacher_revision` is of a teacher, and there is none: set `teacher`, or leave it out.",
+                owner=self,
+                argument="teacher_revision",
+            )
 
         self.files_dtype: torch.dtype | None = None
         self.has_random_weights = False

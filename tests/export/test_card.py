@@ -22,6 +22,12 @@ RECORD: dict[str, Any] = {
         "commit": "c0ffee",
         "weights": {"model.safetensors": "ab" * 32},
         "adapter": None,
+        "teacher": {
+            "name": "org/base",
+            "revision": "v1",
+            "commit": "beefed",
+            "weights": {"model.safetensors": "67" * 32},
+        },
     },
     "data": {
         "train_on": "pairs",
@@ -109,6 +115,8 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     [
         ["5 examples", "`some/model`", "0.9 to 0.01"],
         ["commit on the hub", "c0ffee"],
+        ["teacher's commit on the hub", "beefed"],
+        ["teacher's `model.safetensors`", f"`{'67' * 32}`"],
         ["forget (deleted)", "`a\\|b.jsonl`, first 5 rows", "| 5 | 50 |", f"`{'cd' * 32}` | `{'ef' * 32}`"],
         ["retain (retained)", "`org/set`, big, train", "| 70 | 700 |", f"`{'01' * 32}`"],
         ["2 × `NPO(beta=0.1)`", "f(x)", "A. 2024"],

@@ -26,8 +26,10 @@ from lit_unlearn import (
     Objective,
 )
 from lit_unlearn.callbacks import ResumeCheckpoint, RunReport
+from lit_unlearn.callbacks.identity import find_differences, identify_run
 from lit_unlearn.data.example import collate
 from lit_unlearn.errors import ConfigError, MissingFileError, ModelError
+from lit_unlearn.utils.io import file_digest
 
 
 @pytest.fixture
@@ -104,6 +106,38 @@ def test_a_resumed_run_takes_the_steps_of_the_whole_one(
         trainer.fit(module, datamodule=rows(rows_dir), ckpt_path=path)
     resumed = module.lm.causal_lm.state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in whole.lm.causal_lm.state_dict().items())
+
+
+def test_the_record_tells_the_weights_of_a_teacher_that_took_part(model_dir: str, base_dir: str) -> None:
+    lm = LanguageModel(model_dir, teacher=base_dir)
+    lm.load(torch.float32)
+    assert lm.origin()["teacher"] is None  # nothing needs it
+    lm.keep_teacher()
+    teacher = lm.origin()["teacher"]
+    assert teacher["name"] == base_dir
+    assert teacher["weights"] == {"model.safetensors": file_digest(Path(base_dir) / "model.safetensors")}
+
+
+def test_a_run_with_another_teacher_is_another_run(
+    make_trainer: Callable[..., L.Trainer], model_dir: str, base_dir: str, rows_dir: str
+) -> None:
+    def identify(teacher: str) -> dict[str, str]:
+        trainer = make_trainer()
+        trainer.strategy._lightning_module = make(model_dir, KLToTeacher(), teacher=teacher)
+        return identify_run(trainer)
+
+    assert find_differences(identify(base_dir), identify(base_dir)) == []
+    assert find_differences(identify(base_dir), identify(model_dir)) == ["teacher"]
+
+
+def test_the_revision_is_that_of_a_teacher(model_dir: str, base_dir: str) -> None:
+    lm = LanguageModel(model_dir, teacher=base_dir, teacher_revision="c0ffee")
+    assert lm.teacher is not None
+    assert lm.teacher.hub_settings["revision"] == "c0ffee"
+    assert lm.hub_settings["revision"] is None
+    with pytest.raises(ConfigError) as error:
+        LanguageModel(model_dir, teacher_revision="c0ffee")
+    assert error.value.argument == "teacher_revision"
 
 
 def test_it_is_loaded_only_where_an_objective_needs_it(
