@@ -25,12 +25,12 @@ package states. `python -m benchmarks.licences` writes it. A CUDA build of torch
 def list_requirements(name: str, extras: Iterable[str] = ()) -> list[Requirement]:
     """Return what a package needs in this environment, with what these extras of it need."""
     environments = [{"extra": extra} for extra in ("", *extras)]
-    requirements = [Requirement(text) for text in distribution(name).requires or []]
-    return [
-        requirement
-        for requirement in requirements
-        if requirement.marker is None or any(requirement.marker.evaluate(values) for values in environments)
-    ]
+    needed = []
+    for text in distribution(name).requires or []:
+        requirement = Requirement(text)
+        if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
+            needed.append(requirement)
+    return needed
 
 
 def list_installed(name: str) -> set[str]:

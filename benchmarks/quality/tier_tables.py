@@ -197,9 +197,8 @@ def make_ablation(folder: Path, digest: str, size: str) -> str:
     for line in select_lines(read_lines(folder / "final.jsonl", digest), size=size, method=smollm2.ABLATED):
         if line["labels"]["seed"] in seeds:
             whole.append(line)
-    references, targets = (
-        [line for line in lines if line["labels"]["seed"] in seeds] for lines in (tier.reference, tier.target)
-    )
+    references = [line for line in tier.reference if line["labels"]["seed"] in seeds]
+    targets = [line for line in tier.target if line["labels"]["seed"] in seeds]
     return make_comparison(TierResults(references, targets, [*whole, *tier.unlearned], []), size)
 
 

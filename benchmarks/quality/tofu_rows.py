@@ -114,7 +114,10 @@ def _read(tofu: str, split: str) -> list[Row]:
 
 def keep_columns(rows: Sequence[Row], columns: Sequence[str] = ("question", "answer")) -> list[Row]:
     """Return rows without other columns than these."""
-    return [{column: row[column] for column in columns} for row in rows]
+    kept = []
+    for row in rows:
+        kept.append({column: row[column] for column in columns})
+    return kept
 
 
 def spread(rows: Sequence[Row], count: int | None) -> list[Row]:

@@ -153,8 +153,7 @@ def _describe_lengths(what: str, lengths: Sequence[int]) -> str:
 
 
 def _describe_overlap(first: str, second: str, sets: dict[str, list[Row]]) -> str:
-    texts = {name: [row.texts for row in sets[name]] for name in (first, second)}
-    duplicates = find_duplicates(texts[first], texts[second])
+    duplicates = find_duplicates([row.texts for row in sets[first]], [row.texts for row in sets[second]])
     if not duplicates.forget:
         return f"{first} and {second} share no row"
     return (

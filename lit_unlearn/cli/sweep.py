@@ -89,10 +89,13 @@ def select_cells(cells: Sequence[Cell], patterns: Sequence[str] | None) -> list[
     """
     if patterns is None:
         return list(cells)
+    chosen = set[str]()
     for pattern in patterns:
-        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+        matching = {cell.name for cell in cells if fnmatchcase(cell.name, pattern)}
+        if not matching:
             raise ConfigError(f"no cell is called '{pattern}': the first one is '{cells[0].name}'.", argument="only")
-    return [cell for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
+        chosen |= matching
+    return [cell for cell in cells if cell.name in chosen]
 
 
 def _run_all(cells: Sequence[Cell], output: Path, jobs: int, retry: bool) -> None:

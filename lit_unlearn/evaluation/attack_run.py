@@ -237,7 +237,9 @@ def choose_value(entry: Values, value: Value) -> Value:
         entry: Of a report, for one attack.
         value: The chosen measure.
     """
-    points = [point for role in ROLES for point in entry.get(role, {}).get("points", [])]
+    points = []
+    for role in ROLES:
+        points += entry.get(role, {}).get("points", [])
     is_missing = bool(points) and all(point[value] is None for point in points)
     return "rougeL_recall" if is_missing else value
 

@@ -192,8 +192,9 @@ def check_rows(policy: Policy, forget_rows: int) -> list[str]:
         forget_rows: Their number.
     """
     rows, counted = forget_rows, "forget rows"
-    runs = [run for item in policy.requirements if item.required for run in MEASURES[item.measure].runs]
-    if "relearn" in runs and policy.relearn is not None and forget_rows > 1:
+    required = [MEASURES[item.measure] for item in policy.requirements if item.required]
+    relearns = any("relearn" in measure.runs for measure in required)
+    if relearns and policy.relearn is not None and forget_rows > 1:
         rows -= int(policy.relearn.plan_attack(forget_rows).rows)
         counted = "forget rows that are not relearned"
     if rows >= policy.min_rows:

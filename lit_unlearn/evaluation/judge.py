@@ -225,7 +225,9 @@ def _list_grades(row: Values) -> list[dict[str, float]]:
 
 
 def _summarize_score(rows: Sequence[Values], score: str) -> dict[str, float | None]:
-    of_answers = [grades for row in rows for grades in _list_grades(row)]
+    of_answers: list[dict[str, float]] = []
+    for row in rows:
+        of_answers += _list_grades(row)
     grades = [of_answer[score] for of_answer in of_answers if score in of_answer]
     return {"mean": fmean(grades) if grades else None, "count": len(grades), "failed": len(of_answers) - len(grades)}
 

@@ -168,7 +168,10 @@ def plan_memory(model: ModelSizes, setup: Setup, passes: Sequence[PassSizes]) ->
     runs_again = len(passes) > 1 or setup.gradient_copies > 0
     begun = gradients // shards if runs_again else min(head, gradients) // shards
     # Only on a single device does the head add to its gradient in place, and only some losses do.
-    adds_in_place = setup.strategy == "single" and all(kind != "dense" for each in passes for kind, _ in each.heads)
+    kinds = set[str]()
+    for forward_pass in passes:
+        kinds.update(kind for kind, _ in forward_pass.heads)
+    adds_in_place = setup.strategy == "single" and "dense" not in kinds
     head_buffer = 0 if adds_in_place or not runs_again else head
     copies = setup.gradient_copies * gradients // shards
     # On a single device, a float32 embedding adds to the gradient that is there; elsewhere autograd makes another.

@@ -63,9 +63,9 @@ def read_run(data: ForgetRetain, module: LitLanguageModel, devices: int, shares_
     steps = [count_passes(batch, module, shares_prefix) for batch in islice(batches, MAX_STEPS)]
     limit = data.examples["forget"] if data.train_on == "pairs" else _trained_examples(data)
     rows = ", ".join(f"{len(examples)} {name}" for name, examples in data.examples.items())
-    longest = max(len(example.input_ids) for examples in data.examples.values() for example in examples)
-    validated = 0
+    longest = validated = 0
     for examples in data.examples.values():
+        longest = max([longest, *(len(example.input_ids) for example in examples)])
         counts = sorted((len(example.labels) - example.labels.count(IGNORED) for example in examples), reverse=True)
         validated = max(validated, sum(counts[: data.eval_batch_size]))
     return RunSizes(
