@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,10 @@ _OUTER_OPTIONS = {
     "leak": ("sampling", "attempts", "confidence", "texts"),
 }
 _SECTIONS = ("ckpt_path", "logs", "model", "seed_everything", "trainer")  # of the configuration
+# Suites that put questions in a prompt of the user's. The others have that of their publication.
+_ASKS = ("qa", "tofu", "stress", "leak")
+_COLUMNS = ("question_column", "answer_column", "messages_column", "text_column", "context_column", "format")
+_OF_PROMPT = {"template", "chat"}  # which exclude each other
 
 
 def build_parser() -> CommandParser:
@@ -123,6 +128,9 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
     if options.dtype is not None:
         arguments.append(f"--trainer.precision={_PRECISIONS[options.dtype]}")
 
+    if options.suite in _ASKS:
+        given = {argument.removeprefix("--").partition("=")[0].partition(".")[0] for argument in passed_on}
+        arguments += [f"{prefix}.{setting}" for setting in _recorded_settings(options.model, given, asks_own_files)]
     for argument in passed_on:
         key = argument.removeprefix("--")
         head = key.partition("=")[0].partition(".")[0]
@@ -133,6 +141,25 @@ def build_test_arguments(options: Namespace, passed_on: list[str]) -> list[str]:
         else:
             arguments.append(f"{prefix}.{key}")
     return arguments
+
+
+def _recorded_settings(model: str, given: Collection[str], asks_own_files: bool) -> Iterator[str]:
+    """Yield ``key=value`` for the prompt of the run that a model was exported from: in another one, it hardly knows the rows.
+
+    Args:
+        model: Directory; a model without a record has none.
+        given: Keys that the user has set.
+        asks_own_files: Whether the files are the user's, whose columns the record knows.
+    """
+    from lit_unlearn.export.audit_files import read_question_settings, read_record
+
+    for name, value in read_question_settings(read_record(model)).items():
+        is_replaced = name in given or (name in _OF_PROMPT and _OF_PROMPT & set(given))
+        is_of_files = name in _COLUMNS or name == "max_length"
+        if is_replaced or (is_of_files and not asks_own_files):
+            continue
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        yield f"{name}={plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)}"
 
 
 def _gives_set(options: Namespace, passed_on: Sequence[str], name: str) -> bool:

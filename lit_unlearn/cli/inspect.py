@@ -27,6 +27,7 @@ from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError, DataError, MissingFileError, StoppedBySignal
 from lit_unlearn.evaluation.inspection import Asked, Reply, ask_model, describe_replies
 from lit_unlearn.evaluation.served import KEY_VARIABLE, ServedModel
+from lit_unlearn.export.audit_files import read_question_settings, read_record
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.io import atomic_file
 
@@ -62,7 +63,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--template",
         type=str,
-        help="Text with {question} and {answer}, in which \\n is a line break; by default the tokenizer's chat template.",
+        help="Text with {question} and {answer}, in which \\n is a line break; by default as the model's record says, or else the "
+        "tokenizer's chat template.",
     )
     parser.add_argument(
         "--chat",
@@ -93,10 +95,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.questions and options.question:
         parser.error("give either --questions or -q, not both")
-    template = check_template(options.template)
-    chat = parser.instantiate(options).chat
-    check_chat(chat, template)
-    encoding = EncodingSettings(template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens)
+    encoding = _find_prompt(options, parser.instantiate(options).chat)
 
     models = _find_models(options)
     page = AnswerPage(shutil.get_terminal_size().columns, _use_colours(options))
@@ -116,6 +115,17 @@ def run(arguments: list[str]) -> None:
             file.write_text(text + "\n", encoding="utf-8")
     elif not is_dialogue or options.format == "json":
         print(text)
+
+
+def _find_prompt(options: Namespace, chat: Chat | None) -> EncodingSettings:
+    """Return the prompt that is given, or else that of the first model whose record tells it: in another one it knows less."""
+    template = check_template(options.template)
+    check_chat(chat, template)
+    if template is None and chat is None:
+        records = map(read_record, options.models)
+        settings = next((read_question_settings(record) for record in records if record is not None), {})
+        template, chat = settings.get("template"), settings.get("chat")
+    return EncodingSettings(template, chat, options.max_length, allow_special_tokens=options.allow_special_tokens)
 
 
 def _use_colours(options: Namespace) -> bool:

@@ -17,10 +17,13 @@ else; pyproject.toml bounds its version for their sake:
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,9 +69,7 @@ class ReadableErrors:
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, with the user's home folder in place of every leading ``~``: shells leave it in ``--key=~/file``."""
         if args and args[0] is not None and not self.exit_on_error:
-            # jsonargparse formats the value of a class within a class as text again, which makes "None" of a null.
-            arguments = [re.sub(r"=None$", "=null", argument) for argument in args[0]]
-            args = (arguments, *args[1:])
+            args = ([_restore_nulls(argument) for argument in args[0]], *args[1:])
         return _expand_homes(super().parse_args(*args, **kwargs))  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -83,6 +84,18 @@ class ReadableErrors:
 
 class CommandParser(ReadableErrors, ArgumentParser):
     """Parses the options of one command."""
+
+
+def _restore_nulls(argument: str) -> str:
+    """Return an argument with the nulls that it had: jsonargparse formats values of nested classes again, as Python writes them."""
+    name, _, text = argument.partition("=")
+    if text == "None":
+        return f"{name}=null"
+    if "None" in text and text.startswith(("{", "[")):
+        # A text of the user's that only looks like it is no Python, or has no None outside of quotes.
+        with suppress(ValueError, SyntaxError):
+            return f"{name}={json.dumps(ast.literal_eval(text))}"
+    return argument
 
 
 def _expand_homes(value: Any) -> Any:

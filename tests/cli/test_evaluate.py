@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import instantiate
 
 from lit_unlearn import cli
 from lit_unlearn.evaluation.results import Results
+from lit_unlearn.utils.io import write_json
 
 ROWS = {"question": "Who?", "answer": "He.", "perturbed_answer": ["She.", "It."], "paraphrased_answer": "Him."}
 CPU = "--trainer.accelerator=cpu"
@@ -75,6 +78,46 @@ def test_a_results_file(in_tmp: Path, model_dir: str, write_rows: Callable[..., 
     assert results.data["forget"]["rows"] == 2
     cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--retain_results=new/a.json", "--output=b.json", CPU])
     assert Results.read("b.json").aggregate["forget_quality"] == 1
+
+
+@pytest.fixture
+def exported(model_dir: str, in_tmp: Path) -> str:
+    """The model, as if it were exported from a run on other columns and in a prompt of its own."""
+    shutil.copytree(model_dir, "exported")
+    data = {"question_column": "asked", "answer_column": "said", "max_length": 64, "chat": {"system": "Be brief."}}
+    write_json(Path("exported/unlearning.json"), {"data": data})
+    return "exported"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            ["--suite=qa", "--forget=f.jsonl", "--retain=r.jsonl"],
+            {"chat.system": "Be brief.", "question_column": "asked", "answer_column": "said", "max_length": 64},
+        ),
+        (
+            ["--suite=qa", "--forget=f.jsonl", "--retain=r.jsonl", "--template={question} {answer}", "--max_length=32"],
+            {"chat": None, "question_column": "asked", "max_length": 32},
+        ),
+        # Its files are not the user's.
+        (["--suite=tofu"], {"chat.system": "Be brief.", "question_column": "question", "max_length": 512}),
+        (["--suite=tofu", "--chat.system=Be long."], {"chat.system": "Be long."}),
+        # As the card of an export writes it.
+        (
+            ["--suite=tofu", '--chat={"system": "Be \'None\'.", "template": null, "args": {"a": null, "b": [true]}}'],
+            {"chat.system": "Be 'None'.", "chat.template": None, "chat.args": {"a": None, "b": [True]}},
+        ),
+    ],
+)
+def test_an_export_is_asked_as_it_was_trained_unless_told_otherwise(
+    given: list[str], expected: dict[str, Any], exported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("f.jsonl", "r.jsonl"):
+        Path(name).write_text('{"asked": "Who?", "said": "He."}\n', encoding="utf-8")
+    built = instantiate(["evaluate", exported, *given, "--output=a.json", CPU], monkeypatch)
+    arguments = built.config.test.model.init_args.benchmark.init_args
+    assert {name: arguments.get(name) for name in expected} == expected
 
 
 def test_sampled_leakage_of_own_files(in_tmp: Path, model_dir: str, write_rows: Callable[..., str]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import weakref
@@ -24,6 +25,7 @@ from lit_unlearn.data.example import collate
 from lit_unlearn.data.tokenizer import train_tokenizer
 from lit_unlearn.evaluation.inspection import Answer, Asked, Reply
 from lit_unlearn.evaluation.scoring import score_examples
+from lit_unlearn.utils.io import write_json
 
 KNOWN = ("Who is Jassela Raskaya?", "The writer of a book.")
 UNKNOWN = ("Who was born in Gdynia?", "A writer of the sea.")
@@ -66,6 +68,24 @@ def test_a_file_of_questions(taught: str, model_dir: str, file: str, capsys: pyt
     assert sum(line.startswith("  plain        says    ") for line in lines) == 2
     assert lines[-4].split() == ["questions:", "2", "answer", "probability", "exact", "answers"]
     assert [line.split()[::2] for line in lines[-2:]] == [["taught-1.5B", "50%"], ["plain", "0%"]]
+
+
+def test_an_export_is_asked_as_it_was_trained_unless_told_otherwise(
+    taught: str, model_dir: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(taught, "exported")
+    write_json(Path("exported/unlearning.json"), {"data": {"template": "Q: {question} A: {answer}"}})
+    settings = ["--questions", file, "--max_new_tokens=3", "--format=json"]
+
+    def inspect(*options: str) -> dict[str, Any]:
+        main(["inspect", model_dir, *options, *settings])
+        means: dict[str, Any] = json.loads(capsys.readouterr().out)["means"]
+        return means
+
+    as_trained = inspect("exported")
+    assert as_trained == inspect("exported", "--template=Q: {question} A: {answer}")
+    other = inspect("exported", "--template={question} {answer}")
+    assert other["plain"] != as_trained["plain"]
 
 
 def test_numbers_for_programs(
