@@ -13,7 +13,14 @@ from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.cli.questions import SETS_HELP, add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.cli.questions import (
+    SETS_HELP,
+    add_question_options,
+    add_set_options,
+    compare_models,
+    find_sets,
+    read_settings,
+)
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.attack_run import (
@@ -28,7 +35,7 @@ from lit_unlearn.evaluation.attack_run import (
     build_report,
     run_attacks,
 )
-from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, explain_cut_answers
 from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
@@ -85,14 +92,16 @@ def run(arguments: list[str]) -> None:
     partial_dir = options.output.with_name(f"{options.output.name}.partial")
     outcomes: dict[Role, dict[str, Outcome]] = {}
     described: Values = {}
-    data: dict[str, Values] = {}
+
+    def make_benchmark() -> QABenchmark:
+        # Answers that no attack is measured by need not be scored.
+        arguments: dict[str, Any] = {**sources, **settings, "wrong_column": "", "paraphrase_column": ""}
+        return QABenchmark(token_budget=options.token_budget, **arguments)
+
+    data = compare_models(language_models, make_benchmark)
     for role, lm in language_models.items():
         # A benchmark of its own: the tokens are this model's.
-        question_settings: dict[str, Any] = {**sources, **settings}
-        # Answers that no attack is measured by need not be scored.
-        question_settings |= {"wrong_column": "", "paraphrase_column": ""}
-        benchmark = QABenchmark(token_budget=options.token_budget, **question_settings)
-        data = data or benchmark.describe_data(lm.tokenizer)
+        benchmark = make_benchmark()
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
         lm.load(None if options.dtype is None else getattr(torch, options.dtype))
         described[role] = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
@@ -160,12 +169,8 @@ def _build_attack(label: str, entry: Any) -> Attack:
 
 
 def _warn_of_cut_answers(stream: BenchmarkStream) -> None:
-    longest = max(map(count_answer_tokens, stream.examples))
-    if longest > stream.max_new_tokens:
-        print_warning(
-            f"`max_new_tokens` is {stream.max_new_tokens}, and the longest forget answer has {longest} tokens: given answers are cut, and "
-            "leak less than they would."
-        )
+    if reason := explain_cut_answers(stream):
+        print_warning(f"of the forget set, {reason}: less leaks than would. Raise `max_length` or `max_new_tokens`.")
 
 
 def _print_outcome(label: str, outcome: Outcome) -> None:

@@ -14,7 +14,14 @@ from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
-from lit_unlearn.cli.questions import SETS_HELP, add_question_options, add_set_options, find_sets, read_settings
+from lit_unlearn.cli.questions import (
+    SETS_HELP,
+    add_question_options,
+    add_set_options,
+    compare_models,
+    find_sets,
+    read_settings,
+)
 from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
 from lit_unlearn.errors import NotDecidable, RequirementNotMet
@@ -111,6 +118,7 @@ def run(arguments: list[str]) -> None:
         arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
         return QABenchmark(token_budget=options.token_budget, **arguments)
 
+    data = compare_models(language_models, make_benchmark)
     forget = make_benchmark().prepare(language_models["model"].tokenizer)["forget"].examples
     # As the run trained on them, if these are its rows in its prompt.
     answers = list(chain.from_iterable(example.sequences.get("answer", []) for example in forget))
@@ -119,11 +127,9 @@ def run(arguments: list[str]) -> None:
     partial_dir = options.output.with_name(f"{options.output.name}.partial")
     evidence = Evidence()
     described: dict[str, Values] = {}
-    data: dict[str, Values] = {}
     for role, lm in language_models.items():
         print(f"measuring {lm.name}: {', '.join(policy.list_runs(role))}")
-        described[role], of_role = _measure(evidence, role, lm, make_benchmark, policy, options.dtype, partial_dir)
-        data = data or of_role
+        described[role] = _measure(evidence, role, lm, make_benchmark, policy, options.dtype, partial_dir)
     for warning in check_prompts(policy, evidence):
         print_warning(warning)
     result = judge(policy, evidence)
@@ -163,17 +169,17 @@ def _measure(
     policy: Policy,
     dtype: str | None,
     partial_dir: Path,
-) -> tuple[Values, dict[str, Values]]:
-    """Measure one model; return its description, and that of the rows."""
+) -> Values:
+    """Measure one model, and return its description."""
     # A benchmark of its own: the tokens are this model's.
     benchmark = make_benchmark()
     benchmark.prepare(lm.tokenizer)
     lm.load(None if dtype is None else getattr(torch, dtype))
-    data = measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
+    measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
     described = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
     # The next one is not to be in memory beside it.
     lm.model = None
-    return described, data
+    return described
 
 
 def audit_table(result: AuditResult) -> str:

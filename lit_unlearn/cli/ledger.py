@@ -15,6 +15,7 @@ from lit_unlearn.export.ledger import (
     build_constraints,
     find_export,
     find_latest_audit,
+    find_request_audit,
     format_ledger,
     list_ancestors,
     list_requests,
@@ -79,14 +80,16 @@ def run(arguments: list[str]) -> None:
 
 
 def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
-    """Audit the requests behind a model that were not audited on it.
+    """Audit the requests behind a model that were not audited on it by this policy.
 
     Raises:
-        RequirementNotMet: If an audit fails.
+        RequirementNotMet: If the newest audit of one of them fails, now or earlier.
         NotDecidable: If none does, and one is not decidable or its rows were not given.
     """
     # A ledger is printed at once, without what measures models.
     from lit_unlearn.cli import audit
+    from lit_unlearn.evaluation.audit import FAIL, PASS
+    from lit_unlearn.evaluation.audit_policy import read_policy
 
     for name in ("policy", "retain"):
         if getattr(options, name) is None:
@@ -98,10 +101,18 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
         if getattr(options, name) is not None:
             arguments.append(f"--{name}={getattr(options, name)}")
 
-    failed, undecided = [], []
-    folders = name_requests(list_unaudited_requests(entries, newest))
-    for request, folder in folders.items():
+    failed: list[str] = []
+    undecided: list[str] = []
+    policy = read_policy(options.policy)
+    exports = {export["request"]: export for export in list_requests(entries, newest)}
+    for request, folder in name_requests(exports).items():
         print(f"\nrequest {request}")
+        earlier = find_request_audit(entries, newest, exports[request], policy.sha256)
+        if earlier is not None:
+            print(f"audited on {earlier['created']}: {earlier['verdict']}")
+            if earlier["verdict"] != PASS:
+                (failed if earlier["verdict"] == FAIL else undecided).append(request)
+            continue
         if request not in files:
             print("not tested: no file among --rows has the digest of its forget rows")
             undecided.append(request)
@@ -123,7 +134,7 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
         raise RequirementNotMet(f"deletions that do not hold on '{options.audit}': {', '.join(failed)}.")
     if undecided:
         raise NotDecidable(f"not shown to hold on '{options.audit}': {', '.join(undecided)}.")
-    print(f"every request behind '{options.audit}' was audited on it")
+    print(f"every request behind '{options.audit}' passes on it")
 
 
 def _write_constraints(options: Namespace, entries: list[Entry]) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.fictional_authors import FictionalAuthors
 from lit_unlearn.data.source import Rows, Source, to_source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lit_unlearn.evaluation.qa import QABenchmark
+    from lit_unlearn.evaluation.results import Values
+    from lit_unlearn.models import LanguageModel
 
 SETS = {
     "forget": "Rows that were to be deleted",
@@ -88,3 +93,32 @@ def find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, So
                 f"this command needs --forget FILE and --retain FILE: --{name} is missing.", argument=name
             )
     return given
+
+
+def compare_models(models: Mapping[Any, LanguageModel], make_benchmark: Callable[[], QABenchmark]) -> dict[str, Values]:
+    """Return the description of the rows that all models are asked; none of them need be loaded.
+
+    Args:
+        models: The measured one, and those that it is compared with, by option.
+        make_benchmark: Makes the benchmark, which reads the rows with a model's tokenizer.
+
+    Raises:
+        ConfigError: If a model is the measured one itself, or reads the rows as other tokens: row by row, values of other tokens
+            would be compared, as of another prompt, in which a model hardly knows the rows.
+    """
+    (_, measured), *others = models.items()
+    data = make_benchmark().describe_data(measured.tokenizer)
+    for option, lm in others:
+        if lm.files is not None and measured.files is not None and lm.files.sample() == measured.files.sample():
+            message = f"'{lm.name}' has the same weights as '{measured.name}', which show nothing beside each other: give another one."
+            raise ConfigError(message, argument=option)
+        theirs = make_benchmark().describe_data(lm.tokenizer)
+        different = [name for name, values in data.items() if values["tokens"] != theirs[name]["tokens"]]
+        if different:
+            raise ConfigError(
+                f"'{lm.name}' reads the {', '.join(different)} rows as other tokens than '{measured.name}': its tokenizer or its chat "
+                "template is another one, and the values cannot be compared. With the same tokenizer, give the prompt of all models: "
+                "--chat.template=FILE or --template=TEXT.",
+                argument=option,
+            )
+    return data

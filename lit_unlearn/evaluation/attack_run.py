@@ -231,7 +231,7 @@ def build_report(
 
 
 def choose_value(entry: Values, value: Value) -> Value:
-    """Return the measure of leakage that is shown of an attack: ROUGE-L recall where the chosen one was not measured.
+    """Return the measure of leakage that is shown of an attack: the first that was measured of the chosen one, ROUGE-L and exact answers.
 
     Args:
         entry: Of a report, for one attack.
@@ -240,8 +240,11 @@ def choose_value(entry: Values, value: Value) -> Value:
     points = []
     for role in ROLES:
         points += entry.get(role, {}).get("points", [])
-    is_missing = bool(points) and all(point[value] is None for point in points)
-    return "rougeL_recall" if is_missing else value
+    candidates: tuple[Value, ...] = (value, "rougeL_recall", "exact")
+    for candidate in candidates:
+        if any(point[candidate] is not None for point in points):
+            return candidate
+    return value
 
 
 def attack_table(report: Values, value: Value = "rougeL_recall", style: TableStyle = "ruled") -> str:

@@ -14,10 +14,10 @@ from lit_unlearn.errors import ConfigError, DataError, LitUnlearnError
 from lit_unlearn.evaluation.attacks.repeated_sampling import RepeatedSampling
 from lit_unlearn.evaluation.audit_policy import Policy, SamplingPlan
 from lit_unlearn.evaluation.benchmark import Benchmark
-from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, count_answer_tokens
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, explain_cut_answers
 from lit_unlearn.evaluation.measures import MEASURES, ROLES, Evidence, Role
 from lit_unlearn.evaluation.questions import QuestionBenchmark
-from lit_unlearn.evaluation.results import Results, Values
+from lit_unlearn.evaluation.results import Results
 from lit_unlearn.evaluation.stress import StressBenchmark
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.loading import fingerprint
@@ -79,7 +79,7 @@ def measure_model(
     benchmark: QuestionBenchmark,
     policy: Policy,
     partial_dir: Path | None = None,
-) -> dict[str, Values]:
+) -> None:
     """Run on one model what the policy needs of it, and add the numbers to the evidence.
 
     An attack that cannot run is noted there with the reason; the others go on. The plain benchmark must run.
@@ -92,9 +92,6 @@ def measure_model(
         policy: Says which runs are needed.
         partial_dir: Folder for what is measured, so that an interrupted audit resumes there.
 
-    Returns:
-        The description of every stream: number of rows, digests of texts and tokens.
-
     Raises:
         LitUnlearnError: If the plain benchmark cannot run, or the model or the rows would be compared with themselves.
     """
@@ -104,19 +101,14 @@ def measure_model(
     _check_other_weights(evidence, role, fingerprint(cast(nn.Module, lm.model)))
     forget = streams["forget"].examples
     forget_rows = len(forget)
-    longest = max(map(count_answer_tokens, forget))
-    if role == "model" and longest > policy.max_new_tokens:
+    if role == "model":
         # An answer that cannot be given whole would pass as one that is not given.
-        evidence.cut_answers = (
-            f"the policy generates {policy.max_new_tokens} tokens, and the longest deleted answer has {longest}"
-        )
-    data: dict[str, Values] = {}
+        evidence.cut_answers = explain_cut_answers(streams["forget"])
     fewer_sets = benchmark.with_sets(*_ATTACKED_SETS)
     for run in policy.list_runs(role):
         with torch.no_grad():
             if run == "plain":
                 results = benchmark.run(lm, partial_dir and partial_dir / "plain")
-                data = {stream: dict(values) for stream, values in results.data.items()}
                 evidence.add_results(role, run, results)
                 continue
             try:
@@ -126,7 +118,6 @@ def measure_model(
                 evidence.add_failure(role, run, describe_failure(error))
             else:
                 evidence.add_results(role, run, results)
-    return data
 
 
 def _check_separate(streams: Mapping[str, BenchmarkStream]) -> None:

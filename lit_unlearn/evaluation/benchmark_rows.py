@@ -58,6 +58,25 @@ def count_answer_tokens(example: BenchmarkExample) -> int:
     return max(tokens - 1, 0)
 
 
+def explain_cut_answers(stream: BenchmarkStream) -> str | None:
+    """Return why generated answers cannot show that an answer is not given: one may be longer than what is generated.
+
+    Args:
+        stream: Of questions; ``None`` is returned if all answers fit.
+    """
+    answers: list[Example] = []
+    for example in stream.examples:
+        answers += example.sequences.get("answer", [])
+    cut = sum(answer.is_cut for answer in answers)
+    if cut:
+        # How long they are is not known.
+        return f"`max_length` cuts the end of {cut} of {len(answers)} answers"
+    longest = max(map(count_answer_tokens, stream.examples), default=0)
+    if longest > stream.max_new_tokens:
+        return f"{stream.max_new_tokens} tokens are generated, and the longest answer has {longest}"
+    return None
+
+
 def describe_stream(stream: BenchmarkStream) -> Values:
     """Return the source, the number of rows, and digests of texts and tokens, by which results are compared."""
     texts, tokens, prompts, masks = [], [], [], []

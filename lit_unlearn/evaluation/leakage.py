@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
-from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream, count_answer_tokens
+from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream, explain_cut_answers
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
-from lit_unlearn.metrics import rouge
+from lit_unlearn.metrics import can_rouge_read, rouge
 from lit_unlearn.metrics.leakage import (
     average_leak_bound,
     average_mean_bound,
@@ -115,19 +115,17 @@ class LeakBenchmark(Benchmark):
         """
         streams = self.benchmark.prepare(tokenizer)
         questions = []
-        longest = 0
         for example in streams["forget"].examples if "forget" in streams else []:
             # Raw text without a context has nothing to answer. What has a prompt is not scored, only answered.
             if example.prompt is not None and "answer" in example.texts:
                 questions.append(example._replace(sequences={}))
-                longest = max(longest, count_answer_tokens(example))
         if not questions:
             message = f"{type(self.benchmark).__name__} has no forget questions that could be answered: give another `benchmark`."
             raise ConfigError(message, owner=self, argument="benchmark")
-        if longest > streams["forget"].max_new_tokens:
+        if reason := explain_cut_answers(streams["forget"]):
             rank_zero_warn(
-                f"`max_new_tokens` is {streams['forget'].max_new_tokens}, and the longest forget answer has {longest} tokens: samples are "
-                "cut before they could reveal all of it, and the bounds are too low. Raise it."
+                f"of the forget set, {reason}: samples end before they could reveal all of it, and the bounds are too low. Raise "
+                "`max_length` or `max_new_tokens`."
             )
         return {"forget": streams["forget"]._replace(examples=questions)}
 
@@ -188,8 +186,10 @@ class LeakBenchmark(Benchmark):
 
     def _score_samples(self, stream: str, example: BenchmarkExample, samples: Sequence[str]) -> Values:
         of_samples = [self.measure(stream, example, {}, sample) for sample in samples]
-        # ROUGE knows the letters a to z only: an answer that does not match itself would never be found.
+        # An answer that does not match itself would never be found, nor one whose words ROUGE does not know.
         of_answer = self.measure(stream, example, {}, example.texts["answer"])
+        if not can_rouge_read(example.texts["answer"]):
+            of_answer["rougeL_recall"] = 0.0
         values: Values = {}
         for score in SCORES:
             values[score] = [values_of_sample[score] for values_of_sample in of_samples] if of_answer[score] else None

@@ -57,6 +57,12 @@ def load_streams(questions: QuestionSets, tokenizer: PreTrainedTokenizerBase) ->
                 examples += _encode_document(questions, row, name, number, tokenizer)
             else:
                 examples.append(_encode_conversation(questions, row, cells[number], name, number, tokenizer))
+        cut = sum(answer.is_cut for example in examples for answer in example.sequences.get("answer", []))
+        if cut:
+            rank_zero_warn(
+                f"`max_length` ({questions.encoding.max_length} tokens, with the prompt) cuts {cut} of {len(examples)} {name} answers: only "
+                "their beginnings are measured. Raise it."
+            )
         streams[name] = BenchmarkStream(
             examples,
             question_set.source.path,

@@ -64,6 +64,10 @@ def aggregate_questions(
         for key in AVERAGED:
             if all_have(key, rows):
                 values[f"{name}/{key}"] = float(np.mean(get_column(rows, key)))
+        unread = sum("generated" in row and "rougeL_recall" not in row for row in rows)
+        if unread:
+            reason = f"{unread} of {len(rows)} answers have no words that ROUGE knows, which are of the letters a to z"
+            missing |= dict.fromkeys((f"{name}/rougeL_recall", f"{name}/rougeL_f1"), reason)
         lacking = sum("paraphrase_probability" not in row for row in rows)
         if 0 < lacking < len(rows):
             reason = f"{lacking} of {len(rows)} rows have no text in '{questions.paraphrase_column}'"

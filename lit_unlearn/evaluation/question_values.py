@@ -15,6 +15,7 @@ from lit_unlearn.evaluation.question_sets import QuestionSets
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.scoring import Scored, measure_gradient_norms, score_examples
 from lit_unlearn.metrics import (
+    can_rouge_read,
     exact_memorization,
     extraction_strength,
     is_refusal,
@@ -75,7 +76,10 @@ def measure_question(
         if questions.sets[stream].is_multiple_choice:
             values["probability"] = float(normalized_probability([answer.nll], [wrong_losses])[0])
     if generated is not None:
-        values |= {"generated": generated, **rouge(generated, example.texts["answer"])}
+        values["generated"] = generated
+        # A 0 of an answer that ROUGE cannot read would pass as one that is not given.
+        if can_rouge_read(example.texts["answer"]):
+            values |= rouge(generated, example.texts["answer"])
         values |= {"repetition": repetition(generated), "refusal": float(is_refusal(generated))}
     return values
 

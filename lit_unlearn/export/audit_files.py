@@ -13,7 +13,7 @@ from lit_unlearn.evaluation.audit import AuditResult
 from lit_unlearn.evaluation.results import Values, package_versions
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.card import PROMPT_SETTINGS
-from lit_unlearn.export.record import RECORD_FILE, Record, digest_export
+from lit_unlearn.export.record import RECORD_FILE, Record, digest_export, find_chat_template
 from lit_unlearn.export.signature import SIGNATURE_SUFFIX, write_signature
 from lit_unlearn.utils.folders import replace_folder
 from lit_unlearn.utils.io import atomic_file, file_digest, read_json, write_json
@@ -43,8 +43,8 @@ def read_question_settings(record: Record | None) -> dict[str, Any]:
     data = (record or {}).get("data") or {}
     settings = {name: data[name] for name in _QUESTION_SETTINGS if data.get(name) is not None}
     if "chat" in settings:
-        # The exported tokenizer has the template.
-        settings["chat"] = Chat(**{**settings["chat"], "template": None})
+        # Its text: the file may be gone. The exported tokenizer has it too, but not that of a model which this one is compared with.
+        settings["chat"] = Chat(**{**settings["chat"], "template": find_chat_template(record or {})})
     return settings
 
 

@@ -364,6 +364,30 @@ def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dic
     return {"model": {"constraints": constraints}, "data": {"init_args": {"streams": streams}}}
 
 
+def find_request_audit(
+    entries: Sequence[Entry], newest: Entry, export: Entry, policy_sha256: str | None = None
+) -> Entry | None:
+    """Return the newest audit of a request's deletion on the newest model; ``None`` if there is none.
+
+    An audit counts only if it was of the rows of the request: of the same file, or of as many rows where a rule chose them.
+
+    Args:
+        entries: Of the ledger.
+        newest: The export of the newest model.
+        export: The export that was made for the request.
+        policy_sha256: Of the policy that counts; ``None`` for any.
+    """
+    rows = export["forget"]
+    compared = "rows" if rows.get("file_sha256") is None else "file_sha256"
+    found = None
+    for entry in entries:
+        is_of_request = entry["kind"] == "audit" and entry["request"] == export["request"]
+        is_same = entry["model"] == newest["model"] and entry["forget"].get(compared) == rows.get(compared)
+        if is_of_request and is_same and policy_sha256 in (None, entry.get("policy_sha256")):
+            found = entry
+    return found
+
+
 def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:
     """Return the requests whose deletion was not audited on the newest model: what was forgotten for them may have come back.
 
@@ -372,13 +396,10 @@ def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str
         newest: The export of the newest model.
     """
     requests: dict[str, None] = {}
-    for entry in (newest, *list_ancestors(entries, newest)):
-        if entry["request"] is not None:
-            requests.setdefault(entry["request"])
-    for entry in entries:
-        if entry["kind"] == "audit" and entry["model"] == newest["model"]:
-            requests.pop(entry["request"], None)
-    return list(reversed(requests))
+    for export in list_requests(entries, newest):
+        if find_request_audit(entries, newest, export) is None:
+            requests.setdefault(export["request"])
+    return list(requests)
 
 
 def format_ledger(entries: Sequence[Entry], style: TableStyle = "text") -> str:

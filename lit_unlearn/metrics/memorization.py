@@ -64,7 +64,7 @@ def extraction_strength(predictions: ArrayLike, labels: ArrayLike, floor: bool =
 def rouge(prediction: str, reference: str, stemmer: bool = True) -> dict[str, float]:
     """Compute the overlap of words between a generated answer and the reference, by the ``rouge_score`` package.
 
-    It knows only the letters a to z and digits: texts in other scripts score 0. Lin, "ROUGE: A Package for Automatic
+    It knows only the letters a to z and digits: texts in other scripts score 0, see `can_rouge_read`. Lin, "ROUGE: A Package for Automatic
     Evaluation of Summaries", 2004.
 
     Args:
@@ -86,6 +86,20 @@ def rouge(prediction: str, reference: str, stemmer: bool = True) -> dict[str, fl
         result[f"{name}_recall"] = float(scores[name].recall)
         result[f"{name}_f1"] = float(scores[name].fmeasure)
     return result
+
+
+def can_rouge_read(reference: str) -> bool:
+    """Return whether at least half of a text's letters and digits are those that ROUGE knows, a to z and 0 to 9.
+
+    Of any other text it would compare remains, or nothing, and find no overlap with the very same text.
+
+    Example:
+        >>> can_rouge_read("He lives in Zürich."), can_rouge_read("Он живёт в Цюрихе с 1990 года.")
+        (True, False)
+    """
+    characters = [character for character in reference.lower() if character.isalnum()]
+    known = sum(character.isascii() for character in characters)
+    return known > 0 and 2 * known >= len(characters)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def test_earlier_requests_are_audited_on_the_newest_model(
         assert ("ann" if code == 1 else "bob") in printed.err.splitlines()[-1]
         assert read(f"{name}/ann/audit.json")["verdict"] == ("fail" if code == 1 else "pass")
         assert json.loads(ledger.read_text("utf-8").splitlines()[-1])["request"] == "ann"
+        # What was audited before is not measured again, and ends in the same way.
+        entries = ledger.read_text("utf-8")
+        assert end_of(again) == code
+        assert "audited on" in capsys.readouterr().out
+        assert ledger.read_text("utf-8") == entries
     assert end_of(["ledger", "good.jsonl", "--remember=more.yaml", "--rows", rows]) == 2
     assert not Path("more.yaml").exists()
     Path("more.yaml").write_text("mine", encoding="utf-8")
@@ -90,6 +96,24 @@ def test_earlier_requests_are_audited_on_the_newest_model(
     assert "is there already" in capsys.readouterr().err
     assert Path("more.yaml").read_text("utf-8") == "mine"
     assert end_of(["ledger", "good.jsonl", f"--audit={trained(tokenizer_dir)}", *others, "--rows", rows]) == 2
+
+
+def test_a_model_that_reads_other_tokens_is_refused_before_anything_is_measured(
+    options: list[str], tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In another prompt, a model hardly knows the rows: beside it, a damaged one would look whole."""
+    before = Path(shutil.copytree(trained(tokenizer_dir, "forget", "retain"), "before"))
+    (before / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8"
+    )
+    model = trained(tokenizer_dir, "retain")
+    assert end_of(["audit", model, *options, f"--retain_only={before}"]) == 2
+    assert "reads the forget, retain, holdout rows as other tokens" in capsys.readouterr().err
+    assert not Path("audit").exists()
+    # With a prompt that is given, all are asked alike; the same model twice shows nothing.
+    assert end_of(["audit", model, *options, "--template={question} {answer}", f"--retain_only={before}"]) in (0, 1, 3)
+    assert end_of(["audit", model, *options, f"--retain_only={model}"]) == 2
+    assert "has the same weights as" in capsys.readouterr().err
 
 
 def test_a_retain_only_model_is_compared_on_the_same_rows(options: list[str], tokenizer_dir: str) -> None:

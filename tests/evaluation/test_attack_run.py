@@ -342,7 +342,7 @@ def test_the_command(in_tmp, tokenizer_dir, capsys):
     captured = capsys.readouterr()
     assert "4 bits" in captured.out
     assert "4 bits: 0." in captured.out
-    assert "`max_new_tokens` is 2" in captured.err
+    assert "2 tokens are generated" in captured.err
     report = json.loads(Path("out/attack.json").read_text("utf-8"))
     assert set(report["models"]) == {"model", "retain_only"}
     assert report["data"]["forget"]["rows"] == len(FORGET)

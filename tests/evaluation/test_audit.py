@@ -318,20 +318,29 @@ def test_an_attack_that_cannot_run_is_not_tested_and_never_a_pass(
     assert result.verdict == UNDECIDED
 
 
-def test_an_answer_that_is_cut_does_not_pass_as_one_that_is_not_given(tokenizer_dir: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "limits", "outcome", "words"),
+    [
+        ("Ann wrote it in May and in June.", {"max_new_tokens": 40}, PASS, ""),
+        ("Ann wrote it in May and in June.", {"max_new_tokens": 3}, NOT_TESTED, "3 tokens are generated"),
+        # The part that is left would fit into what is generated.
+        ("Ann wrote it in May and in June.", {"max_new_tokens": 40, "max_length": 14}, NOT_TESTED, "`max_length` cuts"),
+        ("Анна написала это в мае и в июне 1990.", {"max_new_tokens": 90}, NOT_TESTED, "no value 'rougeL_recall'"),
+    ],
+)
+def test_an_answer_that_could_not_be_found_does_not_pass_as_one_that_is_not_given(
+    answer: str, limits: dict[str, int], outcome: str, words: str, tokenizer_dir: str
+) -> None:
     lm = LanguageModel(trained(tokenizer_dir))
     lm.load(torch.float32)
-    outcomes = []
-    for max_new_tokens in (3, 40):
-        policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2, max_new_tokens=max_new_tokens)
-        rows = [
-            {"question": "Who?", "answer": "Ann wrote it in May and in June."},
-            {"question": "Where?", "answer": "In."},
-        ]
-        evidence = Evidence()
-        measure_model(evidence, "model", lm, QABenchmark(rows, SETS["retain"], max_new_tokens=max_new_tokens), policy)
-        outcomes.append(judge(policy, evidence).findings[0].outcome)
-    assert outcomes == [NOT_TESTED, PASS]
+    policy = Policy("p", (Requirement("forget_rouge", at_most=1.0),), min_rows=2, max_new_tokens=90)
+    rows = [{"question": "Who?", "answer": answer}, {"question": "Where?", "answer": "In."}]
+    retain = [{"question": "When?", "answer": "Now."}]
+    evidence = Evidence()
+    measure_model(evidence, "model", lm, QABenchmark(rows, retain, **limits), policy)  # type: ignore[arg-type]
+    finding = judge(policy, evidence).findings[0]
+    assert finding.outcome == outcome
+    assert words in finding.reason
 
 
 def test_rows_to_be_kept_that_are_also_deleted_ones_are_refused(tokenizer_dir: str) -> None:

@@ -16,6 +16,7 @@ from lit_unlearn.export.ledger import (
     check_ledger,
     describe_export,
     find_latest_audit,
+    find_request_audit,
     format_ledger,
     list_ancestors,
     list_requests,
@@ -117,6 +118,27 @@ def test_earlier_requests_are_to_be_audited_on_the_newest_model() -> None:
     assert list_unaudited_requests(entries, entries[3]) == ["ann", "bob", "carl"]
     entries += [entry("3", kind="audit", request=name) for name in ("carl", "ann")]
     assert list_unaudited_requests(entries, entries[3]) == ["bob"]
+
+
+def test_an_audit_counts_for_a_request_if_it_was_of_its_rows() -> None:
+    ann = entry("1", "0", request="ann", forget={"rows": 3, "file_sha256": "a"})
+    by_rule = entry("2", "1", request="bob", forget={"rows": 4, "file_sha256": None})
+    entries = [ann, by_rule]
+
+    def add_audit(request: str, rows: int, file: str | None, verdict: str, policy: str) -> None:
+        forget = {"rows": rows, "file_sha256": file}
+        audited = {"request": request, "forget": forget, "verdict": verdict, "policy_sha256": policy}
+        entries.append(entry("2", kind="audit", **audited))
+
+    add_audit("ann", 3, "another file", "pass", "p")
+    assert list_unaudited_requests(entries, by_rule) == ["ann", "bob"]
+    add_audit("ann", 3, "a", "fail", "p")
+    add_audit("bob", 4, "a file of their own", "pass", "p")
+    assert list_unaudited_requests(entries, by_rule) == []
+    found = find_request_audit(entries, by_rule, ann, "p")
+    assert found is not None
+    assert found["verdict"] == "fail"
+    assert find_request_audit(entries, by_rule, ann, "another policy") is None
 
 
 def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Path) -> None:
