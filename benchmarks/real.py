@@ -84,7 +84,7 @@ def list_stages(model: str, precision: str) -> list[Stage]:
     audit = ["audit", models["unlearned"], "--policy=configs/policy/real.yaml", f"--forget={ROWS / 'forget.jsonl'}"]
     audit += [f"--retain={ROWS / 'retain_audit.jsonl'}", f"--retain_only={models['retain_only']}"]
     audit += [f"--before={models['target']}", f"--output={AUDIT}"]
-    questions = [f"--questions={ROWS / 'questions.jsonl'}", "--max_new_tokens=60", f"--output={ANSWERS}"]
+    questions = [f"--questions={ROWS / 'questions.jsonl'}", "--max_new_tokens=60", f"--output={ANSWERS}", "--overwrite"]
     return [
         Stage(
             "target",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
@@ -41,10 +40,9 @@ from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.export.audit_files import describe_model, read_question_settings, read_record
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.plotting import draw_attacks
 from lit_unlearn.utils.folders import check_export_target, replace_folder
-from lit_unlearn.utils.io import write_json
+from lit_unlearn.utils.io import check_writable, write_json
 from lit_unlearn.utils.validation import list_names
 
 RESULTS_FILE = "attack.json"
@@ -80,6 +78,7 @@ def run(arguments: list[str]) -> None:
     attacks, max_new_tokens, value = read_config(content or {})
     models: dict[Role, str | None] = {"model": options.model, "retain_only": options.retain_only}
     check_export_target(options.output, models.values(), argument="output")
+    check_writable(options.output.parent, argument="output")
     record = read_record(options.model)
     settings = {**read_question_settings(record), **read_settings(parser, options), "max_new_tokens": max_new_tokens}
     sources = find_sets(parser.instantiate(options), record)
@@ -104,7 +103,7 @@ def run(arguments: list[str]) -> None:
         benchmark = make_benchmark()
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
         lm.load(None if options.dtype is None else getattr(torch, options.dtype))
-        described[role] = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
+        described[role] = describe_model(lm)
         if role != "model" and described[role]["weights"] == described["model"]["weights"]:
             message = f"'{lm.name}' has the same weights as '{options.model}', which show nothing beside each other: give another model."
             raise ConfigError(message, argument=role)

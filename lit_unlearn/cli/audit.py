@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
@@ -48,8 +47,8 @@ from lit_unlearn.export.ledger import append_entry, check_ledger, describe_audit
 from lit_unlearn.export.record import RECORD_FILE, digest_examples
 from lit_unlearn.export.signature import KEY_VARIABLE, load_signing_key
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.folders import check_export_target
+from lit_unlearn.utils.io import check_writable
 
 
 def build_parser() -> CommandParser:
@@ -100,6 +99,7 @@ def run(arguments: list[str]) -> None:
     for warning in check_roles(policy, models):
         print_warning(warning)
     check_export_target(options.output, models.values(), argument="output")
+    check_writable(options.output.parent, argument="output")
     if options.ledger is not None:
         check_ledger(options.ledger)
         if options.ledger.exists():
@@ -176,7 +176,7 @@ def _measure(
     benchmark.prepare(lm.tokenizer)
     lm.load(None if dtype is None else getattr(torch, dtype))
     measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
-    described = describe_model(str(lm.name), fingerprint(cast(nn.Module, lm.model)))
+    described = describe_model(lm)
     # The next one is not to be in memory beside it.
     lm.model = None
     return described

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_unlearn.utils.io import cache_folder, format_size, output_errors, write
 _TOKEN_PICTURES = ("tokens.png", "tokens.svg", "tokens.pdf")
 _CHECKPOINT = ".ckpt"
 _OUR_CHECKPOINT = re.compile(r"last-step=\d+(-v\d+)?\.ckpt")
-_UNFINISHED = ".unfinished"
+_UNFINISHED_CHECKPOINT = re.compile(r"\..+\.ckpt\.unfinished")
 _EXAMPLE_IN_REPORT = "first forget example in the report"
 
 
@@ -95,7 +96,7 @@ def _describe_folder(path: Path) -> str | None:
     """Return what a folder holds that is to be removed as a whole."""
     if path.is_symlink():
         return None
-    if path.name.endswith(f"{_CHECKPOINT}{_UNFINISHED}"):
+    if _UNFINISHED_CHECKPOINT.fullmatch(path.name):
         return "unfinished checkpoint"
     if path.suffix == _CHECKPOINT and _is_our_checkpoint(path):
         return "checkpoint"
@@ -111,7 +112,7 @@ def _describe_folder(path: Path) -> str | None:
 def _describe_file(path: Path) -> str | None:
     if path.is_symlink():
         return None
-    if path.name.endswith(f"{_CHECKPOINT}{_UNFINISHED}"):
+    if _UNFINISHED_CHECKPOINT.fullmatch(path.name):
         return "unfinished checkpoint"
     if path.suffix == _CHECKPOINT and _is_our_checkpoint(path):
         return "checkpoint"
@@ -129,14 +130,16 @@ def _describe_file(path: Path) -> str | None:
 
 
 def _is_our_checkpoint(path: Path) -> bool:
+    # The part of a sharded checkpoint that is no weights is in this file.
+    file = path / "meta.pt" if path.is_dir() else path
+    if not zipfile.is_zipfile(file):
+        # Neither is what torch writes.
+        return False
     if _OUR_CHECKPOINT.fullmatch(path.name):
         return True
     # Of a `ModelCheckpoint` of the user's. Imports torch, which takes a second, only where there is one.
     from lit_unlearn.export.checkpoint import read_checkpoint
-    from lit_unlearn.training.checkpoint_files import SHARDED_MARK
 
-    # The part of a sharded checkpoint that is no weights is in this file.
-    file = path / SHARDED_MARK if path.is_dir() else path
     try:
         read_checkpoint(file)
     except LitUnlearnError:

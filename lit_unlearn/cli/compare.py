@@ -19,7 +19,7 @@ from lit_unlearn.evaluation.question_scores import compare_with_retain
 from lit_unlearn.evaluation.results import Results, check_matched, check_same_rows, list_differences, results_table
 from lit_unlearn.evaluation.seeds import Group, average_results, read_report, seeds_table
 from lit_unlearn.plotting import draw_trade_off
-from lit_unlearn.utils.io import atomic_file, read_json
+from lit_unlearn.utils.io import atomic_file, check_output_file, read_json
 
 # A part of a path, such as "method=pdu,seed=0", "seed_1" or "pdu-seed2".
 _SEED = re.compile(r"(?:^|[,_-])seed[=_-]?(\d+)(?=[,._-]|$)")
@@ -67,6 +67,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--output", type=Path, help="File for the table, instead of printing it.")
     parser.add_argument("--figure", type=Path, help="File for the picture, .png or .svg.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace these files, if they are there.")
     return parser
 
 
@@ -83,6 +84,9 @@ def run(arguments: list[str]) -> None:
         parser.error(f"{expected} {what} need as many --names, not {len(names)}")
     if options.figure and options.figure.suffix not in (".png", ".svg"):
         parser.error(f"--figure must end in .png or .svg, unlike '{options.figure}'")
+    for name in ("output", "figure"):
+        if (target := getattr(options, name)) is not None:
+            check_output_file(target, argument=name, is_ours=lambda _: options.overwrite)
     if options.against is not None and not options.seeds:
         parser.error("--against compares groups of seeds: add --seeds")
     if options.seeds and len(set(names)) < len(names):

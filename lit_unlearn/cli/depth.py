@@ -14,10 +14,11 @@ from lit_unlearn.data.formats import RowReader
 from lit_unlearn.data.source import Source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
 from lit_unlearn.evaluation.depth import UnlearningDepth, summarize_layers
-from lit_unlearn.evaluation.results import Results
+from lit_unlearn.evaluation.results import Results, is_results_file
 from lit_unlearn.evaluation.tables import TableStyle, format_table
 from lit_unlearn.metrics.depth import KNOWLEDGE_THRESHOLD
 from lit_unlearn.models import LanguageModel
+from lit_unlearn.utils.io import check_output_file
 
 # Columns of the table by layer, beside the layer's number.
 _COLUMNS = {
@@ -68,6 +69,8 @@ def run(arguments: list[str]) -> None:
     """Measure a model and print its scores."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        check_output_file(options.output, argument="output", is_ours=is_results_file)
     template = check_template(options.template)
     chat = parser.instantiate(options).chat
     check_chat(chat, template)

@@ -29,7 +29,7 @@ from lit_unlearn.evaluation.inspection import Asked, Reply, ask_model, describe_
 from lit_unlearn.evaluation.served import KEY_VARIABLE, ServedModel
 from lit_unlearn.export.audit_files import read_question_settings, read_record
 from lit_unlearn.models import LanguageModel
-from lit_unlearn.utils.io import atomic_file
+from lit_unlearn.utils.io import atomic_file, check_output_file
 
 # With its right answer, where that is known. What a conversation asks is all that stands before its last turn.
 Question = tuple[str | Conversation, str | None]
@@ -86,6 +86,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--format", type=Literal["text", "json"], default="text", help="Of the output.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="File to write to, instead of printing.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace that file, if it is there.")
     return parser
 
 
@@ -95,6 +96,8 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.questions and options.question:
         parser.error("give either --questions or -q, not both")
+    if options.output is not None:
+        check_output_file(options.output, argument="output", is_ours=lambda _: options.overwrite)
     encoding = _find_prompt(options, parser.instantiate(options).chat)
 
     models = _find_models(options)

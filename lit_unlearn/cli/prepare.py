@@ -8,15 +8,16 @@ from typing import Literal
 
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.source import Rows, to_source
 from lit_unlearn.data.templates import Chat, check_chat, check_template
-from lit_unlearn.errors import ConfigError, DataError, OccupiedError
+from lit_unlearn.errors import ConfigError, DataError
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.prepare import Ask, Prepared, ask_with, make_alternates, make_paraphrases, make_retain, make_unseen
 from lit_unlearn.prepare.rows import Row
-from lit_unlearn.utils.io import atomic_file
+from lit_unlearn.utils.io import atomic_file, check_output_file
 
 Kind = Literal["alternates", "retain", "unseen", "paraphrases"]
 
@@ -59,15 +60,19 @@ def build_parser() -> CommandParser:
     parser.add_argument("--answer_column", type=str, default="answer", help="Column with the answer.")
     parser.add_argument(
         "--count",
-        type=int,
+        type=Literal[0, 1, 2, 3, 4],
         default=1,
         help="For alternates: answers per row, at most 4; 0: the model's own answer to the question alone.",
     )
-    parser.add_argument("--max_prompts", type=int, help="For retain: only this many of the general prompts.")
-    parser.add_argument("--max_neighbours", type=int, default=200, help="For retain: only this many training rows.")
+    parser.add_argument(
+        "--max_prompts", type=NonNegativeInt | None, help="For retain: only this many of the general prompts."
+    )
+    parser.add_argument(
+        "--max_neighbours", type=NonNegativeInt, default=200, help="For retain: only this many training rows."
+    )
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default that of the model.")
     parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="Tokens of an answer.")
+    parser.add_argument("--max_new_tokens", type=PositiveInt, default=200, help="Tokens of an answer.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that is drawn.")
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
@@ -84,9 +89,8 @@ def run(arguments: list[str]) -> None:
     if options.output.suffix not in (".jsonl", ".ndjson"):
         message = f"--output is '{options.output}', but JSON lines are written: give a name that ends in .jsonl."
         raise ConfigError(message)
-    # Somebody may have edited it.
-    if options.output.exists():
-        raise OccupiedError(f"'{options.output}' is there already, and may have been edited: give another --output.")
+    # Somebody may have edited one that is there.
+    check_output_file(options.output, argument="output", is_ours=lambda _: False)
     forget = _read_rows(given.forget, "forget")
     training = [] if given.training is None else _read_rows(given.training, "training")
 

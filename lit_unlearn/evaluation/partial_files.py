@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.distributed import gather_objects, rank_and_world_size
 from lit_unlearn.utils.folders import remove_if_empty
 from lit_unlearn.utils.io import read_json, write_json
+
+_START_OF_PARTIAL = re.compile(r'\{\s*"key": "')
 
 
 def cut_into_parts(name: str, num_rows: int, rows_per_part: int | None) -> Iterator[tuple[str, range]]:
@@ -51,19 +55,26 @@ def write_partial(file: Path | None, key: str, values: list[Values]) -> None:
 def remove_partials(folder: Path) -> None:
     """Remove what `write_partial` left in a folder and those below, with folders that are empty then; other files stay."""
     for file in sorted(folder.rglob("*.json")):
-        try:
-            content: Any = read_json(file)
-        except ValueError:  # half a file, of a crash
-            content = None
-        except OSError:
-            continue
-        if content is None or (isinstance(content, dict) and content.keys() == {"key", "examples"}):
+        if _is_partial(file):
             with suppress(OSError):
                 file.unlink()
     # Those below first; one with other files in it cannot be removed.
     for below in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         remove_if_empty(below)
     remove_if_empty(folder)
+
+
+def _is_partial(file: Path) -> bool:
+    """Return whether `write_partial` wrote a file, or began to before the machine crashed."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return _START_OF_PARTIAL.match(text) is not None
+    return isinstance(content, dict) and content.keys() == {"key", "examples"}
 
 
 def describe_precision(lm: LanguageModel) -> list[str]:

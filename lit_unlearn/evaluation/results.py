@@ -125,6 +125,15 @@ class Results:
         write_json(path, self.to_dict())
 
 
+def is_results_file(file: Path) -> bool:
+    """Return whether a file is one that `Results.write` wrote."""
+    try:
+        content = read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"suite", "aggregate", "examples", "data"} <= content.keys()
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of this package and of those that decide numbers."""
     return {"lit_unlearn": __version__, **dict(zip(_PACKAGES, map(importlib.metadata.version, _PACKAGES), strict=True))}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
@@ -15,6 +17,8 @@ from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.card import PROMPT_SETTINGS
 from lit_unlearn.export.record import RECORD_FILE, Record, digest_export, find_chat_template
 from lit_unlearn.export.signature import SIGNATURE_SUFFIX, write_signature
+from lit_unlearn.models import LanguageModel
+from lit_unlearn.models.loading import fingerprint
 from lit_unlearn.utils.folders import replace_folder
 from lit_unlearn.utils.io import atomic_file, file_digest, read_json, write_json
 
@@ -48,18 +52,15 @@ def read_question_settings(record: Record | None) -> dict[str, Any]:
     return settings
 
 
-def describe_model(model: str, weights: str) -> Values:
-    """Return the name of a model without its folders, the digest of its weights and those of its files, if they are here.
-
-    Args:
-        model: Directory or hub name.
-        weights: From `fingerprint`.
-    """
-    is_local = Path(model).is_dir()
+def describe_model(lm: LanguageModel) -> Values:
+    """Return a loaded model's name without its folders, its dtype, and digests of its weights and of its files, if they are here."""
+    name = str(lm.name)
+    is_local = Path(name).is_dir()
     return {
-        "name": Path(model).resolve().name if is_local else model,
-        "weights": weights[:16],
-        "files": digest_export(Path(model)) if is_local else {},
+        "name": Path(name).resolve().name if is_local else name,
+        "dtype": str(lm.causal_lm.dtype).removeprefix("torch."),
+        "weights": fingerprint(cast(nn.Module, lm.model))[:16],
+        "files": digest_export(Path(name)) if is_local else {},
     }
 
 

@@ -182,6 +182,9 @@ def _describe_data(data: Any) -> dict[str, Any] | None:
             "supervised_tokens": supervised_tokens,
             "sha256": digest_examples(examples),
         }
+        alternates = [example.alternate for example in examples if example.alternate is not None]
+        if alternates:
+            sets[name]["alternates_sha256"] = digest_examples(alternates)
         if name in data.num_dropped:
             sets[name]["dropped_duplicates"] = data.num_dropped[name]
     return {

@@ -78,6 +78,13 @@ def verify_folder(
             f"'{folder}' holds nothing to verify: expected {DIGEST_FILE}, {RECORD_FILE} or {AUDIT_FILE}, which exports and "
             "audits have."
         )
+    if not (folder / AUDIT_FILE).is_file():
+        # Without a word of them, they would seem to have been looked at.
+        for subject, given in (("policy", policy), ("signature", public_key)):
+            if given is not None:
+                checks.append(
+                    Check(subject, None, "it is an audit's: give the folder of the audit, and this one as --model")
+                )
     return checks
 
 

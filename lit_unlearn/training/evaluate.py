@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_unlearn.evaluation.benchmark import Benchmark
 from lit_unlearn.evaluation.partial_files import remove_partials
-from lit_unlearn.evaluation.results import results_table
+from lit_unlearn.evaluation.results import is_results_file, results_table
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.training.agreement import check_processes_agree, describe_benchmark
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
@@ -48,10 +48,11 @@ class LitEvaluate(L.LightningModule):
 
         Raises:
             ConfigError: If the results file cannot be written.
+            OccupiedError: If it would replace a file that is no results file.
             DataError: If rows cannot be used.
         """
         if self.results is not None:
-            check_output_file(Path(self.results), owner=self, argument="results")
+            check_output_file(Path(self.results), owner=self, argument="results", is_ours=is_results_file)
         prepare_benchmark(self, self.benchmark, self.lm)
 
     def configure_model(self) -> None:

@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_unlearn.errors import ConfigError, LitUnlearnError, OutputError
+from lit_unlearn.errors import ConfigError, LitUnlearnError, OccupiedError, OutputError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of a full disk, a used up quota and a limit on the size of files."""
@@ -137,22 +137,33 @@ def check_writable(folder: Path, size: int = 0, owner: object = None, argument: 
         raise ConfigError(message, owner=owner, argument=argument)
 
 
-def check_output_file(file: Path, owner: object = None, argument: str | None = None) -> None:
+def check_output_file(
+    file: Path,
+    owner: object = None,
+    argument: str | None = None,
+    is_ours: Callable[[Path], bool] | None = None,
+) -> None:
     """Refuse a file that cannot be written, as far as that can be known without writing; it need not exist yet.
 
     Args:
         file: The file.
         owner: The object whose argument it is, for the error.
         argument: Name of that argument.
+        is_ours: Whether a file that is there may be replaced; ``None`` where nothing is.
 
     Raises:
         ConfigError: If it is a folder, or its folder cannot be written to.
+        OccupiedError: If it would replace a file of the user's.
     """
     if file.is_dir():
         message = f"'{file}' is a folder, and a file is to be written: give the path of one in it"
         message += f" as `{argument}`." if argument else "."
         raise ConfigError(message, owner=owner, argument=argument)
     check_writable(file.parent, owner=owner, argument=argument)
+    if is_ours is not None and os.path.lexists(file) and not is_ours(file):
+        message = f"'{file}' is there already, and may be a file of yours: give another"
+        message += f" `{argument}`, or remove it." if argument else " one, or remove it."
+        raise OccupiedError(message, owner=owner, argument=argument)
 
 
 def format_size(size: float) -> str:

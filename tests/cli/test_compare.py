@@ -161,11 +161,13 @@ def test_output_is_written_whole_or_not_at_all(write: Any, tmp_path: Path, capsy
     before = output.read_text(encoding="utf-8")
     assert before.startswith("|  | a |\n")
     assert before.endswith("|\n")
+    assert "may be a file of yours" in refused(capsys, file, f"--output={output}")
+    assert "may be a file of yours" in refused(capsys, file, f"--output={file}")
     with pytest.raises(UnicodeEncodeError):  # in the middle of writing: half a surrogate pair is no UTF-8
-        cli.main(["compare", file, f"--output={output}", "--names", "\ud800"])
+        cli.main(["compare", file, f"--output={output}", "--overwrite", "--names", "\ud800"])
     assert output.read_text(encoding="utf-8") == before
     assert [path.name for path in output.parent.iterdir()] == ["table.md"]
-    assert f"'{output.parent}' cannot be written" in refused(capsys, file, f"--output={output.parent}")
+    assert f"'{output.parent}' is a folder" in refused(capsys, file, f"--output={output.parent}")
 
 
 # Against the retain-only model ------------------------------------------------------------------------------------------

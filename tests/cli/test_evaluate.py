@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import instantiate
+from command_line import end_of, instantiate
 
 from lit_unlearn import cli
 from lit_unlearn.evaluation.results import Results
@@ -78,6 +78,11 @@ def test_a_results_file(in_tmp: Path, model_dir: str, write_rows: Callable[..., 
     assert results.data["forget"]["rows"] == 2
     cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--retain_results=new/a.json", "--output=b.json", CPU])
     assert Results.read("b.json").aggregate["forget_quality"] == 1
+    # Its own earlier results are replaced, and no other file.
+    cli.main(["evaluate", model_dir, "--suite=qa", *sets, "--output=b.json", CPU])
+    before = Path(forget).read_text(encoding="utf-8")
+    assert end_of(["evaluate", model_dir, "--suite=qa", *sets, f"--output={forget}", CPU]) == 2
+    assert Path(forget).read_text(encoding="utf-8") == before
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_a_template_without_a_question_is_refused_first(command: Any, in_tmp: Pa
 
 def test_a_file_that_is_there_is_not_replaced(command: Any, in_tmp: Path) -> None:
     (in_tmp / "made.jsonl").write_text("edited by hand", encoding="utf-8")
-    with pytest.raises(CommandFailed, match="may have been edited") as failed:
+    with pytest.raises(CommandFailed, match="may be a file of yours") as failed:
         command("alternates")
     assert failed.value.code == 2
     assert (in_tmp / "made.jsonl").read_text(encoding="utf-8") == "edited by hand"

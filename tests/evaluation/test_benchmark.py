@@ -284,7 +284,11 @@ def test_only_partial_files_are_removed(tmp_path: Path) -> None:
     remove_partials(folder)
 
     write_partial(folder / "model" / "forget.json", "key", [])
-    own = {folder / "notes.txt": "mine", folder / "forget.json": '{"mine": 1}'}
+    own = {
+        folder / "notes.txt": "mine",
+        folder / "forget.json": '{"mine": 1}',
+        folder / "lines.json": '{"mine": 1}\n{}',
+    }
     for file, text in own.items():
         file.write_text(text, encoding="utf-8")
     remove_partials(folder)

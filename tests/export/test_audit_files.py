@@ -26,7 +26,6 @@ from lit_unlearn.export.audit_files import build_audit, describe_model, describe
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.signature import load_signing_key
 from lit_unlearn.export.verification import verify_folder
-from lit_unlearn.models.loading import fingerprint
 
 REQUIREMENTS: dict[str, Any] = {
     "forget_gap": {"at_most": 0.35},
@@ -45,11 +44,12 @@ def measured(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> di
     lm.load(torch.float32)
     evidence = Evidence()
     sets = write_sets(folder)
-    data = measure_model(evidence, "model", lm, benchmark(**sets), policy)
+    measure_model(evidence, "model", lm, benchmark(**sets), policy)
+    data = benchmark(**sets).describe_data(lm.tokenizer)
     for name, file in sets.items():
         data[name]["sha256"] = Source(file).digest()
     assert lm.model is not None
-    described = describe_model(model, fingerprint(lm.model))
+    described = describe_model(lm)
     audit = build_audit(judge(policy, evidence), model=described, data=data, request="case <17>")
     return {"audit": audit, "sets": sets, "model": model}
 
@@ -241,6 +241,13 @@ def test_a_signed_audit_is_of_its_signer(folder: Path, measured: dict[str, Any],
     write_audit(folder, audit)
     (folder / "audit.json.sig").write_text(signature, encoding="utf-8")
     assert "signature of audit.json" in failures(verify_folder(folder, public_key=digits))
+
+
+def test_what_only_an_audit_has_is_not_checked_of_an_export(measured: dict[str, Any], tmp_path: Path) -> None:
+    checks = verify_folder(
+        Path(measured["model"]), public_key=make_key(tmp_path / "key.pem"), policy="policy/default.yaml"
+    )
+    assert [check.subject for check in checks if check.matches is None][-2:] == ["policy", "signature"]
 
 
 def test_one_byte_of_a_signed_audit_is_found_by_the_command(

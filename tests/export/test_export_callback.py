@@ -26,6 +26,7 @@ from lit_unlearn import (
     DualAscent,
     FixedMultiplier,
     ForgetRetain,
+    IdkNLL,
     LanguageModel,
     LitFinetune,
     LitUnlearn,
@@ -55,6 +56,23 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
 
 def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_the_record_tells_other_refusals_apart(
+    model_dir: str, rows_dir: str, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    digests = []
+    for text in ("I cannot say.", "That is not known to me."):
+        (tmp_path / "refusals.txt").write_text(text, encoding="utf-8")
+        module = make(model_dir)
+        module.forget = IdkNLL()
+        exporter = ExportModel(str(tmp_path / "out"))
+        data = rows(rows_dir, refusals=str(tmp_path / "refusals.txt"))
+        make_trainer(max_steps=1, callbacks=[exporter]).fit(module, datamodule=data)
+        sets = read(tmp_path / "out")[0]["data"]["sets"]
+        digests.append(sets["forget"]["alternates_sha256"])
+        assert "alternates_sha256" not in sets["retain"]
+    assert digests[0] != digests[1]
 
 
 def test_a_run_says_that_it_replaces_an_export_and_what_an_interrupted_one_has_left(

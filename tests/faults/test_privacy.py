@@ -228,6 +228,10 @@ def test_clean_touches_nothing_that_this_package_did_not_write(
     (project / ".unfinished-2024").mkdir()
     torch.save({"state_dict": {}, "epoch": 3}, project / "checkpoints" / "best.ckpt")
     (project / "checkpoints" / "broken.ckpt").write_text("no archive")
+    (project / "checkpoints" / "last-step=3.ckpt").write_text("no archive either")
+    (project / "checkpoints" / "notes.ckpt.unfinished").write_text("no name of ours")
+    (project / "checkpoints" / "last-step=4.ckpt").mkdir()
+    (project / "checkpoints" / "last-step=4.ckpt" / "thesis.txt").write_text("years of work")
     (project / "checkpoints" / "folder.ckpt").mkdir()
     (project / "tokens.png").write_text("my own picture")
     (project / "pictures.json").write_text('{"album": []}')
@@ -259,7 +263,7 @@ def test_clean_refuses_what_is_no_folder_and_a_run_that_goes_on(tmp_path: Path, 
     assert end.value.code == 2
     checkpoint = tmp_path / "checkpoints" / "last-step=2.ckpt"
     checkpoint.parent.mkdir()
-    checkpoint.write_text("a model")
+    torch.save({}, checkpoint)
     command = [sys.executable, "-m", "lit_unlearn", "clean", str(tmp_path), "--yes"]
     with lock_folder(checkpoint.parent):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
