@@ -129,15 +129,18 @@ def make_goals_table(
     for size in sizes:
         seeds = {line["labels"]["seed"] for line in tier.select(size=size)}
         for seed in sorted(seeds, key=int):
-            goals = judge_methods(tier, tier.select(size=size, seed=seed), published, elsewhere)
+            lines = tier.select(size=size, seed=seed)
+            goals = judge_methods(tier, lines, published, elsewhere)
+            overalls = compute_overalls(tier, lines)
             for method in list_methods(tier.unlearned):
                 reached = goals.get(method, NOT_RUN)
                 if isinstance(reached, str):
-                    cells = [reached, *[""] * (len(GOALS) - 1)]
+                    cells = [reached, *[""] * len(GOALS)]
                 else:
-                    cells = list(map(format_goal, reached.values()))
+                    share = overalls[method] / overalls[""] if {method, ""} <= overalls.keys() else None
+                    cells = [*map(format_goal, reached.values()), "–" if share is None else f"{share:.1%}"]
                 rows.append([size, seed, method, *cells])
-    return markdown_table(["authors", "seed", "method", *map("({})".format, GOALS)], rows)
+    return markdown_table(["authors", "seed", "method", *map("({})".format, GOALS), "Overall, share"], rows)
 
 
 def judge_methods(
@@ -151,21 +154,27 @@ def judge_methods(
         published: As for `make_tier`.
         elsewhere: As for `make_tier`.
     """
-    succeeded = drop_failed(lines)
-    overalls = dict(elsewhere)
+    overalls = {**elsewhere, **compute_overalls(tier, lines)}
     reference = find_line(tier.reference, lines[0])
-    for line in succeeded if reference is None else [reference, *succeeded]:
-        # The retain-only model has no method's name.
-        method = line["labels"].get("method", "")
-        if (overall := tier.compute_parts(line).get("overall")) is not None:
-            overalls[method] = overall
-
     goals: dict[str, Goals | str] = {}
     for line in lines:
         method = line["labels"]["method"]
         is_failed = "error" in line
         goals[method] = f"failed: {line['error']}" if is_failed else judge(line, reference, overalls, published)
     return goals
+
+
+def compute_overalls(tier: TierResults, lines: Sequence[Line]) -> dict[str, float]:
+    """Return Overall by method on one forget set and seed, as far as it was measured; the retain-only model's has the name ``""``."""
+    succeeded = drop_failed(lines)
+    reference = find_line(tier.reference, lines[0])
+    overalls = {}
+    for line in succeeded if reference is None else [reference, *succeeded]:
+        # The retain-only model has no method's name.
+        method = line["labels"].get("method", "")
+        if (overall := tier.compute_parts(line).get("overall")) is not None:
+            overalls[method] = overall
+    return overalls
 
 
 def format_goal(reached: bool | None) -> str:
