@@ -40,13 +40,17 @@ def complete(script: Path, *words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+LM_OPTIONS = ("teacher", "teacher_revision", "tokenizer", "trust_remote_code")
+
+
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
         (["f"], {"fit"}),
         (["comp"], {"compare", "completion"}),
         (["fit", "--trainer.max_e"], {"--trainer.max_epochs"}),
-        (["fit", "--model.lm.t"], {"--model.lm.teacher", "--model.lm.tokenizer", "--model.lm.trust_remote_code"}),
+        (["fit", "--model.lm.tea"], {"--model.lm.teacher", "--model.lm.teacher_revision"}),
+        (["fit", "--model.lm.t"], {f"--model.lm.{name}" for name in LM_OPTIONS}),
         (["fit", "--data.forget_s"], {"--data.forget_split", "--data.forget_set"}),
         (["fit", "--model.benchmark.so"], {"--model.benchmark.source"}),
         (["evaluate", "m", "--suite", "t"], {"tofu"}),
