@@ -15,7 +15,7 @@ from lit_unlearn.evaluation.benchmark import Aggregate, Benchmark
 from lit_unlearn.evaluation.benchmark_rows import BenchmarkExample, BenchmarkStream, explain_cut_answers
 from lit_unlearn.evaluation.results import Results, Values
 from lit_unlearn.evaluation.scoring import Scored
-from lit_unlearn.metrics import can_rouge_read, rouge
+from lit_unlearn.metrics import rouge
 from lit_unlearn.metrics.leakage import (
     average_leak_bound,
     average_mean_bound,
@@ -24,6 +24,7 @@ from lit_unlearn.metrics.leakage import (
     worst_leak_bound,
     worst_mean_bound,
 )
+from lit_unlearn.metrics.memorization import can_rouge_read
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.models.generation import generate
 from lit_unlearn.models.sampling import Sampling

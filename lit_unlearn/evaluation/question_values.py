@@ -15,7 +15,6 @@ from lit_unlearn.evaluation.question_sets import QuestionSets
 from lit_unlearn.evaluation.results import Values
 from lit_unlearn.evaluation.scoring import Scored, measure_gradient_norms, score_examples
 from lit_unlearn.metrics import (
-    can_rouge_read,
     exact_memorization,
     extraction_strength,
     is_refusal,
@@ -27,6 +26,7 @@ from lit_unlearn.metrics import (
     truth_ratio,
     zlib_score,
 )
+from lit_unlearn.metrics.memorization import can_rouge_read
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.utils.distributed import measure_shares
 

@@ -23,7 +23,7 @@ from lit_unlearn.metrics.leakage import (
     worst_mean_bound,
 )
 from lit_unlearn.metrics.likelihood import AnswerLikelihood
-from lit_unlearn.metrics.memorization import can_rouge_read, exact_memorization, extraction_strength, rouge
+from lit_unlearn.metrics.memorization import exact_memorization, extraction_strength, rouge
 from lit_unlearn.metrics.privacy import auc, forget_quality, min_k, min_k_plus_plus, privleak, zlib_score
 from lit_unlearn.metrics.robustness import quantization_robustness, relearning_robustness, robustness_score
 from lit_unlearn.metrics.slack import ConstraintSlack
@@ -40,7 +40,6 @@ __all__ = [
     "auc",
     "average_leak_bound",
     "average_mean_bound",
-    "can_rouge_read",
     "corrected_confidence",
     "exact_memorization",
     "exposure",
