@@ -17,7 +17,7 @@ LOGS = {"target": "target", "unlearned": "unlearn", "retain_only": "retain_only"
 
 
 def has_finished() -> bool:
-    """Whether every stage of `make real` has finished, so that there is something to show."""
+    """Return whether every stage of `make real` has finished, so that there is something to show."""
     file = ROOT / real.STAGES_FILE
     if not file.is_file():
         return False
@@ -60,10 +60,8 @@ def make_audit_table() -> str:
     rows = []
     for finding in read_json(ROOT / real.AUDIT / "audit.json")["findings"]:
         interval = f"{format_signed(finding['low'])} to {format_signed(finding['high'])}"
-        outcome = finding["outcome"]
-        rows.append(
-            [finding["title"], f"{finding['at_most']:g}", format_signed(finding["value"]), interval, outcome],
-        )
+        threshold, value = f"{finding['at_most']:g}", format_signed(finding["value"])
+        rows.append([finding["title"], threshold, value, interval, finding["outcome"]])
     return markdown_table(["requirement", "at most", "value", "95 % interval", "outcome"], rows)
 
 

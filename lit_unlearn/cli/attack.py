@@ -16,8 +16,8 @@ from lit_unlearn.cli.questions import (
     SETS_HELP,
     add_question_options,
     add_set_options,
-    compare_models,
     find_sets,
+    prepare_benchmarks,
     read_settings,
 )
 from lit_unlearn.data.templates import Chat
@@ -97,10 +97,10 @@ def run(arguments: list[str]) -> None:
         arguments: dict[str, Any] = {**sources, **settings, "wrong_column": "", "paraphrase_column": ""}
         return QABenchmark(token_budget=options.token_budget, **arguments)
 
-    data = compare_models(language_models, make_benchmark)
+    benchmarks = prepare_benchmarks(language_models, make_benchmark)
+    data = benchmarks["model"].describe_data(language_models["model"].tokenizer)
     for role, lm in language_models.items():
-        # A benchmark of its own: the tokens are this model's.
-        benchmark = make_benchmark()
+        benchmark = benchmarks[role]
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
         lm.load(None if options.dtype is None else getattr(torch, options.dtype))
         described[role] = describe_model(lm)

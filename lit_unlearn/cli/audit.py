@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -17,8 +16,8 @@ from lit_unlearn.cli.questions import (
     SETS_HELP,
     add_question_options,
     add_set_options,
-    compare_models,
     find_sets,
+    prepare_benchmarks,
     read_settings,
 )
 from lit_unlearn.data.source import digest_if_whole
@@ -118,8 +117,10 @@ def run(arguments: list[str]) -> None:
         arguments: dict[str, Any] = {**sources, **settings, "max_new_tokens": policy.max_new_tokens}
         return QABenchmark(token_budget=options.token_budget, **arguments)
 
-    data = compare_models(language_models, make_benchmark)
-    forget = make_benchmark().prepare(language_models["model"].tokenizer)["forget"].examples
+    benchmarks = prepare_benchmarks(language_models, make_benchmark)
+    tokenizer = language_models["model"].tokenizer
+    data = benchmarks["model"].describe_data(tokenizer)
+    forget = benchmarks["model"].prepare(tokenizer)["forget"].examples
     # As the run trained on them, if these are its rows in its prompt.
     answers = list(chain.from_iterable(example.sequences.get("answer", []) for example in forget))
     for warning in check_rows(policy, len(forget)):
@@ -129,7 +130,7 @@ def run(arguments: list[str]) -> None:
     described: dict[str, Values] = {}
     for role, lm in language_models.items():
         print(f"measuring {lm.name}: {', '.join(policy.list_runs(role))}")
-        described[role] = _measure(evidence, role, lm, make_benchmark, policy, options.dtype, partial_dir)
+        described[role] = _measure(evidence, role, lm, benchmarks[role], policy, options.dtype, partial_dir)
     for warning in check_prompts(policy, evidence):
         print_warning(warning)
     result = judge(policy, evidence)
@@ -165,15 +166,12 @@ def _measure(
     evidence: Evidence,
     role: Role,
     lm: LanguageModel,
-    make_benchmark: Callable[[], QABenchmark],
+    benchmark: QABenchmark,
     policy: Policy,
     dtype: str | None,
     partial_dir: Path,
 ) -> Values:
     """Measure one model, and return its description."""
-    # A benchmark of its own: the tokens are this model's.
-    benchmark = make_benchmark()
-    benchmark.prepare(lm.tokenizer)
     lm.load(None if dtype is None else getattr(torch, dtype))
     measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
     described = describe_model(lm)

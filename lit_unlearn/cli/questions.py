@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.data.fictional_authors import FictionalAuthors
@@ -30,6 +30,8 @@ SETS_HELP = (
     "the sets need not be given. Rules choose rows of a file as for `fit`: --forget.path=FILE --forget.where='{customer: c-17}'."
 )
 _EMBEDDED = FictionalAuthors.__name__
+
+RoleT = TypeVar("RoleT", bound=str)
 
 
 def add_set_options(parser: CommandParser, names: Iterable[str] = SETS, *, takes_rules: bool = True) -> None:
@@ -95,25 +97,34 @@ def find_sets(options: Namespace, record: dict[str, Any] | None) -> dict[str, So
     return given
 
 
-def compare_models(models: Mapping[Any, LanguageModel], make_benchmark: Callable[[], QABenchmark]) -> dict[str, Values]:
-    """Return the description of the rows that all models are asked; none of them need be loaded.
+def prepare_benchmarks(
+    models: Mapping[RoleT, LanguageModel], make_benchmark: Callable[[], QABenchmark]
+) -> dict[RoleT, QABenchmark]:
+    """Return a benchmark for each model, which has read the rows with its tokenizer; none of the models need be loaded.
 
     Args:
         models: The measured one, and those that it is compared with, by option.
-        make_benchmark: Makes the benchmark, which reads the rows with a model's tokenizer.
+        make_benchmark: Makes a benchmark that has read no rows.
 
     Raises:
         ConfigError: If a model is the measured one itself, or reads the rows as other tokens: row by row, values of other tokens
             would be compared, as of another prompt, in which a model hardly knows the rows.
     """
-    (_, measured), *others = models.items()
-    data = make_benchmark().describe_data(measured.tokenizer)
-    for option, lm in others:
-        if lm.files is not None and measured.files is not None and lm.files.sample() == measured.files.sample():
+    (_, measured), *_ = models.items()
+    benchmarks: dict[RoleT, QABenchmark] = {}
+    # Of the measured model.
+    weights: str | None = None
+    data: dict[str, Values] = {}
+    for option, lm in models.items():
+        sample = None if lm.files is None else lm.files.sample()
+        if sample is not None and sample == weights:
             message = f"'{lm.name}' has the same weights as '{measured.name}', which show nothing beside each other: give another one."
             raise ConfigError(message, argument=option)
-        theirs = make_benchmark().describe_data(lm.tokenizer)
-        different = [name for name, values in data.items() if values["tokens"] != theirs[name]["tokens"]]
+        weights = weights or sample
+        benchmarks[option] = make_benchmark()
+        described = benchmarks[option].describe_data(lm.tokenizer)
+        data = data or described
+        different = [name for name, values in data.items() if values["tokens"] != described[name]["tokens"]]
         if different:
             raise ConfigError(
                 f"'{lm.name}' reads the {', '.join(different)} rows as other tokens than '{measured.name}': its tokenizer or its chat "
@@ -121,4 +132,4 @@ def compare_models(models: Mapping[Any, LanguageModel], make_benchmark: Callable
                 "--chat.template=FILE or --template=TEXT.",
                 argument=option,
             )
-    return data
+    return benchmarks
