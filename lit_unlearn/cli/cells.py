@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_unlearn.cli.grid import CELL, MODEL, RUN, Cell, Command
+from lit_unlearn.cli.grid import CELL, MODEL, RUN, Cell, Command, list_setting_files
 from lit_unlearn.errors import ConfigError, DataError
 from lit_unlearn.evaluation.results import find_damage_problem
 from lit_unlearn.utils.folders import lock_file
@@ -52,7 +52,7 @@ class CellState:
         reason: Why it failed, or by what it was interrupted.
         commands: What has ended, as the cell had it then; of a fit also what has begun.
         seconds: Of each command that has ended; of one that was interrupted, of its last start.
-        digests: Of the configuration files of the fit, when it began.
+        digests: Of the files of settings that `commands` name, as they were then.
     """
 
     status: Status = "waiting"
@@ -111,7 +111,7 @@ def check_unchanged(cell: Cell, state: CellState) -> None:
     """Refuse to continue a cell whose commands are others now: its results would be of two settings.
 
     Raises:
-        ConfigError: With the arguments, or the configuration file, that differ.
+        ConfigError: With the arguments, or the file of settings, that differ.
     """
     remedy = "Choose another `output`, or remove the cell's folder."
     for command, begun in zip(cell.commands, state.commands, strict=False):
@@ -122,9 +122,9 @@ def check_unchanged(cell: Cell, state: CellState) -> None:
                 f"the cell '{cell.name}' was begun with another `{begun[0]}`: {' '.join(removed) or 'nothing'} then, "
                 f"{' '.join(changed) or 'nothing'} now. {remedy}"
             )
-    for config, digest in state.digests.items():
-        if state.commands and cell.digests.get(config) != digest:
-            raise ConfigError(f"the cell '{cell.name}' was begun when '{config}' had another content. {remedy}")
+    for file, digest in state.digests.items():
+        if state.commands and cell.digests.get(file) != digest:
+            raise ConfigError(f"the cell '{cell.name}' was begun when '{file}' had another content. {remedy}")
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -260,9 +260,10 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
     """Run one command, write what came of it into the state, and return whether the cell continues."""
     is_fit = not state.seconds and command[0] == "fit"
     begun, ended = state.commands, state.commands[: len(state.seconds)]
+    digests = {file: cell.digests[file] for file in list_setting_files(command)}
     # A fit that is resumed must be the same one. What measures its model may be corrected until it has ended.
     if is_fit:
-        state.commands, state.digests = [list(command)], cell.digests
+        state.commands, state.digests = [list(command)], digests
     _write_state(held, folder, state)
 
     log = folder / LOG_FILE
@@ -286,6 +287,7 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
         state.status, state.reason = "failed", f"not at matched damage: {problem}"[:_MAX_REASON]
     else:
         state.commands = [*ended, list(command)]
+        state.digests = {**state.digests, **digests}
         state.seconds.append(seconds)
     _write_state(held, folder, state)
     return state.reason is None

@@ -50,6 +50,8 @@ _OWN_SETTINGS = {
 }
 # Commands with an `--output` by default, which each cell would replace; of an audit, the verdict is looked for in the cell.
 _SHARED_OUTPUT = ("attack", "audit")
+# Options of the commands whose value is a file of settings.
+_FILE_OPTIONS = ("--config", "--policy", "--audit.policy")
 # It names a folder, and stands in commands.
 _LABEL = re.compile(r"[\w.+-]+")
 
@@ -61,7 +63,8 @@ class Cell:
     Args:
         name: Of its folder, such as ``method=pdu,seed=0``.
         commands: What it runs: a fit, unless the sweep has none, and the commands that measure a model.
-        digests: Of the settings in the configuration files of the fit, by name: an edit would give the same command another meaning.
+        digests: Of the settings in the files that the commands name, configurations and policies: an edit would give the same command
+            another meaning.
         is_matched: Whether its fit has to end at a limit of damage.
         keep: What stays when all has ended: everything, all but checkpoints, or neither checkpoints nor the model.
     """
@@ -92,8 +95,7 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         MissingFileError: If there is no such file, or a configuration that it names is not there.
         ConfigError: If it is no YAML, or a key or a value in it is not possible.
     """
-    file = _find_file(name)
-    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    content = yaml.safe_load(Path(_find_file(name)).read_text(encoding="utf-8")) or {}
     for key in content:
         if key not in _KEYS:
             raise ConfigError(f"'{name}' has no setting '{key}': {list_names(str(key), _KEYS)}.")
@@ -114,16 +116,16 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         commands = _build_after(content.get("after"), labels)
         if has_fit:
             commands.insert(0, _build_fit(content, choices, labels))
-        configs = _list_configs(commands[0]) if has_fit else []
-        for config in configs:
+        files = [file for command in commands for file in list_setting_files(command)]
+        for file in files:
             # A name that there is no file of is refused now, not in the middle of the night.
-            if config not in digests:
-                digests[config] = _digest_settings(_find_file(config))
+            if file not in digests:
+                digests[file] = _digest_settings(_find_file(file))
         cells.append(
             Cell(
                 ",".join(f"{axis}={label}" for axis, label in labels.items()),
                 tuple(commands),
-                {config: digests[config] for config in configs},
+                {file: digests[file] for file in files},
                 content.get("matched") is not None,
                 keep,
             )
@@ -163,13 +165,14 @@ def _digest_settings(file: str) -> str:
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
 
-def _list_configs(command: Command) -> list[str]:
-    configs = []
-    for argument in command:
+def list_setting_files(command: Command) -> list[str]:
+    """Return the files of settings that a command names, its configurations and its policy, as it names them."""
+    files = []
+    for argument, following in itertools.zip_longest(command, command[1:], fillvalue=""):
         option, _, value = argument.partition("=")
-        if option == "--config":
-            configs.append(value)
-    return configs
+        if option in _FILE_OPTIONS:
+            files.append(value or following)
+    return files
 
 
 # Axes -----------------------------------------------------------------------------------------------------------------

@@ -315,6 +315,24 @@ def test_a_cell_is_not_continued_with_an_edited_configuration(run: Any) -> None:
         cli.main(["sweep", "sweep.yaml", "--only", NAMES[0]])
 
 
+@pytest.mark.parametrize("option", ["--policy mine.yaml", "--policy=mine.yaml"])
+def test_an_audit_that_has_ended_keeps_its_policy(run: Any, option: str) -> None:
+    policy = Path("mine.yaml")
+    policy.write_text("min_rows: 10\n", encoding="utf-8")
+    write_sweep(after=f"audit {{cell}}/model {option} --output {{cell}}/audit")
+    run("--only", NAMES[0], commands=FakeCommands({"audit": (2, "")}), fails=True)
+    # The audit had not ended: its policy may be corrected.
+    policy.write_text("min_rows: 20\n", encoding="utf-8")
+    run("--only", NAMES[0], "--retry")
+    policy.write_text("min_rows: 30\n", encoding="utf-8")
+    # The cells that have not begun are refused as well, or the table would mix two policies.
+    with pytest.raises(SystemExit, match=r"'mine\.yaml' had another content"):
+        cli.main(["sweep", "sweep.yaml"])
+    policy.unlink()
+    with pytest.raises(SystemExit, match=r"no configuration file 'mine\.yaml'"):
+        cli.main(["sweep", "sweep.yaml"])
+
+
 def test_what_did_not_start_or_only_measures_may_be_corrected(run: Any) -> None:
     write_sweep(settings={"trainer.max_epoch": 2})
     run("--only", NAMES[0], commands=FakeCommands({"fit": (2, "lit-unlearn: error: no setting")}), fails=True)
