@@ -53,6 +53,7 @@ _NOISE = re.compile(
     r"|a class path \(str\)|a dict with|Not of type Path: .* not (NestedArg|dict)$|$)"
 )
 _NO_SETTING = "no setting"
+_CONTAINERS = {"Mapping": "{key: value}", "dict": "{key: value}", "Sequence": "a list", "list": "a list"}
 
 
 class ReadableErrors:
@@ -157,7 +158,7 @@ class _Refusal:
         elif match := _TYPE.match(text):
             # That null is possible, too, would hide the answer.
             if match[1] != "NoneType":
-                self.types.append(match[1])
+                self.types.append(_CONTAINERS.get(match[1], match[1]))
         elif match := _CHOICES.match(text):
             self.choices += re.findall(r"[^\s',]+", match[1])
         elif match := _NO_CLASS.match(text):

@@ -75,7 +75,7 @@ def test_a_file_and_what_is_printed_of_it_mean_the_same(
             "--data.forget.wher={customer: c-1}",
             "data.forget: Source has no setting 'wher.customer': did you mean 'where.",
         ),
-        ("--data.forget.where=c-1", "data.forget.where: expected Mapping"),
+        ("--data.forget.where=c-1", "data.forget.where: expected {key: value} or str"),
         ("--data.forget.max_rows=many", "data.forget.max_rows: expected int"),
         ("--config=wrong.yaml", "data.forget: Source has no setting 'wher.customer': did you mean 'where.customer'?\n"),
         ("--config=null.yaml", "`where` has null for the column 'customer'"),
