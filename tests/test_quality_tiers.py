@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from command_line import ROOT
 from forked import ForkedCommands
 
@@ -62,8 +61,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_stage(tier: Tier, stage: str) -> str:
-    Path("stage.yaml").write_text(yaml.safe_dump(tier.build(stage), sort_keys=False), encoding="utf-8")
-    return "stage.yaml"
+    return str(runner.write_sweep(tier, stage))
 
 
 # Sweeps ---------------------------------------------------------------------------------------------------------------
@@ -351,7 +349,7 @@ def test_a_tier_runs_to_its_end_once_and_every_cell_is_a_line(run: Any, tuning: 
     assert line["labels"] == {"seed": "0", "size": "1", "method": "npo"}
     assert "error" not in line
     assert line["commit"]
-    assert set(line["digests"]) == {"real/unlearn.yaml", "method/npo.yaml"}
+    assert set(line["digests"]) == {"real/unlearn.yaml", "method/npo.yaml", "{work}/attacks.yaml"}
     assert len(line["commands"]) == len(line["seconds"]) == 4
     assert "{work}/models/model=target-0/model" in line["commands"][0]
     assert line["report"]["example"] is None
@@ -409,7 +407,7 @@ def test_the_public_grid_runs_on_local_models(run: Any) -> None:
     lines = read_json_lines(Path("results/tofu-1b/final.jsonl"))
     assert [line["labels"]["method"] for line in lines] == ["match_unseen", "pdu"]
     # The paper's own configuration, without the file of the method.
-    assert set(lines[1]["digests"]) == {"tofu.yaml", "paper/tofu_llama-3.2-1b.yaml"}
+    assert set(lines[1]["digests"]) == {"tofu.yaml", "paper/tofu_llama-3.2-1b.yaml", "{work}/attacks.yaml"}
     blocks = tier_tables.make_blocks(Path("results"))
     assert "| pdu | 0.7" in blocks["tofu-1b-grid"]
     assert "| npo_constrained | not run yet |" in blocks["tofu-1b-grid"]

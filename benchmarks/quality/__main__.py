@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.quality import smollm2, sweep, tofu_1b
 from benchmarks.quality.collecting import collect
+from benchmarks.quality.measuring import ATTACKS_FILE
 from benchmarks.quality.results_files import RESULTS, drop_failed
 from benchmarks.quality.smollm2_sweeps import SmolLM2
 from benchmarks.quality.tofu_1b import TOFU1B
@@ -78,12 +79,12 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def write_sweep(tier: Tier, stage: str) -> Path:
-    """Write the file of a stage's sweep."""
-    file = tier.folder / f"{stage}.yaml"
-    content = tier.build(stage)
-    with atomic_file(file) as unfinished:
-        unfinished.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return file
+    """Write the file of a stage's sweep, and that of the attacks, which it may name."""
+    sweep = tier.folder / f"{stage}.yaml"
+    for file, content in {sweep: tier.build(stage), tier.folder / ATTACKS_FILE: tier.attacks}.items():
+        with atomic_file(file) as unfinished:
+            unfinished.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return sweep
 
 
 def run_stage(tier: Tier, stage: str, options: argparse.Namespace) -> None:

@@ -10,6 +10,9 @@ Sweep = dict[str, Any]
 """The content of a sweep's file."""
 
 CELL = "{cell}"
+ATTACKS_FILE = "attacks.yaml"
+"""Settings of the attacks, in the folder of a tier."""
+
 TOFU_FILE, ATTACK_FOLDER, DEPTH_FILE = "tofu.json", "attack", "depth.json"
 """What the commands leave in a cell."""
 

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from benchmarks.quality import smollm2 as protocol
 from benchmarks.quality.collecting import read_lines, select_lines
-from benchmarks.quality.measuring import CELL, Sweep, attack, depth, evaluate, measure, prepare
+from benchmarks.quality.measuring import ATTACKS_FILE, CELL, Sweep, attack, depth, evaluate, measure, prepare
 from benchmarks.quality.results_files import drop_failed
 from benchmarks.quality.tofu_rows import write_entities, write_rows
 
@@ -85,19 +83,22 @@ class SmolLM2:
         return protocol.digest(self.size)
 
     @property
+    def attacks(self) -> dict[str, Any]:
+        """The settings of the attacks."""
+        return protocol.ATTACKS
+
+    @property
     def _grid(self) -> protocol.Grid:
         return protocol.GRIDS[self.size]
 
     def write_inputs(self, options: Namespace) -> None:
-        """Find the model, and write rows and attacks, unless they are there."""
+        """Find the model, and write rows, unless they are there."""
         from benchmarks.smollm2 import find_model
 
         rows = options.tofu, self.folder / "rows", self._grid.selection
         write_rows(*rows)
         if options.entities is not None:
             write_entities(*rows, options.entities, protocol.MAX_ENTITIES)
-        attacks = yaml.safe_dump(protocol.ATTACKS, sort_keys=False)
-        (self.folder / "attacks.yaml").write_text(attacks, encoding="utf-8")
         base = self.folder / "base"
         # A link, so that commands are the same wherever a machine keeps the model.
         if not base.exists():
@@ -320,7 +321,7 @@ class SmolLM2:
 
     def _attack(self, model: str) -> str:
         sets = {"forget": self._rows("forget"), "retain": self._rows("retain")}
-        return attack(model, f"{self.folder}/attacks.yaml", **sets, max_length=protocol.MAX_LENGTH)
+        return attack(model, f"{self.folder}/{ATTACKS_FILE}", **sets, max_length=protocol.MAX_LENGTH)
 
     def _depth(self) -> str:
         rows = f"{self.folder}/rows/{{size}}/entities.jsonl"

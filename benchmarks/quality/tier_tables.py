@@ -88,10 +88,13 @@ def make_blocks(results: Path) -> dict[str, str]:
         folder, digest = results / f"smollm2-{size}", smollm2.digest(size)
         authors = list(map(str, grid.selection.sizes))
         published = [name for name in smollm2.METHODS if name not in smollm2.OURS]
-        blocks[f"smollm2-{size}"] = make_tier(TierResults.read(folder, digest), authors, published)
-        blocks[f"smollm2-{size}-ablation"] = make_ablation(folder, digest, str(grid.one_size))
+        tier = TierResults.read(folder, digest)
+        blocks[f"smollm2-{size}"] = make_tier(tier, authors, published)
         matched = TierResults.read(folder, digest, "matched")
-        blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.one_size))
+        # What depends on the first table says nothing where that is empty.
+        has_run = bool(tier.unlearned)
+        blocks[f"smollm2-{size}-ablation"] = make_ablation(folder, digest, str(grid.one_size)) if has_run else ""
+        blocks[f"smollm2-{size}-matched"] = make_comparison(matched, str(grid.one_size)) if has_run else ""
     tier = TierResults.read(results / "tofu-1b", tofu_1b.digest())
     blocks["tofu-1b-grid"] = make_grid_table(tier)
     tables = make_tier(tier, [str(tofu_1b.AUTHORS)], list(tofu_1b.PUBLISHED), tofu_1b.PUBLISHED)
@@ -132,14 +135,16 @@ def make_goals_table(
             lines = tier.select(size=size, seed=seed)
             goals = judge_methods(tier, lines, published, elsewhere)
             overalls = compute_overalls(tier, lines)
-            for method in list_methods(tier.unlearned):
-                reached = goals.get(method, NOT_RUN)
+            for method in list_methods(lines):
+                reached = goals[method]
                 if isinstance(reached, str):
                     cells = [reached, *[""] * len(GOALS)]
                 else:
                     share = overalls[method] / overalls[""] if {method, ""} <= overalls.keys() else None
                     cells = [*map(format_goal, reached.values()), "–" if share is None else f"{share:.1%}"]
                 rows.append([size, seed, method, *cells])
+            if missing := [method for method in list_methods(tier.unlearned) if method not in goals]:
+                rows.append([size, seed, ", ".join(missing), NOT_RUN, *[""] * len(GOALS)])
     return markdown_table(["authors", "seed", "method", *map("({})".format, GOALS), "Overall, share"], rows)
 
 

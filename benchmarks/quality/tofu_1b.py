@@ -30,10 +30,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from benchmarks.quality.collecting import digest_settings
-from benchmarks.quality.measuring import CELL, RELEARNING, Sweep, attack, depth, evaluate, measure, prepare
+from benchmarks.quality.measuring import (
+    ATTACKS_FILE,
+    CELL,
+    RELEARNING,
+    Sweep,
+    attack,
+    depth,
+    evaluate,
+    measure,
+    prepare,
+)
 from benchmarks.quality.tofu_rows import Selection, write_entities, write_rows
 
 RECOMMENDED = "match_calibrated"
@@ -134,14 +142,17 @@ class TOFU1B:
         """The digest that results are stored with."""
         return digest()
 
+    @property
+    def attacks(self) -> dict[str, Any]:
+        """The settings of the attacks."""
+        return ATTACKS
+
     def write_inputs(self, options: Namespace) -> None:
-        """Write rows and attacks, unless they are there."""
+        """Write rows, unless they are there."""
         rows = options.tofu, self.folder / "rows", SELECTION
         write_rows(*rows)
         if options.entities is not None:
             write_entities(*rows, options.entities, max_rows=None)
-        attacks = yaml.safe_dump(ATTACKS, sort_keys=False)
-        (self.folder / "attacks.yaml").write_text(attacks, encoding="utf-8")
 
     def build(self, stage: str) -> Sweep:
         """Return the sweep of a stage."""
@@ -206,4 +217,4 @@ class TOFU1B:
 
     def _attack(self, model: str) -> str:
         sets = {"forget": self._rows("forget10_perturbed.json"), "retain": self._rows("retain.jsonl")}
-        return attack(model, f"{self.folder}/attacks.yaml", **sets, chat=json.dumps(CHAT), dtype=DTYPE)
+        return attack(model, f"{self.folder}/{ATTACKS_FILE}", **sets, chat=json.dumps(CHAT), dtype=DTYPE)

@@ -166,12 +166,16 @@ def _digest_settings(file: str) -> str:
 
 
 def list_setting_files(command: Command) -> list[str]:
-    """Return the files of settings that a command names, its configurations and its policy, as it names them."""
+    """Return the files of settings that a command names, its configurations and its policy, as it names them.
+
+    What an earlier command of the cell writes is none of them.
+    """
     files = []
     for argument, following in itertools.zip_longest(command, command[1:], fillvalue=""):
         option, _, value = argument.partition("=")
-        if option in _FILE_OPTIONS:
-            files.append(value or following)
+        file = value or following
+        if option in _FILE_OPTIONS and file != "null" and CELL not in file:
+            files.append(file)
     return files
 
 
