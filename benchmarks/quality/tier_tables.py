@@ -200,7 +200,7 @@ def make_comparison(tier: TierResults, size: str) -> str:
     for method in list_methods(tier.unlearned):
         groups[method] = tier.select(size=size, method=method)
     rows = [make_row(tier, name, lines) for name, lines in groups.items()]
-    return markdown_table(["", "holds", *COLUMNS], rows)
+    return markdown_table(["", "seeds", "holds", *COLUMNS], rows)
 
 
 def make_ablation(folder: Path, digest: str, size: str) -> str:
@@ -250,17 +250,21 @@ def make_row(tier: TierResults, name: str, lines: Sequence[Line]) -> list[str]:
         name: To show.
         lines: By seed.
     """
+    # Published models have no seed.
+    labels = [line["labels"]["seed"] for line in lines if "seed" in line["labels"]]
+    seeds = ", ".join(sorted(labels, key=int))
     succeeded = drop_failed(lines)
     if not succeeded:
         reason = f"failed: {lines[0]['error']}" if lines else NOT_RUN
-        return [name, reason, *[""] * len(COLUMNS)]
+        return [name, seeds, reason, *[""] * len(COLUMNS)]
 
     failures = len(lines) - len(succeeded)
     shares = list(map(get_nll_share, succeeded))
     # A model that was fine-tuned has no bound to hold.
     has_bound = any(share is not None for share in shares)
     holds = sum(is_feasible(share, 1.0) for share in shares)
-    row = [f"{name} ({failures} failed)" if failures else name, f"{holds} of {len(shares)}" if has_bound else "–"]
+    label = f"{name} ({failures} failed)" if failures else name
+    row = [label, seeds, f"{holds} of {len(shares)}" if has_bound else "–"]
     parts = list(map(tier.compute_parts, succeeded))
     for column in COLUMNS.values():
         row.append(format_mean(map(column, succeeded, parts)))

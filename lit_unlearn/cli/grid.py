@@ -61,7 +61,7 @@ class Cell:
     """One combination of the grid.
 
     Args:
-        name: Of its folder, such as ``method=pdu,seed=0``.
+        name: Of its folder, such as ``seed=0,method=pdu``: the axes in their order.
         commands: What it runs: a fit, unless the sweep has none, and the commands that measure a model.
         digests: Of the settings in the files that the commands name, configurations and policies: an edit would give the same command
             another meaning.

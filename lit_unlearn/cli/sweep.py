@@ -43,7 +43,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="Folder of the cells; by default as the file says.")
     parser.add_argument("--jobs", type=PositiveInt, default=1, metavar="N", help="Cells side by side.")
     parser.add_argument(
-        "--only", type=str, nargs="+", metavar="NAME", help="Only these cells; * stands for anything: 'method=pdu,*'."
+        "--only", type=str, nargs="+", metavar="NAME", help="Only these cells; * stands for anything: 'seed=0,*'."
     )
     parser.add_argument("--retry", action="store_true", help="Continue cells that failed with the command that did.")
     parser.add_argument("--list", action="store_true", help="Run nothing: show the cells and what is known of them.")
