@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lit_unlearn.cli.main import print_warning
@@ -38,11 +37,11 @@ from lit_unlearn.evaluation.benchmark_rows import BenchmarkStream, explain_cut_a
 from lit_unlearn.evaluation.partial_files import remove_partials
 from lit_unlearn.evaluation.qa import QABenchmark
 from lit_unlearn.evaluation.results import Values
-from lit_unlearn.export.audit_files import describe_model, read_question_settings, read_record
+from lit_unlearn.export.audit_files import load_described, read_question_settings, read_record
 from lit_unlearn.models import LanguageModel
 from lit_unlearn.plotting import draw_attacks
 from lit_unlearn.utils.folders import check_export_target, replace_folder
-from lit_unlearn.utils.io import check_writable, write_json
+from lit_unlearn.utils.io import check_writable, read_yaml_text, write_json
 from lit_unlearn.utils.validation import list_names
 
 RESULTS_FILE = "attack.json"
@@ -73,8 +72,7 @@ def run(arguments: list[str]) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     # Everything that can be refused is refused before a model is loaded.
-    config = Path(options.config)
-    content = yaml.safe_load(config.read_text(encoding="utf-8") if config.is_file() else options.config)
+    content = yaml.safe_load(read_yaml_text(options.config))
     attacks, max_new_tokens, value = read_config(content or {})
     models: dict[Role, str | None] = {"model": options.model, "retain_only": options.retain_only}
     check_export_target(options.output, models.values(), argument="output")
@@ -102,8 +100,7 @@ def run(arguments: list[str]) -> None:
     for role, lm in language_models.items():
         benchmark = benchmarks[role]
         _warn_of_cut_answers(benchmark.prepare(lm.tokenizer)["forget"])
-        lm.load(None if options.dtype is None else getattr(torch, options.dtype))
-        described[role] = describe_model(lm)
+        described[role] = load_described(lm, options.dtype)
         if role != "model" and described[role]["weights"] == described["model"]["weights"]:
             message = f"'{lm.name}' has the same weights as '{options.model}', which show nothing beside each other: give another model."
             raise ConfigError(message, argument=role)

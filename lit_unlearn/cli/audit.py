@@ -8,8 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lit_unlearn.cli.main import print_warning
 from lit_unlearn.cli.parser import CommandParser
 from lit_unlearn.cli.questions import (
@@ -22,7 +20,7 @@ from lit_unlearn.cli.questions import (
 )
 from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
-from lit_unlearn.errors import NotDecidable, RequirementNotMet
+from lit_unlearn.errors import ModelError, NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
 from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, check_rows, measure_model
@@ -35,8 +33,8 @@ from lit_unlearn.export.audit_files import (
     AUDIT_FILE,
     PAGE_FILE,
     build_audit,
-    describe_model,
     describe_record,
+    load_described,
     read_question_settings,
     read_record,
     was_fixed_before,
@@ -133,6 +131,9 @@ def run(arguments: list[str]) -> None:
         described[role] = _measure(evidence, role, lm, benchmarks[role], policy, options.dtype, partial_dir)
     for warning in check_prompts(policy, evidence):
         print_warning(warning)
+    if read_record(options.model) != record:
+        message = f"another model was exported to '{options.model}' meanwhile, and its record is not that of the measured one: audit it again."
+        raise ModelError(message)
     result = judge(policy, evidence)
 
     files = {stream: digest_if_whole(source.describe()) for stream, source in sources.items()}
@@ -172,9 +173,8 @@ def _measure(
     partial_dir: Path,
 ) -> Values:
     """Measure one model, and return its description."""
-    lm.load(None if dtype is None else getattr(torch, dtype))
+    described = load_described(lm, dtype)
     measure_model(evidence, role, lm, benchmark, policy, partial_dir / role)
-    described = describe_model(lm)
     # The next one is not to be in memory beside it.
     lm.model = None
     return described

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from lit_unlearn.cli.grid import CELL, MODEL, RUN, Cell, Command, list_setting_files
 from lit_unlearn.errors import ConfigError, DataError
 from lit_unlearn.evaluation.results import find_damage_problem
-from lit_unlearn.utils.folders import lock_file
+from lit_unlearn.utils.folders import lock_file, remove_listed_files
 from lit_unlearn.utils.io import output_errors, read_json
 
 STATE_FILE, LOG_FILE, REPORT_FILE = "cell.jsonl", "log.txt", "report.json"
@@ -39,7 +39,7 @@ RunCommand = Callable[[Sequence[str], Path, int], int]
 
 _NOTHING_STARTED = 2
 _STOPPED = (130, 138, 143)  # by Ctrl-C, SIGUSR1, SIGTERM, as the command line ends then
-_AUDIT_VERDICTS = (1, 3)  # fail, not decidable
+_AUDIT_VERDICTS = {1: "fail", 3: "not decidable"}
 _MAX_REASON = 200  # characters
 
 
@@ -122,8 +122,9 @@ def check_unchanged(cell: Cell, state: CellState) -> None:
                 f"the cell '{cell.name}' was begun with another `{begun[0]}`: {' '.join(removed) or 'nothing'} then, "
                 f"{' '.join(changed) or 'nothing'} now. {remedy}"
             )
-    for file, digest in state.digests.items():
-        if state.commands and cell.digests.get(file) != digest:
+    for file, digest in cell.digests.items():
+        # Only of what has begun there is a digest; what a command that was taken out has left does not change.
+        if state.commands and state.digests.get(file, digest) != digest:
             raise ConfigError(f"the cell '{cell.name}' was begun when '{file}' had another content. {remedy}")
 
 
@@ -273,7 +274,11 @@ def _run_next(cell: Cell, command: Command, state: CellState, folder: Path, run_
     code = run_command([word.replace(CELL, str(folder)) for word in command], log, held)
     seconds = time.monotonic() - started
     # An audit that fails, or decides nothing, has measured: its verdict is a result of the cell. A crash ends with 1 as well.
-    has_verdict = command[0] == "audit" and code in _AUDIT_VERDICTS and _list_audits(folder) != audits
+    has_verdict = command[0] == "audit" and code in _AUDIT_VERDICTS
+    if has_verdict:
+        written = [file for file, _ in _list_audits(folder) - audits]
+        # The code alone could be that of a ledger which could not be written.
+        has_verdict = any(read_json(file)["verdict"] == _AUDIT_VERDICTS[code] for file in written)
 
     if code in _STOPPED or code < 0:
         # Also by the system, for want of memory: that says nothing of the method, and the next start tries again.
@@ -309,6 +314,8 @@ def _find_reason(command: Command, code: int, log: Path, start: int, folder: Pat
 
 
 def _find_damage_problem(folder: Path) -> str | None:
+    if not (folder / REPORT_FILE).is_file():
+        return f"the fit left no {REPORT_FILE}"
     damage: dict[str, Any] | None = read_json(folder / REPORT_FILE).get("damage")
     return find_damage_problem(damage)
 
@@ -318,7 +325,9 @@ def _remove_weights(cell: Cell, folder: Path) -> None:
     if cell.keep == "all":
         return
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
-    record = folder / MODEL / _RECORD_FILE
-    if cell.keep == "results" and record.is_file():
-        shutil.copyfile(record, folder / _RECORD_FILE)
-        shutil.rmtree(folder / MODEL, ignore_errors=True)
+    if cell.keep == "results":
+        record = folder / MODEL / _RECORD_FILE
+        if record.is_file():
+            shutil.copyfile(record, folder / _RECORD_FILE)
+        # Not the folder: results may have been written to it.
+        remove_listed_files(folder / MODEL)

@@ -48,7 +48,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--where",
         type=Rule,
-        help="Values by column, as of a source: each file is shown as the rows that have them, and the rest.",
+        help="Values by column, as of a source: each file is shown as the rows that have all of them, and those that have none.",
     )
     parser.add_argument("--template", type=str, help="Text with {question} and {answer}; by default the chat template.")
     parser.add_argument("--chat", type=Chat | None, help="Settings of the chat template, as the data has them.")
@@ -81,7 +81,8 @@ def run(arguments: list[str]) -> None:
         check_tokenizer(tokenizer)
 
     sets: dict[str, list[Row]] = {}
-    for title, source in _list_sources(options.files, options.where).items():
+    sources = _list_sources(options.files, options.where)
+    for title, source in sources.items():
         name = Path(title).name
         table = source.load(name, argument="files")
         sets[title] = reader.read(table, name)
@@ -92,6 +93,10 @@ def run(arguments: list[str]) -> None:
         )
         for line in _describe_rows(sets[title], spans, tokenizer, settings, name):
             print(f"  {line}")
+    if options.where is not None:
+        for file in options.files:
+            if left_out := _count_left_out(sources[f"{file} (chosen)"], sources[f"{file} (where_not)"]):
+                print(f"{file}: {left_out} rows are in neither set, because only some of the columns match")
     for first, second in combinations(sets, 2):
         print(_describe_overlap(first, second, sets))
 
@@ -104,8 +109,14 @@ def _list_sources(files: Sequence[str], where: Rule | None) -> dict[str, Source]
             sources[file] = Source(file)
         else:
             sources[f"{file} (chosen)"] = Source(file, where=where)
-            sources[f"{file} (the rest)"] = Source(file, where_not=where)
+            sources[f"{file} (where_not)"] = Source(file, where_not=where)
     return sources
+
+
+def _count_left_out(chosen: Source, others: Source) -> int:
+    """Return how many rows of a file are in neither of two sets that have been read."""
+    counts = [source.counts or {} for source in (chosen, others)]
+    return counts[0]["rows_read"] - sum(count["rows_chosen"] for count in counts)
 
 
 def _describe_rows(

@@ -47,6 +47,13 @@ def run(arguments: list[str]) -> None:
 
     benchmarks = list(map(summarize_results, options.results))
     if (options.checkpoint / RECORD_FILE).is_file():
+        for argument in ("model", "dtype"):
+            if getattr(options, argument) is not None:
+                raise ConfigError(
+                    f"'{options.checkpoint}' is an export, whose weights are copied as they are: give its checkpoint, or leave "
+                    f"out `{argument}`.",
+                    argument=argument,
+                )
         renew_record(options.checkpoint, options.directory, benchmarks)
     else:
         record = export_checkpoint(options.checkpoint, options.directory, options.model, benchmarks, options.dtype)

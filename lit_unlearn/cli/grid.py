@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lit_unlearn.cli.main import COMMANDS, check_config, find_config
-from lit_unlearn.errors import ConfigError
-from lit_unlearn.utils.io import expand_path
+from lit_unlearn.errors import ConfigError, MissingFileError
+from lit_unlearn.utils.io import expand_path, is_file, read_yaml_text
 from lit_unlearn.utils.validation import list_names
 
 Command = tuple[str, ...]
@@ -51,7 +51,7 @@ _OWN_SETTINGS = {
 # Commands with an `--output` by default, which each cell would replace; of an audit, the verdict is looked for in the cell.
 _SHARED_OUTPUT = ("attack", "audit")
 # Options of the commands whose value is a file of settings.
-_FILE_OPTIONS = ("--config", "--policy", "--audit.policy")
+_FILE_OPTIONS = ("-c", "--config", "--policy", "--audit.policy")
 # It names a folder, and stands in commands.
 _LABEL = re.compile(r"[\w.+-]+")
 
@@ -95,7 +95,12 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         MissingFileError: If there is no such file, or a configuration that it names is not there.
         ConfigError: If it is no YAML, or a key or a value in it is not possible.
     """
-    content = yaml.safe_load(Path(_find_file(name)).read_text(encoding="utf-8")) or {}
+    file = _find_file(name)
+    if not is_file(file):
+        raise MissingFileError(
+            f"a sweep must be a YAML file, or the name of a packaged one, not '{name}'.", argument="file"
+        )
+    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     for key in content:
         if key not in _KEYS:
             raise ConfigError(f"'{name}' has no setting '{key}': {list_names(str(key), _KEYS)}.")
@@ -153,15 +158,18 @@ def _read_fit(name: str, content: Mapping[str, Any]) -> bool:
 
 
 def _find_file(name: str) -> str:
-    """Return the path of a configuration: a local file or, where there is none, the packaged one of that name."""
+    """Return the path of a configuration: a local file or, where there is none, the packaged one of that name.
+
+    YAML in place of a name stays as it is.
+    """
     path = find_config(name)
     check_config(path)
     return path
 
 
-def _digest_settings(file: str) -> str:
-    """Return the digest of a configuration's settings: an edited comment changes no result."""
-    settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+def _digest_settings(config: str) -> str:
+    """Return the digest of the settings in a file, or in YAML itself: an edited comment changes no result."""
+    settings = yaml.safe_load(read_yaml_text(config))
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
 
@@ -200,7 +208,7 @@ def _read_axes(grid: Any) -> dict[str, list[Choice]]:
         choices = []
         if isinstance(values, Mapping):
             for label, settings in values.items():
-                choices.append(_build_choice(str(key), str(label), settings or {}))
+                choices.append(_build_choice(str(key), str(label), {} if settings is None else settings))
         else:
             for value in values:
                 settings = {} if key in (_METHOD, _SEED) else {str(key): value}

@@ -114,7 +114,7 @@ def run(arguments: list[str]) -> None:
     else:
         text = page.format_page(answered)
     if options.output is not None:
-        with atomic_file(options.output) as file:
+        with atomic_file(options.output, may_replace=options.overwrite) as file:
             file.write_text(text + "\n", encoding="utf-8")
     elif not is_dialogue or options.format == "json":
         print(text)

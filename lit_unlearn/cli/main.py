@@ -24,7 +24,7 @@ from lit_unlearn.errors import (
     ProcessLostError,
     StoppedBySignal,
 )
-from lit_unlearn.utils.io import NO_SPACE, describe_os_error, expand_home
+from lit_unlearn.utils.io import NO_SPACE, describe_os_error, expand_home, is_file, read_yaml_text
 
 _STDOUT = 1
 _CONFIG_OPTIONS = ("--config", "-c")
@@ -262,12 +262,12 @@ def _iterate_configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]
 def find_config(name: str) -> str:
     """Return the path of a configuration: a local file or, where there is none, the packaged one; else the name."""
     name = expand_home(name)
-    if Path(name).is_file():
+    if is_file(name):
         return name
     for folder in CONFIGS:
-        candidate = folder / name.removeprefix("configs/")
-        if candidate.is_file():
-            return str(candidate)
+        candidate = str(folder / name.removeprefix("configs/"))
+        if is_file(candidate):
+            return candidate
     return name
 
 
@@ -293,17 +293,17 @@ def check_config(value: str) -> None:
     import yaml
 
     try:
-        is_file = Path(value).is_file()
-        content = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+        is_path = is_file(value)
+        content = yaml.safe_load(read_yaml_text(value))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{value}{position}: {error.problem} {error.context or ''}".strip()) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{value}' is no YAML file: {str(error).splitlines()[0]}") from None
-    if is_file and not isinstance(content, dict | None):
+    if is_path and not isinstance(content, dict | None):
         raise ConfigError(f"'{value}' has no settings: expected `key: value` lines, not a {type(content).__name__}")
-    if not is_file and not isinstance(content, dict):
+    if not is_path and not isinstance(content, dict):
         raise MissingFileError(
             f"there is no configuration file '{value}'{_suggest_config(value)}\n"
             f"  looked in {Path.cwd()} and among the packaged ones in {next(filter(Path.is_dir, CONFIGS))}"

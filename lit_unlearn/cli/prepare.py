@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> None:
         raise DataError(
             f"there are no {options.kind} to write: {', '.join(reasons)}. Give another model or other rows."
         )
-    with atomic_file(options.output) as file, file.open("w", encoding="utf-8") as lines:
+    with atomic_file(options.output, may_replace=False) as file, file.open("w", encoding="utf-8") as lines:
         for row in prepared.rows:
             # A Parquet file may have dates, which JSON has not.
             lines.write(f"{json.dumps(row, ensure_ascii=False, default=str)}\n")

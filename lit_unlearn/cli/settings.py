@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.training.strategies import check_strategy
 from lit_unlearn.training.trainer_checks import ONE_STEP_PER_BATCH, check_callbacks
 from lit_unlearn.training.unlearn import check_constraint_names as check_names
-from lit_unlearn.utils.io import atomic_file
+from lit_unlearn.utils.io import atomic_file, read_yaml_text
 from lit_unlearn.utils.redaction import redact_secrets
 from lit_unlearn.utils.validation import list_names
 
@@ -96,8 +95,7 @@ def _check_is_known(name: str, known: set[str], is_whole: bool) -> None:
 
 
 def _read_constraints(config: str) -> dict[str, Any]:
-    text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
-    content: Any = yaml.safe_load(text)
+    content: Any = yaml.safe_load(read_yaml_text(config))
     for key in ("model", "init_args", "constraints"):
         is_left_out = key == "init_args" and isinstance(content, Mapping) and key not in content
         if not is_left_out:

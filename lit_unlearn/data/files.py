@@ -121,7 +121,7 @@ def _read_json(text: str) -> list[dict[str, Any]]:
         # An object over several lines may be a whole file; if it is not, the line is to be named.
         try:
             rows = [json.loads(text)]
-        except ValueError:
+        except (ValueError, RecursionError):
             rows = []
         if not rows:
             raise

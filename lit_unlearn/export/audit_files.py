@@ -7,10 +7,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
+from lit_unlearn.errors import ModelError
 from lit_unlearn.evaluation.audit import AuditResult
 from lit_unlearn.evaluation.results import Values, package_versions
 from lit_unlearn.export.audit_page import render_page
@@ -52,15 +54,27 @@ def read_question_settings(record: Record | None) -> dict[str, Any]:
     return settings
 
 
-def describe_model(lm: LanguageModel) -> Values:
-    """Return a loaded model's name without its folders, its dtype, and digests of its weights and of its files, if they are here."""
+def load_described(lm: LanguageModel, dtype: str | None) -> Values:
+    """Load a model, and return its name without its folders, its dtype, and digests of its weights and of its files, if they are here.
+
+    Args:
+        lm: The model.
+        dtype: Of its weights, such as ``float32``; ``None`` for that of its files.
+
+    Raises:
+        ModelError: If its files were replaced meanwhile: the digests would be of other weights than those that are measured.
+    """
     name = str(lm.name)
     is_local = Path(name).is_dir()
+    files = digest_export(Path(name)) if is_local else {}
+    lm.load(None if dtype is None else getattr(torch, dtype))
+    if is_local and digest_export(Path(name)) != files:
+        raise ModelError(f"the files in '{name}' were replaced while they were loaded: give the command again.")
     return {
         "name": Path(name).resolve().name if is_local else name,
         "dtype": str(lm.causal_lm.dtype).removeprefix("torch."),
         "weights": fingerprint(cast(nn.Module, lm.model))[:16],
-        "files": digest_export(Path(name)) if is_local else {},
+        "files": files,
     }
 
 
@@ -126,7 +140,7 @@ def build_audit(
 
     Args:
         result: Outcomes and numbers.
-        model: From `describe_model`.
+        model: From `load_described`.
         data: Description of every stream: ``rows``, ``texts``, ``tokens`` and, of a file, ``sha256``.
         record: From `describe_record`.
         policy_fixed_before: From `was_fixed_before`.

@@ -106,7 +106,7 @@ def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]
         benchmarks: From `summarize_results`; a file that the record has already is not added again.
 
     Raises:
-        CheckpointError: If the export's files were changed since its record was written.
+        CheckpointError: If the export's files were changed since its record was written, or results are of other files.
         OccupiedError: If the target holds something that is not ours.
     """
     if read_digests(source):
@@ -119,6 +119,13 @@ def renew_record(source: Path, target: Path, benchmarks: Sequence[dict[str, Any]
             f"the files in '{source}' are not those that its record was made with, whose sha256 it holds. Export the "
             "checkpoint again."
         )
+    for results in benchmarks:
+        files = results["model"].get("files") or {}
+        if not files or not files.items() <= record["files"].items():
+            raise CheckpointError(
+                f"the results of '{results['model'].get('name')}' ({results['suite']}) were not measured on the files in '{source}': "
+                "evaluate this export, and give the results of that."
+            )
     by_digest = {results["sha256"]: results for results in [*record.get("benchmarks", []), *benchmarks]}
     record["benchmarks"] = list(by_digest.values())
     is_same = target.is_dir() and target.samefile(source)

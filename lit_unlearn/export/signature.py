@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_unlearn.errors import ConfigError, MissingFileError, reading
-from lit_unlearn.utils.io import expand_path, read_json, write_json
+from lit_unlearn.utils.io import expand_path, is_file, read_json, write_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -74,7 +74,7 @@ def read_public_key(text: str) -> str:
     Raises:
         ConfigError: If it is neither, or the package is not installed.
     """
-    if not Path(text).is_file():
+    if not is_file(text):
         digits = text.lower()
         if len(digits) != 64 or not set(digits) <= set("0123456789abcdef"):
             raise ConfigError(

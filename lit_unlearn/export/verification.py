@@ -19,6 +19,7 @@ from lit_unlearn.export.audit_files import (
     PAGE_FILE,
     read_question_settings,
     read_record,
+    was_fixed_before,
 )
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.record import RECORD_FILE, digest_examples, digest_export
@@ -260,7 +261,12 @@ def _check_model(audit: Mapping[str, Any], model: str) -> Iterator[Check]:
         file = Path(model) / RECORD_FILE
         digest = file_digest(file) if file.is_file() else None
         yield _compare("record of the audited model", digest == record["sha256"], "it is another one, or missing")
-    named = (read_record(model) or {}).get("audit")
+    model_record = read_record(model)
+    fixed_before = was_fixed_before(model_record, audit["policy"]["sha256"])
+    is_claimed = audit["policy_fixed_before"]
+    detail = f"the audit says {is_claimed}, and the model's record {fixed_before}"
+    yield _compare("whether the policy was fixed before the run", is_claimed == fixed_before, detail)
+    named = (model_record or {}).get("audit")
     if named is not None:
         # Its thresholds and not the digest alone, which says nothing of what stands beside it in an audit that was changed.
         fixed = Policy.from_dict({**named["policy"], "sha256": named["policy_sha256"]})

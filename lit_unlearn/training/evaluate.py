@@ -117,12 +117,12 @@ def run_benchmark(
     partial_dir = None if file is None or not is_test else file.with_suffix(".partial")
 
     started = time.monotonic()
+    # Of the model that is loaded: another may be exported to its folder while it is measured.
+    description = _describe_export(module, lm) if trainer.is_global_zero else {}
     with trainer.precision_plugin.val_step_context():
         results = benchmark.run(lm, partial_dir)
     if trainer.is_global_zero:
-        damage = _find_damage(module, lm)
-        if damage is not None:
-            results.model["damage"] = damage
+        results.model.update(description)
         if file is not None:
             results.write(file)
         if partial_dir is not None:
@@ -144,10 +144,14 @@ def log_benchmark(module: L.LightningModule, values: dict[str, float]) -> None:
     module.log_dict(values, batch_size=1, rank_zero_only=False)
 
 
-def _find_damage(module: L.LightningModule, lm: LanguageModel) -> dict[str, Any] | None:
-    """Return the damage in the record of an exported model, for ``lit-unlearn compare --matched``."""
+def _describe_export(module: L.LightningModule, lm: LanguageModel) -> dict[str, Any]:
+    """Return what results say of an exported model: the digests of its weight files, and its damage, if its run measured it.
+
+    By the former its record takes no results of another model, and the latter is for ``lit-unlearn compare --matched``.
+    """
     # Of a checkpoint, or of a module that trains, the weights are others than those of the files.
     is_of_files = isinstance(module, LitEvaluate) and not module.trainer.ckpt_path
-    record = lm.files.read_record() if is_of_files and lm.files is not None else None
-    damage: dict[str, Any] | None = (record or {}).get("damage")
-    return damage
+    if not is_of_files or lm.files is None or (record := lm.files.read_record()) is None:
+        return {}
+    description = {"files": lm.files.describe()["weights"]}
+    return description if record.get("damage") is None else {**description, "damage": record["damage"]}

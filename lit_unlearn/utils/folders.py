@@ -87,11 +87,16 @@ def _find_foreign_file(folder: Path) -> str | None:
     if not digests and os.path.lexists(folder / DIGEST_FILE):
         return DIGEST_FILE
     for name, path in iterate_files(folder):
-        # A link could lead to a file elsewhere. This package writes none.
-        is_ours = name in digests and path.is_file() and not path.is_symlink()
-        if not is_ours or _digest_once(path) not in digests[name]:
+        if not _is_ours(name, path, digests):
             return name
     return None
+
+
+def _is_ours(name: str, path: Path, digests: Mapping[str, Iterable[str]]) -> bool:
+    """Return whether a file is listed and unchanged."""
+    # A link could lead to a file elsewhere. This package writes none.
+    is_file = path.is_file() and not path.is_symlink()
+    return is_file and name in digests and _digest_once(path) in digests[name]
 
 
 def iterate_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -125,6 +130,20 @@ def read_digests(folder: Path) -> dict[str, set[str]]:
         if match := _DIGEST_LINE.fullmatch(line):
             digests.setdefault(match[2], set()).add(match[1])
     return digests
+
+
+def remove_listed_files(folder: Path) -> None:
+    """Remove the files that a folder's ``files.sha256`` lists, and folders that are empty then. What is not ours stays."""
+    digests = read_digests(folder)
+    if not digests:
+        return
+    for name, path in list(iterate_files(folder)):
+        if _is_ours(name, path, digests):
+            path.unlink()
+            remove_if_empty(path.parent)
+    # Last, so that an interrupted removal can go on.
+    (folder / DIGEST_FILE).unlink(missing_ok=True)
+    remove_if_empty(folder)
 
 
 def _write_digests(file: Path, digests: Mapping[str, Iterable[str]]) -> None:

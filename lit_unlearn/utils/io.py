@@ -66,17 +66,34 @@ def write_json(path: Path, content: dict[str, Any], private: bool = False) -> No
         json.dump(content, file, indent=2)
 
 
+def is_file(text: str) -> bool:
+    """Return whether a text is the path of a file. It may be longer than a path can be, or have any characters."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_yaml_text(config: str) -> str:
+    """Return the text of a configuration, which is a file or YAML itself."""
+    return Path(config).read_text(encoding="utf-8") if is_file(config) else config
+
+
 @contextmanager
-def atomic_file(target: Path, private: bool = False) -> Iterator[Path]:
+def atomic_file(target: Path, private: bool = False, may_replace: bool = True) -> Iterator[Path]:
     """Yield a file to write, which takes the target's place when the block ends, and is removed if it fails.
 
     Args:
-        target: Final path; its folder is created. The unfinished file has the same suffix.
+        target: Final path; its folder is created. Of a link, the file that it leads to is written. The unfinished file has the same
+            suffix.
         private: Whether only the user may read the file, and the folder if it is created now; by default the umask decides.
+        may_replace: Whether a file that is there when the block ends is replaced.
 
     Raises:
         OutputError: If it cannot be written.
+        OccupiedError: If a file is there that may not be replaced; the new one is kept beside it, and the message names it.
     """
+    target = resolve_path(target)
     # Beside the target: a move from another disk would be a copy, which an interruption can cut.
     unfinished = target.with_name(f".{os.getpid()}.{target.name}")
     try:
@@ -85,10 +102,32 @@ def atomic_file(target: Path, private: bool = False) -> Iterator[Path]:
             if private:
                 os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT, 0o600))
             yield unfinished
-            unfinished.replace(target)
+            if may_replace:
+                unfinished.replace(target)
+            else:
+                _publish_new(unfinished, target)
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def _publish_new(unfinished: Path, target: Path) -> None:
+    """Give a finished file its name, unless another file has that name by now."""
+    try:
+        # At once: a check and a renaming would leave time between them.
+        os.link(unfinished, target)
+        return
+    except FileExistsError:
+        is_free = False
+    except OSError:
+        # The disk has no hard links.
+        is_free = not os.path.lexists(target)
+    final = target if is_free else target.with_stem(f"{target.stem}-{os.getpid()}")
+    unfinished.replace(final)
+    if not is_free:
+        raise OccupiedError(
+            f"'{target}' was not there at the start, and is now: what was to be written is in '{final}'."
+        )
 
 
 @contextmanager
@@ -152,14 +191,20 @@ def check_output_file(
         is_ours: Whether a file that is there may be replaced; ``None`` where nothing is.
 
     Raises:
-        ConfigError: If it is a folder, or its folder cannot be written to.
+        ConfigError: If it is a folder or a device, or its folder cannot be written to.
         OccupiedError: If it would replace a file of the user's.
     """
     if file.is_dir():
         message = f"'{file}' is a folder, and a file is to be written: give the path of one in it"
         message += f" as `{argument}`." if argument else "."
         raise ConfigError(message, owner=owner, argument=argument)
-    check_writable(file.parent, owner=owner, argument=argument)
+    if file.exists() and not file.is_file():
+        message = (
+            f"'{file}' is a device or a pipe, and a file is written and then given its name: give the path of a file"
+        )
+        message += f" as `{argument}`." if argument else "."
+        raise ConfigError(message, owner=owner, argument=argument)
+    check_writable(resolve_path(file).parent, owner=owner, argument=argument)
     if is_ours is not None and os.path.lexists(file) and not is_ours(file):
         message = f"'{file}' is there already, and may be a file of yours: give another"
         message += f" `{argument}`, or remove it." if argument else " one, or remove it."

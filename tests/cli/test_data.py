@@ -65,8 +65,16 @@ def test_a_rule_shows_the_chosen_rows_and_the_rest(
     cli.main(["data", write_rows("train.jsonl", rows), "--where={customer: 0}"])
     printed = capsys.readouterr().out
     assert "train.jsonl (chosen): 3 rows" in printed
-    assert "train.jsonl (the rest): 7 rows" in printed
+    assert "train.jsonl (where_not): 7 rows" in printed
     assert "row 6" in printed.splitlines()[-1]  # of the rest
+
+
+def test_rows_that_are_neither_chosen_nor_the_others_are_counted(
+    write_rows: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{n}?", "answer": "Here.", "a": n % 2, "b": n // 2} for n in range(4)]
+    cli.main(["data", write_rows("train.jsonl", rows), "--where={a: 0, b: 0}"])
+    assert "train.jsonl: 2 rows are in neither set" in capsys.readouterr().out
 
 
 def test_spans_and_chunks_are_shown(

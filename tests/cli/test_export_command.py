@@ -156,8 +156,15 @@ def test_results_go_into_the_record_of_an_export(in_tmp: Path, model_dir: str, r
     data = {"forget": {"rows": 7, "texts": "a", "tokens": "b"}}
     aggregate = {"forget/rougeL_recall": 0.125, "model_utility": 0.5}
     results = {"suite": "tofu", "aggregate": aggregate, "examples": {"forget": [{"answer": "secret"}]}, "data": data}
-    Path("tofu.json").write_text(json.dumps({**results, "missing": {"forget_quality": "no retain-only results"}}))
+    results["missing"] = {"forget_quality": "no retain-only results"}
     before = record("out")
+    # What `evaluate` writes of an export has the digests of its weights.
+    weights = {"model.safetensors": before["files"]["model.safetensors"]}
+    Path("tofu.json").write_text(json.dumps({**results, "model": {"name": "out", "files": weights}}))
+    for files in ({"model.safetensors": "0" * 64}, {}):
+        Path("other.json").write_text(json.dumps({**results, "model": {"name": "retain_only", "files": files}}))
+        message = refused("out", "out", "--results", "tofu.json", "other.json")
+        assert "the results of 'retain_only' (tofu) were not measured on the files in 'out'" in message
     cli.main(["export", "out", "out", "--results", "tofu.json"])
     cli.main(["export", "out", "out", "--results", "tofu.json"])  # the same file is not added twice
     found, card = record("out"), Path("out/README.md").read_text()
@@ -171,6 +178,9 @@ def test_results_go_into_the_record_of_an_export(in_tmp: Path, model_dir: str, r
         file.seek(-1, 2)
         file.write(b"\x01")
     assert "the files in 'out' are not those that its record was made with" in refused("out", "elsewhere")
+    # They are copied as they are.
+    for option in ("--dtype=bfloat16", f"--model={model_dir}"):
+        assert "give its checkpoint, or leave out" in refused("out", "elsewhere", option)
     assert not Path("elsewhere").exists()
 
 

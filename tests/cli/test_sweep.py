@@ -23,7 +23,7 @@ from lit_unlearn.cli import sweep
 from lit_unlearn.cli.cells import STATE_FILE, Processes, read_state, run_cell, run_cells
 from lit_unlearn.cli.grid import Cell, read_sweep
 from lit_unlearn.errors import ConfigError, LitUnlearnError
-from lit_unlearn.utils.folders import lock_file
+from lit_unlearn.utils.folders import lock_file, replace_folder
 from lit_unlearn.utils.io import write_json
 
 SWEEP: dict[str, Any] = {
@@ -54,14 +54,14 @@ class FakeCommands:
 
     Args:
         ends: By a part of a command, how it ends: exit code and what it prints. All others end well.
-        report: What a fit writes.
+        report: What a fit writes; ``None`` for nothing, as a dry run does.
         verdict: What an audit writes; ``None`` for one that crashes before.
     """
 
     def __init__(
         self,
         ends: dict[str, tuple[int, str]] | None = None,
-        report: dict[str, Any] = REPORT,
+        report: dict[str, Any] | None = REPORT,
         verdict: str | None = None,
     ) -> None:
         self.ends = ends or {}
@@ -79,7 +79,7 @@ class FakeCommands:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(printed)
                 return code
-        if arguments[0] == "fit":
+        if arguments[0] == "fit" and self.report is not None:
             write_json(log.parent / "report.json", self.report)
         return 0
 
@@ -315,7 +315,7 @@ def test_a_cell_is_not_continued_with_an_edited_configuration(run: Any) -> None:
         cli.main(["sweep", "sweep.yaml", "--only", NAMES[0]])
 
 
-@pytest.mark.parametrize("option", ["--policy mine.yaml", "--policy=mine.yaml"])
+@pytest.mark.parametrize("option", ["--policy mine.yaml", "--policy=mine.yaml", "-c mine.yaml"])
 def test_an_audit_that_has_ended_keeps_its_policy(run: Any, option: str) -> None:
     policy = Path("mine.yaml")
     policy.write_text("min_rows: 10\n", encoding="utf-8")
@@ -331,6 +331,17 @@ def test_an_audit_that_has_ended_keeps_its_policy(run: Any, option: str) -> None
     policy.unlink()
     with pytest.raises(SystemExit, match=r"no configuration file 'mine\.yaml'"):
         cli.main(["sweep", "sweep.yaml"])
+    # Without the command, its file does not matter.
+    write_sweep(after=None)
+    run("--only", NAMES[0])
+
+
+def test_a_configuration_may_be_yaml_itself(in_tmp: Path, capsys: Any) -> None:
+    attack = "attack {cell}/model --output {cell}/attack --config '{attacks: {prefix: {}}, max_new_tokens: 20}'"
+    _, cells = read_sweep(write_sweep(after=attack))
+    assert "{attacks: {prefix: {}}, max_new_tokens: 20}" in cells[0].digests
+    with pytest.raises(SystemExit, match="a sweep must be a YAML file"):
+        cli.main(["sweep", "{output: sweep, grid: {seed: [0]}}"])
 
 
 def test_what_did_not_start_or_only_measures_may_be_corrected(run: Any) -> None:
@@ -356,7 +367,9 @@ def test_settings_of_a_fit_that_has_left_a_checkpoint_are_not_corrected(run: Any
 
 
 @pytest.mark.parametrize(
-    ("code", "verdict", "status"), [(1, "fail", "done"), (3, "not decidable", "done"), (1, None, "failed")]
+    ("code", "verdict", "status"),
+    # The last has passed, and its ledger could not be written.
+    [(1, "fail", "done"), (3, "not decidable", "done"), (1, None, "failed"), (1, "pass", "failed")],
 )
 def test_an_audit_that_does_not_pass_is_a_result(
     code: int, verdict: str | None, status: str, run: Any, capsys: Any
@@ -368,6 +381,13 @@ def test_an_audit_that_does_not_pass_is_a_result(
     run("--only", NAMES[0], commands=fake, fails=status == "failed")
     assert read_state(Path("sweep", NAMES[0])).status == status
     assert verdict is None or f"{verdict}, pass" in capsys.readouterr().out
+
+
+def test_a_matched_run_without_a_report_is_a_failed_cell(run: Any) -> None:
+    write_sweep(matched="kl", settings={"trainer.fast_dev_run": True})
+    commands = FakeCommands(report=None)
+    run("--only", NAMES[0], commands=commands, fails=True)
+    assert read_state(Path("sweep", NAMES[0])).reason == "not at matched damage: the fit left no report.json"
 
 
 @pytest.mark.parametrize("is_reached", [True, False])
@@ -382,18 +402,27 @@ def test_a_matched_run_that_ends_before_the_limit_is_a_failed_cell(is_reached: b
     assert reason is None if is_reached else reason.startswith("not at matched damage: its run ended at step 7")
 
 
+@pytest.mark.parametrize("has_results", [False, True])
 @pytest.mark.parametrize("keep", ["all", "model", "results"])
-def test_weights_stay_as_the_file_says(keep: str, run: Any) -> None:
+def test_weights_stay_as_the_file_says(keep: str, has_results: bool, run: Any) -> None:
     write_sweep(keep=keep)
     folder = Path("sweep", NAMES[0])
-    for name in ("fit/checkpoints/last-step=2.ckpt", "fit/version_0/metrics.csv", "model/unlearning.json"):
+    for name in ("fit/checkpoints/last-step=2.ckpt", "fit/version_0/metrics.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+    with replace_folder(folder / "model") as staging:
+        for name in ("unlearning.json", "model.safetensors"):
+            (staging / name).write_text(name)
+    # What a command of `after` has written there is no part of the export.
+    if has_results:
+        (folder / "model/qa.json").write_text("results")
     run("--only", NAMES[0])
     assert (folder / "fit/checkpoints").exists() == (keep == "all")
-    assert (folder / "model").exists() == (keep != "results")
+    assert (folder / "model/model.safetensors").exists() == (keep != "results")
+    assert (folder / "model").exists() == (keep != "results" or has_results)
+    assert (folder / "model/qa.json").exists() == has_results
     record = folder / ("unlearning.json" if keep == "results" else "model/unlearning.json")
-    assert record.read_text() == "model/unlearning.json"
+    assert record.read_text() == "unlearning.json"
     assert (folder / "fit/version_0/metrics.csv").exists()
 
 

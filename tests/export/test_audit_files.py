@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from audit_models import SETS, benchmark, make_key, trained, write_policy, write_sets
 from browser import measure_widths
 
@@ -22,7 +21,7 @@ from lit_unlearn.evaluation.audit import judge
 from lit_unlearn.evaluation.audit_policy import Policy, Requirement, read_policy
 from lit_unlearn.evaluation.audit_run import measure_model
 from lit_unlearn.evaluation.measures import Evidence
-from lit_unlearn.export.audit_files import build_audit, describe_model, describe_record, was_fixed_before, write_audit
+from lit_unlearn.export.audit_files import build_audit, describe_record, load_described, was_fixed_before, write_audit
 from lit_unlearn.export.audit_page import render_page
 from lit_unlearn.export.signature import load_signing_key
 from lit_unlearn.export.verification import verify_folder
@@ -41,15 +40,13 @@ def measured(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> di
     policy = read_policy(write_policy(folder, requirements=REQUIREMENTS, attacks=None))
     model = trained(tokenizer_dir, "retain")
     lm = LanguageModel(model)
-    lm.load(torch.float32)
+    described = load_described(lm, "float32")
     evidence = Evidence()
     sets = write_sets(folder)
     measure_model(evidence, "model", lm, benchmark(**sets), policy)
     data = benchmark(**sets).describe_data(lm.tokenizer)
     for name, file in sets.items():
         data[name]["sha256"] = Source(file).digest()
-    assert lm.model is not None
-    described = describe_model(lm)
     audit = build_audit(judge(policy, evidence), model=described, data=data, request="case <17>")
     return {"audit": audit, "sets": sets, "model": model}
 
@@ -197,7 +194,14 @@ def test_thresholds_that_were_changed_throughout_are_found_by_policy_and_record(
         checks = verify_folder(folder, str(tmp_path / "model"), policy=policy)
         return {check.subject for check in checks if check.matches is False and "policy" in check.subject}
 
+    # The audit was made of a model without this record.
+    untrue = "whether the policy was fixed before the run"
+    assert find() == {untrue}
+    assert change_audit(folder, lambda audit: audit.update(policy_fixed_before=True)) == []
     assert find() == set()
+    (tmp_path / "model" / "unlearning.json").write_text(json.dumps({"files": {}}), encoding="utf-8")
+    assert find() == {untrue}
+    (tmp_path / "model" / "unlearning.json").write_text(json.dumps(record), encoding="utf-8")
 
     def change_threshold(audit: dict[str, Any]) -> None:
         audit["policy"]["requirements"][0]["at_most"] = audit["findings"][0]["at_most"] = 0.34
