@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -197,7 +198,7 @@ class ExportModel(Callback):
         """Copy the model that the first part of a resumed run exported elsewhere: no later one may be better."""
         folder, earlier = Path(str(self._folder)), Path(self.earlier_folder or "")
         is_elsewhere = self.earlier_folder is not None and earlier.is_dir() and not earlier.samefile(folder)
-        if not is_elsewhere or not _is_export_of(earlier, best):
+        if not is_elsewhere or not is_export_of(earlier, best):
             return
         with replace_folder(folder) as staging:
             for name in read_digests(earlier):
@@ -217,7 +218,7 @@ class ExportModel(Callback):
 
     def _has_export_of(self, measurement: Measurement, trainer: L.Trainer) -> bool:
         """Return whether the folder has the model that was measured; a collective call."""
-        is_there = trainer.is_global_zero and _is_export_of(Path(str(self._folder)), measurement)
+        is_there = trainer.is_global_zero and is_export_of(Path(str(self._folder)), measurement)
         return bool(trainer.strategy.broadcast(is_there))
 
     def on_validation_batch_end(
@@ -255,22 +256,84 @@ class ExportModel(Callback):
             )
             return
 
-        # An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was
-        # resumed, the present epsilon.
-        def renew_record() -> None:
-            # Only the first process has the record.
-            record = self._add_outcome(kept, trainer, pl_module)
-            folder = Path(str(self._folder))
-            exported = read_json(folder / RECORD_FILE)
-            record |= {"benchmarks": exported["benchmarks"], "files": exported["files"]}
-            with replace_folder(folder, keeps_others=True) as staging:
-                write_record(staging, record)
-            if self.ledger is not None and record["kind"] == "unlearned":
-                append_entry(Path(self.ledger), describe_export(record, self.request))
+        def conclude() -> None:
+            self._append_to_ledger(self._renew_record(kept, trainer, pl_module))
 
-        check_on_first_process(trainer, renew_record)
+        # Only the first process has the record.
+        check_on_first_process(trainer, conclude)
         rank_zero_info(f"model: {self._folder}")
         self._is_finished = True
+
+    def finish(self, trainer: L.Trainer, module: LitUnlearn, kept: Measurement) -> None:
+        """Record the end of a run that was interrupted after its last checkpoint, in `on_train_end`; a collective call.
+
+        The record of the export gets the run's number of steps, and the ledger its entry. What is there already stays.
+
+        Args:
+            trainer: Of a fit that resumed the run, and had no step left.
+            module: Of the run.
+            kept: Measurement of the model that the run keeps, which is the one in the folder.
+        """
+        # A checkpoint of an earlier version has no record.
+        if not self._record:
+            return
+        folder = str(self.dirpath or self.earlier_folder)
+        # A run that ended well and is given again comes here, too: nothing is locked or written then.
+        is_recorded = trainer.is_global_zero and self._has_recorded_end(Path(folder), trainer.global_step)
+        if trainer.strategy.broadcast(is_recorded):
+            return
+        if self.dirpath is None:
+            self._take_folder(trainer, module, folder)
+
+        def conclude() -> None:
+            record = read_json(Path(folder) / RECORD_FILE)
+            if record["steps"] < trainer.global_step:
+                record = self._renew_record(kept, trainer, module)
+            if not self._is_in_ledger(record):
+                self._append_to_ledger(record)
+
+        check_on_first_process(trainer, conclude)
+        rank_zero_info(f"the end of the run had not been recorded, and is now: {folder}")
+        self._is_finished = True
+
+    def _has_recorded_end(self, folder: Path, steps: int) -> bool:
+        """Return whether the export's record has all steps of the run, and the ledger has the export."""
+        record = read_json(folder / RECORD_FILE)
+        # More steps than these are of another run.
+        return record["steps"] >= steps and self._is_in_ledger(record)
+
+    def _renew_record(self, kept: Measurement, trainer: L.Trainer, module: LitLanguageModel) -> Record:
+        """Write the record of the export again at the end of the run, and return it.
+
+        An earlier export does not know how many steps followed, nor the λ that they ended with; nor, if the run was resumed,
+        the present epsilon.
+        """
+        record = self._add_outcome(kept, trainer, module)
+        folder = Path(str(self._folder))
+        exported = read_json(folder / RECORD_FILE)
+        record |= {"benchmarks": exported["benchmarks"], "files": exported["files"]}
+        with replace_folder(folder, keeps_others=True) as staging:
+            write_record(staging, record)
+        return record
+
+    def _append_to_ledger(self, record: Record) -> None:
+        if self.ledger is not None and record["kind"] == "unlearned":
+            append_entry(Path(self.ledger), describe_export(record, self.request))
+
+    def _is_in_ledger(self, record: Record) -> bool:
+        """Return whether the ledger has an entry of the exported weights for the request, or is to have none."""
+        if self.ledger is None or record["kind"] != "unlearned":
+            return True
+        ledger = Path(self.ledger)
+        if not ledger.is_file():
+            return False
+        entry = describe_export(record, self.request)
+        # Not `read_ledger`: it refuses a ledger in which a line was changed, and a run appends to one all the same.
+        for line in ledger.read_bytes().split(b"\n"):
+            with suppress(ValueError):
+                if _identify_entry(json.loads(line)) == _identify_entry(entry):
+                    return True
+        return False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail the fit if the kept model is nowhere. By now everything else is written.
@@ -344,13 +407,20 @@ class ExportModel(Callback):
         self.earlier_folder, self._record = state_dict["folder"], state_dict.get("record", {})
 
 
-def _is_export_of(folder: Path, measurement: Measurement) -> bool:
+def is_export_of(folder: Path, measurement: Measurement) -> bool:
     """Return whether an export is of the model that was measured."""
     # A record that is damaged or of an earlier version is of no known model.
     with suppress(OSError, ValueError):
         record = read_json(folder / RECORD_FILE)
         return (record.get("step"), record.get("checksum")) == (measurement.step, measurement.weights)
     return False
+
+
+def _identify_entry(entry: Any) -> tuple[Any, ...]:
+    """Return what tells an entry of a ledger from those of other models and requests."""
+    if not isinstance(entry, dict):
+        return ()
+    return entry.get("kind"), entry.get("request"), entry.get("model")
 
 
 def _fingerprint_export(module: LitLanguageModel) -> str | None:

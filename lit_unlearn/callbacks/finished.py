@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_unlearn.callbacks.export import ExportModel
+from lit_unlearn.callbacks.export import ExportModel, is_export_of
 from lit_unlearn.callbacks.report import Report, RunReport
 from lit_unlearn.callbacks.run_state import get_constraints
 from lit_unlearn.errors import ConfigError, RequirementNotMet
@@ -17,13 +17,15 @@ from lit_unlearn.evaluation.verdict import decide, get_slack
 from lit_unlearn.export.record import RECORD_FILE, digest_export
 from lit_unlearn.training import LitUnlearn
 from lit_unlearn.training.module import LitLanguageModel
+from lit_unlearn.training.run_folder import is_dry_run
 from lit_unlearn.utils.io import read_json
 
 
 class FinishedRun(Callback):
     """End a fit that has no step left: well if its export is there and is of this run, else with what to do.
 
-    A script that always gives ``--ckpt_path last`` would otherwise take an exit code of 0 for a new model.
+    A script that always gives ``--ckpt_path last`` would otherwise take an exit code of 0 for a new model. If the run was
+    interrupted between its last checkpoint and its end, report, record and ledger entry are written first.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class FinishedRun(Callback):
                 "the settings of the Trainer or of the data left no step to take, so there is no model to export."
             )
         exporter = next((c for c in trainer.callbacks if isinstance(c, ExportModel)), None)  # type: ignore[attr-defined]
+        _finish_interrupted_run(trainer, pl_module, exporter)
         # One process looks, and all end alike.
         problem, folder = None, None
         if exporter is not None:
@@ -69,6 +72,24 @@ class FinishedRun(Callback):
             failures = _find_missed_requirements(trainer, pl_module, folder)
             if failures:
                 raise RequirementNotMet("\n".join(failures))
+
+
+def _finish_interrupted_run(trainer: L.Trainer, module: LitLanguageModel, exporter: ExportModel | None) -> None:
+    """Write what a run that was interrupted after its last checkpoint has not written at its end; a collective call."""
+    folder = None if exporter is None else find_export(exporter)
+    if folder is None or not isinstance(module, LitUnlearn) or module.best is None or is_dry_run(trainer):
+        return
+    # The last model is not measured now: `WeightAveraging` and the like exchange weights only while a fit takes steps.
+    kept = module.best
+    if module.keep == "last" and kept.step != trainer.global_step:
+        return
+    # At its end, a run may have measured and exported a better model, of which its last checkpoint does not know.
+    is_there = trainer.is_global_zero and is_export_of(folder, kept)
+    if not trainer.strategy.broadcast(is_there):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunReport | ExportModel):
+            callback.finish(trainer, module, kept)
 
 
 def find_export(exporter: ExportModel) -> Path | None:

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_unlearn.callbacks.advice import rounds_steps_away
 from lit_unlearn.callbacks.damage import find_damage
 from lit_unlearn.callbacks.run_state import get_constraints, get_multipliers, measure_kept_model
+from lit_unlearn.data.base import ForgetRetain
 from lit_unlearn.errors import RequirementNotMet
 from lit_unlearn.evaluation.tables import report_table
 from lit_unlearn.evaluation.verdict import (
@@ -30,8 +32,9 @@ from lit_unlearn.evaluation.verdict import (
     get_slack,
     is_feasible,
 )
+from lit_unlearn.export.record import digest_examples
 from lit_unlearn.plotting.run_log import REPORT_FILE
-from lit_unlearn.training import LitUnlearn
+from lit_unlearn.training import LitUnlearn, Measurement
 from lit_unlearn.training.module import LitLanguageModel
 from lit_unlearn.training.run_folder import find_run_folder, is_dry_run
 from lit_unlearn.utils.distributed import gather_objects
@@ -57,7 +60,8 @@ class Report:
         after: The same values of the kept model.
         constraints: By name, ``value``, ``slack`` and ``epsilon`` of the kept model, ``multiplier_before`` and
             ``multiplier_after`` of the run, and the ``stream``.
-        seconds: Duration of the fit, with the measurement before the first step, without the one after the last.
+        seconds: Duration of the fit, with the measurement before the first step, without the one after the last; NaN, as
+            the memory, if the run was interrupted at its end, and another process wrote the report.
         peak_memory_mib: Largest memory of any process: of its tensors on the GPU, or resident since the process began.
         peak_memory_device: Where that memory is, ``"cuda"`` or ``"cpu"``.
         verdict: ``"forgotten"``, ``"not forgotten"`` or ``"not decidable"``, see `lit_unlearn.evaluation.verdict.decide`;
@@ -67,6 +71,8 @@ class Report:
         damage: Where the run ended, see `StopAtDamage`; ``None`` if it measured no damage.
         example: ``tokens`` of the first forget example and which of them are ``supervised``; only if the data module's
             ``show_example`` is true, because it is text of a row.
+        data: By stream, its number of examples as ``rows`` and the ``sha256`` of their tokens, as in the record of an export; empty
+            for a data module of another kind.
     """
 
     steps: int
@@ -82,6 +88,8 @@ class Report:
     keep: str = "best"
     example: dict[str, list[Any]] | None = None
     damage: dict[str, Any] | None = None
+    # Reports of earlier versions lack it.
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def violated(self) -> list[str]:
@@ -134,6 +142,7 @@ class RunReport(Callback):
         self.report: Report | None = None
         self._failures: list[str] = []
         self._before: dict[str, Any] = {}
+        self._file: str | None = None  # of the start that trained last
         self._start_time = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -145,6 +154,9 @@ class RunReport(Callback):
         # A resumed run begins with a model that has forgotten already: its first part measured the one before.
         if not self._before and isinstance(pl_module, LitLanguageModel):
             self._before = {"values": pl_module.measure(), "multipliers": get_multipliers(pl_module)}
+        if isinstance(pl_module, LitLanguageModel) and not is_dry_run(trainer):
+            # Absolute: the run may be resumed from another working directory.
+            self._file = str(self._choose_file(trainer).absolute())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the kept model, write the file and print the table."""
@@ -154,20 +166,53 @@ class RunReport(Callback):
         seconds = time.monotonic() - self._start_time
         rank_zero_info(f"fit: {trainer.global_step - self._first_step} steps in {seconds:.1f} s")
 
-        report = self._make_report(trainer, pl_module, seconds)
+        report = self._make_report(trainer, pl_module, measure_kept_model(pl_module), seconds)
+        # Every process asks for the run's folder.
+        self._publish(trainer, pl_module, report, None if is_dry_run(trainer) else self._choose_file(trainer))
+
+    def finish(self, trainer: L.Trainer, module: LitUnlearn, kept: Measurement) -> None:
+        """Report a run that was interrupted after its last checkpoint, before `on_train_end`; a collective call.
+
+        Args:
+            trainer: Of a fit that resumed the run, and had no step left.
+            module: Of the run.
+            kept: Measurement of the model that the run keeps.
+        """
+        # Not the folder of this start: the next one would not find the report there, and write another.
+        name = self._file if self.dirpath is None else str(Path(self.dirpath) / REPORT_FILE)
+        # A checkpoint of an earlier version does not say where the report was.
+        if name is None or not self._before:
+            return
+        file = Path(name)
+        # A run that was moved has its report somewhere else.
+        was_moved = self.dirpath is None and not file.parent.is_dir()
+        is_missing = not was_moved and not _is_report_of(file, trainer.global_step, kept.step)
+        # The first process decides: the others may not see its disk.
+        if not trainer.strategy.broadcast(is_missing):
+            return
+
+        report = self._make_report(trainer, module, kept, seconds=math.nan)
+        # What the steps took is not known: this process has taken none.
+        report.peak_memory_mib, report.peak_memory_device = math.nan, ""
+        self._publish(trainer, module, report, file)
+
+    def _choose_file(self, trainer: L.Trainer) -> Path:
+        """Return the file of this start of the run; a collective call."""
+        return Path(self.dirpath or find_run_folder(trainer)) / REPORT_FILE
+
+    def _publish(self, trainer: L.Trainer, module: LitLanguageModel, report: Report, file: Path | None) -> None:
+        """Print a report with its hints, and write it unless there is no file to write."""
         self.report = report
         self._failures = self.find_failures(report)
         if trainer.is_global_zero:
             print(report)
-        if not is_dry_run(trainer):
-            # Every process asks for the run's folder.
-            path = Path(self.dirpath or find_run_folder(trainer)) / REPORT_FILE
+        if file is not None:
             if trainer.is_global_zero:
-                report.write(path)
-            rank_zero_info(f"report: {path}")
+                report.write(file)
+            rank_zero_info(f"report: {file}")
 
-        if isinstance(pl_module, LitUnlearn):
-            for hint in _find_hints(report, pl_module, rounds_steps_away(trainer)):
+        if isinstance(module, LitUnlearn):
+            for hint in _find_hints(report, module, rounds_steps_away(trainer)):
                 rank_zero_warn(hint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,8 +224,9 @@ class RunReport(Callback):
         if self._failures:
             raise RequirementNotMet("\n".join(self._failures))
 
-    def _make_report(self, trainer: L.Trainer, module: LitLanguageModel, seconds: float) -> Report:
-        measurement = measure_kept_model(module)
+    def _make_report(
+        self, trainer: L.Trainer, module: LitLanguageModel, measurement: Measurement, seconds: float
+    ) -> Report:
         constraints = {}
         for name, constraint in get_constraints(module).items():
             # Without validation examples of its stream, a constraint has no value to report.
@@ -195,6 +241,7 @@ class RunReport(Callback):
                     "multiplier_after": constraint.multiplier.value,
                 }
         device = trainer.strategy.root_device
+        data = getattr(trainer, "datamodule", None)
         verdict, keep = None, "last"
         if isinstance(module, LitUnlearn):
             verdict = decide(self._before["values"], measurement.values, self.max_forget_probability)
@@ -212,8 +259,9 @@ class RunReport(Callback):
             verdict=verdict,
             max_forget_probability=self.max_forget_probability,
             keep=keep,
-            example=getattr(getattr(trainer, "datamodule", None), "shown_example", None),
+            example=getattr(data, "shown_example", None),
             damage=find_damage(trainer),
+            data=_describe_streams(data),
         )
 
     def find_failures(self, report: Report) -> list[str]:
@@ -235,12 +283,32 @@ class RunReport(Callback):
         return failures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values before the first step, for a run that is resumed."""
-        return self._before
+        """Return the values before the first step, and where the report will be, for a run that is resumed."""
+        return {**self._before, "file": self._file}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._before = state_dict
+        self._before = dict(state_dict)
+        # Missing in checkpoints of an earlier version.
+        self._file = self._before.pop("file", None)
+
+
+def _is_report_of(file: Path, steps: int, kept_step: int) -> bool:
+    """Return whether a file is the report of a run that took these steps and kept this model."""
+    # One that is damaged is of no run.
+    with suppress(OSError, ValueError):
+        report = read_json(file)
+        return (report.get("steps"), report.get("kept_step")) == (steps, kept_step)
+    return False
+
+
+def _describe_streams(data: Any) -> dict[str, dict[str, Any]]:
+    """Return rows and digest of every stream, by which two reports are known to be of the same examples."""
+    streams = {}
+    if isinstance(data, ForgetRetain):
+        for name, examples in data.examples.items():
+            streams[name] = {"rows": len(examples), "sha256": digest_examples(examples)}
+    return streams
 
 
 def _peak_memory_mib(device: torch.device) -> float:

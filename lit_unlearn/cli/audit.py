@@ -20,7 +20,7 @@ from lit_unlearn.cli.questions import (
 )
 from lit_unlearn.data.source import digest_if_whole
 from lit_unlearn.data.templates import Chat
-from lit_unlearn.errors import ModelError, NotDecidable, RequirementNotMet
+from lit_unlearn.errors import NotDecidable, RequirementNotMet
 from lit_unlearn.evaluation.audit import FAIL, PASS, AuditResult, check_prompts, judge
 from lit_unlearn.evaluation.audit_policy import Policy, read_policy
 from lit_unlearn.evaluation.audit_run import check_roles, check_rows, measure_model
@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> None:
 
     Raises:
         RequirementNotMet: If the verdict is "fail".
-        NotDecidable: If it is "not decidable".
+        NotDecidable: If it is "not decidable", or the model was replaced meanwhile.
     """
     started = time.monotonic()
     parser = build_parser()
@@ -132,8 +132,10 @@ def run(arguments: list[str]) -> None:
     for warning in check_prompts(policy, evidence):
         print_warning(warning)
     if read_record(options.model) != record:
-        message = f"another model was exported to '{options.model}' meanwhile, and its record is not that of the measured one: audit it again."
-        raise ModelError(message)
+        raise NotDecidable(
+            f"another model was exported to '{options.model}' meanwhile, and its record is not that of the measured one: nothing is "
+            "certified. Audit it again."
+        )
     result = judge(policy, evidence)
 
     files = {stream: digest_if_whole(source.describe()) for stream, source in sources.items()}

@@ -21,7 +21,9 @@ from lit_unlearn.evaluation.seeds import Group, average_results, read_report, se
 from lit_unlearn.plotting import draw_trade_off
 from lit_unlearn.utils.io import atomic_file, check_output_file, read_json
 
-# A part of a path, such as "method=pdu,seed=0", "seed_1" or "pdu-seed2".
+# The axis of a sweep, in a cell such as "data_seed=0,seed=1".
+_SEED_AXIS = re.compile(r"(?:^|,)seed=(\d+)(?=,|$)")
+# In a path without one: a part such as "seed_1" or "pdu-seed2".
 _SEED = re.compile(r"(?:^|[,_-])seed[=_-]?(\d+)(?=[,._-]|$)")
 
 
@@ -104,10 +106,10 @@ def run(arguments: list[str]) -> None:
     if options.output is None:
         print(text)
     else:
-        with atomic_file(options.output) as output:
+        with atomic_file(options.output, may_replace=options.overwrite) as output:
             output.write_text(text + "\n", encoding="utf-8")
     if options.figure is not None:
-        with atomic_file(options.figure) as output:
+        with atomic_file(options.figure, may_replace=options.overwrite) as output:
             draw_trade_off(shown, names, output)
 
 
@@ -172,8 +174,10 @@ def group_by_seed(files: Sequence[Path]) -> dict[Path, dict[int, Path]]:
     groups: dict[Path, dict[int, Path]] = {}
     for file in files:
         parts, seed = [], None
-        for name in file.with_suffix("").parts:
-            if match := _SEED.search(name):
+        names = file.with_suffix("").parts
+        pattern = _SEED_AXIS if any(map(_SEED_AXIS.search, names)) else _SEED
+        for name in names:
+            if match := pattern.search(name):
                 seed = int(match[1])
                 name = (name[: match.start()] + name[match.end() :]).lstrip(",_-")
             parts.append(name)
@@ -259,12 +263,19 @@ def _read_comparable(files: Sequence[Path], retain: Path | None) -> dict[Path, R
         DataError: If they cannot be compared.
     """
     read = _read_files(files)
-    first = next(iter(read))
+    # A report of an earlier version does not say which rows it is of: the others are checked against each other.
+    with_rows = [file for file, results in read.items() if results.data]
+    first = next(iter(with_rows or read))
     reference = read[first] if retain is None else Results.read(retain)
     whose = "the first model" if retain is None else "the retain-only model"
     comparable = {}
     for file, results in read.items():
-        forget = results.data.get("forget", {"rows": None, "texts": None, "tokens": None})
+        if with_rows and file not in with_rows:
+            print_warning(
+                f"'{file}' is a report that does not say which rows it is of: check that they are those of the others."
+            )
+        data = results.data or reference.data
+        forget = data.get("forget", {"rows": None, "texts": None, "tokens": None})
         try:
             check_same_rows(results.benchmark, forget, reference, "forget", str(retain or first), whose)
             comparable[file] = results if retain is None else _add_scores(results, reference, file)

@@ -17,6 +17,7 @@ from lit_unlearn.export.ledger import (
     find_latest_audit,
     find_request_audit,
     format_ledger,
+    label_exports,
     list_ancestors,
     list_requests,
     list_unaudited_requests,
@@ -95,7 +96,8 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
         if getattr(options, name) is None:
             raise ConfigError(f"--audit needs --{name} FILE.", argument=name)
     newest = find_export(entries, options.audit)
-    files = match_rows(list_requests(entries, newest), options.rows)
+    exports = list_requests(entries, newest)
+    files = match_rows(exports, options.rows)
     arguments = [str(options.audit), f"--ledger={options.ledger}"]
     for name in _AUDIT_OPTIONS:
         if getattr(options, name) is not None:
@@ -104,10 +106,11 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
     failed: list[str] = []
     undecided: list[str] = []
     policy = read_policy(options.policy)
-    exports = {export["request"]: export for export in list_requests(entries, newest)}
-    for request, folder in name_requests(exports).items():
+    # A request with several exports has rows in several files, and an audit of each: c-17 and c-17_2.
+    labeled = label_exports(exports)
+    for request, folder in name_requests(labeled).items():
         print(f"\nrequest {request}")
-        earlier = find_request_audit(entries, newest, exports[request], policy.sha256)
+        earlier = find_request_audit(entries, newest, labeled[request], policy.sha256)
         if earlier is not None:
             print(f"audited on {earlier['created']}: {earlier['verdict']}")
             if earlier["verdict"] != PASS:
@@ -122,7 +125,7 @@ def _audit_requests(options: Namespace, entries: list[Entry]) -> None:
                 [
                     *arguments,
                     f"--forget={files[request]}",
-                    f"--request={request}",
+                    f"--request={labeled[request]['request']}",
                     f"--output={options.output / folder}",
                 ]
             )
@@ -151,7 +154,8 @@ def _write_constraints(options: Namespace, entries: list[Entry]) -> None:
     with atomic_file(options.remember) as file:
         file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     print(
-        f"constraints of {len(requests)} requests: add --config {options.remember} to the next fit, after its other ones"
+        f"constraints that keep earlier requests forgotten: {', '.join(label_exports(requests))}. Add --config {options.remember} "
+        "to the next fit, after its other ones"
     )
 
 

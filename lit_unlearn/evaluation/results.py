@@ -177,7 +177,7 @@ def check_same_rows(
         "benchmark": (benchmark, results.benchmark),
         "number of rows": (data["rows"], their_data.get("rows")),
         "questions and answers (another split?)": (data["texts"], their_data.get("texts")),
-        "tokens (another tokenizer, template or max_length)": (data["tokens"], their_data.get("tokens")),
+        "tokens (other rows, or another tokenizer, template or max_length)": (data["tokens"], their_data.get("tokens")),
     }
     differences = [f"{what}: {here!r} here, {there!r} there" for what, (here, there) in pairs.items() if here != there]
     if differences:

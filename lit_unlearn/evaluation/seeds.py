@@ -28,6 +28,7 @@ def read_report(content: Mapping[str, Any]) -> Results:
 
     Returns:
         With ``feasible`` and ``forgotten``, which are 1 or 0: their mean over seeds is a share. Both are missing of fine-tuning.
+        ``data`` is empty for a report of an earlier version, which does not say which rows it is of.
     """
     constraints, verdict = content["constraints"], content["verdict"]
     feasible = all(is_feasible(values["value"], values["epsilon"]) for values in constraints.values())
@@ -46,7 +47,17 @@ def read_report(content: Mapping[str, Any]) -> Results:
             aggregate[name] = value
         else:
             missing[name] = "the report has no such value, or it is not finite"
-    return Results("report", {}, aggregate, {}, missing, model={"damage": content.get("damage")})
+
+    data = {}
+    for stream, description in content.get("data", {}).items():
+        # The tokens tell other rows and another prompt alike; texts have no digest in a report.
+        data[stream] = {"rows": description["rows"], "texts": None, "tokens": description["sha256"]}
+    settings = {}
+    # It decides `forgotten`, which fine-tuning does not have.
+    if verdict is not None and "max_forget_probability" in content:
+        settings["max_forget_probability"] = content["max_forget_probability"]
+    model = {"damage": content.get("damage")}
+    return Results("report", data, aggregate, {}, missing, settings, model)
 
 
 def average_results(group: Group) -> Results:
@@ -76,7 +87,7 @@ def seeds_table(
         style: As for `format_table`. ``"csv"`` has a line for every value and group, with the ends of the interval.
         confidence: Of the intervals.
         against: Name of a group. The others get a column with the p-value of the paired test against it, over the seeds that both
-            have. Nothing corrects for the number of tests.
+            have; a dash where their differences do not spread. Nothing corrects for the number of tests.
 
     Raises:
         ConfigError: If there is no group ``against``, or the confidence is out of range.
@@ -158,9 +169,10 @@ def _format_spread(values: Mapping[int, float], runs: int, confidence: float) ->
 
 
 def _compare_groups(group: Group, reference: Group, key: str) -> float | None:
-    """Return the p-value of the paired test over the seeds that both have; ``None`` of fewer than two."""
+    """Return the p-value of the paired test over the seeds that both have; ``None`` if these allow no test."""
     values, reference_values = _collect_values(group, key), _collect_values(reference, key)
     shared = sorted(values.keys() & reference_values.keys())
     if len(shared) < 2:
         return None
-    return paired_test([values[seed] for seed in shared], [reference_values[seed] for seed in shared])
+    p_value = paired_test([values[seed] for seed in shared], [reference_values[seed] for seed in shared])
+    return None if math.isnan(p_value) else p_value

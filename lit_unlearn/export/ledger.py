@@ -281,13 +281,54 @@ def find_export(entries: Sequence[Entry], model: Path) -> Entry:
 
 
 def list_requests(entries: Sequence[Entry], newest: Entry) -> list[Entry]:
-    """Return the exports that a model comes from and that were made for a request, its own among them, the oldest first."""
+    """Return the exports that a model comes from and that were made for a request, its own among them, the oldest first.
+
+    A request that was answered with other rows later has several. Of exports that deleted the same rows for the same request,
+    the newest one stands for all.
+    """
     chain = [newest, *list_ancestors(entries, newest)]
-    return [entry for entry in reversed(chain) if entry["request"] is not None]
+    exports: dict[tuple[Any, Any], Entry] = {}
+    for entry in reversed(chain):
+        if entry["request"] is not None:
+            exports[entry["request"], _identify_rows(entry)] = entry
+    return list(exports.values())
+
+
+def _identify_rows(export: Entry) -> Any:
+    """Return what tells the rows of one export from those of another: their file or, where a rule chose them, their tokens."""
+    forget = export["forget"]
+    return forget.get("file_sha256") or forget.get("tokens_sha256") or forget.get("rows")
+
+
+def label_exports(exports: Iterable[Entry]) -> dict[str, Entry]:
+    """Return exports by their requests; further exports of the same request are numbered.
+
+    Args:
+        exports: From `list_requests`.
+
+    Example:
+        >>> list(label_exports([{"request": "c-17"}, {"request": "c-18"}, {"request": "c-17"}]))
+        ['c-17', 'c-18', 'c-17_2']
+    """
+    exports = list(exports)
+    requests = {export["request"] for export in exports}
+    labeled: dict[str, Entry] = {}
+    for export in exports:
+        label, number = export["request"], 1
+        # Another request may be called "c-17_2" by its user: the number goes on then.
+        while label in labeled or (number > 1 and label in requests):
+            number += 1
+            label = f"{export['request']}_{number}"
+        labeled[label] = export
+    return labeled
 
 
 def name_requests(requests: Iterable[str], prefix: str = "") -> dict[str, str]:
     """Return a name for each request that can be a folder's and a constraint's: letters, digits and underscores.
+
+    Args:
+        requests: As `label_exports` calls them.
+        prefix: Of every name.
 
     Raises:
         DataError: If two requests would get the same name.
@@ -306,23 +347,24 @@ def name_requests(requests: Iterable[str], prefix: str = "") -> dict[str, str]:
 
 
 def match_rows(exports: Sequence[Entry], files: Sequence[str]) -> dict[str, str]:
-    """Find the file of forget rows of every request by its sha256, which is all that a ledger has of it.
+    """Find the file of forget rows of every export by its sha256, which is all that a ledger has of it.
 
     Args:
         exports: From `list_requests`.
         files: Files of rows, in any order.
 
     Returns:
-        Files by request; a request is missing if none of the files has its digest, or if a rule chose its rows from a file.
+        Files by request, as `label_exports` calls it; one is missing if none of the files has its digest, or if a rule chose its
+        rows from a file.
     """
     from lit_unlearn.data.source import Source
 
     by_digest = {Source(file).digest(): file for file in files}
     matches = {}
-    for entry in exports:
+    for request, entry in label_exports(exports).items():
         digest = entry["forget"].get("file_sha256")
         if digest is not None and digest in by_digest:
-            matches[entry["request"]] = by_digest[digest]
+            matches[request] = by_digest[digest]
     return matches
 
 
@@ -330,7 +372,7 @@ def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dic
     """Return a configuration that bounds how far earlier requests may come back, for a run that answers a later one.
 
     On the rows of each of them, its own forgetting objective must stay below 1.2 times what its own run achieved; the factor is a
-    choice, which a line of the file changes.
+    choice, which a line of the file changes. A request with several exports gets a constraint for the rows of each.
 
     Args:
         exports: From `list_requests`.
@@ -342,9 +384,10 @@ def build_constraints(exports: Sequence[Entry], files: Mapping[str, str]) -> dic
     # An overlay has to list the other constraints; every packaged method has this one.
     constraints: dict[str, Any] = {"nll": {}}
     streams: dict[str, Any] = {}
-    names = name_requests((entry["request"] for entry in exports), "forgotten_")
-    for entry in exports:
-        request, achieved = entry["request"], entry["forget"].get("loss")
+    labeled = label_exports(exports)
+    names = name_requests(labeled, "forgotten_")
+    for request, entry in labeled.items():
+        achieved = entry["forget"].get("loss")
         if request not in files:
             raise DataError(f"no file among --rows has the digest of the forget rows of request '{request}'.")
         if entry["method"] not in _BOUNDED or not achieved:
@@ -369,23 +412,57 @@ def find_request_audit(
 ) -> Entry | None:
     """Return the newest audit of a request's deletion on the newest model; ``None`` if there is none.
 
-    An audit counts only if it was of the rows of the request: of the same file, or of as many rows where a rule chose them.
+    An audit counts only if it was of the rows of the export: of the same file, or of as many rows where a rule chose them.
 
     Args:
         entries: Of the ledger.
         newest: The export of the newest model.
-        export: The export that was made for the request.
+        export: The export that was made for the request, from `list_requests`.
         policy_sha256: Of the policy that counts; ``None`` for any.
     """
-    rows = export["forget"]
-    compared = "rows" if rows.get("file_sha256") is None else "file_sha256"
-    found = None
+    audits = []
     for entry in entries:
         is_of_request = entry["kind"] == "audit" and entry["request"] == export["request"]
-        is_same = entry["model"] == newest["model"] and entry["forget"].get(compared) == rows.get(compared)
-        if is_of_request and is_same and policy_sha256 in (None, entry.get("policy_sha256")):
-            found = entry
-    return found
+        is_of_policy = policy_sha256 in (None, entry.get("policy_sha256"))
+        if is_of_request and is_of_policy and entry["model"] == newest["model"]:
+            audits.append(entry)
+
+    file_sha256 = export["forget"].get("file_sha256")
+    if file_sha256 is None:
+        exports = [other for other in list_requests(entries, newest) if other["request"] == export["request"]]
+        return _find_audit_by_count(audits, export, exports)
+    of_file = [audit for audit in audits if audit["forget"].get("file_sha256") == file_sha256]
+    return of_file[-1] if of_file else None
+
+
+def _find_audit_by_count(audits: Sequence[Entry], export: Entry, exports: Sequence[Entry]) -> Entry | None:
+    """Return the newest audit of as many rows as a rule chose for an export; ``None`` if there is none.
+
+    Args:
+        audits: Of the request on the newest model, the oldest first.
+        export: The export whose rows a rule chose.
+        exports: All exports of its request.
+    """
+    # The file of another export is known to have other rows.
+    files_of_others = {other["forget"].get("file_sha256") for other in exports} - {None}
+    by_texts: dict[Any, Entry] = {}
+    for audit in audits:
+        rows = audit["forget"]
+        if rows.get("rows") == export["forget"].get("rows") and rows.get("file_sha256") not in files_of_others:
+            # The newest one comes last.
+            by_texts.pop(rows.get("texts"), None)
+            by_texts[rows.get("texts")] = audit
+
+    # Where rules chose as many rows for several exports, nothing says which of them an audit measured. Each takes one of other
+    # rows, so that no audit counts twice.
+    same_count = [
+        other
+        for other in exports
+        if other["forget"].get("file_sha256") is None and other["forget"].get("rows") == export["forget"].get("rows")
+    ]
+    position = _find_position(same_count, export)
+    newest_first = list(by_texts.values())[::-1]
+    return newest_first[position] if position < len(newest_first) else None
 
 
 def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str]:
@@ -394,12 +471,15 @@ def list_unaudited_requests(entries: Sequence[Entry], newest: Entry) -> list[str
     Args:
         entries: Of the ledger.
         newest: The export of the newest model.
+
+    Returns:
+        Requests, as `label_exports` calls them.
     """
-    requests: dict[str, None] = {}
-    for export in list_requests(entries, newest):
+    requests = []
+    for request, export in label_exports(list_requests(entries, newest)).items():
         if find_request_audit(entries, newest, export) is None:
-            requests.setdefault(export["request"])
-    return list(requests)
+            requests.append(request)
+    return requests
 
 
 def format_ledger(entries: Sequence[Entry], style: TableStyle = "text") -> str:

@@ -18,6 +18,8 @@ from lit_unlearn.metrics.validation import Array, read_finite
 RESAMPLES = 2000
 """Resamples of the bootstrap: at 95 % confidence, 50 of them lie beyond either end."""
 
+_EPSILON = float(np.finfo(np.float64).eps)
+
 
 class Interval(NamedTuple):
     """A value and its two-sided confidence interval."""
@@ -156,7 +158,8 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> float:
         second: Of the same seeds, in the same order.
 
     Returns:
-        1 if no seed differs; 0 if all seeds differ by the same number.
+        NaN if all seeds differ by the same number, or none does: without a spread of the differences there is no test. Otherwise at
+        least 2.2e-16, below which the sum in float64 cannot tell.
 
     Raises:
         DataError: If the samples have different lengths, or fewer than two numbers, or one is not finite.
@@ -173,11 +176,16 @@ def paired_test(first: ArrayLike, second: ArrayLike) -> float:
             argument="first",
         )
     differences = sample - reference
+    # Equal differences come out of the subtraction with a rounding each: 0.3 - 0.2 and 0.4 - 0.3 are not the same in float64.
+    rounding = 4 * _EPSILON * max(np.abs(sample).max(), np.abs(reference).max())
+    if np.ptp(differences) <= rounding:
+        return math.nan
+
+    # t = mean · √n / spread.
     degrees = len(differences) - 1
-    # t = mean · √n / spread; of no spread at all, the angle is 0 or a right one.
     distance = abs(float(differences.mean())) * math.sqrt(len(differences))
     angle = math.atan2(distance, _standard_deviation(differences) * math.sqrt(degrees))
-    return max(0.0, 1 - _central_probability(angle, degrees))
+    return max(_EPSILON, 1 - _central_probability(angle, degrees))
 
 
 def _standard_deviation(sample: Array) -> float:

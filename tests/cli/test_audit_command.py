@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from audit_models import trained, write_policy, write_sets
 from command_line import end_of, quick
 
@@ -96,6 +97,56 @@ def test_earlier_requests_are_audited_on_the_newest_model(
     assert "is there already" in capsys.readouterr().err
     assert Path("more.yaml").read_text("utf-8") == "mine"
     assert end_of(["ledger", "good.jsonl", f"--audit={trained(tokenizer_dir)}", *others, "--rows", rows]) == 2
+
+
+def test_both_exports_of_a_request_are_audited_and_remembered(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A customer asked twice, for the rows in a.jsonl and later for those in b.jsonl. What an audit measures is not tested here."""
+    policy, sets = write_policy(in_tmp), write_sets(in_tmp)
+    Path("model").mkdir()
+    Path("model/w.bin").write_bytes(b"weights")
+    digests = []
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text(f"{name}\n", encoding="utf-8")
+        digests.append(file_digest(Path(f"{name}.jsonl")))
+    models = [{"w.bin": "0"}, {"w.bin": "1"}, {"w.bin": file_digest(Path("model/w.bin"))}]
+    for number, (digest, loss) in enumerate(zip(digests, (5.0, 2.0), strict=True)):
+        forget = {"rows": 1, "file_sha256": digest, "loss": loss}
+        export = {"kind": "export", "created": "", "request": "r1", "forget": forget, "verdict": "forgotten"}
+        chained = {"method": "LogitMargin", "parent": models[number], "model": models[number + 1]}
+        append_entry(Path("ledger.jsonl"), {**export, **chained})
+
+    audited = []
+
+    def pass_audit(arguments: list[str]) -> None:
+        options = build_parser().parse_args(arguments)
+        audited.append((options.request, options.forget, str(options.output)))
+        forget = {"rows": 1, "file_sha256": file_digest(Path(options.forget))}
+        entry = {"kind": "audit", "created": "", "request": options.request, "forget": forget, "verdict": "pass"}
+        of_model = {"policy_sha256": file_digest(Path(policy)), "model": models[-1], "parent": {}}
+        append_entry(options.ledger, {**entry, **of_model})
+
+    monkeypatch.setattr("lit_unlearn.cli.audit.run", pass_audit)
+    ledger = ["ledger", "ledger.jsonl", "--audit=model", f"--policy={policy}", f"--retain={sets['retain']}"]
+    # The first file is no answer for the second one.
+    assert end_of([*ledger, "--rows", "a.jsonl"]) == 3
+    printed = capsys.readouterr()
+    assert "not shown to hold on 'model': r1_2." in printed.err
+    assert "passes" not in printed.out
+    assert end_of([*ledger, "--rows", "a.jsonl", "b.jsonl"]) == 0
+    assert audited == [("r1", "a.jsonl", "audits/r1"), ("r1", "b.jsonl", "audits/r1_2")]
+
+    assert end_of(["ledger", "ledger.jsonl", "--remember=more.yaml", "--rows", "a.jsonl"]) == 2
+    assert not Path("more.yaml").exists()
+    assert end_of(["ledger", "ledger.jsonl", "--remember=more.yaml", "--rows", "a.jsonl", "b.jsonl"]) == 0
+    assert "r1, r1_2" in capsys.readouterr().out
+    constraints = yaml.safe_load(Path("more.yaml").read_text("utf-8"))["model"]["constraints"]
+    assert {name: values.get("epsilon") for name, values in constraints.items()} == {
+        "nll": None,
+        "forgotten_r1": pytest.approx(6.0),
+        "forgotten_r1_2": pytest.approx(2.4),
+    }
 
 
 def test_a_model_that_reads_other_tokens_is_refused_before_anything_is_measured(

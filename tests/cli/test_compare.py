@@ -313,7 +313,17 @@ def test_files_that_differ_in_the_seed_alone_are_a_group(write: Any, capsys: Any
     assert lines[0].split("  ", 1)[1].split() == ["method=pdu", "(3", "seeds)", "p", "method=npo", "(3", "seeds)"]
     # 0.248 = 4.303 × 0.1 / √3, and t = 0.5 with two degrees of freedom.
     assert " ".join(lines[2].split()) == "model_utility 0.6 ± 0.25 0.67 0.5667 ± 0.52"
-    assert [" ".join(line.split()) for line in lines if "retain/" in line] == ["retain/probability 0.9 ± 0 1 0.9 ± 0"]
+    assert [" ".join(line.split()) for line in lines if "retain/" in line] == ["retain/probability 0.9 ± 0 – 0.9 ± 0"]
+
+
+def test_a_value_that_does_not_spread_over_seeds_has_no_p(write: Any, capsys: Any) -> None:
+    files = over_seeds(write, pdu=[1.0, 1.0, 1.0], npo=[0.5, 0.5, 0.5])
+    cli.main(["compare", "--seeds", "--against=method=npo", *files])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "model_utility" in line]
+    assert " ".join(line.split()) == "model_utility 1 ± 0 – 0.5 ± 0"
+    cli.main(["compare", "--seeds", "--against=method=npo", "--format=csv", *files])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {row["p"] for row in rows if row["value"] == "model_utility"} == {"–"}
 
 
 def test_csv_over_seeds_has_a_line_for_every_value_and_group(write: Any, capsys: Any) -> None:
@@ -341,6 +351,12 @@ def test_a_value_that_some_seeds_lack_says_so(write: Any, capsys: Any) -> None:
         (["pdu-seed1.json", "pdu_seed_2.json"], {"pdu.json": [1, 2]}),
         (["seed=3/x/a.json"], {"x/a.json": [3]}),
         (["lr=0.1,seed=0.json"], {"lr=0.1.json": [0]}),
+        (["data_seed=0,seed=1/a.json", "data_seed=0,seed=2/a.json"], {"data_seed=0/a.json": [1, 2]}),
+        (
+            ["seed=1,data_seed=0/a.json", "seed=1,data_seed=3/a.json"],
+            {"data_seed=0/a.json": [1], "data_seed=3/a.json": [1]},
+        ),
+        (["run_seed_7/data_seed=0/seed=1/a.json"], {"run_seed_7/data_seed=0/a.json": [1]}),
     ],
 )
 def test_the_seed_is_found_in_any_part_of_a_path(paths: list[str], groups: dict[str, list[int]]) -> None:
@@ -431,6 +447,45 @@ def test_a_report_of_fine_tuning_by_an_earlier_version() -> None:
     results = read_report({"verdict": None, "constraints": {}, "after": {"forget/nll": 2.0}})
     assert results.aggregate == {"forget/nll": 2.0}
     assert list(results.missing) == ["feasible", "forgotten", "seconds", "peak_memory_mib"]
+
+
+def write_report(folder: Path, name: str, tokens: str | None = "s", rows: int = 4, **content: Any) -> str:
+    """Write the report of a fit on ``rows`` forget rows of the digest ``tokens``; without one, that of an earlier version."""
+    report = {"verdict": "forgotten", "constraints": {}, "after": {"forget/nll": 2.0}, "max_forget_probability": 0.2}
+    if tokens is not None:
+        report["data"] = {"forget": {"rows": rows, "sha256": tokens}, "retain": {"rows": 9, "sha256": "r"}}
+    write_json(folder / name / "report.json", {**report, **content})
+    return str(folder / name / "report.json")
+
+
+def test_reports_of_fits_on_other_forget_rows_are_refused(tmp_path: Path, capsys: Any) -> None:
+    file = write_report(tmp_path, "a")
+    assert compare(capsys, file, write_report(tmp_path, "same"))["said"] == []
+    assert "tokens (other rows, " in refused(capsys, file, write_report(tmp_path, "other", "t"))
+    assert "number of rows: 5 here, 4 there" in refused(capsys, file, write_report(tmp_path, "more", "t", rows=5))
+    retain = {"forget": {"rows": 4, "sha256": "s"}, "retain": {"rows": 8, "sha256": "q"}}
+    (said,) = compare(capsys, file, write_report(tmp_path, "retain", data=retain))["said"]
+    assert "the results differ in the 'retain' rows" in said
+
+
+def test_reports_with_another_threshold_are_named(tmp_path: Path, capsys: Any) -> None:
+    files = [write_report(tmp_path, "a"), write_report(tmp_path, "b", max_forget_probability=0.5)]
+    (said,) = compare(capsys, *files)["said"]
+    assert "the setting 'max_forget_probability'" in said
+    # Fine-tuning has no verdict that a threshold could decide.
+    fine_tuned = write_report(tmp_path, "c", verdict=None, max_forget_probability=0.5)
+    assert compare(capsys, files[0], fine_tuned)["said"] == []
+
+
+def test_reports_of_earlier_versions_are_compared(tmp_path: Path, capsys: Any) -> None:
+    old = [write_report(tmp_path, "old", None), write_report(tmp_path, "older", None)]
+    assert compare(capsys, *old)["said"] == []
+    # Beside one that says which rows it is of, nothing shows that it is of the same.
+    new = [write_report(tmp_path, "new"), write_report(tmp_path, "other", "t")]
+    for files in ([old[0], new[0]], [new[0], old[0]]):
+        (said,) = compare(capsys, *files)["said"]
+        assert f"'{old[0]}' is a report that does not say which rows" in said
+    assert "tokens (other rows, " in refused(capsys, old[0], *new)
 
 
 def test_seeds_are_matched_each_among_themselves(write: Any, capsys: Any) -> None:

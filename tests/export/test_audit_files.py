@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 from audit_models import SETS, benchmark, make_key, trained, write_policy, write_sets
 from browser import measure_widths
+from command_line import end_of
 
 from lit_unlearn import LanguageModel
 from lit_unlearn.cli import verify
 from lit_unlearn.data.source import Source
-from lit_unlearn.errors import ConfigError, MissingFileError, RequirementNotMet
+from lit_unlearn.errors import ConfigError, MissingFileError, ModelError, RequirementNotMet
 from lit_unlearn.evaluation.audit import judge
 from lit_unlearn.evaluation.audit_policy import Policy, Requirement, read_policy
 from lit_unlearn.evaluation.audit_run import measure_model
@@ -209,6 +211,31 @@ def test_thresholds_that_were_changed_throughout_are_found_by_policy_and_record(
     # It is an audit that agrees with itself, and names the digest of the policy that it does not have.
     assert change_audit(folder, change_threshold) == []
     assert find() == {"policy of the audit", "policy that the record names"}
+
+
+def test_files_that_are_replaced_while_they_are_loaded_are_not_described(
+    tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter([{"model.safetensors": "before"}, {"model.safetensors": "after"}])
+    monkeypatch.setattr("lit_unlearn.export.audit_files.digest_export", lambda folder: next(digests))
+    with pytest.raises(ModelError, match="were replaced while they were loaded"):
+        load_described(LanguageModel(trained(tokenizer_dir)), None)
+
+
+def test_a_model_that_is_exported_anew_meanwhile_is_not_certified(
+    in_tmp: Path, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained(tokenizer_dir, "retain"), "model")
+
+    def export_anew(*arguments: object) -> None:
+        Path("model/unlearning.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr("lit_unlearn.cli.audit.measure_model", export_anew)
+    policy = write_policy(in_tmp, requirements=REQUIREMENTS, attacks=None)
+    sets = [f"--{name}={file}" for name, file in write_sets(in_tmp).items()]
+    assert end_of(["audit", "model", f"--policy={policy}", *sets, "--output=audit"]) == 3
+    assert "another model was exported to 'model' meanwhile" in capsys.readouterr().err
+    assert not Path("audit").exists()
 
 
 def test_changed_missing_and_added_files_are_found(folder: Path) -> None:

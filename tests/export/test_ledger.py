@@ -18,6 +18,7 @@ from lit_unlearn.export.ledger import (
     find_latest_audit,
     find_request_audit,
     format_ledger,
+    label_exports,
     list_ancestors,
     list_requests,
     list_unaudited_requests,
@@ -178,6 +179,81 @@ def test_constraints_remember_every_request_behind_the_newest_model(tmp_path: Pa
     entries[-1]["method"] = "NPO"
     with pytest.raises(DataError, match="NPO"):
         build_constraints(requests, matches)
+
+
+def bounded(model: str, parent: str, request: str, loss: float, **forget: Any) -> dict[str, Any]:
+    """Write an export whose objective can be remembered."""
+    return entry(model, parent, request=request, forget={"rows": 3, "loss": loss, **forget}, method="LogitMargin")
+
+
+def test_a_request_that_was_answered_twice_keeps_the_rows_of_both(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        files.append(str(tmp_path / f"{name}.jsonl"))
+        Path(files[-1]).write_text(name, encoding="utf-8")
+    digests = [file_digest(Path(file)) for file in files]
+    entries = [
+        bounded("1", "0", "r1", 5.0, file_sha256=digests[0]),
+        bounded("2", "1", "r1", 2.0, file_sha256=digests[1]),
+    ]
+    requests = list_requests(entries, entries[-1])
+    assert list_unaudited_requests(entries, entries[1]) == ["r1", "r1_2"]
+    audited = entry("2", kind="audit", request="r1", forget={"rows": 3, "file_sha256": digests[1]})
+    assert list_unaudited_requests([*entries, audited], entries[1]) == ["r1"]
+
+    # The rows of one file never get the bound of the other's.
+    assert match_rows(requests, files[:1]) == {"r1": files[0]}
+    assert match_rows(requests, files[1:]) == {"r1_2": files[1]}
+    with pytest.raises(DataError, match="'r1_2'"):
+        build_constraints(requests, match_rows(requests, files[:1]))
+    content = build_constraints(requests, match_rows(requests, files))
+    constraints, streams = content["model"]["constraints"], content["data"]["init_args"]["streams"]
+    assert streams == {"forgotten_r1": {"path": files[0]}, "forgotten_r1_2": {"path": files[1]}}
+    assert constraints["forgotten_r1"]["epsilon"] == pytest.approx(1.2 * 5)
+    assert constraints["forgotten_r1_2"]["epsilon"] == pytest.approx(1.2 * 2)
+    assert constraints["forgotten_r1_2"]["stream"] == "forgotten_r1_2"
+
+
+def test_the_newest_export_stands_for_others_of_the_same_rows() -> None:
+    entries = [
+        bounded("1", "0", "r1", 5.0, file_sha256="a"),
+        bounded("2", "1", "r1", 2.0, file_sha256="a"),
+        bounded("3", "2", "r2", 2.0, file_sha256="a"),
+    ]
+    assert list_requests(entries, entries[-1]) == entries[1:]
+
+
+def test_the_number_of_an_export_is_not_another_request() -> None:
+    exports = [{"request": request} for request in ("r1", "r1", "r1_2", "r1")]
+    assert list(label_exports(exports)) == ["r1", "r1_3", "r1_2", "r1_4"]
+
+
+def test_an_audit_of_rows_that_a_rule_chose_counts_for_one_export() -> None:
+    """Two exports of a request have three rows each, and their audits say only how many rows and which texts these were."""
+    entries = [
+        bounded("1", "0", "r1", 5.0, tokens_sha256="s"),
+        bounded("2", "1", "r1", 5.0, tokens_sha256="t"),
+        bounded("3", "2", "r1", 5.0, file_sha256="a"),
+    ]
+
+    def add_audit(texts: str, file: str | None, verdict: str) -> None:
+        forget = {"rows": 3, "texts": texts, "file_sha256": file}
+        entries.append(entry("3", kind="audit", request="r1", forget=forget, verdict=verdict))
+
+    newest = entries[2]
+    add_audit("of the file", "a", "pass")
+    assert list_unaudited_requests(entries, newest) == ["r1", "r1_2"]
+    add_audit("first", None, "fail")
+    add_audit("first", None, "pass")
+    assert len(list_unaudited_requests(entries, newest)) == 1
+    add_audit("second", None, "pass")
+    assert list_unaudited_requests(entries, newest) == []
+    verdicts = []
+    for export in entries[:2]:
+        audit = find_request_audit(entries, newest, export)
+        assert audit is not None
+        verdicts.append((audit["forget"]["texts"], audit["verdict"]))
+    assert sorted(verdicts) == [("first", "pass"), ("second", "pass")]
 
 
 def test_a_run_that_changed_nothing_is_not_its_own_ancestor() -> None:

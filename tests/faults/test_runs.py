@@ -33,6 +33,8 @@ from lit_unlearn import (
 from lit_unlearn.callbacks import ResumeCheckpoint, default_callbacks
 from lit_unlearn.callbacks.identity import find_differences, identify_run
 from lit_unlearn.errors import CheckpointError
+from lit_unlearn.export.ledger import read_ledger
+from lit_unlearn.training.evaluator import Evaluator
 from lit_unlearn.utils.folders import replace_folder
 from lit_unlearn.utils.io import write_json
 
@@ -184,6 +186,143 @@ def test_a_checkpoint_beyond_the_last_epoch(finished: list[str], capsys: pytest.
     assert code == 2
     assert "2 epochs" in printed
     assert "`trainer.max_epochs`" in printed
+
+
+# A run that was interrupted at its end ------------------------------------------------------------------------------
+
+# Where a fit that has made its last checkpoint can still fail: before the report, before the export's record, before the ledger.
+ENDS = {
+    "report": "lit_unlearn.callbacks.report.RunReport.on_train_end",
+    "record": "lit_unlearn.callbacks.export.ExportModel.on_train_end",
+    "ledger": "lit_unlearn.callbacks.export.append_entry",
+}
+
+
+def keeps_first_step(model_dir: str, *extra: str) -> list[str]:
+    """The arguments of a run that keeps the model of step 1 of 2: warmup leaves it as it was, then epsilon is violated."""
+    ledger = ["--export.ledger=ledger.jsonl", "--export.request=c-17"]
+    return [*arguments(model_dir), "--model.optimizer.lr=0.3", *ledger, *extra]
+
+
+def interrupt(arguments: list[str], target: str) -> None:
+    """Runs a command whose fit ends where it calls a function."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the machine went down")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(target, fail)
+        with pytest.raises(OSError, match="went down"):
+            cli.main(arguments)
+
+
+def read_files(*patterns: str) -> dict[Path, bytes]:
+    files = {}
+    for pattern in patterns:
+        for path in Path().glob(pattern):
+            files[path] = path.read_bytes()
+    return files
+
+
+def read_end() -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Returns report, record and ledger of the run in the working directory, without what another start has otherwise."""
+    (report_file,) = Path().rglob("report.json")
+    (record_file,) = Path().rglob("unlearning.json")
+    report, record = (json.loads(file.read_text(encoding="utf-8")) for file in (report_file, record_file))
+    for name in ("seconds", "peak_memory_mib", "peak_memory_device"):
+        del report[name]
+    del record["created"]
+    entries = read_ledger(Path("ledger.jsonl"))
+    for entry in entries:
+        del entry["created"]
+    return report, record, entries
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_end(
+    model_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path_factory.mktemp("uninterrupted"))
+        monkeypatch.setattr(sys, "argv", ["lit-unlearn"])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        cli.main(keeps_first_step(model_dir))
+        report, record, entries = read_end()
+    assert (report["kept_step"], report["steps"]) == (record["step"], record["steps"]) == (1, 2)
+    assert len(entries) == 1
+    return report, record, entries
+
+
+@pytest.mark.parametrize(
+    ("end", "extra"),
+    [
+        ("report", []),
+        ("record", []),
+        ("ledger", []),
+        ("report", ["--export.dirpath=null", "--report.dirpath=reports"]),
+    ],
+)
+def test_the_end_of_a_run_that_was_interrupted_there_is_made_up_for(
+    end: str,
+    extra: list[str],
+    uninterrupted_end: tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]],
+    in_tmp: Path,
+    model_dir: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = keeps_first_step(model_dir, *extra)
+    interrupt(command, ENDS[end])
+    assert not Path("ledger.jsonl").exists()
+    assert len(list(Path().rglob("report.json"))) == (0 if end == "report" else 1)
+
+    code, printed = run(command, capsys)
+    assert code == 0, printed
+    report, record, entries = read_end()
+    for ended, expected in zip((report, record, entries), uninterrupted_end, strict=True):
+        assert ended == expected
+
+    # It is complete now: another start writes nothing, and measures nothing.
+    patterns = ("out/*", "log/run/*/model/*", "**/report.json", "ledger.jsonl")
+    files = read_files(*patterns)
+    monkeypatch.setattr(Evaluator, "measure", lambda self: pytest.fail("the model was measured"))
+    code, printed = run(command, capsys)
+    assert code == 0, printed
+    assert "step 1 of 2" not in printed
+    assert read_files(*patterns) == files
+
+
+def test_an_interrupted_run_that_misses_a_requirement_says_so(
+    in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = keeps_first_step(model_dir, "--report.require_forgotten=true", "--report.max_forget_probability=1e-9")
+    interrupt(command, ENDS["report"])
+    for _ in range(2):
+        code, printed = run(command, capsys)
+        assert code == 1, printed
+        assert "`require_forgotten`" in printed
+        _, record, entries = read_end()
+        assert record["steps"] == 2
+        assert len(entries) == 1
+
+
+def test_an_interrupted_run_whose_model_was_not_exported(
+    in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `keep='last'`, only the end of a run exports; the model can be made of the checkpoint, and the rest follows."""
+    command = keeps_first_step(model_dir, "--model.keep=last")
+    interrupt(command, ENDS["report"])
+    code, printed = run(command, capsys)
+    remedy = re.search(r"`lit-unlearn (export \S+ \S+)`", printed)
+    assert remedy is not None, printed
+    assert code == 1
+    assert not Path("ledger.jsonl").exists()
+    assert run(remedy[1].split(), capsys)[0] == 0
+    for _ in range(2):
+        assert run(command, capsys)[0] == 0
+        report, record, entries = read_end()
+        assert report["kept_step"] == record["steps"] == 2
+        assert len(entries) == 1
 
 
 # Checkpoints that are none ----------------------------------------------------------------------------------------

@@ -107,6 +107,9 @@ def test_report_record_card_and_terminal_say_the_same(
     report, record, card = fit(model_dir, rows_dir, make_trainer, tmp_path, max_forget_probability=1e-4)
     assert report.verdict == record["verdict"] == "not forgotten"
     assert report.max_forget_probability == record["max_forget_probability"] == 1e-4
+    assert list(report.data) == ["forget", "retain"]
+    for stream, description in report.data.items():
+        assert description == {name: record["data"]["sets"][stream][name] for name in ("rows", "sha256")}
     printed = capsys.readouterr().out
     first_paragraphs = card.partition("## ")[0]
     for text in (printed, card, str(report)):

@@ -154,8 +154,13 @@ def test_the_paired_test_is_that_of_student(seeds: int) -> None:
 
 
 def test_differences_without_spread() -> None:
-    assert paired_test([0.5, 0.75], [0.5, 0.75]) == pytest.approx(1)
-    assert paired_test([0.5, 0.75], [0.25, 0.5]) == pytest.approx(0)
+    assert math.isnan(paired_test([0.5, 0.75], [0.5, 0.75]))
+    assert math.isnan(paired_test([1.0, 1.0, 1.0], [0.5, 0.5, 0.5]))
+    # In float64, these differences differ by a rounding.
+    assert 0.3 - 0.2 != 0.4 - 0.3
+    assert math.isnan(paired_test([0.3, 0.4], [0.2, 0.3]))
+    # A spread that is smaller than any of real runs, and no rounding.
+    assert 0 < paired_test([1.0, 1.0, 1.0 + 1e-12], [0.5, 0.5, 0.5]) < 1e-15
     for pair in (([0.5], [0.4]), ([0.5, 0.6], [0.4])):
         with pytest.raises(DataError, match="`first` and `second`"):
             paired_test(*pair)
