@@ -59,10 +59,10 @@ class FinishedRun(Callback):
         problem, folder = None, None
         if exporter is not None:
             folder = find_export(exporter)
+            kept_step, checksum = _find_kept_model(trainer, pl_module, folder)
             if trainer.is_global_zero:
-                best = pl_module.best if isinstance(pl_module, LitUnlearn) else None
                 record = exporter.state_dict()["record"]
-                problem = find_export_problem(folder, record, step, pl_module.kept_step, best and best.weights)
+                problem = find_export_problem(folder, record, step, kept_step, checksum)
             problem = trainer.strategy.broadcast(problem)
         place = f"; the model is in {folder}" if folder is not None and problem is None else ""
         rank_zero_info(f"already finished at step {step}: nothing to do{place}")
@@ -90,6 +90,20 @@ def _finish_interrupted_run(trainer: L.Trainer, module: LitLanguageModel, export
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunReport | ExportModel):
             callback.finish(trainer, module, kept)
+
+
+def _find_kept_model(trainer: L.Trainer, module: LitLanguageModel, folder: Path | None) -> tuple[int, str | None]:
+    """Return step and checksum of the model that a finished run keeps; a collective call. The checksum may not be known."""
+    best = module.best if isinstance(module, LitUnlearn) else None
+    step = trainer.global_step
+    # At its end, a run measures the last model if no validation has. It may have turned out to be the best one, of which the last
+    # checkpoint does not know.
+    is_last = False
+    if trainer.is_global_zero and step != module.kept_step and folder is not None and (folder / RECORD_FILE).is_file():
+        is_last = read_json(folder / RECORD_FILE).get("step") == step
+    if trainer.strategy.broadcast(is_last):
+        return step, module.lm.checksum()
+    return module.kept_step, None if best is None else best.weights
 
 
 def find_export(exporter: ExportModel) -> Path | None:

@@ -92,6 +92,23 @@ def test_a_finished_run_has_nothing_to_do(
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
 
 
+def test_a_finished_run_whose_last_model_was_measured_after_its_checkpoint(
+    in_tmp: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every_second = ["--trainer.max_epochs=3", "--trainer.max_steps=-1", "--trainer.check_val_every_n_epoch=2"]
+    command = [
+        *arguments(model_dir),
+        *every_second,
+        "--model.constraints.nll.epsilon=100",
+        "--model.constraints.nll.multiplier.init=0",
+    ]
+    assert run(command, capsys)[0] == 0
+    record = json.loads(Path("out/unlearning.json").read_text(encoding="utf-8"))
+    assert record["step"] == record["steps"]
+    code, printed = run(command, capsys)
+    assert code == 0, printed
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
