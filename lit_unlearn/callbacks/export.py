@@ -257,7 +257,7 @@ class ExportModel(Callback):
             return
 
         def conclude() -> None:
-            self._append_to_ledger(self._renew_record(kept, trainer, pl_module))
+            self._add_to_ledger(self._renew_record(kept, trainer, pl_module))
 
         # Only the first process has the record.
         check_on_first_process(trainer, conclude)
@@ -289,8 +289,7 @@ class ExportModel(Callback):
             record = read_json(Path(folder) / RECORD_FILE)
             if record["steps"] < trainer.global_step:
                 record = self._renew_record(kept, trainer, module)
-            if not self._is_in_ledger(record):
-                self._append_to_ledger(record)
+            self._add_to_ledger(record)
 
         check_on_first_process(trainer, conclude)
         rank_zero_info(f"the end of the run had not been recorded, and is now: {folder}")
@@ -316,8 +315,9 @@ class ExportModel(Callback):
             write_record(staging, record)
         return record
 
-    def _append_to_ledger(self, record: Record) -> None:
-        if self.ledger is not None and record["kind"] == "unlearned":
+    def _add_to_ledger(self, record: Record) -> None:
+        # A run that ended early, at its limit of damage for instance, ends again when it is given again.
+        if self.ledger is not None and not self._is_in_ledger(record):
             append_entry(Path(self.ledger), describe_export(record, self.request))
 
     def _is_in_ledger(self, record: Record) -> bool:
