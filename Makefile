@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	  || { code=$$?; test -f runs/demo/audit/audit.html && { test $$code -eq 1 || test $$code -eq 3; }; }
 	@echo "for people: runs/demo/audit/audit.html; what the verdict means: docs/audit.md"
 
-# A pretrained model of 135M parameters forgets a person, beside a retain-only model; 20 minutes on two idle cores that multiply matrices in
+# A pretrained model of 135M parameters forgets a person, beside a retain-only model; 15 minutes on two idle cores that multiply matrices in
 # bfloat16, and over an hour on others (docs/real.md). The same command resumes it. TOFU comes from the hub, unless there is a folder with its files.
 REAL_TOFU = $(or $(wildcard $(TOFU)),$(if $(filter file,$(origin TOFU)),locuslab/TOFU,$(TOFU)))
 real: $(VENV)/.installed-gguf
