@@ -93,19 +93,19 @@ def atomic_file(target: Path, private: bool = False, may_replace: bool = True) -
         OutputError: If it cannot be written.
         OccupiedError: If a file is there that may not be replaced; the new one is kept beside it, and the message names it.
     """
-    target = resolve_path(target)
+    final = resolve_path(target)
     # Beside the target: a move from another disk would be a copy, which an interruption can cut.
-    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
+    unfinished = final.with_name(f".{os.getpid()}.{final.name}")
     try:
         with output_errors(target):
-            target.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+            final.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
             if private:
                 os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT, 0o600))
             yield unfinished
             if may_replace:
-                unfinished.replace(target)
+                unfinished.replace(final)
             else:
-                _publish_new(unfinished, target)
+                _publish_new(unfinished, final)
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -122,11 +122,11 @@ def _publish_new(unfinished: Path, target: Path) -> None:
     except OSError:
         # The disk has no hard links.
         is_free = not os.path.lexists(target)
-    final = target if is_free else target.with_stem(f"{target.stem}-{os.getpid()}")
-    unfinished.replace(final)
+    kept = target if is_free else target.with_stem(f"{target.stem}-{os.getpid()}")
+    unfinished.replace(kept)
     if not is_free:
         raise OccupiedError(
-            f"'{target}' was not there at the start, and is now: what was to be written is in '{final}'."
+            f"'{target}' was not there at the start, and is now: what was to be written is in '{kept}'."
         )
 
 
