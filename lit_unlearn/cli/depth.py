@@ -81,13 +81,16 @@ def run(arguments: list[str]) -> None:
         EncodingSettings(template, chat, options.max_length),
         options.token_budget,
     )
+    unlearned = LanguageModel(options.model)
+    description = {} if unlearned.files is None else unlearned.files.describe_export()
     results = depth.run(
         LanguageModel(options.target),
         LanguageModel(options.retain_only),
-        LanguageModel(options.model),
+        unlearned,
         Source(options.rows, max_rows=options.max_rows),
         getattr(torch, options.dtype),
     )
+    results.model.update(description)
     if options.output is not None:
         results.write(options.output)
     for name, reason in results.missing.items():

@@ -115,6 +115,21 @@ class ModelFiles:
                 return record
         return None
 
+    def describe_export(self) -> dict[str, Any]:
+        """Return what results of these files say of them: nothing, unless they are an export that has not changed since.
+
+        Reads the files completely.
+
+        Returns:
+            ``files``, the sha256 of the weights by file name, by which a record takes no results of another model; and ``damage``, for
+            ``lit-unlearn compare --matched``, if its run measured it.
+        """
+        record = self.read_record()
+        if record is None:
+            return {}
+        description = {"files": self.describe()["weights"]}
+        return description if record.get("damage") is None else {**description, "damage": record["damage"]}
+
     def sample(self) -> str:
         """Return a digest that tells models apart without reading them completely, the same wherever a model lies.
 

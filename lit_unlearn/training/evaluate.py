@@ -117,8 +117,12 @@ def run_benchmark(
     partial_dir = None if file is None or not is_test else file.with_suffix(".partial")
 
     started = time.monotonic()
-    # Of the model that is loaded: another may be exported to its folder while it is measured.
-    description = _describe_export(module, lm) if trainer.is_global_zero else {}
+    description: dict[str, Any] = {}
+    # Of a checkpoint, or of a module that trains, the weights are others than those of the files.
+    is_of_files = isinstance(module, LitEvaluate) and not trainer.ckpt_path
+    if trainer.is_global_zero and is_of_files and lm.files is not None:
+        # Before it is measured: another model may be exported to its folder meanwhile.
+        description = lm.files.describe_export()
     with trainer.precision_plugin.val_step_context():
         results = benchmark.run(lm, partial_dir)
     if trainer.is_global_zero:
@@ -142,16 +146,3 @@ def log_benchmark(module: L.LightningModule, values: dict[str, float]) -> None:
     # The batch size weighs means over several batches, of which there is one. Every process logs, so that a checkpoint of
     # any may follow a value.
     module.log_dict(values, batch_size=1, rank_zero_only=False)
-
-
-def _describe_export(module: L.LightningModule, lm: LanguageModel) -> dict[str, Any]:
-    """Return what results say of an exported model: the digests of its weight files, and its damage, if its run measured it.
-
-    By the former its record takes no results of another model, and the latter is for ``lit-unlearn compare --matched``.
-    """
-    # Of a checkpoint, or of a module that trains, the weights are others than those of the files.
-    is_of_files = isinstance(module, LitEvaluate) and not module.trainer.ckpt_path
-    if not is_of_files or lm.files is None or (record := lm.files.read_record()) is None:
-        return {}
-    description = {"files": lm.files.describe()["weights"]}
-    return description if record.get("damage") is None else {**description, "damage": record["damage"]}

@@ -32,6 +32,7 @@ from lit_unlearn.callbacks import ExportModel, Report, RunReport, StopAtDamage
 from lit_unlearn.errors import ConfigError
 from lit_unlearn.evaluation.results import Results
 from lit_unlearn.export.checkpoint import export_checkpoint
+from lit_unlearn.utils.io import file_digest
 
 ROWS = 6
 
@@ -144,20 +145,22 @@ def test_a_step_that_is_far_too_long_is_shortened(runs: Runs) -> None:
     assert damage["value"] == pytest.approx(runs.measure("kl", ROWS), rel=1e-3)
 
 
-def test_results_of_the_export_have_its_damage(
+def test_results_of_the_export_have_its_digests_and_damage(
     runs: Runs, make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     runs.fit(StopAtDamage("kl", rows=ROWS), runs.make_module(lr=1.0), epochs=1)
     forget, retain = ([{"question": f"{name}?", "answer": "Yes."}] for name in ("forget", "retain"))
     benchmark = QABenchmark(forget, retain, max_new_tokens=1)
+    weights = runs.out / "model.safetensors"
     for is_changed in (False, True):
         if is_changed:
             # The record is of other weights then.
-            weights = runs.out / "model.safetensors"
             weights.write_bytes((Path(runs.model) / weights.name).read_bytes())
         file = tmp_path / f"{is_changed}.json"
         make_trainer().test(LitEvaluate(LanguageModel(str(runs.out)), benchmark, str(file)), verbose=False)
-        assert Results.read(file).model.get("damage") == (None if is_changed else runs.read_damage())
+        model = Results.read(file).model
+        assert model.get("damage") == (None if is_changed else runs.read_damage())
+        assert model.get("files") == (None if is_changed else {weights.name: file_digest(weights)})
 
 
 def test_a_run_that_ends_earlier_says_so(runs: Runs) -> None:

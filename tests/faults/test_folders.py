@@ -340,7 +340,9 @@ def test_the_export_command_refuses_the_base_model(in_tmp: Path, model_dir: str)
             cli.main(["export", str(checkpoint), target])
         assert end.value.code == 2
     cli.main(["export", str(checkpoint), "out"])  # the export of the fit is ours
-    (in_tmp / "results.json").write_text(json.dumps({"suite": "qa", "aggregate": {}, "examples": {}, "data": {}}))
+    model = {"files": {"model.safetensors": io.file_digest(in_tmp / "out/model.safetensors")}}
+    results = {"suite": "qa", "aggregate": {}, "examples": {}, "data": {}, "model": model}
+    (in_tmp / "results.json").write_text(json.dumps(results))
     cli.main(["export", "out", "out", "--results", "results.json"])
     check_export_target(Path("out"))
     (in_tmp / "out" / "notes.txt").write_text("mine")

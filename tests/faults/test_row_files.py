@@ -101,7 +101,7 @@ REFUSED = {
     "binary": ("rows.jsonl", bytes(range(256)), "rows.jsonl"),
     "text": ("rows.txt", b"CANARY", r"ending '\.txt'.*\.jsonl"),
     "deep": ("rows.json", b"[" * 100_000, "nested|JSON"),
-    "deep line": ("rows.jsonl", TEXT.encode() + b"{\"a\": " + b"[" * 100_000, "line 3 is nested"),
+    "deep line": ("rows.jsonl", TEXT.encode() + b'{"a": ' + b"[" * 100_000, "line 3 is nested"),
 }
 
 
