@@ -121,7 +121,7 @@ def read_sweep(name: str) -> tuple[Path, list[Cell]]:
         commands = _build_after(content.get("after"), labels)
         if has_fit:
             commands.insert(0, _build_fit(content, choices, labels))
-        files = [file for command in commands for file in list_setting_files(command)]
+        files = list(itertools.chain.from_iterable(map(list_setting_files, commands)))
         for file in files:
             # A name that there is no file of is refused now, not in the middle of the night.
             if file not in digests:
